@@ -1,0 +1,38 @@
+# make demo: trains, samples and draws on this machine.  make test: proves that it works.  Both install what they need into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# what every phase folder has in common with nanoGPT/, byte for byte
+COMMON := bench.py checkpoint.py configurator.py dataset.py distributed.py errors.py hardware.py sample.py step_guard.py training_logger.py visualize_training.py config
+
+.PHONY: demo test lint sync bench clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python demo.py
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# copies what a phase does not change; a test compares them
+sync:
+	for phase in phase1_zero1 phase2_triton phase3_fsdp; do \
+		[ -d $$phase ] || continue; \
+		for file in $(COMMON); do rm -rf $$phase/$$file; cp -R nanoGPT/$$file $$phase/; done; \
+		ln -sfn ../nanoGPT/data $$phase/data; \
+	done
+	for phase in phase1_zero1 phase3_fsdp; do [ ! -d $$phase ] || cp nanoGPT/model.py $$phase/; done
+	[ ! -d phase2_triton ] || cp nanoGPT/train.py phase2_triton/
+
+clean:
+	rm -rf $(VENV) out* *.egg-info
