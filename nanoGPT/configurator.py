@@ -172,5 +172,6 @@ def print_help(script, defaults, model_dir, doc):
                     comments.setdefault(match[1], match[2])
     print((doc or '').strip() + '\n\nFlags, written --key=value, with their defaults:')
     for key, value in defaults.items():
+        value = repr(value) if '\n' in str(value) else value
         print(f'  {f"--{key}={value}":<40} {comments.get(key, "")}'.rstrip())
     sys.exit(0)

@@ -87,9 +87,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
-    activation_checkpointing: bool = (
-        False  # keep only each block's input for backward and compute the rest again: less memory, about a third more time
-    )
+    activation_checkpointing: bool = False  # keep only each block's input and compute the rest again in backward: less memory, more time
 
 
 class GPT(nn.Module):
@@ -203,10 +201,7 @@ class GPT(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         decay_params = [p for p in params if p.dim() >= 2]
         nodecay_params = [p for p in params if p.dim() < 2]
-        optim_groups = [
-            {'params': decay_params, 'weight_decay': weight_decay},
-            {'params': nodecay_params, 'weight_decay': 0.0},
-        ]
+        optim_groups = [{'params': decay_params, 'weight_decay': weight_decay}, {'params': nodecay_params, 'weight_decay': 0.0}]
         print(f'num decayed parameter tensors: {len(decay_params)}, with {sum(p.numel() for p in decay_params):,} parameters')
         print(f'num non-decayed parameter tensors: {len(nodecay_params)}, with {sum(p.numel() for p in nodecay_params):,} parameters')
         fused = device_type == 'cuda'  # one kernel for all parameters instead of several for each

@@ -1,0 +1,142 @@
+"""The command line: conversions, config files, and what is said about mistakes."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from configurator import configure
+from conftest import NANOGPT, TINY
+from errors import UserError
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """configure() on the command line of a small script with its own model.py."""
+    (tmp_path / 'model.py').write_text('class GPTConfig:\n    n_layer: int = 2\n    use_magic: bool = True # a spell\n')
+    source = "out_dir = 'out' # where to write\nmax_iters = 100 # how long\nlearning_rate = 6e-4\nname = 'gpt'\neval_only = False\n"
+    source += "compile = 'auto'\nmodel_dir = ''\n"
+    (tmp_path / 'script.py').write_text(source)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        namespace = {'__file__': str(tmp_path / 'script.py'), '__doc__': 'A script.'}
+        exec(source, namespace)
+        monkeypatch.setattr(sys, 'argv', ['script.py', *args])
+        config, given = configure(namespace)
+        assert all(namespace[k] == v for k, v in config.items())
+        return config, given
+
+    return run
+
+
+@pytest.mark.parametrize(
+    'argument, value',
+    [
+        ('--learning_rate=1', 1.0),
+        ('--max_iters=1e3', 1000),
+        ('--max_iters=1_000', 1000),
+        ('--max_iters=9007199254740993', 9007199254740993),
+        ('--learning_rate=.5e-3', 5e-4),
+        ('--eval_only=true', True),
+        ('--eval_only', True),
+        ('--eval_only=0', False),
+        ('--name=a=b', 'a=b'),
+        ('--name=', ''),
+        ('--name=True', 'True'),
+        ('--out_dir=2024', '2024'),
+        ('--compile=false', False),
+        ('--compile', True),
+        ('--use_magic=False', False),
+    ],
+)
+def test_values_have_the_type_of_their_default(script, argument, value):
+    config, given = script(argument)
+    key = argument[2:].split('=')[0]
+    assert config[key] == value and type(config[key]) is type(value) and given == {key}
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--learnin_rate=1'], 'no flag learnin_rate; did you mean learning_rate?'),
+        (['--max_iters=1.5'], 'max_iters is a whole number'),
+        (['--max_iters=many'], 'max_iters is a whole number'),
+        (['--max_iters=inf'], 'max_iters is a whole number'),
+        (['--max_iters=-1'], 'max_iters=-1, but it must be at least 0'),
+        (['--learning_rate=nan'], 'learning_rate=nan, but it must be at least 0'),
+        (['--learning_rate=fast'], 'learning_rate is a number'),
+        (['--eval_only=maybe'], 'eval_only is true or false'),
+        (['--max_iters'], 'needs a value: --max_iters=...'),
+        (['missing.py'], 'missing.py: no such config file'),
+        (['--n_layer=3'], 'no flag n_layer'),  # of this script's model, but architecture: the script has no such flag
+        (['--model_dir=nowhere'], 'there is no nowhere/model.py'),
+    ],
+)
+def test_mistakes(script, arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        script(*arguments)
+
+
+def test_config_files_and_flags_apply_from_left_to_right(script, tmp_path):
+    (tmp_path / 'a.py').write_text('import math\nmax_iters = 10 * max_iters\n_helper = 3\nlearning_rate = 1\ndef f(): pass\n')
+    assert script('--max_iters=5', 'a.py')[0]['max_iters'] == 50
+    config, given = script('a.py', '--max_iters=5')
+    assert config['max_iters'] == 5 and config['learning_rate'] == 1.0 and given == {'max_iters', 'learning_rate'}
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('learning_rte = 1', 'no flag learning_rte; did you mean learning_rate?'),
+        ('max_iters = 10\nmax_iters = = 3', 'line 2: SyntaxError'),
+        ('max_iters = 10\n\nmax_iters /= 0', 'line 3: ZeroDivisionError'),
+        ("max_iters = 'ten'", 'max_iters is a whole number'),
+        ("model_dir = 'x'", 'works on the command line only'),
+    ],
+)
+def test_mistakes_in_a_config_file(script, tmp_path, text, message):
+    (tmp_path / 'a.py').write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        script('a.py')
+
+
+def test_model_dir_brings_the_flags_of_its_model(script, tmp_path):
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'model.py').write_text('class GPTConfig:\n    fast: bool = False\n')
+    assert script('--fast', '--model_dir=other')[0]['fast'] is True
+    with pytest.raises(UserError, match='no flag use_magic'):
+        script('--use_magic=False', '--model_dir=other')
+
+
+def test_help_lists_every_flag(script, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script('--help')
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert 'A script.' in out
+    for line in ('--out_dir=out +where to write', '--max_iters=100 +how long', '--use_magic=True +a spell', '--learning_rate=0.0006$'):
+        assert re.search(line, out, re.M)
+
+
+@pytest.mark.parametrize('name', ['train', 'sample', 'bench'])
+def test_help_explains_every_flag_of_the_real_scripts(name):
+    out = subprocess.run([sys.executable, NANOGPT / f'{name}.py', '--help'], capture_output=True, text=True, check=True).stdout
+    flags = [line for line in out.splitlines() if line.startswith('  --')]
+    assert len(flags) >= 15 and all(re.match(r'  --\w+=\S* +\S+', line) for line in flags)
+
+
+@pytest.mark.parametrize('path', sorted((NANOGPT / 'config').glob('*.py')), ids=lambda p: p.name)
+def test_our_config_files_hold_known_flags_only(path, monkeypatch):
+    namespace = {'__file__': str(NANOGPT / 'train.py')}
+    source = (NANOGPT / 'train.py').read_text()
+    exec(source[source.index('out_dir = ') : source.index('config, given = configure')], namespace)
+    monkeypatch.setattr(sys, 'argv', ['train.py', str(path)])
+    config, given = configure(namespace)
+    assert given
+
+
+def test_upstreams_style_of_config_file_works(launch, work):
+    """As nanoGPT's own: an import, an f-string, comments, a number where the default is a float."""
+    (work / 'config.py').write_text("import time\nwandb_run_name = f'run-{time.time()}'\nlearning_rate = 1 # fast\nmax_iters = 2\n")
+    assert 'iter 2:' in launch(NANOGPT / 'train.py', *TINY, 'config.py').stdout

@@ -1,0 +1,142 @@
+"""
+Mistakes that users make: one message from one rank that says what to do, exit status 2, no hang, no traceback, nothing
+lost. Each is tried alone and on 2 ranks.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import NANOGPT, TINY
+
+TRAIN = NANOGPT / 'train.py'
+
+
+class Malicious:
+    """Unpickling this leaves a file behind."""
+
+    def __reduce__(self):
+        return (os.system, ('touch executed',))
+
+
+def edit_checkpoint(change):
+    checkpoint = torch.load('out/ckpt.pt', weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, 'out/ckpt.pt')
+
+
+def write_tokens(ids, dtype=np.uint16):
+    np.array(ids, dtype=dtype).tofile('data/letters/train.bin')
+
+
+def cut(path, size):
+    with open(path, 'r+b') as f:
+        f.truncate(size)
+
+
+def garble_weights():
+    """A whole zip file whose pickle is none."""
+    with zipfile.ZipFile('out/ckpt.pt', 'w') as f:
+        f.writestr('archive/data.pkl', b'garbage')
+        f.writestr('archive/version', b'3')
+
+
+RESUME = ['--init_from=resume']
+MISTAKES = {
+    # name: (what is done to a folder with data and a checkpoint, further flags, what the message must name)
+    'flag': (None, ['--batchsize=3'], 'did you mean batch_size?'),
+    'value': (None, ['--batch_size=0'], 'batch_size=0'),
+    'heads': (None, ['--n_head=5'], 'n_embd=32 cannot be divided among n_head=5 heads'),
+    'no such data set': (None, ['--dataset=leters'], "no data set 'leters'"),
+    'data not prepared': (None, ['--dataset=shakespeare'], 'shakespeare/prepare.py'),
+    'one file of it missing': (lambda: os.remove('data/letters/val.bin'), [], 'val.bin does not exist'),
+    'token outside the vocabulary': (lambda: write_tokens([50] * 100), [], 'token 50'),
+    'token beyond the checkpoint': (lambda: edit_checkpoint(lambda c: c['model_args'].update(vocab_size=3)), RESUME, 'does not fit'),
+    'truncated .bin': (lambda: cut('data/letters/train.bin', 999), [], 'train.bin is truncated'),
+    'short .bin': (lambda: write_tokens([1] * 10), [], 'too few for block_size'),
+    'meta.pkl with code': (lambda: pickle.dump({'vocab_size': Malicious()}, open('data/letters/meta.pkl', 'wb')), [], 'could run code'),
+    'no checkpoint': (lambda: os.remove('out/ckpt.pt'), RESUME, 'no checkpoint out/ckpt.pt'),
+    'truncated checkpoint': (lambda: cut('out/ckpt.pt', 9999), RESUME, 'cut short'),
+    'empty checkpoint': (lambda: cut('out/ckpt.pt', 0), RESUME, 'out/ckpt.pt'),
+    'checkpoint of noise': (lambda: open('out/ckpt.pt', 'wb').write(os.urandom(9999)), RESUME, 'out/ckpt.pt'),
+    'garbled checkpoint': (garble_weights, RESUME, 'out/ckpt.pt'),
+    'checkpoint with code': (lambda: torch.save({'model': Malicious()}, 'out/ckpt.pt'), RESUME, 'could run code'),
+    'plain pickle with code': (lambda: pickle.dump(Malicious(), open('out/ckpt.pt', 'wb')), RESUME, 'out/ckpt.pt'),
+    'file of something else': (lambda: torch.save({'a': 1}, 'out/ckpt.pt'), RESUME, 'no checkpoint of a training run'),
+    'checkpoint of another shape': (None, [*RESUME, '--n_embd=64'], 'n_embd=32, but n_embd=64 was asked for'),
+    'longer block than the checkpoint': (None, [*RESUME, '--block_size=64'], 'block_size=16'),
+    'lost weight': (lambda: edit_checkpoint(lambda c: c['model'].pop('lm_head.weight')), RESUME, 'lm_head.weight is missing'),
+    'lost optimizer': (lambda: edit_checkpoint(lambda c: c.pop('optimizer')), RESUME, 'optimizer state is missing'),
+    'foreign optimizer': (lambda: edit_checkpoint(lambda c: c['optimizer']['state'][0].update(exp_avg=torch.zeros(7))), RESUME, 'does not fit'),
+    'out_dir is a file': (lambda: open('occupied', 'w').close(), ['--out_dir=occupied'], 'out_dir=occupied cannot be used'),
+    'device': (None, ['--device=gpu'], "device is 'gpu'"),
+    'dtype': (None, ['--dtype=half'], "dtype is 'half'"),
+    'nccl without a GPU': (None, ['--backend=nccl'], 'backend=nccl works between GPUs only'),
+    'init_from': (None, ['--init_from=somewhere'], "init_from is 'somewhere'"),
+    'package missing': (lambda: open('wandb.py', 'w').write('raise ModuleNotFoundError(name="wandb")'), ['--wandb_log'], 'pip install wandb'),
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def checkpoint_bytes(launch, tmp_path_factory):
+    """A checkpoint of the tiny model, made once."""
+    folder = tmp_path_factory.mktemp('made')
+    (folder / 'data').mkdir()
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        rng.integers(0, 40, 500).astype(np.uint16).tofile(folder / 'data' / f'{split}.bin')
+    with open(folder / 'data' / 'meta.pkl', 'wb') as f:
+        pickle.dump({'vocab_size': 40}, f)
+    launch(TRAIN, *TINY, '--dataset=data', '--max_iters=2', cwd=folder)
+    return (folder / 'out' / 'ckpt.pt').read_bytes()
+
+
+@pytest.mark.parametrize('nproc', [1, 2])
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistake(launch, work, checkpoint_bytes, name, nproc):
+    prepare, flags, message = MISTAKES[name]
+    os.makedirs('out')
+    (work / 'out' / 'ckpt.pt').write_bytes(checkpoint_bytes)
+    if prepare:
+        prepare()
+    before = (work / 'out' / 'ckpt.pt').read_bytes() if os.path.exists('out/ckpt.pt') else None
+    env = {'PYTHONPATH': str(work)} if name == 'package missing' else {}
+    run = launch(TRAIN, *TINY, '--max_iters=4', *flags, nproc=nproc, check=False, env=env, timeout=40)
+    assert run.returncode == 2, run
+    assert run.stderr.count('error: ') == 1 and message in run.stderr and 'Traceback' not in run.stderr, run
+    assert before is None or (work / 'out' / 'ckpt.pt').read_bytes() == before
+    assert not os.path.exists('executed')
+
+
+def test_world_size_that_does_not_divide_the_accumulation(launch, work):
+    run = launch(TRAIN, *TINY, '--gradient_accumulation_steps=3', nproc=2, check=False)
+    assert run.returncode == 2 and run.stderr.count('error: ') == 1
+    assert 'gradient_accumulation_steps=3 cannot be shared out among 2 processes' in run.stderr
+
+
+def test_mistake_on_one_rank_only_ends_all(work):
+    """Under the real torchrun, before and after the ranks have met: the one that fails speaks, nobody hangs."""
+    (work / 'config.py').write_text("import os\nif os.environ['RANK'] == '1': dataset = 'nowhere'\n")
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', TRAIN, *TINY]
+    run = subprocess.run([*command, 'config.py'], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1  # torchrun's own
+    assert run.stderr.count('error: ') == 1 and "no data set 'nowhere'" in run.stderr and 'exitcode  : 2' in run.stderr
+
+
+def test_a_crash_of_one_rank_ends_all(launch, work):
+    """A bug is no user's mistake: one traceback, of the rank that had it, and the others do not wait for it."""
+    script = work / 'crash.py'
+    script.write_text(
+        f'import os, runpy, sys\nsys.path.insert(0, {str(NANOGPT)!r})\nsys.argv[0] = {str(TRAIN)!r}\n'
+        'import step_guard\ncheck = step_guard.StepGuard.check\n'
+        'def broken(self, iter_num, lr):\n    if os.environ["RANK"] == "1" and iter_num == 3: raise ValueError("a bug")\n'
+        '    return check(self, iter_num, lr)\n'
+        "step_guard.StepGuard.check = broken\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    run = launch(script, *TINY, nproc=2, check=False, timeout=60)
+    assert run.returncode == 1 and run.stderr.count('Traceback') == 1 and 'ValueError: a bug' in run.stderr
