@@ -59,7 +59,8 @@ def main(data_dir, vocab_size, n_layer, n_head, n_embd, block_size, batch_size, 
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - started)
         print(f'iter {it}: loss {total:.4f}')
-    return times
+    times = sorted(times[10:] or times)  # without the warm-up
+    print(f'median step {1000 * times[len(times) // 2]:.3f} ms')
 
 
 if __name__ == '__main__':

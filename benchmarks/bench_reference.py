@@ -1,0 +1,109 @@
+"""
+What the reference trainer costs beyond its model: on a GPU the data loader (bench.py on real against random tokens) and the
+whole of train.py at GPT-2 124M; on a CPU train.py against a minimal loop over the same model (tests/minimal_loop.py).
+
+$ python nanoGPT/data/python_gpt2/prepare.py && python benchmarks/bench_reference.py --out=benchmarks/results/reference.json
+
+Variants alternate, so that a machine that changes its speed changes it for all. Prints a table, writes JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NANOGPT = ROOT / 'nanoGPT'
+
+
+def run(script, *flags):
+    """stdout of `python script flags`."""
+    command = [sys.executable, str(script), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1')))
+    if result.returncode:
+        sys.exit(f'{" ".join(command)} failed:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}')
+    return result.stdout
+
+
+def train_ms(skip, *flags):
+    """Median, minimum and maximum of the step times that train.py prints, in ms, without the first `skip`, and its peak memory in bytes."""
+    with tempfile.TemporaryDirectory() as out:
+        text = run(NANOGPT / 'train.py', f'--out_dir={out}', '--log_interval=1', *flags)
+        log = json.loads(next(Path(out).glob('run_*.json')).read_text())
+    times = [float(x) for x in re.findall(r'^iter \d+: .* time ([\d.]+)ms', text, re.M)][skip:]
+    return {'ms': statistics.median(times), 'ms_min': min(times), 'ms_max': max(times), 'peak_memory_bytes': log['summary']['peak_memory_bytes']}
+
+
+def bench_ms(*flags):
+    """Median step time that bench.py prints, in ms."""
+    return float(re.search(r'time per iteration: ([\d.]+)ms', run(NANOGPT / 'bench.py', *flags))[1])
+
+
+def on_gpu(repeats, dry):
+    shape = ['--batch_size=12', '--block_size=1024', '--dataset=python_gpt2']
+    if dry:
+        shape += ['--n_layer=1', '--n_head=1', '--n_embd=16', '--device=cpu', '--compile=False', '--block_size=32', '--dtype=float32']
+    micro_steps = 8
+    tokens = 12 * (32 if dry else 1024) * micro_steps
+    results = {'real': [], 'random': []}
+    for _ in range(repeats):
+        for name in results:
+            results[name].append(bench_ms(*shape, f'--real_data={name == "real"}', f'--gradient_accumulation_steps={micro_steps}', '--steps=20'))
+    flags = ['--max_iters=40', '--eval_interval=1000', '--eval_iters=1', '--warmup_iters=100', f'--gradient_accumulation_steps={micro_steps}']
+    train = [train_ms(10, *shape, *flags) for _ in range(repeats)]
+    rows = [
+        {'what': 'train.py', 'tokens_per_sec': [tokens / t['ms'] * 1000 for t in train], 'runs': train},
+        {'what': 'bench.py, data set', 'tokens_per_sec': [tokens / ms * 1000 for ms in results['real']]},
+        {'what': 'bench.py, the same random tokens', 'tokens_per_sec': [tokens / ms * 1000 for ms in results['random']]},
+    ]
+    loader = statistics.median(results['real']) / statistics.median(results['random']) - 1
+    return rows, {'data_loader_share_of_step': loader}
+
+
+def on_cpu(repeats):
+    """The model of `make demo`, on data/python_char, in one process."""
+    data = NANOGPT / 'data' / 'python_char'
+    shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=60, eval_interval=1000, eval_iters=1, learning_rate=1e-3,
+                 min_lr=1e-4, warmup_iters=10, lr_decay_iters=60)  # fmt: skip
+    flags = [f'--{k}={v}' for k, v in shape.items()]
+    ms = {'train.py': [], 'minimal loop': []}
+    for _ in range(repeats):
+        ms['train.py'].append(train_ms(10, *flags, '--dataset=python_char', '--gradient_accumulation_steps=2', '--device=cpu')['ms'])
+        text = run(ROOT / 'tests' / 'minimal_loop.py', *flags, f'--data_dir={data}', '--vocab_size=96', '--accumulation=2', '--dropout=0', '--bias=0')
+        ms['minimal loop'].append(float(re.search(r'median step ([\d.]+) ms', text)[1]))
+    tokens = 2 * 8 * 128
+    rows = [{'what': what, 'tokens_per_sec': [tokens / t * 1000 for t in times]} for what, times in ms.items()]
+    ratios = [minimal / ours for ours, minimal in zip(ms['train.py'], ms['minimal loop'], strict=True)]
+    return rows, {'speed_against_minimal_loop': statistics.median(ratios), 'ratios': ratios}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', help='JSON file to write')
+    parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--dry-run', action='store_true', help='the GPU benchmark at a tiny size on the CPU, to try the script')
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    rows, summary = on_gpu(args.repeats, args.dry_run) if gpu or args.dry_run else on_cpu(args.repeats)
+    facts = {'device': torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(), 'cpus': os.cpu_count(),
+             'python': platform.python_version(), 'torch': torch.__version__, 'command': ' '.join(sys.argv)}  # fmt: skip
+    if args.out:
+        Path(args.out).write_text(json.dumps({'facts': facts, 'rows': rows, 'summary': summary}, indent=1) + '\n')
+    print(', '.join(f'{k} {v}' for k, v in facts.items()))
+    for row in rows:
+        speeds = row['tokens_per_sec']
+        print(f'{row["what"]:<34} {statistics.median(speeds):>12,.0f} tokens/s  ({min(speeds):,.0f} to {max(speeds):,.0f})')
+    for k, v in summary.items():
+        print(f'{k}: {v if isinstance(v, list) else format(v, ".4f")}')
+
+
+if __name__ == '__main__':
+    main()
