@@ -113,7 +113,7 @@ def peak_flops(device, dtype, peak_tflops=0.0):
 def peak_memory_bytes(device):
     """The most memory this process has used at a time: tensors on its GPU, or, on a CPU, its resident set."""
     if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.memory_stats_as_nested_dict(device)['allocated_bytes']['all']['peak']  # max_memory_allocated() is this, slower
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024
 
@@ -125,8 +125,8 @@ def now(device):
     return time.perf_counter()
 
 
-def run_facts(script, model_dir, device, world_size):
-    """What a log should say about a run, beyond its flags: which code ran where."""
+def run_facts(script, model_dir, device, world_size, **facts):
+    """What a log should say about a run, beyond its flags: which code ran where, and further `facts` as they are."""
     folder = os.path.dirname(os.path.abspath(script))
     versions = {'python': platform.python_version(), 'torch': torch.__version__}
     for package in ('triton', 'numpy'):
@@ -140,6 +140,7 @@ def run_facts(script, model_dir, device, world_size):
         'command': shlex.join(sys.argv),
         'world_size': world_size,
         'device': device_name(device),
+        **facts,
         'host': platform.node(),
         'versions': versions,
     }

@@ -32,12 +32,12 @@ class StepGuard:
         self.skipped += bad
         self.in_a_row = (self.in_a_row + 1) * bad
 
-    def check(self, iter_num, lr):
+    def read(self, iter_num, lr, loss, grad_norm):
         """
-        Steps skipped so far. Ends the run when too many in a row were; waits for the device, so call it where the loss
-        is read anyway.
+        The numbers (loss, grad_norm, steps skipped so far), of two 0-dim float32 tensors and our own, in one transfer, which
+        waits for the device. Raises UserError when too many steps in a row were skipped; iter_num and lr are for its message.
         """
-        skipped, in_a_row = torch.stack((self.skipped, self.in_a_row)).tolist()
+        loss, grad_norm, skipped, in_a_row = torch.stack((loss, grad_norm, self.skipped, self.in_a_row)).tolist()
         # in float16 the loss scale, 65536 at first, is halved at each skipped step: a row of them is a search, not a failure
         if in_a_row >= MAX_IN_A_ROW and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             raise UserError(
@@ -47,4 +47,4 @@ class StepGuard:
                 + ('; --dtype=bfloat16 or float32 has more range' if self.scaler.is_enabled() else '')
                 + ', and look at the data it stopped at.'
             )
-        return int(skipped)
+        return loss, grad_norm, int(skipped)

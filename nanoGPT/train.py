@@ -231,7 +231,9 @@ def save_checkpoint(best):
 if master_process:
     make_out_dir(out_dir)
 resumed_from = {'log': checkpoint.get('resume', {}).get('log'), 'iter': iter_num} if init_from == 'resume' else None
-log = TrainingLogger(out_dir, config, hardware.run_facts(__file__, model_dir, device, world_size), json_log and master_process, resumed_from)
+n_params = raw_model.get_num_params()
+facts = hardware.run_facts(__file__, model_dir, device, world_size, dtype=dtype, parameters=n_params, tokens_per_iter=tokens_per_iter)
+log = TrainingLogger(out_dir, config, facts, json_log and master_process, resumed_from)
 if wandb_log and master_process:
     import wandb
 
@@ -299,13 +301,13 @@ while True:
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     step_guard.step(optimizer, grad_norm)
-    optimizer.zero_grad(set_to_none=True)  # frees the memory of the gradients
+    optimizer.zero_grad(set_to_none=True)  # frees their memory, except DDP's buckets
 
     # timing and logging
     timed_iters += 1
     if iter_num % log_interval == 0:
-        lossf = mean_over_ranks(loss_sum).item()  # the CPU waits for the GPU here, and nowhere else
-        skipped_steps = step_guard.check(iter_num, lr)
+        # the CPU waits for the GPU here, and nowhere else
+        lossf, normf, skipped_steps = step_guard.read(iter_num, lr, mean_over_ranks(loss_sum), grad_norm)
         t1 = time.perf_counter()
         dt = (t1 - t0) / timed_iters
         t0, timed_iters = t1, 0
@@ -323,7 +325,7 @@ while True:
             time_ms=dt * 1000,
             tokens_per_sec=tokens_per_sec,
             mfu=mfu,
-            grad_norm=grad_norm.item(),
+            grad_norm=normf,
             peak_memory_bytes=hardware.peak_memory_bytes(device),
             skipped_steps=skipped_steps,
         )
