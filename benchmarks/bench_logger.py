@@ -1,0 +1,126 @@
+"""
+What TrainingLogger costs: per record at the start of a run and behind 1,000,000 records, and what a loop of 20 ms steps loses to it.
+
+    python benchmarks/bench_logger.py [--records 1000000] [--dir .]
+
+The tables in LOGGING_GUIDE.md are this program's output. About 4 minutes, 400 MB of disk in a temporary folder under --dir.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'nanoGPT'))
+from training_logger import TrainingLogger
+
+MATRICES = np.random.default_rng(0).random((2, 64, 64))
+
+
+def record(log, i):
+    """Seconds that the calling thread spends on one record."""
+    start = time.perf_counter()
+    log.iteration(
+        i,
+        loss=2.0 + 8.9 / (i + 1),
+        lr=6e-4 / (i + 1),
+        time_ms=20 + i % 97 / 71,
+        tokens_per_sec=24576.1 + i % 89 / 3,
+        mfu=0.38 + i % 83 / 1e4,
+        grad_norm=0.4 + i % 79 / 1e3,
+        peak_memory_bytes=41_234_567_890,
+    )
+    return time.perf_counter() - start
+
+
+def python(count):
+    """Holds the interpreter throughout."""
+    total = 0
+    for i in range(100 * count):
+        total += i * i
+
+
+def products(count):
+    """Lets go of the interpreter every few microseconds, as a training step does that launches kernels or computes on the CPU."""
+    for _ in range(count):
+        np.dot(*MATRICES)
+
+
+def row(name, seconds):
+    micros = sorted(1e6 * each for each in seconds)
+    median, low, high = (micros[len(micros) * percent // 100] for percent in (50, 5, 95))
+    print(f'{name:<44} {len(micros):>9,} {median:>8.1f} {low:>8.1f} {high:>8.1f} {statistics.fmean(micros):>8.1f} {micros[-1] / 1e3:>9.1f}')
+
+
+def loop(log, busy, busy_ms, steps):
+    """Steps of 20 ms, busy for the first busy_ms and asleep for the rest, as if waiting for a GPU. A random half of them is logged. Prints
+    what the call costs, and how much longer the busy part of a logged step is, the call included."""
+    count, best = 1, 0.0
+    while best < busy_ms / 1e3:  # the count that takes busy_ms when nothing is in the way
+        count = int(count * 1.2) + 1
+        best = min(timed(busy, count) for _ in range(5))
+    calls, parts = [], {True: [], False: []}
+    for i in range(steps):
+        time.sleep(0.02 - busy_ms / 1e3)
+        logged, start = random.random() < 0.5, time.perf_counter()
+        if logged:
+            calls.append(record(log, i))
+        busy(count)
+        parts[logged].append(time.perf_counter() - start)
+    row(f'20 ms steps, {busy_ms} ms of {busy.__name__}: the call', calls)
+    quarters = {logged: statistics.quantiles(times, n=4) for logged, times in parts.items()}
+    lost = [1e6 * (with_log - without) for with_log, without in zip(quarters[True], quarters[False])]
+    print('  the busy part is longer by, at its quartiles: {:.0f}, {:.0f}, {:.0f} us'.format(*lost))
+
+
+def timed(function, *args):
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument('--records', type=int, default=1_000_000)
+    parser.add_argument('--steps', type=int, default=1000, help='of each loop of 20 ms steps')
+    parser.add_argument('--dir', default='.')
+    args = parser.parse_args()
+    with open('/proc/cpuinfo') as file:
+        cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), platform.machine())
+    print(f'{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Linux {platform.release()}, Python {platform.python_version()}')
+    print(f'{"microseconds per record":<44} {"records":>9} {"median":>8} {"5%":>8} {"95%":>8} {"mean":>8} {"max (ms)":>9}')
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        log = TrainingLogger(folder, {'dataset': 'none'}, {'phase': 'benchmark'})
+        for busy, busy_ms in ((python, 0), (python, 4), (products, 4), (products, 18)):
+            loop(log, busy, busy_ms, args.steps)
+        plain = []
+        with open(os.path.join(folder, 'plain'), 'w', buffering=1) as file:
+            for i in range(args.steps):
+                time.sleep(0.02)
+                values = {'iter': i, 'loss': 1 / (i + 1), 'lr': 6e-4 / (i + 1), 'time_ms': 20 + i % 97 / 71}
+                plain.append(timed(lambda values=values: file.write(json.dumps(values) + '\n')))
+        row('for scale: json.dumps and write of 4 numbers', plain)
+        log.close('completed')
+
+        log = TrainingLogger(folder, {'dataset': 'none'}, {'phase': 'benchmark'})  # one call at once after the other: each waits for the last
+        row('back to back: at the start', [record(log, i) for i in range(2000)])
+        row(f'all up to record {args.records:,}', [record(log, i) for i in range(2000, args.records)])
+        row('behind them', [record(log, args.records + i) for i in range(2000)])
+        log.wait()
+        size, closing = os.path.getsize(log.path), timed(log.close, 'completed')
+        print(
+            f'{size / 1e6:.0f} MB with its reserve, {os.path.getsize(log.path) / 1e6:.0f} MB closed in {closing:.2f} s: '
+            f'{os.path.getsize(log.path) / (args.records + 2000):.0f} bytes per record'
+        )
+
+
+if __name__ == '__main__':
+    main()
