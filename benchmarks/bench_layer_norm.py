@@ -1,0 +1,314 @@
+"""
+LayerNorm alone on one GPU: eager, torch.compile, Liger (if importable) and the Triton kernels of phase 2, against the copy roof.
+
+    python benchmarks/bench_layer_norm.py --out=benchmarks/results/layer_norm.json    # the table; about 2 minutes on an H100
+    python benchmarks/bench_layer_norm.py --tune --out=tune.json                      # tries launch configurations; about 2 minutes
+
+Times are replays of a CUDA graph over rotating inputs, so neither launch gaps nor cache hits flatter anyone. Percentages are of
+the bandwidth of a 256 MiB device-to-device copy measured in the same run, counting a forward as 2 passes over x and forward +
+backward as 5 (read x, write y; read x and dy, write dx). The roof is measured before and after; the larger one counts.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'phase2_triton'))
+import kernels
+
+ours = sys.modules['kernels.layer_norm']
+torch._functorch.config.donated_buffer = False  # the graph calls one backward several times
+shapes = [(12 * 1024, 768), (32 * 1024, 768), (16 * 1024, 1600), (16 * 1024, 4096), (4 * 1024, 12288)]
+dtypes = {'bf16': torch.bfloat16, 'fp32': torch.float32}
+mixes = [('bf16', 'bf16', 'bf16'), ('fp32', 'fp32', 'fp32'), ('bf16', 'fp32', 'bf16'), ('fp32', 'fp32', 'bf16')]  # x, weight, y
+
+
+def graph_us(calls, replays=20):
+    """Median and (smallest, largest) microseconds of one call, from replays of a graph that makes all of them once."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    start, stop = ([torch.cuda.Event(enable_timing=True) for _ in range(replays)] for _ in range(2))
+    for a, b in zip(start, stop):
+        a.record()
+        graph.replay()
+        b.record()
+    torch.cuda.synchronize()
+    us = sorted(a.elapsed_time(b) * 1e3 / len(calls) for a, b in zip(start, stop))
+    return us[replays // 2], (us[0], us[-1])
+
+
+def copy_gb_per_s():
+    sources = [torch.empty(2**28, dtype=torch.uint8, device='cuda').random_(0, 255) for _ in range(4)]
+    target = torch.empty_like(sources[0])
+    us, _ = graph_us([lambda s=s: target.copy_(s) for s in sources])
+    return 2 * target.numel() / us / 1e3
+
+
+def inputs(M, N, x_dtype, w_dtype, y_dtype):
+    """Enough (x, dy) pairs to overflow any cache between two uses of the same one, and a weight and a bias."""
+    copies = max(2, int(400e6 // (M * N * x_dtype.itemsize)))
+    xs = [torch.randn(M, N, device='cuda', dtype=x_dtype, requires_grad=True) for _ in range(copies)]
+    dys = [torch.randn(M, N, device='cuda', dtype=y_dtype) for _ in xs]
+    weight, bias = (torch.randn(N, device='cuda', dtype=w_dtype, requires_grad=True) for _ in range(2))
+    return xs, dys, weight, bias
+
+
+def implementations(y_dtype):
+    def eager(x, w, b):
+        return F.layer_norm(x, w.shape, w, b).to(y_dtype)
+
+    found = {'eager': eager, 'compiled': torch.compile(eager, dynamic=False)}
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        found['liger'] = lambda x, w, b: LigerLayerNormFunction.apply(x, w, b, 1e-5).to(y_dtype)
+    except ImportError as error:
+        print(f'Liger left out: {error}')
+    found['ours'] = lambda x, w, b: kernels.layer_norm(x, w, b, out_dtype=y_dtype)
+    return found
+
+
+def passes_gb(M, N, x, y):
+    """Bytes of a forward and of forward + backward, in GB: x and y once; then x, dy and dx once more."""
+    return M * N * (x + y) / 1e9, M * N * (x + y + x + y + x) / 1e9
+
+
+def measure(mix, M, N, only):
+    x_dtype, w_dtype, y_dtype = (dtypes[name] for name in mix)
+    row = dict(x=mix[0], weight=mix[1], y=mix[2], M=M, N=N)
+    xs, dys, w, b = inputs(M, N, x_dtype, w_dtype, y_dtype)
+    with torch.no_grad():  # the same bytes as a forward and nothing else: what a kernel this short can reach at all
+        row['copy_us'] = graph_us([lambda x=x: torch.empty_like(x, dtype=y_dtype).copy_(x) for x in xs])
+    torch._dynamo.reset()
+    for name, f in implementations(y_dtype).items():
+        if only and name not in only:
+            continue
+        try:
+            with torch.no_grad():
+                forward = graph_us([lambda x=x: f(x, w, b) for x in xs])
+            both = graph_us([lambda x=x, dy=dy: torch.autograd.grad(f(x, w, b), (x, w, b), dy) for x, dy in zip(xs, dys)])
+            row[name] = dict(forward_us=forward, both_us=both)
+        except Exception as error:  # eager CUDA refuses bfloat16 x with float32 weights
+            row[name] = dict(error=str(error).splitlines()[0][:100])
+    return row
+
+
+def table(rows, roof):
+    lines = []
+    for row in rows:
+        gb = passes_gb(row['M'], row['N'], dtypes[row['x']].itemsize, dtypes[row['y']].itemsize)
+        cells = []
+        for name in ('eager', 'compiled', 'liger', 'ours'):
+            r = row.get(name, {})
+            if 'forward_us' in r:
+                r['forward_percent'], r['both_percent'] = (100 * g / us[0] * 1e6 / roof for g, us in zip(gb, (r['forward_us'], r['both_us'])))
+                cells.append(f'{name} {r["forward_us"][0]:6.1f} {r["both_us"][0]:6.1f} us {r["forward_percent"]:4.0f} {r["both_percent"]:3.0f} %')
+            else:
+                cells.append(f'{name} -')
+        row['copy_percent'] = 100 * gb[0] / row['copy_us'][0] * 1e6 / roof
+        name = f'{row["x"]}/{row["weight"]}->{row["y"]} {row["M"]} x {row["N"]}'
+        lines.append(f'{name:28s} copy {row["copy_us"][0]:5.1f} us {row["copy_percent"]:3.0f} % | ' + ' | '.join(cells))
+    return '\n'.join(lines)
+
+
+# --tune: candidates, compiled in parallel first, then timed
+
+reductions = [
+    ours.Config(total // cols, cols, warps=warps, pdl=pdl)
+    for cols in (8, 16, 32)
+    for total in (4096, 8192)
+    for warps in (4, 8)
+    for pdl in (False, True)
+]
+
+
+def candidates(N, itemsize, backward):
+    vector = 32 * 16 // itemsize
+    for across in (1, 2, 4, 8, 16, 32):  # warps a row
+        for chunk in {across * vector, across * vector // 2}:
+            padded = -(-N // chunk) * chunk
+            per_thread = padded // (32 * across)
+            if not (16 // itemsize <= per_thread <= (56 if backward else 96 if N > 4096 else 64)):
+                continue
+            if chunk < across * vector and padded > 0.95 * -(-N // (2 * chunk)) * 2 * chunk:
+                continue  # half as wide loads pay only where they pad less
+            for warps in {across, max(4, across), max(8, across)} if across < 4 else {across, max(8, across)}:
+                rows = warps // across
+                if backward:
+                    for prefetch in (False, True):
+                        for registers in (0, 128, 168) if 20 <= per_thread <= 32 and across < 16 else (0,):
+                            yield ours.Config(rows, chunk, warps, 1, prefetch=prefetch, registers=registers)
+                else:
+                    for more in (1, 2, 4) if per_thread <= 32 and across < 4 else (1,):
+                        yield ours.Config(more * rows, chunk, warps)
+
+
+def occupancies(config, backward):
+    """Programs per multiprocessor worth trying."""
+    return tuple(k for k in (1, 2, 3, 4, 6, 8, 12, 16) if 8 <= k * config.warps <= 32) if backward else (0,)
+
+
+class override:
+    """with override(forward_config=config): every shape is launched with it."""
+
+    def __init__(self, **configs):
+        self.configs = configs
+
+    def __enter__(self):
+        self.saved = {name: getattr(ours, name) for name in self.configs}
+        for name, config in self.configs.items():
+            setattr(ours, name, lambda *_, config=config: config)
+
+    def __exit__(self, *_):
+        for name, function in self.saved.items():
+            setattr(ours, name, function)
+
+
+def compile_one(job):
+    """In a process of its own: compiles a candidate into Triton's cache on disk. Returns what went wrong."""
+    N, mix, configs = job
+    x, w, y = (dtypes[name] for name in mix)
+    X, W = torch.zeros(4096, N, device='cuda', dtype=x), torch.ones(N, device='cuda', dtype=w)
+    try:
+        with override(**configs):
+            if 'forward_config' in configs:
+                ours.launch_forward(X, W, W, 1e-5, y)
+            else:
+                ours.launch_backward(X.to(y), X, W, w, torch.ones(2, 4096, device='cuda'), True, True, True)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f'{job}: {type(error).__name__} {str(error)[:80]}'
+
+
+def compile_all(pool, jobs):
+    began = time.time()
+    errors = pool.map(compile_one, jobs, chunksize=2)
+    failed = {str(job[:2]) + str(next(iter(job[2].values()))._replace(programs=0)): error for job, error in zip(jobs, errors) if error}
+    print(f'{len(jobs)} kernels compiled in {time.time() - began:.0f} s', *list(failed.values())[:5], sep='\n', flush=True)
+    return failed
+
+
+def tune(results, seconds, only):
+    deadline = time.time() + seconds
+    cases = [(M, N, mix, backward) for mix in mixes[:2] for M, N in shapes for backward in (False, True)]
+    cases = [c for c in cases if re.search(only, f'{"backward" if c[3] else "forward"} {c[2][0]} {c[1]}')]
+    name = {False: 'forward_config', True: 'backward_config'}
+    pool = ProcessPoolExecutor(min(14, os.cpu_count()), mp_context=get_context('spawn'))
+    kinds = dict.fromkeys(case[1:] for case in cases)
+    failed = compile_all(pool, [(N, mix, {name[bw]: c}) for N, mix, bw in kinds for c in candidates(N, dtypes[mix[0]].itemsize, bw)])
+    summary = []
+    for stage in (1, 2):
+        if stage == 2:  # the best three again with programmatic dependent launch, and the best with other reductions
+            jobs = []
+            for r in results:
+                top = [c for _, c in r['tried'][:3]]
+                jobs += [(r['N'], r['mix'], {name[r['backward']]: c._replace(pdl=True)}) for c in top]
+                if r['backward'] and r['N'] in (768, 12288):
+                    jobs += [(r['N'], r['mix'], {'reduce_config': c, name[True]: top[0]}) for c in reductions]
+            compile_all(pool, jobs)
+            pool.shutdown()
+        for i, (M, N, mix, backward) in enumerate(cases):
+            x_dtype, w_dtype, y_dtype = (dtypes[d] for d in mix)
+            gb = passes_gb(M, N, x_dtype.itemsize, y_dtype.itemsize)
+            needed = gb[1] - gb[0] if backward else gb[0]
+            with torch.no_grad():
+                xs, dys, w, b = inputs(M, N, x_dtype, w_dtype, y_dtype)
+                stats = [ours.launch_forward(x, w, b, 1e-5, y_dtype)[1] for x in xs]
+
+                def us(xs=xs, dys=dys, stats=stats, w=w, b=b, backward=backward, y_dtype=y_dtype, **configs):
+                    if time.time() > deadline:
+                        return float('inf')
+                    with override(**configs):
+                        if backward:
+                            calls = [lambda p=p: ours.launch_backward(p[0], p[1], w, w.dtype, p[2], True, True, True) for p in zip(dys, xs, stats)]
+                        else:
+                            calls = [lambda x=x: ours.launch_forward(x, w, b, 1e-5, y_dtype) for x in xs]
+                        return graph_us(calls, 7)[0]
+
+                if stage == 1:
+                    todo = [c._replace(programs=k) for c in candidates(N, x_dtype.itemsize, backward) for k in occupancies(c, backward)]
+                    todo = [c for c in todo if str((N, mix)) + str(c._replace(programs=0)) not in failed]
+                    tried = sorted((us(**{name[backward]: c}), c) for c in todo)
+                    results.append(dict(backward=backward, M=M, N=N, mix=mix, gb=needed, default=us(), tried=tried))
+                else:
+                    r = results[i]
+                    r['pdl'] = sorted((us(**{name[backward]: c._replace(pdl=True)}), c._replace(pdl=True)) for _, c in r['tried'][:3])
+                    best = min(r['tried'][0], r['pdl'][0])[1]
+                    if backward:
+                        r['reduced'] = sorted((us(reduce_config=c, **{name[True]: best}), c) for c in reductions if N in (768, 12288))
+                    shown = r['tried'][:3] + r['pdl'][:1] + r.get('reduced', [])[:1]
+                    summary.append(
+                        f'{name[backward][:-7]:8s} {"/".join(mix[:2])} {M}x{N}: default {needed / r["default"] * 1e6:.0f}; '
+                        + '; '.join(f'{needed / t * 1e6:.0f} {tuple(map(int, c))}' for t, c in shown)
+                    )
+    return 'GB/s of (rows, chunk, warps, programs, resident, prefetch, registers, pdl)\n' + '\n'.join(summary)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
+    parser.add_argument('--tune', action='store_true', help='try launch configurations instead of measuring the table')
+    parser.add_argument('--tune_seconds', type=float, default=240, help='stop trying after this long')
+    parser.add_argument('--tune_only', default='', help="regular expression of cases such as 'backward bf16 768'")
+    parser.add_argument('--mixes', default='0,1,2,3', help='which of the dtype combinations to measure')
+    parser.add_argument('--only', default='', help='comma-separated implementations to measure (eager,compiled,liger,ours); default all')
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit('bench_layer_norm.py: a benchmark of GPU kernels needs a CUDA GPU')
+    import triton
+
+    torch.manual_seed(0)
+    roof = copy_gb_per_s()
+    print(f'{torch.cuda.get_device_name()}: copy {roof:.0f} GB/s', flush=True)
+    driver = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True, text=True).stdout.strip()
+    report = dict(
+        device=torch.cuda.get_device_name(), driver=driver, torch=torch.__version__, cuda=torch.version.cuda, triton=triton.__version__,
+        command=' '.join(['python', *sys.argv]), time=time.strftime('%Y-%m-%d %H:%M:%S %Z'),
+        method='CUDA-graph replays over rotating inputs; microseconds as [median, [smallest, largest]] of 20 replays',
+    )  # fmt: skip
+    try:
+        from importlib.metadata import version
+
+        report['liger'] = version('liger_kernel')
+    except Exception:
+        report['liger'] = None
+    rows = []
+    if args.tune:
+        text = tune(rows, args.tune_seconds, args.tune_only)
+    else:
+        for mix in [mixes[int(i)] for i in args.mixes.split(',')]:
+            for M, N in shapes:
+                rows.append(measure(mix, M, N, args.only.split(',') if args.only else None))
+    roofs = [roof, copy_gb_per_s()]
+    report['copy_gb_per_s'] = roofs
+    if not args.tune:
+        text = table(rows, max(roofs))
+    report['rows'] = rows
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    with open(args.out, 'w') as f:
+        json.dump(report, f, indent=1)
+    print(f'copy {roofs[0]:.0f} and {roofs[1]:.0f} GB/s; us and % of copy bandwidth: forward, forward + backward\n{text}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,495 @@
+"""LayerNorm as Triton kernels: one pass over x forward, one pass over x and dy backward, statistics and sums in float32.
+
+    y = (x - mean) * rstd * weight + bias,  mean and rstd = 1 / sqrt(variance + eps) of each row
+
+Rows are the last dimension. A program holds ROWS whole rows at a time as a tuple of tiles (ROWS, CHUNK), so that a width that is
+no power of two pads at most its last tile, and that rows fit their warps: with CHUNK as wide as one warp's 16-byte loads and ROWS
+the number of warps, each warp owns a row and the row's sums never leave it.
+
+Forward: two-pass variance on the registers (Welford's accuracy at no extra traffic), mean and rstd kept in float32.
+Backward, with xhat = (x - mean) * rstd and g = weight * dy:
+
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   dweight = sum over rows of dy * xhat,   dbias = sum over rows of dy
+
+The grid is persistent: a fixed number of programs per multiprocessor stride over the rows, each keeping its share of dweight and
+dbias in float32 registers and writing it once as a row of partial sums; a second small kernel adds those rows in a fixed order.
+There are no atomics, and the grid depends on the shape and the GPU alone, so the same call gives the same bits every time.
+
+Sources: Ba et al., Layer Normalization, 2016 (arXiv:1607.06450); the idea of partial sums per program without atomics as in Apex
+and Liger-Kernel's RMSNorm. Layers here: kernels; launchers and the autograd function (eager) or registered operator (torch.compile);
+the function layer_norm(). The module is LayerNorm in model.py.
+"""
+
+from functools import cache
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .device import available, interpreted, jit, num_multiprocessors, programmatic_launch, tl, triton
+from .launch import Config, launch
+
+max_width = 65_536
+float_dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@jit
+def load_rows(ptr, rows, stride, M, N: tl.constexpr, CHUNK: tl.constexpr):
+    """Rows of a matrix (M, N) as a tuple of tiles (ROWS, CHUNK), zero where there is no row or no column."""
+    tiles = ()
+    for start in tl.static_range(0, N, CHUNK):
+        cols = (start + tl.arange(0, CHUNK))[None, :]
+        tiles = tiles + (tl.load(ptr + rows[:, None] * stride + cols, mask=(rows < M)[:, None] & (cols < N), other=0.0),)
+    return tiles
+
+
+@jit
+def load_vector(ptr, cols, ROWS: tl.constexpr, N: tl.constexpr):
+    """Columns (1, CHUNK) of a vector of N as (ROWS, CHUNK) float32: each warp loads what it needs instead of getting it through shared memory."""
+    cols = tl.broadcast_to(cols, (ROWS, cols.shape[1]))
+    return tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+
+
+@jit
+def sum_rows(x, CHUNK: tl.constexpr):
+    """(ROWS, CHUNK) summed over ROWS, each in another warp. tl.sum does it with 32-way bank conflicts: 10 µs a backward on an H200."""
+    x = tl.trans(x)
+    for _ in tl.static_range(12):  # ROWS is a power of two, far under 4096
+        if x.shape[1] > 1:
+            even, odd = tl.split(tl.reshape(x, (CHUNK, x.shape[1] // 2, 2)))
+            x = even + odd
+    return tl.reshape(x, (CHUNK,))
+
+
+@jit
+def forward_kernel(
+    x_ptr,  # (M, N), rows x_stride elements apart
+    weight_ptr,  # (N,)
+    bias_ptr,  # (N,), not read unless HAS_BIAS
+    y_ptr,  # (M, N) contiguous
+    stats_ptr,  # (2, M) float32: mean, rstd
+    x_stride,
+    M,
+    eps,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RESIDENT: tl.constexpr,  # the rows stay in registers; otherwise they are read three times, the last two from cache
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    CHUNKS: tl.constexpr = (N + CHUNK - 1) // CHUNK
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # int64: rows * N may pass 2^31
+    live = (rows < M)[:, None]
+    x_rows = x_ptr + rows[:, None] * x_stride
+    xs = ()
+    if RESIDENT:
+        xs = load_rows(x_ptr, rows, x_stride, M, N, CHUNK)
+
+    # the mean of a row of equal elements must be exactly that element, for what is left would be multiplied by 1 / sqrt(eps);
+    # sums of equal 16-bit floats are exact in float32, sums of float32 are not: there, sum differences from the first element
+    first = tl.zeros((ROWS,), tl.float32)
+    if x_ptr.dtype.element_ty == tl.float32:
+        first = tl.load(x_ptr + rows * x_stride, mask=rows < M, other=0.0)
+    total = tl.zeros((ROWS, CHUNK), tl.float32)
+    for c in tl.static_range(CHUNKS):
+        if not RESIDENT:
+            tl.debug_barrier()  # or the compiler loads all chunks at once, and spills
+        cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
+        x = xs[c] if RESIDENT else tl.load(x_rows + cols, mask=live & (cols < N), other=0.0)
+        total += tl.where(cols < N, x.to(tl.float32) - first[:, None], 0.0)
+    mean = first + tl.div_rn(tl.sum(total, 1), tl.full((ROWS,), N, tl.float32))
+
+    total = tl.zeros((ROWS, CHUNK), tl.float32)
+    for c in tl.static_range(CHUNKS):
+        if not RESIDENT:
+            tl.debug_barrier()
+        cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
+        x = xs[c] if RESIDENT else tl.load(x_rows + cols, mask=live & (cols < N), other=0.0)
+        centred = tl.where(cols < N, x.to(tl.float32) - mean[:, None], 0.0)
+        total += centred * centred
+    rstd = tl.math.rsqrt(tl.sum(total, 1) / N + eps)
+
+    for c in tl.static_range(CHUNKS):
+        if not RESIDENT:
+            tl.debug_barrier()
+        cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
+        x = xs[c] if RESIDENT else tl.load(x_rows + cols, mask=live & (cols < N), other=0.0)
+        y = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * load_vector(weight_ptr, cols, ROWS, N)
+        if HAS_BIAS:
+            y += load_vector(bias_ptr, cols, ROWS, N)
+        tl.store(y_ptr + rows[:, None] * N + cols, y.to(y_ptr.dtype.element_ty), mask=live & (cols < N))
+    tl.store(stats_ptr + rows, mean, mask=rows < M)
+    tl.store(stats_ptr + M + rows, rstd, mask=rows < M)
+
+
+@jit
+def backward_kernel(
+    dy_ptr,  # (M, N), rows dy_stride elements apart
+    x_ptr,  # (M, N), rows x_stride elements apart
+    weight_ptr,  # (N,)
+    stats_ptr,  # (2, M) float32: mean, rstd
+    dx_ptr,  # (M, N) contiguous, not written unless NEED_DX
+    partial_ptr,  # (2, P, N) float32 for P programs: shares of dweight, of dbias; zeros at the start unless RESIDENT
+    dy_stride,
+    x_stride,
+    M,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RESIDENT: tl.constexpr,  # rows and shares stay in registers; otherwise rows are read twice and shares summed in memory, both cached
+    PREFETCH: tl.constexpr,  # load the next rows to registers while these are computed; needs RESIDENT
+    NEED_DX: tl.constexpr,
+    NEED_DW: tl.constexpr,
+    NEED_DB: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    CHUNKS: tl.constexpr = (N + CHUNK - 1) // CHUNK
+    pid = tl.program_id(0).to(tl.int64)
+    dw_ptr = partial_ptr + pid * N
+    db_ptr = partial_ptr + (tl.num_programs(0) + pid) * N
+
+    dws, dbs = (), ()
+    for c in tl.static_range(CHUNKS):
+        dws = dws + (tl.zeros((ROWS, CHUNK), tl.float32),)
+        dbs = dbs + (tl.zeros((ROWS, CHUNK), tl.float32),)
+
+    rows = pid * ROWS + tl.arange(0, ROWS)  # int64: rows * N may pass 2^31
+    next_xs, next_dys = (), ()
+    if PREFETCH:
+        next_xs = load_rows(x_ptr, rows, x_stride, M, N, CHUNK)
+        next_dys = load_rows(dy_ptr, rows, dy_stride, M, N, CHUNK)
+        next_mean = tl.load(stats_ptr + rows, mask=rows < M, other=0.0)
+        next_rstd = tl.load(stats_ptr + M + rows, mask=rows < M, other=0.0)
+    for tile in tl.range(pid, tl.cdiv(M, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        live = (rows < M)[:, None]
+        xs, dys = next_xs, next_dys
+        if PREFETCH:
+            mean, rstd = next_mean, next_rstd
+            later = rows + ROWS * tl.num_programs(0)
+            next_xs = load_rows(x_ptr, later, x_stride, M, N, CHUNK)
+            next_dys = load_rows(dy_ptr, later, dy_stride, M, N, CHUNK)
+            next_mean = tl.load(stats_ptr + later, mask=later < M, other=0.0)
+            next_rstd = tl.load(stats_ptr + M + later, mask=later < M, other=0.0)
+        else:
+            if RESIDENT:
+                xs = load_rows(x_ptr, rows, x_stride, M, N, CHUNK)
+                dys = load_rows(dy_ptr, rows, dy_stride, M, N, CHUNK)
+            mean = tl.load(stats_ptr + rows, mask=rows < M, other=0.0)
+            rstd = tl.load(stats_ptr + M + rows, mask=rows < M, other=0.0)
+
+        sum_g = tl.zeros((ROWS, CHUNK), tl.float32)
+        sum_gx = tl.zeros((ROWS, CHUNK), tl.float32)
+        new_dws, new_dbs = (), ()
+        for c in tl.static_range(CHUNKS):
+            if not RESIDENT:
+                tl.debug_barrier()
+            cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
+            mask = live & (cols < N)
+            x = xs[c] if RESIDENT else tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=mask, other=0.0)
+            dy = dys[c] if RESIDENT else tl.load(dy_ptr + rows[:, None] * dy_stride + cols, mask=mask, other=0.0)
+            dy = dy.to(tl.float32)
+            xhat = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            if NEED_DX:
+                g = dy * load_vector(weight_ptr, cols, ROWS, N)
+                sum_g += g
+                sum_gx += g * xhat
+            if RESIDENT:
+                new_dws = new_dws + (dws[c] + dy * xhat if NEED_DW else dws[c],)
+                new_dbs = new_dbs + (dbs[c] + dy if NEED_DB else dbs[c],)
+            else:  # ROWS is 1, and the same thread reads what it wrote
+                if NEED_DW:
+                    tl.store(dw_ptr + cols, tl.load(dw_ptr + cols, mask=cols < N) + dy * xhat, mask=cols < N)
+                if NEED_DB:
+                    tl.store(db_ptr + cols, tl.load(db_ptr + cols, mask=cols < N) + dy, mask=cols < N)
+
+        if NEED_DX:
+            sum_g, sum_gx = tl.split(tl.sum(tl.join(sum_g, sum_gx), 1))  # together, so that warps that share a row meet once
+            shift = (-rstd * sum_g / N)[:, None]
+            slope = (-rstd * sum_gx / N)[:, None]
+            for c in tl.static_range(CHUNKS):
+                if not RESIDENT:
+                    tl.debug_barrier()
+                cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
+                mask = live & (cols < N)
+                x = xs[c] if RESIDENT else tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=mask, other=0.0)
+                dy = dys[c] if RESIDENT else tl.load(dy_ptr + rows[:, None] * dy_stride + cols, mask=mask, other=0.0)
+                xhat = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+                g = dy.to(tl.float32) * load_vector(weight_ptr, cols, ROWS, N)
+                dx = g * rstd[:, None] + (xhat * slope + shift)
+                tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if RESIDENT:
+            dws, dbs = new_dws, new_dbs
+
+    if RESIDENT:
+        for c in tl.static_range(CHUNKS):
+            cols = c * CHUNK + tl.arange(0, CHUNK)
+            if NEED_DW:
+                tl.store(dw_ptr + cols, sum_rows(dws[c], CHUNK), mask=cols < N)
+            if NEED_DB:
+                tl.store(db_ptr + cols, sum_rows(dbs[c], CHUNK), mask=cols < N)
+
+
+@jit
+def reduce_kernel(
+    partial_ptr,  # (2, P, N) float32
+    dw_ptr,  # (N,), written by programs (i, 0)
+    db_ptr,  # (N,), written by programs (i, 1)
+    P,
+    N,
+    FIRST: tl.constexpr,  # 0, or 1 where only dbias is wanted
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    which = tl.program_id(1) + FIRST
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in tl.range(0, P, ROWS):
+        rows = which * P + start + tl.arange(0, ROWS)
+        mask = ((start + tl.arange(0, ROWS)) < P)[:, None] & (cols < N)[None, :]
+        total += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], mask=mask, other=0.0)
+    if which == 0:
+        tl.store(dw_ptr + cols, tl.sum(total, 0).to(dw_ptr.dtype.element_ty), mask=cols < N)
+    else:
+        tl.store(db_ptr + cols, tl.sum(total, 0).to(db_ptr.dtype.element_ty), mask=cols < N)
+
+
+def cdiv(a, b):
+    return -(-a // b)  # triton.cdiv, but not 4 µs
+
+
+@cache
+def forward_config(N, itemsize, pdl):
+    """Config of forward_kernel for a width, the bytes of an element of x, and whether programs may start early."""
+    vector = 32 * 16 // itemsize  # elements that one warp loads at once
+    if N < vector:
+        chunk = triton.next_power_of_2(N)
+        return Config(4 * vector // chunk, chunk, pdl=pdl)
+    warps = triton.next_power_of_2(cdiv(N * itemsize, 3072))  # 24 to 96 bytes of a row in a thread
+    if warps > 32 or N > 32_768:
+        return Config(1, 4096, 16, resident=False, pdl=pdl)
+    return Config(2 if warps == 1 and itemsize == 2 else 1, warps * vector, warps, pdl=pdl)
+
+
+# backward_kernel, by bytes of an element of x and largest width: measured on an H200 with bench_layer_norm.py --tune
+backward_configs = {
+    2: {
+        768: Config(8, 256, 8, programs=2, registers=128),  # a warp a row; without the cap half as many programs fit
+        2048: Config(2, 1024, 8, programs=2, prefetch=True, registers=128),
+        8192: Config(1, 2048, 8, programs=2, prefetch=True),
+        12288: Config(1, 2048, 8, programs=1, prefetch=True),
+    },
+    4: {
+        1024: Config(4, 128, 4, programs=3),
+        2048: Config(1, 1024, 8, programs=4),
+        4096: Config(1, 512, 4, programs=3, registers=168),  # or the third program does not fit
+        12288: Config(1, 1024, 8, programs=1),
+    },
+}
+
+
+@cache
+def backward_config(N, itemsize, pdl):
+    """The same for backward_kernel."""
+    vector = 32 * 16 // itemsize
+    if N < vector:
+        chunk = triton.next_power_of_2(N)
+        return Config(4 * vector // chunk, chunk, programs=4, pdl=pdl)
+    for width, config in backward_configs[itemsize].items():
+        if N <= width:
+            return config._replace(pdl=pdl)
+    return Config(1, 16 * vector, 16, programs=1, resident=False, pdl=pdl)
+
+
+@cache
+def reduce_config(P, N, pdl):
+    """Config of reduce_kernel (chunk: columns): enough programs to fill the GPU, and as many rows at once as registers hold."""
+    cols = 16 if N <= 2048 else 32
+    if interpreted:  # which pays per program
+        cols = min(1024, triton.next_power_of_2(N))
+    return Config(min(triton.next_power_of_2(P), max(1, 8192 // cols)), cols, pdl=pdl)
+
+
+def rows_of(x):
+    """x (..., N) and the elements from one of its rows to the next; a copy of x only where its strides force it."""
+    N = x.shape[-1]
+    if x.is_contiguous():
+        return x, N
+    rows = x.reshape(-1, N)
+    rows = rows if rows.stride(1) == 1 or N == 1 else rows.contiguous()
+    return rows, rows.stride(0)
+
+
+def launch_forward(x, weight, bias, eps, out_dtype):
+    """x (..., N), weight and bias (N,) -> y (..., N) contiguous in out_dtype, and stats (2, M) float32: mean and rstd of each row."""
+    N = x.shape[-1]
+    rows, stride = rows_of(x)
+    M = x.numel() // N
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
+    if M > 0:
+        c = forward_config(N, x.element_size(), programmatic_launch(x.device))
+        launch(
+            forward_kernel,
+            (cdiv(M, c.rows),),
+            (rows, weight, weight if bias is None else bias, y, stats),
+            (stride, M, eps),
+            (N, c.rows, c.chunk, c.resident, bias is not None, c.pdl),
+            c,
+        )
+    return y, stats
+
+
+def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
+    """dx (..., N) like x, dweight and dbias (N,) in their own dtypes; None for what is not needed."""
+    N = x.shape[-1]
+    (rows, stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
+    M = x.numel() // N
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
+    dw = torch.empty(N, dtype=weight.dtype, device=x.device) if need_dw else None
+    db = torch.empty(N, dtype=bias_dtype, device=x.device) if need_db else None
+    if M == 0:
+        return dx, dw if dw is None else dw.zero_(), db if db is None else db.zero_()
+    c = backward_config(N, x.element_size(), programmatic_launch(x.device))
+    P = min(cdiv(M, c.rows), c.programs * num_multiprocessors(x.device))
+    partial = (torch.empty if c.resident else torch.zeros)((2, P, N) if need_dw or need_db else 1, dtype=torch.float32, device=x.device)
+    launch(
+        backward_kernel,
+        (P,),
+        (dy_rows, rows, weight, stats, rows if dx is None else dx, partial),
+        (dy_stride, stride, M),
+        (N, c.rows, c.chunk, c.resident, c.prefetch, need_dx, need_dw, need_db, c.pdl),
+        c,
+    )
+    if need_dw or need_db:
+        c = reduce_config(P, N, c.pdl)
+        launch(
+            reduce_kernel,
+            (cdiv(N, c.chunk), need_dw + need_db),
+            (partial, partial if dw is None else dw, partial if db is None else db),
+            (P, N),
+            (0 if need_dw else 1, c.rows, c.chunk, c.pdl),
+            c,
+        )
+    return dx, dw, db
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """The kernels under eager autograd: 20 to 80 µs a call cheaper there than the registered operator below (host of an H200)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, out_dtype):
+        y, stats = launch_forward(x, weight, bias, eps, out_dtype)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, stats = ctx.saved_tensors
+        return *launch_backward(dy, x, weight, ctx.bias_dtype, stats, *ctx.needs_input_grad[:3]), None, None
+
+
+@torch.library.custom_op(
+    'nanogpt::layer_norm', mutates_args=(), schema='(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype) -> (Tensor, Tensor)'
+)
+def layer_norm_op(x, weight, bias, eps, out_dtype):
+    """launch_forward for torch.compile and FakeTensor, which see it as one opaque node."""
+    return launch_forward(x, weight, bias, eps, out_dtype)
+
+
+@layer_norm_op.register_fake
+def _(x, weight, bias, eps, out_dtype):
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device), x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    'nanogpt::layer_norm_backward',
+    mutates_args=(),
+    schema='(Tensor dy, Tensor x, Tensor weight, ScalarType bias_dtype, Tensor stats, bool need_dx, bool need_dw, bool need_db)'
+    ' -> (Tensor, Tensor, Tensor)',
+)
+def layer_norm_backward_op(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
+    """launch_backward; an operator cannot return None, so what is not needed comes back empty."""
+    grads = launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@layer_norm_backward_op.register_fake
+def _(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
+    N = x.shape[-1]
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else x.new_empty(0),
+        weight.new_empty(N) if need_dw else x.new_empty(0),
+        x.new_empty(N, dtype=bias_dtype) if need_db else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dy, _):
+    x, weight, stats = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    grads = layer_norm_backward_op(dy, x, weight, ctx.bias_dtype, stats, *need)  # has no derivative: double backward raises
+    return *(grad if needed else None for grad, needed in zip(grads, need)), None, None
+
+
+layer_norm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
+    """
+    LayerNorm over the last dimension, like torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps), by Triton kernels
+    where they can run (see kernels.available) and by that very function elsewhere.
+
+    x: (..., N), float32, bfloat16 or float16, any strides, any number of rows, also none. weight, bias (or None): (N,), in the
+    dtype of x or a wider one. Returns (..., N), contiguous where the kernels ran, in out_dtype: by default F.layer_norm's, which
+    is x's, and float32 under autocast; pass torch.get_autocast_dtype(...) there if a matmul comes next, and no cast is needed.
+    Differentiable once in x, weight and bias; the backward is deterministic. Other dtypes (float64) and N above 65,536 fall back.
+
+    Raises ValueError for a weight or bias of another shape or device, TypeError for one narrower than x.
+    """
+    for name, p in (('weight', weight), ('bias', bias)):
+        if p is None:
+            continue
+        if p.shape != x.shape[-1:]:
+            raise ValueError(f'layer_norm: {name} has shape {tuple(p.shape)}, but the last dimension of x is {tuple(x.shape[-1:])}')
+        if p.device != x.device:
+            raise ValueError(f'layer_norm: {name} is on {p.device}, x on {x.device}')
+        if p.dtype != x.dtype and torch.promote_types(p.dtype, x.dtype) != p.dtype:
+            raise TypeError(f'layer_norm: {name} is {p.dtype}, narrower than x, which is {x.dtype}')
+    if out_dtype is None:
+        out_dtype = reference_dtype(x)
+    if not (x.dtype in float_dtypes and weight.dtype in float_dtypes and 0 < x.shape[-1] <= max_width and available(x.device)):
+        return reference(x, weight, bias, eps, out_dtype)
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        return layer_norm_op(x, weight, bias, eps, out_dtype)[0]
+    return LayerNormFunction.apply(x, weight, bias, eps, out_dtype)
+
+
+def reference_dtype(x):
+    """What F.layer_norm would return for x: autocast on CUDA (not on the CPU) makes it float32."""
+    return torch.float32 if x.device.type == 'cuda' and x.dtype in float_dtypes and torch.is_autocast_enabled('cuda') else x.dtype
+
+
+def reference(x, weight, bias=None, eps=1e-5, out_dtype=None):
+    """F.layer_norm, also for weights wider than x, which CUDA's refuses."""
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(out_dtype or x.dtype)

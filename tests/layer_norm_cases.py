@@ -1,0 +1,345 @@
+"""
+The LayerNorm kernels against float64, in the manner of quack's tests: whatever is asked of ours is asked of PyTorch's own in the
+same dtype, and ours may be at most twice as far from the truth. Not collected by name: test_layer_norm.py runs these on the GPU
+where there is one, and elsewhere in a process with TRITON_INTERPRET=1, at smaller sizes.
+"""
+
+import hashlib
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'phase2_triton'))
+import kernels
+from kernels import layer_norm
+
+ours = importlib.import_module('kernels.layer_norm')
+gpu = torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1'
+device = 'cuda' if gpu else 'cpu'
+f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+# the interpreter truncates float32 to bfloat16 instead of rounding it: up to one unit in the last of 8 bits
+interpreter_slack = {bf16: 8e-3, f16: 0.0, f32: 0.0}
+
+
+def tensors(M, N, x_dtype=f32, w_dtype=f32, bias=True, mean=1.0, seed=0):
+    """x (M, N), weight and bias that a kernel which forgets them gets wrong, and dy."""
+    generator = torch.Generator().manual_seed(seed)
+    x, dy = (torch.randn(M, N, generator=generator) for _ in range(2))
+    weight, b = (torch.randn(N, generator=generator) for _ in range(2))
+    leaves = [(x * 2 + mean).to(device, x_dtype), weight.to(device, w_dtype), b.to(device, w_dtype) if bias else None]
+    return [None if t is None else t.requires_grad_() for t in leaves], dy.to(device, x_dtype)
+
+
+def run(function, leaves, dy):
+    """y and the gradients of x, weight and bias; a fresh graph each time."""
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype))]
+
+
+def truth(leaves, dy):
+    """The same in float64, from the inputs as rounded."""
+    leaves = [None if t is None else t.detach().to(f64).requires_grad_() for t in leaves]
+    return run(lambda x, w, b: F.layer_norm(x, w.shape, w, b), leaves, dy.to(f64))
+
+
+def check(got, expected, torchs, what='', terms=None):
+    """
+    err(ours) < 2 err(torch) + tiny, by norm and by largest element. tiny is what summing in another order may change: 2e-6 of the
+    result, or for dx of `terms`, the size of what is subtracted there, which may cancel (at N = 1 to nothing).
+    """
+    for name, a, b, c in zip(('y', 'dx', 'dweight', 'dbias'), got, expected, torchs):
+        assert a.shape == b.shape and a.dtype == c.dtype, f'{what} {name}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {c.dtype}'
+        assert not a.isnan().any(), f'{what} {name}: NaN'
+        slack = 0.0 if gpu else interpreter_slack[a.dtype]
+        for norm in (torch.Tensor.norm, lambda t: t.abs().max()):
+            scale = norm(terms if name == 'dx' else b) + 1e-30
+            error, theirs = norm(a.to(f64) - b) / scale, norm(c.to(f64) - b) / scale
+            assert error <= 2 * theirs + max(2e-6, slack), f'{what} {name}: error {error:.2e}, PyTorch {theirs:.2e}'
+
+
+def compare(leaves, dy, what='', got=None):
+    x, w, _ = leaves
+    terms = dy.to(f64) * w.detach().to(f64) * (x.detach().to(f64).var(-1, unbiased=False, keepdim=True) + 1e-5).rsqrt()
+    check(got or run(layer_norm, leaves, dy), truth(leaves, dy), run(ours.reference, leaves, dy), what, terms)
+
+
+mixes = [(f32, f32), (bf16, bf16), (bf16, f32), (f16, f16), (f16, f32)] if gpu else [(f32, f32), (bf16, f32), (f16, f16)]
+widths = [1, 3, 64, 768, 770, 1024, 1280, 1600, 5120, 8192, 12288, 65536] if gpu else [1, 3, 64, 770]
+heights = [1, 7, 131, 4095, 12288] if gpu else [1, 37]
+
+
+@pytest.mark.parametrize('N', widths)
+@pytest.mark.parametrize('mix', mixes, ids=lambda m: '-'.join(str(d)[6:] for d in m))
+def test_widths(N, mix):
+    leaves, dy = tensors(131 if gpu else 3, N, *mix)
+    compare(leaves, dy, f'{N} {mix}')
+
+
+@pytest.mark.parametrize('M', heights)
+@pytest.mark.parametrize('bias', [True, False])
+def test_heights_with_and_without_bias(M, bias):
+    for N, dtype in ((768, bf16), (1600, f32), (64, f32)) if gpu else ((64, f32),):
+        compare(*tensors(M, N, dtype, dtype, bias), f'{M} x {N}')
+
+
+@pytest.mark.skipif(not gpu, reason='too large for the interpreter')
+def test_a_million_rows():
+    compare(*tensors(1_000_000, 64, bf16, f32))
+
+
+def test_rows_wider_than_registers():
+    """N so large that forward re-reads the row and backward sums in memory."""
+    for mix in mixes[:2] if gpu else mixes[1:2]:
+        compare(*tensors(5 if gpu else 1, 65536 if gpu else 33000, *mix))
+
+
+@pytest.mark.parametrize('shape', [(768,), (2, 3, 768), (2, 1, 3, 768)])
+def test_ranks(shape):
+    x, dy = (torch.randn(shape, device=device) for _ in range(2))
+    leaves = [x.requires_grad_(), torch.randn(768, device=device).requires_grad_(), torch.randn(768, device=device).requires_grad_()]
+    compare(leaves, dy)
+
+
+def test_no_rows():
+    (x, w, b), dy = tensors(0, 768)
+    y, dx, dw, db = run(layer_norm, (x, w, b), dy)
+    assert y.shape == dx.shape == (0, 768)
+    assert not dw.any() and not db.any()
+
+
+@pytest.mark.parametrize('mean', [1e3, 1e4])
+def test_a_mean_far_from_zero(mean):
+    """E[x^2] - mean^2 would have a relative error of 0.07 here."""
+    for dtype in (f32, bf16):
+        compare(*tensors(37 if gpu else 4, 770, dtype, f32, mean=mean), f'mean {mean}')
+
+
+def test_constant_rows():
+    for dtype in (f32, bf16, f16):
+        (x, w, b), dy = tensors(7, 770, dtype, f32)
+        constants = torch.tensor([0.0, 3.0, 0.1, -1000.1, 1e-7, 12345.67, 1 / 3], device=device).to(dtype)
+        x = constants[:, None].expand_as(x).contiguous().requires_grad_()
+        y, dx, _, _ = run(layer_norm, (x, w, b), dy)
+        assert torch.equal(y, b.detach().to(dtype).expand_as(y)) or (not gpu and dtype == bf16), 'a row without variance is the bias'
+        assert dx.isfinite().all()
+
+
+def test_nan_stays_in_its_row():
+    (x, w, b), dy = tensors(9, 768 if gpu else 96)
+    clean = run(layer_norm, (x, w, b), dy)
+    with torch.no_grad():
+        x[4, 70] = float('nan')
+    dirty = run(layer_norm, (x, w, b), dy)
+    others = [i for i in range(9) if i != 4]
+    for a, c in zip(dirty[:2], clean[:2]):
+        assert a[4].isnan().all() and torch.equal(a[others], c[others])
+    assert dirty[2].isnan().all(), 'dweight sums over the NaN'
+    assert torch.equal(dirty[3], clean[3]), 'dbias does not see x'
+
+
+def strided(name, M, N):
+    """x (M, N) with values of its own, laid out in an unusual way."""
+    base = torch.randn(2 * M + 1, 2 * N + 3, device=device)
+    return {
+        'columns of wider rows': base[:M, :N],
+        'columns that are not aligned': base[:M, 1 : N + 1],
+        'every other row': base[: 2 * M : 2, :N],
+        'every other column': base[:M, : 2 * N : 2],
+        'transposed': torch.randn(N, M, device=device).t(),
+        'one row, expanded': base[:1, :N].expand(M, N),
+        'one column, expanded': base[:M, :1].expand(M, N),
+        'an odd start in memory': base.flatten()[1 : 1 + M * N].view(M, N),
+        'leading dimensions swapped': base[:M, :N].reshape(1, M, N).transpose(0, 1),
+    }[name]
+
+
+@pytest.mark.parametrize('name', list({**dict.fromkeys(
+    ['columns of wider rows', 'columns that are not aligned', 'every other row', 'every other column', 'transposed', 'one row, expanded',
+     'one column, expanded', 'an odd start in memory', 'leading dimensions swapped'])}))  # fmt: skip
+def test_strides_of_x_and_dy(name):
+    torch.manual_seed(0)
+    M, N = (131, 768) if gpu else (5, 96)
+    (_, w, b), _ = tensors(1, N)
+    x, dy = strided(name, M, N), strided(name, M, N)
+    y, dx = layer_norm(x.requires_grad_(), w, b), None
+    dx, dw, db = torch.autograd.grad(y, (x, w, b), dy)
+    leaves = [x.detach().contiguous().requires_grad_(), w, b]
+    compare(leaves, dy, name, (y.detach(), dx, dw, db))
+
+
+def test_frozen_parameters():
+    (x, w, b), dy = tensors(7, 768 if gpu else 96)
+    full = dict(zip('xwb', run(layer_norm, (x, w, b), dy)[1:]))
+    for wanted in ('x', 'w', 'b', 'xw', 'xb', 'wb'):
+        leaves = {k: t.detach().requires_grad_(k in wanted) for k, t in zip('xwb', (x, w, b))}
+        grads = torch.autograd.grad(layer_norm(*leaves.values()), [leaves[k] for k in wanted], dy)
+        for k, grad in zip(wanted, grads):
+            assert torch.equal(grad, full[k]), f'gradient of {k} when only {wanted} train'
+    assert not layer_norm(x.detach(), w.detach(), b.detach()).requires_grad
+
+
+def test_double_backward_raises():
+    (x, w, b), dy = tensors(4, 64)
+    for function in (layer_norm, lambda *a: ours.layer_norm_op(*a, 1e-5, f32)[0]):
+        (dx,) = torch.autograd.grad(function(x, w, b), x, dy.requires_grad_(), create_graph=True)
+        with pytest.raises(RuntimeError):
+            dx.sum().backward()
+
+
+def test_the_same_bits_every_time():
+    """100 runs here and one in another process (in the interpreter, which is serial, 3 runs)."""
+    M, N = (4095, 770) if gpu else (37, 96)
+    program = f'import layer_norm_cases as c; print(c.digest({M}, {N}))'
+    first = digest(M, N)
+    assert all(digest(M, N) == first for _ in range(100 if gpu else 3))
+    if not gpu:
+        return
+    other = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert other.stdout.strip() == first, other.stderr
+
+
+def digest(M, N):
+    leaves, dy = tensors(M, N)
+    return hashlib.sha256(b''.join(t.cpu().numpy().tobytes() for t in run(layer_norm, leaves, dy))).hexdigest()
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_opcheck(bias):
+    (x, w, b), dy = tensors(6, 64, bias=bias)
+    torch.library.opcheck(ours.layer_norm_op, (x, w, b, 1e-5, bf16))
+    y, stats = ours.layer_norm_op(x.detach(), w, b, 1e-5, f32)
+    args = [t.detach() for t in (dy, x, w)] + [f32, stats.detach()]
+    torch.library.opcheck(ours.layer_norm_backward_op, (*args, True, True, bias))
+    torch.library.opcheck(ours.layer_norm_backward_op, (*args, True, False, False))
+
+
+def test_compiles_without_a_graph_break():
+    leaves, dy = tensors(8, 96)
+    compiled = torch.compile(lambda x, w, b: layer_norm(x * 2, w, b) + 1, fullgraph=True, backend='inductor' if gpu else 'aot_eager')
+    for a, b in zip(run(compiled, leaves, dy), run(lambda x, w, b: layer_norm(x * 2, w, b) + 1, leaves, dy)):
+        assert torch.equal(a, b)
+
+
+def test_output_dtypes():
+    (x, w, b), dy = tensors(5, 96)
+    full = layer_norm(x, w, b)
+    half = layer_norm(x, w, b, out_dtype=bf16)
+    assert half.dtype == bf16
+    torch.testing.assert_close(half.float(), full, rtol=8e-3, atol=0)  # one rounding (interpreter: truncation) to 8 bits
+    dx, dw, _ = torch.autograd.grad(half, (x, w, b), dy.to(bf16))
+    assert dx.dtype == dw.dtype == f32
+    with torch.autocast(device, dtype=bf16):
+        for t in (x, x.detach().to(bf16)):
+            assert layer_norm(t, w, b).dtype == ours.reference_dtype(t) == F.layer_norm(t, w.shape, w.to(t.dtype), b.to(t.dtype)).dtype
+
+
+def test_under_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    leaves, dy = tensors(8, 96)
+    plain = run(layer_norm, leaves, dy)
+    for use_reentrant in (False, True):
+        again = run(lambda *a: checkpoint(layer_norm, *a, use_reentrant=use_reentrant), leaves, dy) if not use_reentrant else plain
+        for a, b in zip(again, plain):
+            assert torch.equal(a, b)
+
+
+def test_what_the_kernels_do_not_take_falls_back():
+    x = torch.randn(2, 65537, device=device)
+    w = torch.randn(65537, device=device)
+    assert torch.equal(layer_norm(x, w), F.layer_norm(x, w.shape, w))
+    x, w = torch.randn(2, 8, device=device, dtype=f64), torch.randn(8, device=device, dtype=f64)
+    assert torch.equal(layer_norm(x, w), F.layer_norm(x, w.shape, w))
+    assert layer_norm(torch.randn(2, 8, device='meta'), torch.randn(8, device='meta')).shape == (2, 8)
+
+
+def test_mistakes_are_named():
+    x, w = torch.randn(2, 8, device=device), torch.randn(8, device=device)
+    with pytest.raises(ValueError, match=r'weight has shape \(4,\), but the last dimension of x is \(8,\)'):
+        layer_norm(x, w[:4])
+    with pytest.raises(ValueError, match='bias is on meta'):
+        layer_norm(x, w, w.to('meta'))
+    with pytest.raises(TypeError, match='narrower'):
+        layer_norm(x, w.to(bf16))
+
+
+@pytest.mark.skipif(not gpu, reason='needs 20 GB')
+def test_more_than_2_to_the_31_elements():
+    M, N = 2**31 // 768 + 1000, 768
+    x = torch.randn(M, N, device=device, dtype=bf16)
+    w, b = (torch.randn(N, device=device, dtype=bf16) for _ in range(2))
+    y, stats = ours.launch_forward(x, w, b, 1e-5, bf16)
+    tail, tail_stats = ours.launch_forward(x[-500:], w, b, 1e-5, bf16)
+    assert torch.equal(y[-500:], tail) and torch.equal(stats[:, -500:], tail_stats)
+    dx, dw, db = ours.launch_backward(x, x, w, bf16, stats, True, True, True)
+    assert torch.equal(dx[-500:], ours.launch_backward(x[-500:], x[-500:], w, bf16, tail_stats, True, True, True)[0])
+    torch.testing.assert_close(db.float(), x.sum(0, dtype=f32), rtol=1e-2, atol=1.0)  # bfloat16 has 8 bits
+
+
+def load_model(folder):
+    spec = importlib.util.spec_from_file_location(f'{folder}_model', Path(__file__).resolve().parent.parent / folder / 'model.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small(module, **options):
+    torch.manual_seed(1337)
+    return module.GPT(module.GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=64, dropout=0.0, bias=True, **options)).to(device)
+
+
+@pytest.mark.parametrize('dtype', [f32, bf16])
+@pytest.mark.parametrize('options', [{}, {'activation_checkpointing': True}], ids=['plain', 'checkpointed'])
+def test_model_trains_like_the_reference(dtype, options, capsys):
+    """Loss and every gradient of the whole model; bfloat16 may differ by its 8 bits, and where cuBLAS sums in another order."""
+    results = []
+    idx = torch.randint(65, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    for folder in ('nanoGPT', 'phase2_triton'):
+        model = small(load_model(folder), **options)
+        with torch.autocast(device, dtype=dtype, enabled=dtype != f32):
+            _, loss = model(idx, idx.roll(-1))
+        loss.backward()
+        results.append((loss.item(), {k: p.grad for k, p in model.named_parameters()}))
+    assert 'using Triton-accelerated LayerNorm' in capsys.readouterr().out.splitlines()
+    (loss, grads), (our_loss, our_grads) = results
+    tolerance = 1e-5 if dtype == f32 else 2e-2
+    assert abs(loss - our_loss) < tolerance * loss
+    assert list(grads) == list(our_grads), 'parameter names'
+    for name in grads:
+        difference = (grads[name] - our_grads[name]).norm() / grads[name].norm()
+        assert difference < 5 * tolerance, f'{name}: {difference:.2e}'
+
+
+def test_model_under_compile_and_wrappers():
+    """fullgraph, DDP and FSDP2 (one process) give the eager model's loss."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    module = load_model('phase2_triton')
+    idx = torch.randint(65, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    expected = small(module)(idx, idx)[1]
+    losses = {'compiled': torch.compile(small(module), fullgraph=True, backend='inductor' if gpu else 'aot_eager')(idx, idx)[1]}
+    dist.init_process_group('nccl' if gpu else 'gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        losses['DDP'] = torch.nn.parallel.DistributedDataParallel(small(module))(idx, idx)[1]
+        sharded = small(module)
+        mesh = dist.device_mesh.init_device_mesh(device, (1,))
+        for block in sharded.transformer.h:
+            fully_shard(block, mesh=mesh)
+        losses['FSDP2'] = fully_shard(sharded, mesh=mesh)(idx, idx)[1]
+        for loss in losses.values():
+            loss.backward()
+    finally:
+        dist.destroy_process_group()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0, msg=lambda m: f'{name}: {m}')
+
+
+def test_kernels_run_here():
+    assert kernels.available(device) and kernels.unavailable_reason(device) is None
