@@ -13,7 +13,7 @@ wandb_run_name = 'ft-' + str(time.time())
 dataset = 'shakespeare'
 init_from = 'gpt2-xl'
 
-always_save_checkpoint = False # only when the validation loss improves
+always_save_checkpoint = False  # only when the validation loss improves
 
 # 1 sequence * 32 micro-steps * 1024 tokens = 32,768 tokens an iteration; the data set has 301,966, so 9.2 iterations an epoch
 batch_size = 1
