@@ -1,0 +1,449 @@
+"""
+Phase 3 (FSDP) against the reference (DDP) on all GPUs of one machine, in one run.
+
+    python benchmarks/bench_fsdp.py 124M --out=benchmarks/results/fsdp_124M.json               # speed, memory: 3 minutes on 4 H200
+    python benchmarks/bench_fsdp.py 1.5B --out=benchmarks/results/fsdp_1.5B.json               # the same: 4 minutes, most of it compiling DDP
+    python benchmarks/bench_fsdp.py variants --out=benchmarks/results/fsdp_variants.json       # what bounds 124M: 3 minutes
+    python benchmarks/bench_fsdp.py checkpoint --out=benchmarks/results/fsdp_checkpoint.json   # saves at 1.5B, both formats: 2 minutes
+    python benchmarks/bench_fsdp.py curves --out=benchmarks/results/fsdp_curves.json           # 200 steps on real text: 2 minutes
+    python benchmarks/bench_fsdp.py largest --only=ddp,zero1,fsdp --out=...                    # largest model, by trying: 3 to 4 minutes
+    python benchmarks/bench_fsdp.py largest --only=fsdp+ac,fsdp+ac+offload --out=...           # 3 to 4 minutes
+    python benchmarks/bench_fsdp.py MODE --dry-run                                             # tiny, 2 processes, on a CPU
+
+It starts its own processes (torchrun), or runs in those that torchrun has started. The code under test is that of the phases:
+sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py, which reads the loss after each. Trainers
+take turns, so that neither gets the warmer GPU. Memory is that of rank 0, as torch allocates it: at rest after a step, when
+gradients are freed, and the peak. `x of 16N/k`: what rests, against 16 bytes for each of N parameters over k ranks, of which 4
+are for gradients, which rest nowhere here.
+"""
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / 'phase3_fsdp'), str(ROOT / 'phase1_zero1')]  # what both have is the same in both
+import hardware
+import sharding
+from distributed import setup
+from model import GPT, GPTConfig
+from sharded_checkpoint import ShardedSaver, gather_full
+from step_guard import StepGuard
+
+GIB = 2**30
+FLAGS = dict(fsdp_min_num_params=1_000_000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False)
+# n_layer, n_head, n_embd, batch_size, block_size
+SIZES = {'124M': (12, 12, 768, 12, 1024), '1.5B': (48, 25, 1600, 8, 1024), 'tiny': (3, 2, 64, 2, 32)}
+VARIANTS = {  # each changes one thing of the default
+    'default': {},
+    'reshard after forward': dict(fsdp_reshard=True),
+    'units of 2 blocks': dict(fsdp_min_num_params=14_000_000),
+    'units of 6 blocks': dict(fsdp_min_num_params=42_000_000),
+    'one unit, one graph': dict(fsdp_min_num_params=10**12),
+    'head and loss not compiled': dict(eager_head=True),
+    'AdamW over DTensors': dict(dtensor_adamw=True),
+    'default again': {},
+}
+LARGEST = {  # trainer, flags, activation checkpointing
+    'ddp': ('ddp', {}, False),
+    'zero1': ('zero1', {}, False),
+    'fsdp': ('fsdp', dict(fsdp_reshard=True), False),
+    'fsdp+ac': ('fsdp', dict(fsdp_reshard=True), True),
+    'fsdp+ac+offload': ('fsdp', dict(fsdp_reshard=True, fsdp_cpu_offload=True), True),
+}
+
+
+class Trainer:
+    """A model with its optimizer, sharded or not, and the training step of train.py."""
+
+    def __init__(self, kind, size, device, compile, flags=None, seed=1337, exact_init=True, vocab_size=50304, **options):
+        n_layer, n_head, n_embd, self.batch_size, self.block_size = size
+        self.kind, self.device, self.flags = kind, device, {**FLAGS, **(flags or {})}
+        device_type = device.split(':')[0]
+        eager_head, dtensor_adamw = self.flags.pop('eager_head', False), self.flags.pop('dtensor_adamw', False)
+        rank = dist.get_rank()
+        dtype = 'bfloat16' if device_type == 'cuda' else 'float32'
+        self.context = hardware.autocast(device, dtype)
+        self.base = memory(device)
+        reset_peak(device)
+        torch.manual_seed(seed + rank)
+        config = GPTConfig(vocab_size=vocab_size, block_size=self.block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False, **options)
+        started = time.perf_counter()
+        with redirect_stdout(None):
+            if kind == 'fsdp':
+                self.context = nullcontext()
+                with sharding.OnMeta() as recipe:
+                    model = GPT(config)
+                if eager_head and compile:
+                    for block in model.transformer.h:
+                        block.forward = torch.compile(block.forward)
+                sharding.shard(
+                    model, dict(device=device, dtype=dtype, compile=compile and not eager_head, **self.flags), recipe if exact_init else None
+                )
+                if not exact_init:
+                    for p in model.parameters():
+                        torch.nn.init.normal_(p.to_local().detach(), 0, 0.02)
+                optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type)
+                optimizer = optimizer if dtensor_adamw else sharding.ShardedAdamW(optimizer)
+                self.raw_model = self.model = model
+            else:
+                with nullcontext() if exact_init else torch.device('meta'):
+                    model = GPT(config)
+                if not exact_init:
+                    model.to_empty(device=device)
+                    model.transformer.wte.weight = model.lm_head.weight  # to_empty() parts them
+                    for p in model.parameters():
+                        torch.nn.init.normal_(p, 0, 0.02)
+                self.raw_model = model.to(device)
+                optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type)
+                if kind == 'zero1':
+                    from zero1 import Zero1Optimizer
+
+                    optimizer = Zero1Optimizer(optimizer)
+                model = torch.compile(model) if compile else model
+                self.model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+        self.optimizer, self.step_guard = optimizer, StepGuard(device, torch.amp.GradScaler(device_type, enabled=False))
+        self.sharded = isinstance(optimizer, sharding.ShardedAdamW)
+        self.num_params = sum(p.numel() for p in model.parameters())
+        self.init_seconds = time.perf_counter() - started
+
+    def step(self, get_batch, micro_steps):
+        """One training step. Returns its mean loss on this rank, a float: the CPU waits for the GPU, as where train.py logs."""
+        loss_sum = torch.zeros((), device=self.device)
+        for micro_step in range(micro_steps):
+            last = micro_step == micro_steps - 1
+            if self.kind == 'fsdp':
+                sharding.set_last_micro_step(self.model, last)
+            else:
+                self.model.require_backward_grad_sync = last
+            with self.context:
+                loss = self.model(*get_batch(self))[1] / micro_steps
+            loss.backward()
+            loss_sum += loss.detach()
+        if self.sharded:
+            self.optimizer.collect_gradients()
+            grad_norm = self.optimizer.clip_grad_norm_(1.0)
+        else:
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            grad_norm = grad_norm.full_tensor() if self.kind == 'fsdp' else grad_norm
+        self.step_guard.step(self.optimizer, grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        dist.all_reduce(loss_sum)
+        return loss_sum.item() / dist.get_world_size()
+
+    def tokens_per_sec(self, micro_steps, steps):
+        """Of each of a number of steps."""
+        result = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            self.step(random_batch, micro_steps)
+            result.append(self.batch_size * self.block_size * micro_steps * dist.get_world_size() / (time.perf_counter() - started))
+        return result
+
+
+def memory(device):
+    return torch.cuda.memory_allocated(device) if device.startswith('cuda') else 0
+
+
+def reset_peak(device):
+    if device.startswith('cuda'):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def free(*trainers):
+    for trainer in trainers:
+        trainer.__dict__.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def to_device(x, device):
+    return x.pin_memory().to(device, non_blocking=True) if device.startswith('cuda') else x
+
+
+def random_batch(trainer):
+    rows = torch.randint(50257, (trainer.batch_size, trainer.block_size + 1))
+    return to_device(rows[:, :-1].contiguous(), trainer.device), to_device(rows[:, 1:].contiguous(), trainer.device)
+
+
+def warm_up(trainer, micro_steps, steps=4):
+    """Compiles, and measures memory. Returns seconds of the first step, and bytes at rest and at the peak, without what was there before."""
+    started = time.perf_counter()
+    trainer.step(random_batch, 1)
+    first = time.perf_counter() - started
+    reset_peak(trainer.device)
+    for _ in range(steps):
+        trainer.step(random_batch, micro_steps)
+    if trainer.device == 'cpu':
+        return first, None, None
+    torch.cuda.synchronize()
+    return first, memory(trainer.device) - trainer.base, torch.cuda.max_memory_allocated() - trainer.base
+
+
+def spread(values):
+    values = sorted(values)
+    return dict(median=statistics.median(values), p10=values[len(values) // 10], p90=values[-1 - len(values) // 10], n=len(values))
+
+
+def record(name, trainer, micro_steps, speeds, first, rest, peak):
+    ideal = 16 * trainer.num_params / dist.get_world_size()
+    return dict(
+        name=name, kind=trainer.kind, flags=trainer.flags if trainer.kind == 'fsdp' else {}, parameters=trainer.num_params, micro_steps=micro_steps,
+        batch_size=trainer.batch_size, block_size=trainer.block_size, tokens_per_sec=spread(speeds), first_step_seconds=first,
+        init_seconds=trainer.init_seconds, rest_bytes=rest, peak_bytes=peak, rest_of_ideal=rest and rest / ideal,
+    )  # fmt: skip
+
+
+def compare(size, args, device):
+    """DDP and FSDP in turn."""
+    results, steps = [], {1: (12, 3), 10: (5, 3)} if not args.dry_run else {1: (2, 2), 3: (1, 2)}
+    if size == '1.5B':
+        steps = {1: (8, 3)}
+    trainers, warm = {}, {}
+    for kind in ('ddp', 'fsdp'):
+        # drawing 1.5B weights as the reference does takes a minute
+        trainers[kind] = Trainer(kind, SIZES['tiny' if args.dry_run else size], device, not args.dry_run, exact_init=size != '1.5B')
+        warm[kind] = {n: warm_up(trainers[kind], n) for n in steps}
+        say(f'{kind}: first step after {warm[kind][1][0]:.0f} s, built in {trainers[kind].init_seconds:.0f} s')
+    for micro_steps, (n, rounds) in steps.items():
+        speeds = {kind: [] for kind in trainers}
+        for _ in range(rounds):
+            for kind, trainer in trainers.items():
+                trainer.step(random_batch, micro_steps)  # the first after the other's turn
+                speeds[kind] += trainer.tokens_per_sec(micro_steps, n)
+        results += [record(kind, t, micro_steps, speeds[kind], *warm[kind][micro_steps]) for kind, t in trainers.items()]
+    return results
+
+
+def variants(args, device):
+    """What each choice is worth, at 124M."""
+    results = []
+    for name in args.only.split(',') if args.only else VARIANTS:
+        torch._dynamo.reset()
+        trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '124M'], device, not args.dry_run, VARIANTS[name])
+        for micro_steps, n in {1: 30, 10: 8}.items() if not args.dry_run else {1: 2, 3: 1}.items():
+            warm = warm_up(trainer, micro_steps)
+            results.append(record(name, trainer, micro_steps, trainer.tokens_per_sec(micro_steps, n), *warm))
+        say(name)
+        free(trainer)
+    return results
+
+
+def checkpoint(args, device):
+    """How long a save at 1.5B holds up the training, and takes."""
+    trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '1.5B'], device, False, exact_init=False)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        trainer.step(random_batch, 1)
+        times.append(time.perf_counter() - started)
+    folder = [tempfile.mkdtemp(dir=args.tmp) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    model, optimizer = trainer.raw_model, trainer.optimizer
+    started = time.perf_counter()
+    saver, saved = ShardedSaver(folder[0], model, optimizer), []
+    result = dict(name='sharded', parameters=trainer.num_params, step_seconds=statistics.median(times), prepare_seconds=time.perf_counter() - started)
+    for i in range(2):
+        state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': i}
+        saver.save(state, model, best=False, required=False, on_saved=lambda iter_num, **facts: saved.append(facts))
+        started = time.perf_counter()
+        trainer.step(random_batch, 1)
+        result[f'step_seconds_while_saving_{i}'] = time.perf_counter() - started
+        saver.wait()
+    result['saves'] = [{k: v for k, v in facts.items() if k != 'path'} for facts in saved]
+    state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': 2}
+    started = time.perf_counter()
+    full = gather_full(state, model)
+    gathered = time.perf_counter() - started
+    if dist.get_rank() == 0:
+        torch.save(full, f'{folder[0]}/ckpt.pt')
+        size = os.path.getsize(f'{folder[0]}/ckpt.pt')
+        shutil.rmtree(folder[0])
+        return [result, dict(name='full', gather_seconds=gathered, seconds=time.perf_counter() - started, bytes=size)]
+    return []
+
+
+def curves(args, device):
+    """The loss curves of FSDP and DDP from the same seed on the same batches, and of DDP from other seeds, on the sources of Python."""
+    text = b''.join(p.read_bytes() for p in sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py')))
+    data = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).astype(np.int64))
+    size, steps = ((6, 6, 384, 8, 256), 200) if not args.dry_run else (SIZES['tiny'], 6)
+
+    def batch(trainer):
+        at = torch.randint(len(data) - size[4] - 1, (size[3],))
+        rows = torch.stack([data[i : i + size[4] + 1] for i in at])
+        return to_device(rows[:, :-1].contiguous(), device), to_device(rows[:, 1:].contiguous(), device)
+
+    results = []
+    for kind, seed in (('ddp', 1337), ('fsdp', 1337), ('ddp', 1), ('ddp', 2), ('fsdp', 1)):
+        torch._dynamo.reset()
+        trainer = Trainer(kind, size, device, not args.dry_run, seed=seed, vocab_size=256)
+        for group in trainer.optimizer.param_groups:
+            group['lr'] = 1e-3
+        results.append(dict(name=f'{kind}, seed {seed}', losses=[trainer.step(batch, 1) for _ in range(steps)]))
+        free(trainer)
+        say(f'{results[-1]["name"]}: {results[-1]["losses"][-1]:.4f}')
+    second = {r['name']: statistics.mean(r['losses'][steps // 2 :]) for r in results}  # the mean over the second half
+    seeds = [second[f'ddp, seed {s}'] for s in (1337, 1, 2)]
+    return [*results, dict(name='summary', mean_of_second_half=second, seed_to_seed_std=statistics.stdev(seeds),
+                           fsdp_minus_ddp=[second[f'fsdp, seed {s}'] - second[f'ddp, seed {s}'] for s in (1337, 1)])]  # fmt: skip
+
+
+def attempt(args, device):
+    """One try of `largest`: three steps of a model of args.layers layers. Ends with rc 3 if it does not fit."""
+    name, layers = args.attempt.rsplit(':', 1)
+    kind, flags, checkpointing = LARGEST[name]
+    width = (6144, 48) if not args.dry_run else (64, 2)
+    size = (int(layers), width[1], width[0], 1, 1024 if not args.dry_run else 32)
+    try:
+        trainer = Trainer(kind, size, device, False, flags, exact_init=False, activation_checkpointing=checkpointing)
+        warm = warm_up(trainer, 1, steps=1)
+        return [record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width[0])]
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        print(f'does not fit: {str(e).splitlines()[0]}', file=sys.stderr, flush=True)
+        os._exit(3)
+
+
+def largest(args, processes):
+    """
+    For each trainer the largest model that trains, one sequence of 1024 tokens a GPU: models of width 6144 with more and more
+    layers (453M parameters each), every try in processes of its own, first where two small ones say that the memory ends.
+    """
+    results = []
+    for name in args.only.split(',') if args.only else LARGEST:
+        tried = {}
+
+        def fits(layers):
+            if layers not in tried:
+                out = Path(tempfile.mkdtemp()) / 'out.json'
+                started = time.time()
+                run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], 100, quiet=True)
+                tried[layers] = json.loads(out.read_text())['results'][0] if out.exists() else None
+                print(f'{name}, {layers} layers: {"trains" if tried[layers] else f"does not ({run})"}, {time.time() - started:.0f} s', flush=True)
+            return tried[layers]
+
+        first, second = fits(4), fits(8)
+        guess = 9
+        if not args.dry_run and first and second:
+            total = torch.cuda.get_device_properties(0).total_memory * 0.96  # the rest is CUDA's and NCCL's
+            slope = (second['peak_bytes'] - first['peak_bytes']) / 4
+            guess = 4 + int((total - first['peak_bytes']) / slope)
+            if 'offload' in name:  # bounded by the CPU's memory; pinned tensors take up to twice their size
+                guess = int(0.75 * cpu_memory() / (22 * (second['parameters'] - first['parameters']) / 4))
+        step = max(1, guess // 25)
+        tries = 0
+        while not fits(guess) and guess > 8 and tries < 3:
+            guess, tries = guess - step, tries + 1
+        while fits(guess) and guess + step not in tried and tries < 2:
+            guess, tries = guess + step, tries + 1
+            fits(guess)
+        best = max((n for n, r in tried.items() if r), default=None)
+        failed = [n for n, r in tried.items() if not r and n > (best or 0)]
+        if best:
+            results.append(tried[best] | dict(smallest_that_does_not_fit=min(failed, default=None)))
+    return results
+
+
+def cpu_memory():
+    """Bytes of the machine, or of the container if that has fewer."""
+    limit = Path('/sys/fs/cgroup/memory.max')
+    limit = limit.read_text().strip() if limit.exists() else 'max'
+    total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    return min(total, int(limit), 512 * GIB) if limit.isdigit() else min(total, 512 * GIB)
+
+
+def launch(processes, arguments, timeout, quiet=False):
+    """Runs this file under torchrun with the arguments. Returns the exit status, or 'timeout'."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', __file__, *arguments]
+    env = dict(os.environ, PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
+    env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // processes)))
+    run = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL if quiet else None, start_new_session=True)
+    try:
+        return run.wait(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)  # the ranks too, which would keep their memory
+        run.wait()
+        return 'timeout'
+
+
+def say(text):
+    if dist.get_rank() == 0:
+        print(f'[{time.perf_counter() - STARTED:.0f} s] {text}', flush=True)
+
+
+def write(args, results, processes):
+    versions = dict(torch=torch.__version__, cuda=torch.version.cuda, python=sys.version.split()[0])
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.dry_run else 'cpu'
+    report = dict(mode=args.mode, device=gpu, processes=processes, versions=versions, command=' '.join(sys.argv), results=results)
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(report, indent=1) + '\n')
+    if args.attempt:
+        return
+    print(f'\n{args.mode}: {processes} x {gpu}, torch {torch.__version__}')
+    if args.mode in ('checkpoint', 'curves'):
+        for r in results:
+            print({k: v for k, v in r.items() if k != 'losses'})
+        return
+    base = {r['micro_steps']: r['tokens_per_sec']['median'] for r in reversed(results)}  # the first one's
+    columns = [('', 28), ('parameters', 15), ('micro-steps', 11), ('tokens/s', 10), ('p10', 10), ('p90', 10), ('% of first', 10), ('rest GiB', 9),
+               ('of 16N/k', 9), ('peak GiB', 9)]  # fmt: skip
+    print(' '.join(f'{name:>{width}}' for name, width in columns))
+    for r in results:
+        s, rest, peak = r['tokens_per_sec'], r['rest_bytes'], r['peak_bytes']
+        of_ideal = f'{r["rest_of_ideal"]:.3f}' if rest else '-'
+        cells = [r['name'], f'{r["parameters"]:,}', r['micro_steps'], f'{s["median"]:,.0f}', f'{s["p10"]:,.0f}', f'{s["p90"]:,.0f}',
+                 f'{100 * s["median"] / base[r["micro_steps"]]:.1f}', f'{rest / GIB:.3f}' if rest else '-', of_ideal,
+                 f'{peak / GIB:.2f}' if peak else '-']  # fmt: skip
+        print(' '.join(f'{cell:>{width}}' for cell, (_, width) in zip(cells, columns)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('mode', choices=['124M', '1.5B', 'variants', 'checkpoint', 'curves', 'largest'])
+    parser.add_argument('--out', default='', help='JSON file')
+    parser.add_argument('--only', default='', help='variants, or trainers of largest, with commas between')
+    parser.add_argument('--tmp', default=None, help='folder for the checkpoints of mode checkpoint')
+    parser.add_argument('--attempt', default='', help=argparse.SUPPRESS)
+    parser.add_argument('--dry-run', action='store_true')
+    args = parser.parse_args()
+    processes = int(os.environ.get('WORLD_SIZE', 0)) or (2 if args.dry_run else torch.cuda.device_count())
+    if args.mode == 'largest' and not args.attempt:
+        write(args, largest(args, processes), processes)
+        return
+    if 'RANK' not in os.environ:
+        sys.exit(launch(processes, sys.argv[1:], 600))
+    device, *_, backend = hardware.choose('cpu' if args.dry_run else 'cuda', 'auto', 'auto', 'auto')
+    rank, world_size = setup(backend)
+    if args.attempt:
+        results = attempt(args, device)
+    elif args.mode in ('124M', '1.5B'):
+        results = compare(args.mode, args, device)
+    else:
+        results = dict(variants=variants, checkpoint=checkpoint, curves=curves)[args.mode](args, device)
+    if rank == 0:
+        write(args, results, world_size)
+    dist.barrier()  # gloo may abort where a peer is gone
+    dist.destroy_process_group()
+
+
+STARTED = time.perf_counter()
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,8 @@
+# the losses of OpenAI's GPT-2 (774M parameters) on a data set with its encoding
+# $ python train.py config/eval_gpt2_large.py
+batch_size = 8
+eval_iters = 500  # many, for a good estimate
+eval_only = True
+wandb_log = False
+init_from = 'gpt2-large'
+n_layer, n_head, n_embd = 36, 20, 1280  # as in its weights

@@ -1,0 +1,177 @@
+"""
+The command line: `python train.py [config/file.py ...] [--key=value ...]`, applied from left to right.
+
+A script's flags are the plain values at its top: configure(globals()) overrides them, and the comment at the end of each
+line is its help text. A config file is Python that assigns to the same names. The fields of the model's GPTConfig that are no
+part of its architecture (how it computes, such as activation_checkpointing) are flags of every script too.
+"""
+
+import ast
+import difflib
+import os
+import re
+import sys
+import traceback
+
+from checkpoint import ARCHITECTURE
+from errors import UserError
+
+# what a value must be, beyond its type, so that a mistake is named here and not deep inside a run
+POSITIVE = (
+    'batch_size',
+    'block_size',
+    'gradient_accumulation_steps',
+    'eval_interval',
+    'log_interval',
+    'eval_iters',
+    'n_layer',
+    'n_head',
+    'n_embd',
+    'lr_decay_iters',
+    'num_samples',
+    'max_new_tokens',
+    'top_k',
+)
+NOT_NEGATIVE = ('max_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'temperature', 'peak_tflops')
+FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
+
+
+def configure(namespace):
+    """
+    Overrides the flags in namespace, a script's globals(), from sys.argv. Returns (config, given): all flags with their
+    values, and the names of those that the command line or a config file set. Raises UserError for anything wrong.
+    """
+    script = namespace['__file__']
+    defaults = {k: v for k, v in namespace.items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))}
+    # the model's own flags have to be known before any other, so the folder of the model comes first
+    model_dir = ([arg.split('=', 1)[1] for arg in sys.argv[1:] if arg.startswith('--model_dir=')] or [defaults.get('model_dir', '')])[-1]
+    config, given = dict(defaults), set()
+    config['model_dir'] = find_model_dir(model_dir, script)
+    options = model_options(config['model_dir'], script)
+    config.update(options)
+    defaults.update(options)
+
+    for arg in sys.argv[1:]:
+        if arg in ('--help', '-h'):
+            print_help(script, defaults, config['model_dir'], namespace.get('__doc__'))
+        elif arg.startswith('--'):
+            key, equals, text = arg[2:].partition('=')
+            check_name(key, defaults, arg)
+            if not equals and not isinstance(defaults[key], bool) and defaults[key] != 'auto':
+                raise UserError(f'{arg} needs a value: {arg}=...')
+            if key != 'model_dir':
+                config[key] = convert(key, text if equals else 'true', defaults[key], arg)
+            given.add(key)
+        else:
+            for key, value in run_config_file(arg, config, script).items():
+                check_name(key, defaults, f'{key} in {arg}')
+                if key == 'model_dir' and value != config[key]:
+                    raise UserError(f'{arg} sets model_dir, which works on the command line only: --model_dir={value}')
+                config[key] = convert(key, value, defaults[key], f'{key} = {value!r} in {arg}')
+                given.add(key)
+    check_values(config)
+    namespace.update(config)
+    return config, given
+
+
+def check_name(key, known, where):
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        raise UserError(f'{where}: there is no flag {key}' + (f'; did you mean {near[0]}?' if near else '') + ' (--help lists them all)')
+
+
+def convert(key, value, default, where):
+    """value, a string of the command line or an object of a config file, as the type of default. 'auto' may also be a bool."""
+    kind = type(default)
+    words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
+    text = str(value)
+    if kind is str:
+        as_bool = {'true': True, 'false': False}.get(text.lower()) if default == 'auto' else None
+        return text if as_bool is None else as_bool
+    if kind is bool:
+        if text.lower() in words:
+            return words[text.lower()]
+        raise UserError(f'{where}: {key} is true or false')
+    try:
+        number = float(text.replace('_', '')) if not isinstance(value, bool) else None
+        if kind is int and re.fullmatch(r'[+-]?[\d_]+', text):
+            return int(text)  # exactly, beyond 2**53 too
+        if kind is float or number == int(number):
+            return kind(number)
+    except (ValueError, TypeError, OverflowError):
+        pass
+    raise UserError(f'{where}: {key} is {"a whole number" if kind is int else "a number"}')
+
+
+def check_values(config):
+    """Raises UserError for a value out of its range."""
+    for keys, good, what in (
+        (POSITIVE, lambda v: v >= 1, 'at least 1'),
+        (NOT_NEGATIVE, lambda v: v >= 0, 'at least 0'),
+        (FRACTION, lambda v: 0 <= v < 1, 'at least 0 and less than 1'),
+    ):
+        for key in keys:
+            if key in config and not good(config[key]):  # `not good` is also true of NaN
+                raise UserError(f'{key}={config[key]}, but it must be {what}')
+    if 'n_head' in config and config['n_embd'] % config['n_head']:
+        raise UserError(f'n_embd={config["n_embd"]} cannot be divided among n_head={config["n_head"]} heads')
+
+
+def run_config_file(path, config, script):
+    """The names that the config file assigns, with their values. It sees the flags' values so far as variables."""
+    found = [p for p in (path, os.path.join(os.path.dirname(os.path.abspath(script)), path)) if os.path.isfile(p)]
+    if not found:
+        raise UserError(f'{path}: no such config file (flags are written --key=value)')
+    variables = dict(config)
+    try:
+        with open(found[0], encoding='utf-8') as f:
+            tree = ast.parse(f.read(), found[0])
+        exec(compile(tree, found[0], 'exec'), variables)
+    except Exception as e:
+        line = e.lineno if isinstance(e, SyntaxError) else traceback.extract_tb(e.__traceback__)[-1].lineno
+        raise UserError(f'{found[0]}, line {line}: {type(e).__name__}: {e}') from None
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {k: variables[k] for k in assigned if k in variables and not k.startswith('_') and not callable(variables[k])}
+
+
+def find_model_dir(model_dir, script):
+    """The folder of the model.py to use: model_dir as seen from here or from the script's folder; '' is the latter."""
+    own = os.path.dirname(os.path.abspath(script))
+    for folder in (model_dir, os.path.join(own, model_dir)) if model_dir else (own,):
+        if os.path.isfile(os.path.join(folder, 'model.py')):
+            return os.path.abspath(folder) if model_dir else ''
+    raise UserError(f'--model_dir={model_dir}: there is no {os.path.join(model_dir or own, "model.py")}')
+
+
+def model_options(model_dir, script):
+    """The fields of GPTConfig that are no architecture, with their defaults; read from model.py without running it."""
+    with open(model_file(model_dir, script), encoding='utf-8') as f:
+        tree = ast.parse(f.read())
+    fields = [
+        field
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == 'GPTConfig'
+        for field in node.body
+        if isinstance(field, ast.AnnAssign)
+    ]
+    return {field.target.id: ast.literal_eval(field.value) for field in fields if field.target.id not in (*ARCHITECTURE, 'dropout')}
+
+
+def model_file(model_dir, script):
+    return os.path.join(model_dir or os.path.dirname(os.path.abspath(script)), 'model.py')
+
+
+def print_help(script, defaults, model_dir, doc):
+    """Prints each flag with its default and the comment at the end of its line, and ends the program."""
+    comments = {}
+    for path in (script, model_file(model_dir, script)):
+        with open(path, encoding='utf-8') as f:
+            for line in f:
+                match = re.match(r'\s*(\w+)(?:: \w+)? = [^#]*# (.*)', line)
+                if match and match[1] in defaults:
+                    comments.setdefault(match[1], match[2])
+    print((doc or '').strip() + '\n\nFlags, written --key=value, with their defaults:')
+    for key, value in defaults.items():
+        value = repr(value) if '\n' in str(value) else value
+        print(f'  {f"--{key}={value}":<40} {comments.get(key, "")}'.rstrip())
+    sys.exit(0)

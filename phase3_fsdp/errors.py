@@ -1,0 +1,56 @@
+"""
+UserError: a mistake of the user's, reported as one message from one rank and exit status 2, without a traceback.
+
+Raise it anywhere, on any rank. Importing this module installs the excepthook that reports it. Under torchrun the first
+rank to fail claims the right to speak through torchrun's key-value store, so that a mistake that every rank notices is
+said once; torchrun then ends the remaining ranks.
+"""
+
+import os
+import sys
+import traceback
+
+
+OPTIONAL_PACKAGES = ('wandb', 'transformers', 'datasets', 'tqdm', 'pyarrow')
+
+
+class UserError(Exception):
+    """What was wrong, where, and what to do about it."""
+
+
+def _first_to_fail():
+    """True on the first rank that asks; also True where there is no torchrun (or it no longer answers)."""
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return True
+    try:
+        from datetime import timedelta
+        from torch.distributed import TCPStore
+
+        store = TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timedelta(seconds=10))
+        return store.add(f'speaker/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', 1) == 1
+    except Exception:
+        return True
+
+
+def _excepthook(kind, error, trace):
+    # to sys.__stderr__, because init_process_group puts a hook around this one that holds sys.stderr back until it returns
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    if issubclass(kind, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
+        kind, error = UserError, UserError(f'this needs the package {error.name}, which is not installed: pip install {error.name}')
+    speaks = _first_to_fail()
+    rank = os.environ.get('RANK')
+    if issubclass(kind, UserError):
+        if speaks:
+            print(f'error: {error}', file=sys.__stderr__, flush=True)
+    elif speaks:
+        traceback.print_exception(kind, error, trace, file=sys.__stderr__)
+    else:  # most often the echo of another rank's failure: a collective whose partner is gone
+        print(f'rank {rank} ends too: {kind.__name__}: {str(error).splitlines()[0] if str(error) else ""}', file=sys.__stderr__, flush=True)
+    sys.stdout.flush()
+    # skip the interpreter's own teardown: it would wait for collectives and threads that can never finish
+    os._exit(2 if issubclass(kind, UserError) else 1)
+
+
+sys.excepthook = _excepthook

@@ -1,0 +1,146 @@
+"""What this machine has: the best device, dtype, compile and backend for it, its peak speed, its clock and its memory."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shlex
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+
+from errors import UserError
+
+
+def choose(device, dtype, compile, backend):
+    """
+    Replaces each 'auto' by the best that this machine has, checks the rest, and gives (device, dtype, compile, backend).
+    Under torchrun 'cuda' becomes this rank's GPU. Raises UserError for what is not there.
+    """
+    mps = getattr(torch.backends, 'mps', None)
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if mps and mps.is_available() else 'cpu'
+    device_type = str(device).split(':')[0]
+    if device_type not in ('cuda', 'mps', 'cpu'):
+        raise UserError(f"device is '{device}', but it can be cuda, cuda:N, mps or cpu")
+    if device_type == 'cuda':
+        if not torch.cuda.is_available():
+            raise UserError(f'device={device}, but torch {torch.__version__} sees no CUDA GPU here; leave the flag out or use --device=cpu')
+        count, local_world_size = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if local_world_size > count:
+            raise UserError(f'torchrun started {local_world_size} processes on this machine, but it has {count} GPU(s): use --nproc_per_node={count}')
+        if local_world_size > 1:
+            device = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU a process
+        if ':' in device and not (device[5:].isdigit() and int(device[5:]) < count):
+            raise UserError(f'device={device}, but this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}')
+        torch.cuda.set_device(device if ':' in device else 'cuda:0')
+    if device_type == 'mps' and not (mps and mps.is_available()):
+        raise UserError('device=mps, but torch sees no Apple GPU here; leave the flag out or use --device=cpu')
+
+    if dtype == 'auto':
+        dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise UserError(f"dtype is '{dtype}', but it can be float32, bfloat16 or float16")
+
+    if compile == 'auto':  # Triton, which compiled code for a GPU is written in, needs compute capability 7
+        compile = device_type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
+    if not isinstance(compile, bool):
+        raise UserError(f"compile is '{compile}', but it can be True or False")
+
+    if backend == 'auto':
+        backend = 'nccl' if device_type == 'cuda' else 'gloo'
+    if backend == 'nccl' and device_type != 'cuda':
+        raise UserError(f'backend=nccl works between GPUs only, and the device is {device}; leave the flag out or use --backend=gloo')
+    return device, dtype, compile, backend
+
+
+def autocast(device, dtype):
+    """
+    The context for a model's forward: matmuls and attention in dtype, the rest and all weights in float32. Where float32
+    matmuls remain, NVIDIA's TF32 units may do them (10 bits of mantissa, several times the speed).
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    if dtype == 'float32':
+        return nullcontext()
+    return torch.amp.autocast(device_type=device.split(':')[0], dtype={'bfloat16': torch.bfloat16, 'float16': torch.float16}[dtype])
+
+
+def device_name(device):
+    """'NVIDIA H200', 'cpu', ..."""
+    return torch.cuda.get_device_name(device) if device.startswith('cuda') else device
+
+
+# Peak dense matmul TFLOP/s: (bfloat16 and float16 with float32 accumulation, float32 by way of TF32), from NVIDIA's data
+# sheets; where those give the figure with sparsity, half of it. None: the format is not there, or not known to us.
+PEAK_TFLOPS = [
+    (r'NVIDIA (H100 80GB HBM3|H100 SXM.*|H200|GH200.*|H800)', 989.4, 494.7),
+    (r'NVIDIA H100 PCIe', 756.0, 378.0),
+    (r'NVIDIA (H100 NVL|H200 NVL)', 835.5, 417.5),
+    (r'NVIDIA B200', 2250.0, 1125.0),
+    (r'NVIDIA (A100|A800)[- ].*', 312.0, 156.0),
+    (r'NVIDIA A40', 149.7, 74.8),
+    (r'NVIDIA A30', 165.0, 82.0),
+    (r'NVIDIA A10', 125.0, 62.5),
+    (r'NVIDIA L40S', 362.0, 183.0),
+    (r'NVIDIA L40', 181.0, 90.5),
+    (r'NVIDIA L4', 121.0, 60.0),
+    (r'NVIDIA GeForce RTX 3090', 71.0, 35.6),
+    (r'NVIDIA GeForce RTX 4090', 165.2, 82.6),
+    (r'NVIDIA GeForce RTX 5090', 209.5, 104.8),
+    (r'Tesla V100-SXM.*', 125.0, None),
+    (r'Tesla V100-PCIE.*', 112.0, None),
+    (r'Tesla T4', 65.0, None),
+]
+
+
+def peak_flops(device, dtype, peak_tflops=0.0):
+    """Peak FLOP/s of the device in this dtype; peak_tflops overrides it where it is not 0. None: unknown, never a guess."""
+    if peak_tflops:
+        return peak_tflops * 1e12
+    for name, half, tf32 in PEAK_TFLOPS:
+        if re.fullmatch(name, device_name(device)):
+            if dtype == 'bfloat16' and torch.cuda.get_device_capability(device) < (8, 0):
+                return None
+            tflops = tf32 if dtype == 'float32' else half
+            return tflops and tflops * 1e12
+    return None
+
+
+def peak_memory_bytes(device):
+    """The most memory this process has used at a time: tensors on its GPU, or, on a CPU, its resident set."""
+    if device.startswith('cuda'):
+        return torch.cuda.memory_stats_as_nested_dict(device)['allocated_bytes']['all']['peak']  # max_memory_allocated() is this, slower
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def now(device):
+    """Seconds on a steady clock, once the device has done all that it was given so far."""
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def run_facts(script, model_dir, device, world_size, **facts):
+    """What a log should say about a run, beyond its flags: which code ran where, and further `facts` as they are."""
+    folder = os.path.dirname(os.path.abspath(script))
+    versions = {'python': platform.python_version(), 'torch': torch.__version__}
+    for package in ('triton', 'numpy'):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        'phase': os.path.basename(folder),
+        'model': os.path.basename(os.path.normpath(model_dir or folder)),
+        'command': shlex.join(sys.argv),
+        'world_size': world_size,
+        'device': device_name(device),
+        **facts,
+        'host': platform.node(),
+        'versions': versions,
+    }

@@ -1,0 +1,241 @@
+"""
+A GPT language model, all of it in this file.
+
+The architecture is GPT-2's (Radford et al. 2019; weights and TensorFlow code: github.com/openai/gpt-2): learned position
+embeddings, LayerNorm before attention and MLP, GELU, and an output layer that shares its weight with the token embedding.
+Parameter names, shapes and the order of random initialization are nanoGPT's, so checkpoints and losses are interchangeable.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias."""
+
+    def __init__(self, ndim, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, input):
+        return F.layer_norm(input, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        # query, key and value of all heads in one matmul
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        # output projection, back into the residual stream
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.n_embd = config.n_embd
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        B, T, C = x.size()  # batch size, sequence length, n_embd
+        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        # each token attends to itself and to what came before; (B, nh, T, T) is never written to memory
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
+    # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
+    activation_checkpointing: bool = False  # keep only each block's input and compute the rest again in backward: less memory, more time
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # one matrix, both ways: Press & Wolf 2016, arxiv.org/abs/1608.05859
+
+        self.apply(self._init_weights)
+        # GPT-2 scales what is added to the residual stream by 1/sqrt(number of additions)
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+        print(f'number of parameters: {self.get_num_params() / 1e6:.2f}M')
+
+    def get_num_params(self, non_embedding=True):
+        """
+        Number of parameters; by default without the position embeddings. The token embeddings count: they are the
+        output layer as well.
+        """
+        n_params = sum(p.numel() for p in self.parameters())
+        if non_embedding:
+            n_params -= self.transformer.wpe.weight.numel()
+        return n_params
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+
+    def forward(self, idx, targets=None):
+        """
+        idx: int64 tokens (B, T), T <= block_size. With targets (B, T; -1 is ignored): logits (B, T, vocab_size) and the
+        mean cross-entropy in nats. Without: the logits of the last position only, (B, 1, vocab_size), and None.
+        """
+        B, T = idx.size()
+        assert T <= self.config.block_size, f'a sequence of {T} tokens does not fit block_size={self.config.block_size}'
+        pos = torch.arange(0, T, dtype=torch.long, device=idx.device)  # (T)
+
+        tok_emb = self.transformer.wte(idx)  # (B, T, n_embd)
+        pos_emb = self.transformer.wpe(pos)  # (T, n_embd)
+        x = self.transformer.drop(tok_emb + pos_emb)
+        for block in self.transformer.h:
+            if self.config.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        x = self.transformer.ln_f(x)
+
+        if targets is not None:
+            logits = self.lm_head(x)
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        else:
+            logits = self.lm_head(x[:, [-1], :])  # [-1] as a list keeps the time dimension
+            loss = None
+
+        return logits, loss
+
+    def crop_block_size(self, block_size):
+        """Shortens the longest sequence the model takes, for instance of a pretrained one."""
+        assert block_size <= self.config.block_size, f"block_size {block_size} is more than the model's {self.config.block_size}"
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.data[:block_size].clone())
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        """
+        GPT-2 as released by OpenAI, by way of Hugging Face transformers: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M)
+        or gpt2-xl (1558M). override_args may set the fields of GPTConfig that do not change the weights, such as dropout.
+        """
+        from transformers import GPT2LMHeadModel
+
+        print(f'loading weights from pretrained gpt: {model_type}')
+        model_hf = GPT2LMHeadModel.from_pretrained(model_type)
+        hf = model_hf.config
+        model = cls(
+            GPTConfig(
+                block_size=hf.n_positions,
+                vocab_size=hf.vocab_size,
+                n_layer=hf.n_layer,
+                n_head=hf.n_head,
+                n_embd=hf.n_embd,
+                bias=True,
+                **(override_args or {}),
+            )
+        )
+        weights = model_hf.state_dict()
+        for name, p in model.state_dict().items():
+            # transformers keeps these four as (in, out); nn.Linear wants (out, in)
+            transposed = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+            p.copy_(weights[name].t() if transposed else weights[name])
+        return model
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW; matrices (matmul weights and embeddings) decay, vectors (biases and LayerNorm weights) do not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        decay_params = [p for p in params if p.dim() >= 2]
+        nodecay_params = [p for p in params if p.dim() < 2]
+        optim_groups = [{'params': decay_params, 'weight_decay': weight_decay}, {'params': nodecay_params, 'weight_decay': 0.0}]
+        print(f'num decayed parameter tensors: {len(decay_params)}, with {sum(p.numel() for p in decay_params):,} parameters')
+        print(f'num non-decayed parameter tensors: {len(nodecay_params)}, with {sum(p.numel() for p in nodecay_params):,} parameters')
+        fused = device_type == 'cuda'  # one kernel for all parameters instead of several for each
+        print(f'using fused AdamW: {fused}')
+        return torch.optim.AdamW(optim_groups, lr=learning_rate, betas=betas, **(dict(fused=True) if fused else {}))
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
+        """
+        Model FLOPs utilization: the fraction of the device's peak_flops (FLOP/s; None: unknown) that fwdbwd_per_iter
+        sequences of block_size in dt seconds amount to. FLOPs as counted in PaLM, appendix B (arxiv.org/abs/2204.02311).
+        """
+        if peak_flops is None:
+            return None
+        cfg = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
+        return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """
+        Continues idx (int64 (B, T)) by max_new_tokens tokens, each drawn from the top_k most likely ones (all, if None)
+        and fed back in. temperature < 1 sharpens the distribution, 0 takes the likeliest. You want model.eval() first.
+        """
+        for _ in range(max_new_tokens):
+            idx_cond = idx[:, -self.config.block_size :]  # no more context than the model can see
+            logits, _ = self(idx_cond)
+            logits = logits[:, -1, :]
+            if temperature == 0:
+                idx_next = logits.argmax(dim=-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
+                    logits[logits < kth] = -float('inf')
+                idx_next = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+            idx = torch.cat((idx, idx_next), dim=1)
+        return idx

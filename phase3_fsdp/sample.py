@@ -1,0 +1,92 @@
+"""
+Samples from a trained model, or from a pretrained GPT-2.
+
+$ python sample.py --out_dir=out-python-char --start="def "
+$ python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" --num_samples=5
+"""
+
+import os
+import sys
+
+import torch
+
+import hardware
+from checkpoint import load_checkpoint, load_model
+from configurator import configure
+from dataset import find_data_dir, get_encoding, load_meta
+from errors import UserError
+
+# -----------------------------------------------------------------------------
+init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
+out_dir = 'out'  # folder of the checkpoint
+ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
+dataset = ''  # data set whose encoding to use; empty: the one that the checkpoint was trained on
+start = '\n'  # text to continue, such as "<|endoftext|>"; FILE:prompt.txt takes it from a file
+num_samples = 10  # number of samples to draw
+max_new_tokens = 500  # tokens in each
+temperature = 0.8  # 1.0: as trained; less: safer; more: wilder; 0.0: always the likeliest token
+top_k = 200  # draw from this many of the likeliest tokens only
+seed = 1337  # of the random numbers
+model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this one
+device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
+dtype = 'auto'  # float32, bfloat16 or float16
+compile = False  # use torch.compile?
+config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+# -----------------------------------------------------------------------------
+
+device, dtype, compile, _ = hardware.choose(device, dtype, compile, backend='auto')
+torch.manual_seed(seed)
+ctx = hardware.autocast(device, dtype)
+
+# model
+if model_dir:
+    sys.path.insert(0, model_dir)
+from model import GPT, GPTConfig
+
+model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}
+if init_from == 'resume':
+    checkpoint = load_checkpoint(os.path.join(out_dir, ckpt))
+    known = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
+    model = GPT(GPTConfig(**{**known, 'dropout': 0.0}, **model_options))
+    load_model(model, checkpoint)
+    dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
+elif init_from.startswith('gpt2'):
+    model = GPT.from_pretrained(init_from, dict(dropout=0.0, **model_options))
+else:
+    raise UserError(f"init_from is '{init_from}', but it can be resume, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+model.eval()
+model.to(device)
+if compile:
+    model = torch.compile(model)
+
+# text to tokens and back, as in the data set that the model was trained on
+vocab_size = model.config.vocab_size
+meta = {}
+if dataset:
+    try:
+        meta = load_meta(find_data_dir(dataset))
+    except UserError:
+        if vocab_size < 50257 or 'dataset' in given:  # then it was not GPT-2's encoding
+            raise
+if vocab_size < meta.get('vocab_size', 50257):
+    raise UserError(
+        f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has {meta.get("vocab_size", 50257)}: name the data '
+        'set that it was trained on with --dataset'
+    )
+encoding = get_encoding(meta)
+if start.startswith('FILE:'):
+    try:
+        with open(start[5:], encoding='utf-8') as f:
+            start = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'--start={start}: {e}') from None
+if not start:
+    raise UserError('start is empty: give at least one character to continue, such as --start=A')
+x = torch.tensor(encoding.encode(start), dtype=torch.long, device=device)[None, :]  # (1, T)
+
+# generation
+with torch.no_grad(), ctx:
+    for k in range(num_samples):
+        y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k)
+        print(encoding.decode(y[0].tolist()))
+        print('---------------', flush=True)

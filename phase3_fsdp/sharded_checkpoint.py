@@ -1,0 +1,380 @@
+"""
+Checkpoints of a sharded model, in two formats.
+
+full: out_dir/ckpt.pt, the file that every phase and nanoGPT read. Rank 0 collects it in its CPU's memory, shard by shard.
+
+sharded: out_dir/ckpt_sharded/, for models of which no machine holds a full copy. Each rank writes its own shards
+(torch.distributed.checkpoint) in the background, from a copy in CPU memory. `latest` and `best` name the folders of those two
+checkpoints. The ranks write to a folder `saving`; when all of them have finished it gets its final name, then `latest`
+does: at any moment `latest` names a whole checkpoint. All machines must see out_dir, through a shared file system.
+
+One into the other, in one process; both keep all state:
+$ python sharded_checkpoint.py full OUT_DIR       # out_dir/ckpt.pt from out_dir/ckpt_sharded
+$ python sharded_checkpoint.py sharded OUT_DIR    # and back
+"""
+
+import os
+import pickle
+import shutil
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.tensor import DTensor
+
+import checkpoint as full_checkpoint
+from errors import UserError
+from sharding import like, own_rows
+
+FOLDER = 'ckpt_sharded'
+REST = 'rest.pt'  # in a sharded checkpoint: all that is not sharded
+# the classes that its .metadata consists of
+RECORDS = (
+    'Metadata',
+    'TensorStorageMetadata',
+    'ChunkStorageMetadata',
+    'TensorProperties',
+    '_MEM_FORMAT_ENCODING',
+    'MetadataIndex',
+    'StorageMeta',
+    '_StorageInfo',
+)
+
+
+def find_checkpoint(out_dir, ckpt_format, fsdp):
+    """
+    The path of what was saved last in out_dir, ckpt.pt or a folder in ckpt_sharded/; that of ckpt.pt if there is nothing.
+    Raises UserError if ckpt_format is unknown, or if it or the checkpoint is sharded and the model is not (fsdp is False).
+    """
+    if ckpt_format not in ('full', 'sharded'):
+        raise UserError(f"ckpt_format is '{ckpt_format}', but it can be full or sharded")
+    if ckpt_format == 'sharded' and not fsdp:
+        raise UserError('ckpt_format=sharded needs FSDP: several processes under torchrun, and use_fsdp=True')
+    full, latest = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, FOLDER, 'latest')
+    if not os.path.exists(latest) or (os.path.exists(full) and os.path.getmtime(full) >= os.path.getmtime(latest)):
+        return full
+    if not fsdp:
+        raise UserError(f'the latest checkpoint in {out_dir} is sharded. For use without FSDP: python sharded_checkpoint.py full {out_dir}')
+    with open(latest) as f:
+        return os.path.join(out_dir, FOLDER, os.path.basename(f.read().strip()))
+
+
+def load_checkpoint(path):
+    """
+    Like checkpoint.load_checkpoint, of a folder too: there checkpoint['model'] says for each name under which one its tensor
+    is saved, and load_shards() reads the tensors. Raises UserError if it is missing, damaged or no checkpoint.
+    """
+    if not path.endswith('.pt'):
+        rest = full_checkpoint.load_checkpoint(os.path.join(path, REST))
+        return {**rest, 'folder': path}
+    return full_checkpoint.load_checkpoint(path)
+
+
+# -----------------------------------------------------------------------------
+# full
+
+
+def gather_full(checkpoint, model):
+    """
+    The checkpoint with each sharded tensor as a full one on the CPU of rank 0; None on the other ranks. Sent over the CPU, one
+    shard at a time. Collective.
+    """
+    names = saved_names(model)
+    weights = {name: to_rank_0(p) for name, p in checkpoint['model'].items() if names[name] == name}
+    state = checkpoint['optimizer']['state']
+    state = {i: {k: to_rank_0(v) if isinstance(v, DTensor) else v for k, v in s.items()} for i, s in state.items()}
+    if dist.get_rank() != 0:
+        return None
+    model_state = {name: weights[names[name]] for name in checkpoint['model']}
+    return {**checkpoint, 'model': model_state, 'optimizer': {**checkpoint['optimizer'], 'state': state}}
+
+
+def saved_names(model):
+    """{name: the first name of the same parameter}; the output layer's is that of the token embeddings."""
+    first = {p: name for name, p in model.named_parameters()}
+    return {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def to_rank_0(p):
+    """The DTensor p as a full tensor on the CPU of rank 0, else None."""
+    mesh = p.device_mesh
+    ranks = mesh.mesh.tolist() if mesh.ndim == 1 else mesh.mesh[0].tolist()  # those that hold the copy of which rank 0 has a part
+    rank, shard = dist.get_rank(), p.to_local().cpu()
+    if rank == 0:
+        full = torch.empty(p.shape, dtype=p.dtype)
+        own_rows(full, p).copy_(shard)
+        rows = -(-p.shape[0] // len(ranks))
+        for i, source in enumerate(ranks[1:], 1):
+            piece = full[i * rows : (i + 1) * rows]
+            if piece.numel():
+                dist.recv(piece, source)
+        return full
+    if rank in ranks and shard.numel():
+        dist.send(shard, 0)
+
+
+# -----------------------------------------------------------------------------
+# sharded
+
+
+class ShardedSaver:
+    """Writes sharded checkpoints to out_dir while training goes on, one at a time. Every method is collective."""
+
+    def __init__(self, out_dir, model, optimizer):
+        self.folder = os.path.join(out_dir, FOLDER)
+        self.group = dist.new_group(backend='gloo')  # what runs in the background must not share one with the training
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.running = None
+        # what is written is a copy in CPU memory; that is pinned, which is fast to copy to but slow to allocate, so it is done once
+        shards = {f'model.{name}': p.to_local() for name, p in model.named_parameters()}
+        shards |= {f'optimizer.{i}.{k}': p.to_local() for i, p in enumerate(optimizer.sharded) for k in ('exp_avg', 'exp_avg_sq')}
+        self.copies = {name: torch.empty_like(shard, device='cpu', pin_memory=shard.is_cuda) for name, shard in shards.items()}
+
+    def save(self, checkpoint, model, best, required, on_saved):
+        """
+        Returns as soon as the state is copied; waits for the end of the previous save, and of this one if it is required. On rank
+        0 a later save() or wait() calls on_saved(iter_num, path=, bytes=, seconds=, stall_seconds=). A save that fails is a warning, and if
+        required a UserError.
+        """
+        started = time.time()
+        self.wait()
+        tensors, rest = split(checkpoint, saved_names(model))
+        for name, p in tensors.items():
+            self.copies[name].copy_(p.to_local(), non_blocking=True)
+        copies = {name: like(p, self.copies[name]) for name, p in tensors.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        prepare(self.folder) if dist.get_rank() == 0 else None
+        dist.barrier(group=self.group)
+        future = self.executor.submit(write_sharded, copies, rest, self.folder, best, self.group)
+        self.running = future, checkpoint['iter_num'], required, started, time.time() - started, on_saved
+        if required:
+            self.wait()
+
+    def wait(self):
+        """Returns when no save is running."""
+        if self.running is None:
+            return
+        future, iter_num, required, started, stall_seconds, on_saved = self.running
+        self.running = None
+        try:
+            path, ended = future.result()
+        except (CheckpointException, OSError, RuntimeError) as e:
+            problem = f'a checkpoint could not be saved in {self.folder} ({first_cause(e)}); an earlier one is untouched'
+            if required:
+                raise UserError(problem) from None
+            if dist.get_rank() == 0:
+                print(f'WARNING: {problem}, and training goes on', file=sys.stderr)
+            return
+        if dist.get_rank() == 0:
+            on_saved(iter_num, path=path, bytes=bytes_in(path), seconds=ended - started, stall_seconds=stall_seconds)
+
+
+def split(checkpoint, names):
+    """
+    ({name: what torch.distributed.checkpoint saves}, the rest as a small dict). In the rest, which names refer to which
+    tensors: rest['model'] = {name: name of its tensor}.
+    """
+    state = checkpoint['optimizer']['state']
+    tensors = {f'model.{name}': p for name, p in checkpoint['model'].items() if names[name] == name}
+    tensors |= {f'optimizer.{i}.{k}': v for i, s in state.items() for k, v in s.items() if v.dim()}
+    small = {i: {k: v.cpu() for k, v in s.items() if not v.dim()} for i, s in state.items()}  # step counts
+    return tensors, {**checkpoint, 'model': names, 'optimizer': {**checkpoint['optimizer'], 'state': small}}
+
+
+def prepare(folder):
+    """An empty folder/saving; one that cannot be made is found out, and reported, by those who write to it."""
+    saving = os.path.join(folder, 'saving')
+    shutil.rmtree(saving, ignore_errors=True)  # of a run that was killed
+    try:
+        os.makedirs(saving)
+    except OSError:
+        pass
+
+
+def write_sharded(tensors, rest, folder, best, group=None):
+    """Writes this rank's part, and when all are done makes it the latest checkpoint. Returns (its path, time)."""
+    saving = os.path.join(folder, 'saving')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(saving), process_group=group, no_dist=group is None)
+    if group is not None and dist.get_rank() != 0:
+        return None, time.time()
+    with open(os.path.join(saving, REST), 'wb') as f:
+        torch.save(rest, f)
+        f.flush()
+        os.fsync(f.fileno())
+    path = os.path.join(folder, f'iter_{rest["iter_num"]:07d}_{time.time_ns()}')  # never one that is there
+    os.rename(saving, path)
+    for pointer in ('latest', 'best') if best else ('latest',):
+        with open(os.path.join(folder, pointer + '.tmp'), 'w') as f:
+            f.write(os.path.basename(path))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(os.path.join(folder, pointer + '.tmp'), os.path.join(folder, pointer))
+    sync_folder(folder)
+    named = {open(os.path.join(folder, pointer)).read().strip() for pointer in ('latest', 'best') if os.path.exists(os.path.join(folder, pointer))}
+    for old in os.listdir(folder):
+        if old.startswith('iter_') and old not in named:
+            shutil.rmtree(os.path.join(folder, old), ignore_errors=True)
+    return path, time.time()
+
+
+class SafeReader(dcp.FileSystemReader):
+    """A reader that executes nothing: torch's own unpickles .metadata, whatever is in it. Tensors are read with weights_only."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(os.path.join(self.path, '.metadata'), 'rb') as f:
+            metadata = _MetadataUnpickler(f).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Admits the plain records that .metadata is made of."""
+
+    MODULES = ('torch.distributed.checkpoint.metadata', 'torch.distributed.checkpoint.filesystem')
+    OTHERS = (
+        ('torch', 'Size'),
+        ('torch', 'float32'),
+        ('torch.serialization', '_get_layout'),
+        ('pathlib', 'PosixPath'),
+        ('pathlib._local', 'PosixPath'),
+    )
+
+    def find_class(self, module, name):
+        if (module, name) not in self.OTHERS and not (module in self.MODULES and name in RECORDS):
+            raise pickle.UnpicklingError(f'it wants to import {module}.{name}, which could run code')
+        return super().find_class(module, name)
+
+
+def open_sharded(folder):
+    """The reader and the metadata of the sharded checkpoint in folder. Raises UserError if a part of it is missing or damaged."""
+    try:
+        reader = SafeReader(folder)
+        metadata = reader.read_metadata()
+        needed = {}
+        for info in metadata.storage_data.values():
+            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+    except FileNotFoundError as e:
+        raise UserError(f'the sharded checkpoint {folder} is not whole: {e.filename} is missing') from None
+    except Exception as e:  # bytes that are no pickle can end in any error
+        raise UserError(f'the sharded checkpoint {folder} was not loaded, its .metadata is damaged: {e}') from None
+    for name, size in needed.items():
+        path = os.path.join(folder, os.path.basename(name))
+        if not os.path.exists(path):
+            raise UserError(f'the sharded checkpoint {folder} is not whole: {name} is missing. Do all machines see the same out_dir?')
+        if os.path.getsize(path) < size:
+            raise UserError(f'the sharded checkpoint {folder} is not whole: {name} has been cut short')
+    return reader, metadata
+
+
+def read_tensors(tensors, reader, no_dist):
+    """Fills the tensors {name: tensor or DTensor}. Collective, unless no_dist."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
+    except (CheckpointException, OSError, RuntimeError) as e:
+        raise UserError(f'the sharded checkpoint {reader.path} cannot be read; it may be damaged ({first_cause(e)})') from None
+
+
+def first_cause(error):
+    """One line about an exception; of torch.distributed.checkpoint's, which holds one of each rank, about the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f'{type(error).__name__}: {error}'.splitlines()[0]
+
+
+# -----------------------------------------------------------------------------
+# either
+
+
+def own_part(checkpoint, model, optimizer):
+    """
+    The checkpoint, full or sharded, written by any number of ranks, with this rank's shards of its tensors: of the weights as
+    DTensors, of ShardedAdamW's state as it has them. A tensor that does not fit is left as it is, for load_model() and
+    load_optimizer() of checkpoint.py to report. Collective.
+    """
+    to_read = {}
+    reader, metadata = open_sharded(checkpoint['folder']) if 'folder' in checkpoint else (None, None)
+
+    def part(name, full, p):
+        """(this rank's shard, it as a DTensor) of a full tensor, or of what a sharded checkpoint has under that name."""
+        if reader:
+            full = torch.empty(metadata.state_dict_metadata[name].size, device='meta')
+        fits = full.dim() and full.shape[1:] == p.shape[1:] and (full.shape == p.shape or name == 'model.transformer.wpe.weight')
+        if not fits or full.shape[0] < p.shape[0]:
+            return full, full
+        shard = own_rows(full, p)  # of position embeddings maybe fewer than there are: a smaller block_size
+        if reader:
+            shard = to_read[name].to_local() if name in to_read else torch.empty(shard.shape)
+            to_read[name] = like(p, shard)
+        return shard, like(p, shard)
+
+    weights, state = model.state_dict(), {}
+    saved = {k: part(f'model.{v if reader else k}', v, weights[k])[1] if k in weights else v for k, v in checkpoint['model'].items()}
+    if isinstance(checkpoint.get('optimizer'), dict):
+        for i, s in checkpoint['optimizer']['state'].items():
+            if reader:
+                s = s | {k: None for k in ('exp_avg', 'exp_avg_sq') if f'optimizer.{i}.{k}' in metadata.state_dict_metadata}
+            fits = i < len(optimizer.sharded)
+            state[i] = {k: part(f'optimizer.{i}.{k}', v, optimizer.sharded[i])[0] if fits and (v is None or v.dim()) else v for k, v in s.items()}
+        checkpoint = {**checkpoint, 'optimizer': {**checkpoint['optimizer'], 'state': state}}
+    if reader:
+        read_tensors(to_read, reader, no_dist=False)
+    return {**checkpoint, 'model': saved}
+
+
+def convert(to, out_dir):
+    """Writes the checkpoint in out_dir in the other format: to='full' or 'sharded'. Needs the CPU memory for all of it. Raises UserError."""
+    folder = os.path.join(out_dir, FOLDER)
+    if to == 'sharded':
+        checkpoint = full_checkpoint.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
+        first = {}
+        names = {name: first.setdefault(v.data_ptr(), name) for name, v in checkpoint['model'].items()}
+        tensors, rest = split(checkpoint, names)
+        prepare(folder)
+        return write_sharded(tensors, rest, folder, best=False, group=None)[0]
+    latest = os.path.join(folder, 'latest')
+    if not os.path.exists(latest):
+        raise UserError(f'there is no sharded checkpoint in {out_dir}')
+    with open(latest) as f:
+        path = os.path.join(folder, os.path.basename(f.read().strip()))
+    checkpoint = load_checkpoint(path)
+    reader, metadata = open_sharded(checkpoint.pop('folder'))
+    tensors = {name: torch.empty(record.size) for name, record in metadata.state_dict_metadata.items()}
+    read_tensors(tensors, reader, no_dist=True)
+    state = {i: dict(s) for i, s in checkpoint['optimizer']['state'].items()}
+    for name, tensor in tensors.items():
+        if name.startswith('optimizer.'):
+            _, i, k = name.split('.')
+            state[int(i)][k] = tensor
+    checkpoint['model'] = {name: tensors[f'model.{first}'] for name, first in checkpoint['model'].items()}
+    checkpoint['optimizer'] = {**checkpoint['optimizer'], 'state': state}
+    return full_checkpoint.write_checkpoint(checkpoint, out_dir, best=False, required=True)['path']
+
+
+def sync_folder(folder):
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def bytes_in(folder):
+    return sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3 or sys.argv[1] not in ('full', 'sharded'):
+        raise UserError('usage: python sharded_checkpoint.py full|sharded OUT_DIR   # converts the checkpoint there to that format')
+    print(f'wrote {convert(*sys.argv[1:])}')

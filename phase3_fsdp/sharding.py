@@ -1,0 +1,273 @@
+"""
+Fully sharded data parallelism (FSDP2, torch.distributed.fsdp.fully_shard) for a GPT, and AdamW over the shards.
+
+A rank keeps 1/k of the rows of every parameter, of its gradient and of AdamW's state, and nothing else between steps. The
+model is cut into units: before a unit computes, its parameters are gathered from the ranks (all-gather, in the compute
+dtype), and after its backward its gradients are averaged and each rank gets those of its own rows (reduce-scatter). Both
+run while the neighbouring units compute. The idea is ZeRO stage 3: Rajbhandari et al. 2020, arxiv.org/abs/1910.02054;
+FSDP: Zhao et al. 2023, arxiv.org/abs/2304.11277.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from errors import UserError
+
+DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}  # of the gathered parameters; None: as they are
+
+
+class OnMeta(TorchDispatchMode):
+    """
+    `with OnMeta() as recipe: model = GPT(...)` builds a model of any size without memory for its parameters: they are on the
+    meta device. The recipe notes how each would have been initialized, for shard() to do.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []  # (identity of the storage written to, function, its arguments)
+
+    def __enter__(self):
+        self.device = torch.device('meta')
+        self.device.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.device.__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        creates = not any(isinstance(arg, torch.Tensor) for arg in args)
+        if isinstance(result, torch.Tensor) and (creates or function._schema.is_mutable):
+            # the tensor itself is kept too, so that no other storage gets its identity
+            self.calls.append((result.untyped_storage()._cdata, function, args, kwargs or {}, result))
+        return result
+
+
+@torch.no_grad()
+def initialize(model, recipe, names):
+    """
+    Gives the sharded model the weights that rank 0 would have in a process of its own, bit for bit, with one full parameter
+    at a time in memory. Like in DDP each rank draws all random numbers from its own generator, which so ends up where DDP
+    leaves it, and rank 0's results are used. names: {identity of a storage in the recipe: parameter}.
+    """
+    parameters = dict(model.named_parameters())
+    last_write = {storage: i for i, (storage, *_) in enumerate(recipe.calls)}
+    for i, (storage, function, args, kwargs, result) in enumerate(recipe.calls):
+        if function._schema.is_mutable:
+            full = torch.empty(result.shape, dtype=result.dtype)
+            function(full, *args[1:], **kwargs)
+        elif i == last_write[storage]:  # created with its value, like torch.ones; draws nothing
+            full = function(*args, **{**kwargs, 'device': 'cpu'})
+        if i == last_write[storage] and storage in names:
+            p = parameters[names[storage]]
+            full = full.to(p.device_mesh.device_type)
+            dist.broadcast(full, src=0)
+            p.to_local().copy_(own_rows(full, p))
+
+
+def own_rows(full, p):
+    """The rows of the tensor full that this rank keeps of the parameter p, a DTensor: a view."""
+    rows = -(-p.shape[0] // p.device_mesh.size(-1))  # as torch.chunk cuts
+    start = min(rows * p.device_mesh.get_local_rank(mesh_dim=p.device_mesh.ndim - 1), p.shape[0])
+    return full[start : min(start + rows, p.shape[0])]
+
+
+def make_mesh(device_type, world_size, shard_size):
+    """
+    The ranks as a mesh: (world_size,), or with 0 < shard_size < world_size as (replicas, shard_size): hybrid sharding, which
+    shards inside groups of neighbouring ranks and keeps a replica in each group. Raises UserError where the groups do not come out even.
+    """
+    if not 0 <= shard_size <= world_size or world_size % (shard_size or 1) or shard_size == 1:
+        raise UserError(f'fsdp_shard_size={shard_size}, but it must divide the {world_size} processes and be 2 or more (0: all of them)')
+    if shard_size in (0, world_size):
+        return init_device_mesh(device_type, (world_size,))
+    return init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=('replicate', 'shard'))
+
+
+def group_blocks(blocks, min_num_params):
+    """Consecutive blocks as units of at least min_num_params parameters: (units, blocks left over, which are too few for one)."""
+    units, unit = [], []
+    for block in blocks:
+        unit.append(block)
+        if sum(p.numel() for b in unit for p in b.parameters()) >= min_num_params:
+            units.append(unit)
+            unit = []
+    return units, unit
+
+
+def choose_reshard(config, num_params):
+    """
+    config['fsdp_reshard'], with 'auto' replaced: True if whole bfloat16 parameters and float32 gradients, 6 bytes for each
+    parameter, would take more than an eighth of the GPU's memory, and with CPU offload. Raises UserError if it is none of
+    auto, True and False.
+    """
+    reshard, device = config['fsdp_reshard'], config['device']
+    if reshard == 'auto' and device.startswith('cuda'):
+        return config['fsdp_cpu_offload'] or 6 * num_params > torch.cuda.get_device_properties(device).total_memory / 8
+    if reshard not in ('auto', True, False):
+        raise UserError(f"fsdp_reshard is '{reshard}', but it can be auto, True or False")
+    return reshard is True
+
+
+def shard(model, config, recipe=None):
+    """
+    Shards the model in place over all ranks and says how. config: the flags fsdp_*, `device` (this rank's), `compile`, and
+    `dtype`, for computing: parameters, their gradients and AdamW stay in float32. With fsdp_reshard a unit's whole parameters
+    are freed after its forward and gathered again for its backward, and gradients are reduced in each micro-step (least
+    memory); without, it is gathered once and reduced once in an iteration (least traffic). A model built inside OnMeta is
+    initialized as that recipe says; without a recipe its weights are left to be loaded. Raises UserError for wrong flags.
+    """
+    print('Wrapping model with FSDP...')
+    num_params = sum(p.numel() for p in model.parameters())
+    names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
+    device_type, half, cpu_offload = config['device'].split(':')[0], DTYPES[config['dtype']], config['fsdp_cpu_offload']
+    mesh = make_mesh(device_type, dist.get_world_size(), config['fsdp_shard_size'])
+    reshard = choose_reshard(config, num_params)
+    if config['fsdp_min_num_params'] < 1:
+        raise UserError(f'fsdp_min_num_params={config["fsdp_min_num_params"]}, but it must be at least 1')
+    # matmuls in dtype as under autocast, but the cast happens once, before the all-gather, which halves what is sent
+    options = dict(
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32),
+        offload_policy=CPUOffloadPolicy(pin_memory=device_type == 'cuda') if cpu_offload else OffloadPolicy(),
+    )
+    if half:  # the loss needs float32
+        model.lm_head.register_forward_hook(lambda module, args, logits: logits.float())
+    units, rest = group_blocks(model.transformer.h, config['fsdp_min_num_params'])
+    if config['compile']:
+        compile_parts(model, units)
+    for unit in units:
+        fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=reshard, **options)
+    # The rest is the root unit: embeddings, head (they share a weight, so they must be together) and final norm. Its
+    # parameters are the first and the last to be used, so they are kept from forward to backward.
+    fully_shard(model, **options)
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device='cpu' if cpu_offload else config['device'])
+        if recipe:
+            initialize(model, recipe, names)
+    model.reshard_after_step = not reshard  # for set_last_micro_step()
+
+    sizes = [sum(p.numel() for block in unit for p in block.parameters()) for unit in units]
+    kinds = [f'{sizes.count(size)} of {size:,} parameters' for size in dict.fromkeys(sizes)]
+    held, copies = sum(p.to_local().numel() for p in model.parameters()), dist.get_world_size() // mesh.size(-1)
+    print(f'{len(units) + 1} units: {", ".join([*kinds, f"the root of {num_params - sum(sizes):,}"])}' + f' (with {len(rest)} blocks)' * bool(rest))
+    print(
+        f'each rank holds {held:,} of {num_params:,} parameters, with gradients and AdamW {16 * held / 2**20:,.1f} MiB'
+        + ' of CPU memory' * cpu_offload
+        + f'; {copies} groups of ranks hold all of them' * (copies > 1)
+    )
+    print(f'whole parameters are freed after {"each forward" if reshard else "the last backward of an iteration"}')
+
+
+def set_last_micro_step(model, last):
+    """Call before each micro-step; last: it completes the gradients of the iteration."""
+    if model.reshard_after_step:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+    else:
+        model.set_requires_all_reduce(last)  # between the replicas of hybrid sharding; inside a group in each micro-step
+
+
+def reshard(model):
+    """Frees whatever is gathered, as after an evaluation: without a backward nothing else does."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def compile_parts(model, units):
+    """
+    Compiles the model. Without units, in one piece; else FSDP's hooks, which torch.compile cannot see into, run between the
+    blocks, so these are compiled one by one (a single compilation serves all), and what is before and after them in two more parts.
+    """
+    transformer, original = model.transformer, model.forward
+
+    def whole(idx, targets):
+        return None, original(idx, targets)[1]  # logits that are not returned are never written in float32
+
+    @torch.compile
+    def embed(idx):
+        pos = torch.arange(idx.size(1), device=idx.device)
+        return transformer.drop(transformer.wte(idx) + transformer.wpe(pos))
+
+    @torch.compile
+    def loss_of(x, targets):
+        logits = model.lm_head(transformer.ln_f(x))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+    def in_parts(idx, targets):
+        x = embed(idx)
+        for block in transformer.h:
+            x = checkpoint(block, x, use_reentrant=False) if model.config.activation_checkpointing and model.training else block(x)
+        return None, loss_of(x, targets)
+
+    if units:
+        for block in transformer.h:
+            block.forward = torch.compile(block.forward)
+    model.forward = in_parts if units else torch.compile(whole)
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """
+    AdamW over this rank's shards as plain tensors. A sharded parameter is a DTensor, and AdamW takes those too, but then each
+    step spends tens of milliseconds of CPU time in DTensor's dispatch. Made from the AdamW of model.configure_optimizers,
+    whose groups and options it has.
+    """
+
+    def __init__(self, optimizer):
+        self.sharded = [p for group in optimizer.param_groups for p in group['params']]  # DTensors, in the order of AdamW's indices
+        shards = iter([nn.Parameter(p.to_local().detach()) for p in self.sharded])
+        groups = [{**group, 'params': [next(shards) for _ in group['params']]} for group in optimizer.param_groups]
+        super().__init__(groups, fused=optimizer.defaults['fused'])
+        self.shards = [p for group in self.param_groups for p in group['params']]
+        mesh = self.sharded[0].device_mesh
+        self.group = mesh.get_group(mesh.ndim - 1)  # of the ranks that hold one copy of the parameters together
+
+    @torch.no_grad()
+    def collect_gradients(self):
+        """Call after the last backward of an iteration: shows AdamW, and a gradient scaler, the gradients that FSDP left."""
+        for shard, p in zip(self.shards, self.sharded):
+            shard.data, shard.grad = p.to_local(), p.grad.to_local()
+
+    def clip_grad_norm_(self, max_norm):
+        """
+        Scales the gradients to a norm of at most max_norm over all shards. Returns what it was: a 0-dim tensor, equal on all ranks,
+        on the device that computes.
+        """
+        square = torch.nn.utils.get_total_norm([shard.grad for shard in self.shards]) ** 2
+        dist.all_reduce(square, group=self.group)
+        norm = square.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(self.shards, max_norm, norm)
+        return norm.to(self.sharded[0].device_mesh.device_type)
+
+    def step(self, closure=None):
+        if getattr(self, 'found_inf', None) is not None:
+            # of offloaded shards AdamW runs on the CPU, and would not wait for a number that is still on its way from the GPU
+            self.found_inf = self.found_inf.to(self.shards[0].device)
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for p in self.sharded:
+            p.grad = None
+
+    def state_dict(self):
+        """AdamW's, with each tensor that is one of the shards of a parameter's state as a DTensor of the parameter's shape."""
+        result = super().state_dict()
+        for i, state in result['state'].items():
+            p = self.sharded[i]
+            result['state'][i] = {k: v if v.dim() == 0 else like(p, v) for k, v in state.items()}
+        return result
+
+
+def like(p, shard):
+    """This rank's shard of some tensor as a DTensor of the form of p."""
+    return DTensor(shard, p._spec, requires_grad=False)  # from_local() would move what is on the CPU to the GPU

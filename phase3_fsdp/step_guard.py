@@ -1,0 +1,50 @@
+"""
+StepGuard: an optimizer step that is not taken when a gradient is inf or NaN.
+
+On a GPU the decision is made on the GPU, so that the CPU need not wait for it: fused AdamW skips its update where its
+`found_inf` is 1, which is how torch.amp.GradScaler skips steps in float16.
+"""
+
+import torch
+
+from errors import UserError
+
+MAX_IN_A_ROW = 5
+
+
+class StepGuard:
+    def __init__(self, device, scaler):
+        self.scaler = scaler
+        self.skipped = torch.zeros((), device=device)  # steps skipped in this run
+        self.in_a_row = torch.zeros((), device=device)  # of them, those since the last good step
+
+    def step(self, optimizer, grad_norm):
+        """Steps the optimizer unless grad_norm, the norm of all its gradients (a 0-dim tensor, equal on all ranks), is not finite."""
+        bad = (~torch.isfinite(grad_norm)).float()
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)  # looks at the gradients itself
+            self.scaler.update()
+        elif optimizer.defaults.get('fused'):
+            optimizer.found_inf = bad
+            optimizer.step()
+        elif not bad:  # no waiting on a CPU
+            optimizer.step()
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+
+    def read(self, iter_num, lr, loss, grad_norm):
+        """
+        The numbers (loss, grad_norm, steps skipped so far), of two 0-dim float32 tensors and our own, in one transfer, which
+        waits for the device. Raises UserError when too many steps in a row were skipped; iter_num and lr are for its message.
+        """
+        loss, grad_norm, skipped, in_a_row = torch.stack((loss, grad_norm, self.skipped, self.in_a_row)).tolist()
+        # in float16 the loss scale, 65536 at first, is halved at each skipped step: a row of them is a search, not a failure
+        if in_a_row >= MAX_IN_A_ROW and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+            raise UserError(
+                f'training diverged: the last {in_a_row:.0f} steps up to iteration {iter_num} had a gradient that is not finite (inf or NaN) and '
+                f'were skipped, {skipped:.0f} in all; the learning rate is {lr:.2e}. The weights and the last checkpoint are those from before. '
+                'Try a lower --learning_rate, more --warmup_iters or a smaller --grad_clip'
+                + ('; --dtype=bfloat16 or float32 has more range' if self.scaler.is_enabled() else '')
+                + ', and look at the data it stopped at.'
+            )
+        return loss, grad_norm, int(skipped)

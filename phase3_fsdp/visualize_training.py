@@ -1,0 +1,524 @@
+"""
+Draws the JSON logs of training runs (training_logger.py writes them; LOGGING_GUIDE.md has the schema).
+
+    python visualize_training.py                             # the newest run under out*/
+    python visualize_training.py out/run_20260102_030405.json
+    python visualize_training.py out-reference out-zero1     # the newest run of each, compared with the first one
+    python visualize_training.py out --follow                # redraw while the run is going
+
+The picture goes beside the (first) log: run_..._analysis.png, of several runs run_..._comparison_analysis.png. A run that was
+resumed is drawn with its predecessors as one. Exit status 2, with one message, where there is nothing to draw.
+"""
+
+import argparse
+import glob
+import json
+import math
+import os
+import sys
+import time
+from datetime import UTC, datetime
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Okabe and Ito's colours, which people with any colour blindness can tell apart
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#777777'
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
+DASHES = ('-', (0, (5, 3)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)))  # curves that agree stay visible under one another
+MARKERS = 'osD^vP'
+STYLE = {'font.size': 13, 'axes.titlesize': 14, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.fontsize': 12}
+STYLE |= {'axes.grid': True, 'grid.color': '#e4e4e4', 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False}
+STYLE |= {'legend.edgecolor': 'none', 'legend.framealpha': 0.8}
+DEAD_AFTER_S = 600  # a 'running' log without a new record for this long (and for 20 of its slowest steps) is of a process that died
+TITLES = {
+    'loss': ('Loss', 'cross-entropy (nats/token)'),
+    'lr': ('Learning rate', 'learning rate'),
+    'time_ms': ('Step time', 'ms per step'),
+    'tokens_per_sec': ('Throughput', 'tokens/s'),
+    'grad_norm': ('Gradient norm', 'norm before clipping'),
+    'peak_memory_bytes': ('Peak memory', 'GiB on rank 0'),
+}
+BARS = {
+    'tokens_per_sec_median': ('Throughput', 'median tokens/s'),
+    'peak_memory_bytes': ('Peak memory per GPU', 'GiB on rank 0'),
+    'final_val_loss': ('Final validation loss', 'nats/token'),
+}
+LISTS = {'iterations': list, 'evaluations': list, 'checkpoints': list}
+
+
+class LogError(ValueError):
+    """What is wrong with a log, an argument or an output, for the user to read."""
+
+
+def load_log(path):
+    """The log at `path` as a dict, with the records of the runs it was resumed from before its own; `segments` are all the paths, oldest
+    first. What a predecessor did at or after the iteration of the resume is dropped. Raises LogError."""
+    log = first = _read(path)
+    log['segments'] = [path]
+    while first['run'].get('resumed_from'):
+        origin = first['run']['resumed_from']
+        before = os.path.join(os.path.dirname(path), os.path.basename(origin['log'] or 'none'))
+        if before in log['segments'] or not os.path.isfile(before):
+            break  # a log that was copied without its predecessor is still worth a picture
+        first = _read(before)
+        log['segments'].insert(0, before)
+        for name in LISTS:
+            end = origin['iter'] + (name == 'checkpoints')  # the checkpoint of that very iteration is the one resumed from
+            log[name] = [record for record in first[name] if record['iter'] < end] + log[name]
+    return log
+
+
+def _read(path):
+    for attempt in range(5):
+        try:
+            with open(path, 'rb') as file:
+                log = json.loads(file.read())
+            break
+        except OSError as error:
+            raise LogError(f'{path}: {error.strerror}') from error
+        except ValueError as error:  # it may be that a record was just being written
+            if attempt == 4:
+                raise LogError(f'{path} is not a JSON document: {error}') from error
+            time.sleep(0.05)
+    if not isinstance(log, dict) or not all(isinstance(log.get(key), kind) for key, kind in {'run': dict, 'config': dict, **LISTS}.items()):
+        raise LogError(f'{path} is not a training log: it has no run, config, {", ".join(LISTS)} as training_logger.py writes them')
+    return log
+
+
+class Run:
+    """A log as numpy columns: `iterations` and `evaluations` map a field to a float array, with NaN for null. Raises LogError."""
+
+    def __init__(self, path):
+        try:
+            log = load_log(path)
+            self.path, self.segments, self.run, self.config = path, log['segments'], log['run'], log['config']
+            self.iterations = {key: np.array([r.get(key) for r in log['iterations']], float) for key in ('iter', *TITLES, 'mfu')}
+            self.evaluations = {key: np.array([r.get(key) for r in log['evaluations']], float) for key in ('iter', 'train_loss', 'val_loss')}
+            self.checkpoints = np.array([r['iter'] for r in log['checkpoints']], float)
+            if np.isnan(np.concatenate((self.iterations['iter'], self.evaluations['iter'], self.checkpoints))).any():
+                raise ValueError('a record without iter')
+            last = datetime.fromisoformat(self.run.get('last_record_time') or self.run['start_time'])
+            silent_s = (datetime.now(UTC) - last).total_seconds()
+        except LogError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise LogError(f'{path} is not a training log as training_logger.py writes them: {error!r}') from error
+        phase, model = str(self.run.get('phase', 'run')), str(self.run.get('model') or self.config.get('model_dir') or '.')
+        model = os.path.basename(os.path.normpath(model))
+        self.label = self.phase = phase if model in ('.', phase) else f'{phase} with {model}'
+        times = np.nan_to_num(self.iterations['time_ms'])  # of one step each; the steps between two records took about as long
+        self.seconds = np.cumsum(times * np.diff(self.iterations['iter'], prepend=self.iterations['iter'][:1] - 1)) / 1e3
+        tokens = self.iterations['tokens_per_sec'] * self.iterations['time_ms'] / 1e3
+        tokens = np.median(tokens[np.isfinite(tokens)]) if np.isfinite(tokens).any() else 0
+        self.tokens_per_iter = self.run.get('tokens_per_iter') or round(float(tokens))
+        self.status, self.silence = str(self.run.get('status')), f'last record {duration(silent_s)} ago'
+        if self.status == 'running' and silent_s > max(DEAD_AFTER_S, 20 * times.max(initial=0) / 1e3):
+            self.status = 'died'
+
+    def x(self, iters, axis):
+        """Iteration numbers as positions on the x axis: 'iter', 'tokens' or 'time' (seconds of training steps)."""
+        if axis == 'tokens':
+            if not self.tokens_per_iter:
+                raise LogError(f'{self.path} does not say how many tokens a step has, so --x tokens cannot be drawn')
+            return iters * self.tokens_per_iter
+        return np.interp(iters, self.iterations['iter'], self.seconds) if axis == 'time' and len(self.seconds) else iters
+
+    def summary(self):
+        """One row of the table. The medians leave out the first 5 of more than 10 records, like the log's own summary."""
+        iters, val = self.evaluations['iter'], self.evaluations['val_loss']
+
+        def pick(function, values):
+            return float(function(values[np.isfinite(values)])) if np.isfinite(values).any() else None
+
+        def last(values):
+            return pick(np.max, values[-1:])
+
+        def median(key):
+            return pick(np.median, self.iterations[key][5 if len(self.iterations[key]) > 10 else 0 :])
+
+        return {
+            'label': self.label,
+            'path': self.path,
+            'phase': self.run.get('phase'),
+            'status': self.status,
+            'world_size': self.run.get('world_size'),
+            'last_iter': int(self.iterations['iter'].max(initial=0)),
+            'final_loss': last(self.iterations['loss']),
+            'final_train_loss': last(self.evaluations['train_loss']),
+            'final_val_loss': last(val),
+            'best_val_loss': pick(np.min, val),
+            'best_val_loss_iter': int(iters[np.nanargmin(val)]) if np.isfinite(val).any() else None,
+            'time_ms_median': median('time_ms'),
+            'tokens_per_sec_median': median('tokens_per_sec'),
+            'mfu_median': median('mfu'),
+            'peak_memory_bytes': pick(np.max, self.iterations['peak_memory_bytes']),
+        }
+
+
+def label_runs(runs):
+    """Label every run by its phase; where that is ambiguous also by its world size, out_dir and file, as far as they tell runs apart."""
+    for extra in (
+        lambda run: f'{run.run.get("world_size")} ranks',
+        lambda run: os.path.basename(os.path.normpath(str(run.config.get('out_dir')))),
+        lambda run: os.path.basename(run.path),
+    ):
+        labels = [run.label for run in runs]
+        for run, label in zip(runs, labels):
+            alike = {extra(other) for other, same in zip(runs, labels) if same == label}
+            run.label += f', {extra(run)}' if len(alike) > 1 else ''
+
+
+def summarize(runs):
+    """The rows of all runs, with ratios to the first one."""
+    rows = [run.summary() for run in runs]
+    for row in rows[: len(rows) if len(rows) > 1 else 0]:
+        row.update({f'{key}_ratio': row[key] / rows[0][key] if row[key] is not None and rows[0][key] else None for key in BARS})
+    return rows
+
+
+def smoothed(values, records):
+    """Triangular mean over about `records` values around each one, NaNs left out; it narrows at the start, where a loss falls fast."""
+    index = np.arange(len(values))
+    half = np.minimum(index, records // 3)
+    window = np.stack((index - half, np.minimum(index + half + 1, len(values))))
+    for _ in range(2 if records >= 3 else 0):  # a box twice is a triangle, and two of 2/3 of the width are as wide as one
+        known = np.isfinite(values)
+        total, count = (np.diff(np.concatenate(([0], np.cumsum(part)))[window], axis=0)[0] for part in (np.where(known, values, 0), known))
+        values = np.where(count > 0, total / np.maximum(count, 1), math.nan)
+    return values
+
+
+def thin(x, y, pieces=1000):
+    """x and y without the NaNs; of long curves the smallest and the largest value of each piece, so that no outlier is lost."""
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    if len(y) <= 2 * pieces:
+        return x, y
+    starts = np.linspace(0, len(y), pieces, endpoint=False).astype(int)
+    index = np.concatenate([[a + np.argmin(part), a + np.argmax(part)] for a, part in zip(starts, np.split(y, starts[1:]))])
+    index = np.unique(np.concatenate(([0], index, [len(y) - 1])))
+    return x[index], y[index]
+
+
+def duration(seconds):
+    for size, unit in ((86400, 'd'), (3600, 'h'), (60, 'min')):
+        if seconds >= 2 * size:
+            return f'{seconds / size:.1f} {unit}'
+    return f'{seconds:.1f} s' if math.isfinite(seconds) else 'never'
+
+
+def short(value, _=None):
+    """12345678 as 12.3M; four significant digits below 1000."""
+    for size, unit in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+        if abs(value) >= size:
+            return f'{value / size:.3g}{unit}' if abs(value) < 999.5 * size else f'{value / size:.0f}{unit}'
+    return f'{value:.4g}'
+
+
+def number(loss):
+    return 'n/a' if loss is None else f'{loss:.4f}'
+
+
+def scientific(value, _=None):
+    mantissa, exponent = f'{value:.2e}'.split('e')
+    return '0' if value == 0 else f'{float(mantissa):g}e{int(exponent)}'
+
+
+def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
+    """A Figure of one run (panels of `metrics`, facts) or of several (overlaid `metrics`, bars against the first one).
+
+    x: 'iter', 'tokens' or 'time'. smooth: records to average over, None for 2% of the run, 1 for none. metrics: names from TITLES,
+    by default all of them for one run and the loss for several. Axes carry the name of what they show as their label."""
+    several = len(runs) > 1
+    metrics = metrics or (['loss'] if several else list(TITLES))
+    table = summarize(runs)
+    wide = metrics if several else [m for m in metrics if m == 'loss']
+    cells = list(BARS) if several else [m for m in metrics if m != 'loss'] + ['facts']
+    heights = [4.6] * len(wide) + [1.4 + 0.45 * len(runs) if several else 3.4] * math.ceil(len(cells) / 3)
+    with matplotlib.rc_context(STYLE):
+        figure = figure or Figure()
+        figure.set_size_inches(14, sum(heights) + 0.8)
+        figure.set_layout_engine('constrained', w_pad=0.1, h_pad=0.1)
+        grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
+        data = ', '.join(dict.fromkeys(str(run.config['dataset']) for run in runs if 'dataset' in run.config))
+        automatic = [f'{len(runs)} runs on {data or "different data"}'] if several else filter(None, (runs[0].label, data, runs[0].status))
+        figure.suptitle(title or ' · '.join(automatic), x=0.01, ha='left', fontsize=18, fontweight='bold')
+        for i, key in enumerate(wide):
+            _curves(figure.add_subplot(grid[i, :], label=key), runs, key, x, smooth)
+        for i, key in enumerate(cells):
+            ax = figure.add_subplot(grid[len(wide) + i // 3, i % 3], label=key)
+            if several:
+                _bars(ax, runs, key, table, named=i == 0)
+            elif key == 'facts':
+                _facts(ax, runs[0], table[0])
+            else:
+                _curves(ax, runs, key, x, smooth)
+    return figure
+
+
+def _curves(ax, runs, key, axis, smooth):
+    """One metric of one run, or of several overlaid."""
+    several, losses = len(runs) > 1, []
+    longest = max(run.seconds.max(initial=0) for run in runs)
+    unit_s, unit = next((size, name) for size, name in ((3600, 'hours'), (60, 'minutes'), (1, 'seconds')) if longest > 2 * size or size == 1)
+    for i, run in enumerate(runs):
+        look = {'color': COLORS[i % len(COLORS)], 'ls': DASHES[i % len(DASHES)], 'lw': 2, 'label': run.label}
+
+        def place(iters, run=run):
+            return run.x(iters, axis) / (unit_s if axis == 'time' else 1)
+
+        x, y = place(run.iterations['iter']), run.iterations[key] / (2**30 if key == 'peak_memory_bytes' else 1)
+        known = y[np.isfinite(y)]
+        if len(known) == 1:
+            look['marker'] = 'o'
+        if key == 'time_ms' and len(known) and not several:
+            _step_times(ax, x, y)
+        elif key in ('lr', 'peak_memory_bytes') and len(known):
+            ax.plot(*thin(x, y), **look)
+        elif len(known):
+            records = smooth or max(1, round(len(y) / 50))
+            ax.plot(*thin(x, y), color=look['color'], lw=0.8, alpha=0.2 if several else 0.4, label='_raw')
+            smooth_y = smoothed(y, records)
+            if not several:
+                look['label'] = f'training, mean of {records:,} records' if records >= 3 else 'training'
+            ax.plot(*thin(x, smooth_y), **look)
+            highest = 1.3 * known[0]  # a loss that diverges leaves the picture at its top
+            losses += [np.percentile(known, 0.2), np.nanmin(smooth_y), min(np.nanmax(smooth_y), highest)]
+        if key == 'loss':
+            losses += _events(ax, run, place, i if several else None)
+    xlabel = {'iter': 'iteration', 'tokens': 'training tokens', 'time': f'{unit} of training steps'}[axis]
+    _frame(ax, key, xlabel, losses, wide=several or key == 'loss')
+    if key == 'tokens_per_sec' and not several and np.isfinite(runs[0].iterations['mfu']).any():
+        _utilization(ax, x, runs[0].iterations['mfu'], smooth)
+    handles, labels = ax.get_legend_handles_labels()
+    if several and key == 'loss' and any(len(run.evaluations['iter']) for run in runs):
+        handles.append(Line2D([], [], color=GREY, marker='o', mfc='white', ls='none'))
+        labels.append('validation')
+    if several or (handles and key in ('loss', 'time_ms')):
+        columns, small = 2 if len(labels) > 6 else 1, key == 'time_ms' and not several
+        ax.legend(handles, labels, loc='upper right' if small else 'best', ncols=columns, markerscale=1.6 if small else 1)
+
+
+def _frame(ax, key, xlabel, losses, wide):
+    """Titles, labels, limits and ticks around what is drawn."""
+    ax.set(title=TITLES[key][0], xlabel=xlabel, ylabel=TITLES[key][1])
+    if not ax.lines:
+        ax.text(0.5, 0.5, 'not recorded', transform=ax.transAxes, ha='center', va='center', color=GREY)
+        ax.set(xticks=[], yticks=[])
+        return
+    values = np.concatenate([line.get_ydata() for line in ax.lines])
+    if key == 'loss' and losses:
+        low, high = min(losses), max(losses)
+        room = 0.06 * (high - low) or 0.1 * abs(high) or 1
+        ax.set_ylim(low - room, high + room)
+    elif key in ('time_ms', 'grad_norm') and values.max() > 10 * np.median(values) and values.min() > 0:
+        ax.set_yscale('log')
+        ax.yaxis.set_minor_formatter('')
+        ax.set_ylim(values.min() / 1.3, values.max() * (values.max() / values.min()) ** (0.1 if wide else 0.45))  # room for the legend
+    elif key != 'loss':
+        ax.set_ylim(0, (1.4 if key == 'time_ms' else 1.1) * values.max() or 1)
+    places = np.concatenate([line.get_xdata() for line in ax.lines])
+    room = 0.02 * (places.max() - places.min()) or 1
+    ax.set_xlim(places.min() - room, places.max() + room)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=10 if wide else 5, steps=[1, 2, 2.5, 5, 10], integer=xlabel == 'iteration', min_n_ticks=1))
+    ax.xaxis.set_major_formatter(FuncFormatter(short))
+    ax.yaxis.set_major_formatter(FuncFormatter(scientific if key == 'lr' else short))
+
+
+def _events(ax, run, place, number):
+    """Validation losses, and of a single run (number None) the best one and the checkpoints; steps whose loss was not finite.
+    Returns the losses to keep in sight."""
+    iters, val = run.evaluations['iter'], run.evaluations['val_loss']
+    known, lost = np.isfinite(val), np.isnan(run.iterations['loss'])
+    edge = {'ls': 'none', 'mew': 2, 'transform': ax.get_xaxis_transform()}  # y runs from 0 at the bottom to 1 at the top
+    if number is None:
+        color, marker, size = VERMILLION, 'o', 5 if known.sum() < 100 else 2
+        look = {'lw': 1.2, 'label': 'validation'}
+    else:
+        color, marker, size = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)], 7
+        look = {'ls': 'none', 'mfc': 'white', 'mew': 1.6, 'label': '_validation'}
+    if known.any():
+        ax.plot(place(iters[known]), val[known], color=color, marker=marker, ms=size, zorder=3, **look)
+    if known.any() and number is None:
+        best = np.nanargmin(val)
+        label = f'best validation: {val[best]:.4f} at iteration {iters[best]:,.0f}'
+        ax.plot(place(iters[[best]]), val[[best]], color=ORANGE, marker='*', ms=18, mec=BLACK, ls='none', zorder=4, label=label)
+    if len(run.checkpoints) and number is None:
+        saved = place(run.checkpoints)
+        if len(saved) > 1 and saved[-1] - saved[-2] < 0.005 * np.ptp(np.append(saved, place(run.iterations['iter']))):
+            saved = saved[:-1]  # one tick for the last evaluation's checkpoint and the final one, an iteration later
+        ax.plot(saved, np.full(len(saved), 0.03), color=BLACK, marker='|', ms=14, label='checkpoint', **edge)
+    if lost.any():
+        label = f'loss not finite: {lost.sum():,} records' if number is None else '_lost'
+        ax.plot(place(run.iterations['iter'][lost]), np.full(lost.sum(), 0.95), color=color, marker='x', ms=8, label=label, **edge)
+    return val[known].tolist()
+
+
+def _step_times(ax, x, y):
+    median = np.nanmedian(y)
+    slow = y > 2 * median
+    ax.plot(*thin(x, np.where(slow, math.nan, y)), color=BLUE, marker='o', ms=2.5, ls='none', label=f'median {median:,.1f} ms')
+    if slow.any():
+        ax.plot(*thin(x[slow], y[slow]), color=VERMILLION, marker='D', ms=4, ls='none', label=f'{slow.sum():,} slower than twice that')
+
+
+def _utilization(ax, x, mfu, smooth):
+    right = ax.twinx()
+    right.set_label('mfu')
+    percent = 100 * smoothed(mfu, smooth or max(1, round(len(mfu) / 50)))
+    right.plot(*thin(x, percent), color=VERMILLION, lw=2, ls='--', marker='o' if len(mfu) == 1 else None)
+    right.set_ylim(0, 1.3 * right.get_lines()[0].get_ydata().max() or 1)
+    right.set_ylabel('MFU (%, dashed)', color=VERMILLION)
+    right.tick_params(axis='y', colors=VERMILLION)
+    right.spines.right.set_visible(True)
+    right.grid(False)
+
+
+def _facts(ax, run, row):
+    """What was run, on what, and how it went, as two columns of text."""
+    config, facts = run.config, run.run
+    shape = (('n_layer', 'layers'), ('n_head', 'heads'), ('n_embd', 'wide'))
+    device = (f'{facts.get("world_size") or 1} × {facts.get("device") or "?"}', facts.get('dtype') or config.get('dtype'))
+    started = str(facts.get('start_time') or '')[:16].replace('T', ' ') + ' UTC'
+    lines = {
+        'status': f'{run.status}, {run.silence}' if run.status in ('running', 'died') else run.status,
+        'phase': run.phase,
+        'model': f'{short(facts["parameters"])} parameters' if facts.get('parameters') else '',
+        'shape': ', '.join(f'{config[key]} {name}' for key, name in shape if key in config),
+        'data': str(config.get('dataset') or ''),
+        'batch': f'{run.tokens_per_iter:,} tokens per step' if run.tokens_per_iter else '',
+        'device': ', '.join(str(part) for part in device if part),
+        'started': started + (f', resumed {len(run.segments) - 1}×' if len(run.segments) > 1 else ''),
+        'steps': f'{row["last_iter"] or 0:,} in {duration(run.seconds.max(initial=0))}',
+        'speed': f'median {short(row["tokens_per_sec_median"])} tokens/s' if row['tokens_per_sec_median'] else '',
+        'losses': f'train {number(row["final_loss"])}, best val {number(row["best_val_loss"])}',
+    }
+    ax.set_axis_off()
+    ax.set_title('Run')
+    for i, (name, text) in enumerate((name, text) for name, text in lines.items() if text):
+        alarm = {'color': VERMILLION, 'weight': 'bold'} if name == 'status' and run.status in ('failed', 'died') else {}
+        for place, words, look in ((0, name, {'color': GREY}), (0.2, text if len(text) <= 37 else text[:36] + '…', alarm)):
+            ax.text(place, 0.98 - i * 0.098, words, transform=ax.transAxes, va='top', fontsize=12, in_layout=False, **look)
+
+
+def _bars(ax, runs, key, table, named):
+    title, unit = BARS[key]
+    scale = 2**30 if key == 'peak_memory_bytes' else 1
+    values = [math.nan if row[key] is None else row[key] / scale for row in table]
+    widest = max(np.nan_to_num(values)) or 1
+    for i, (value, row) in enumerate(zip(values, table)):
+        known = math.isfinite(value)
+        ax.barh(i, value if known else 0, color=COLORS[i % len(COLORS)], height=0.7)
+        ratio = 'baseline' if i == 0 else f'{row[f"{key}_ratio"]:.3f}×' if row[f'{key}_ratio'] else ''
+        text = f'{value:.4f}  {ratio}' if key == 'final_val_loss' else f'{short(value)}  {ratio}'
+        ax.text((value if known else 0) + 0.02 * widest, i, text if known else 'not recorded', va='center', fontsize=12)
+    ax.set_title(title)
+    ax.set_xlabel(unit)
+    ax.set_xlim(0, 1.65 * widest)  # room for the numbers behind the bars
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    ax.xaxis.set_major_formatter(FuncFormatter(short))
+    ax.grid(False, axis='y')
+    ax.set_yticks(range(len(runs)), [run.label for run in runs] if named else [''] * len(runs))
+    ax.tick_params(axis='y', length=0)
+    ax.invert_yaxis()
+
+
+def find_logs(paths):
+    """Log files for files, folders (their newest run) and globs; without any, the newest run under out*/."""
+
+    def newest(logs, where):
+        if not logs:
+            raise LogError(f'no run_*.json in {where}: train with --json_log=True, or name a log')
+        return max(logs, key=os.path.getmtime)
+
+    found = []
+    for path in paths:
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise LogError(f'{path}: no such file or folder')
+        found += [
+            newest(glob.glob(os.path.join(glob.escape(match), '**', 'run_*.json'), recursive=True), match) if os.path.isdir(match) else match
+            for match in matches
+        ]
+    found = found or [newest(glob.glob('out*/**/run_*.json', recursive=True), f'out*/ of {os.getcwd()}')]
+    return list({os.path.realpath(path): path for path in found}.values())
+
+
+def load_runs(paths):
+    runs = [Run(path) for path in find_logs(paths)]
+    inside = {os.path.realpath(path) for run in runs for path in run.segments[:-1]}
+    runs = [run for run in runs if os.path.realpath(run.path) not in inside]  # it is drawn as the first part of a resumed run
+    label_runs(runs)
+    return runs
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description='Draw one training run, or compare several with the first one.')
+    parser.add_argument('logs', nargs='*', metavar='LOG', help='files, folders (the newest run in each) or globs; default: the newest under out*/')
+    parser.add_argument('--output', help='picture to write; its ending picks the format; default: beside the first log')
+    parser.add_argument('--show', action='store_true', help='also open a window')
+    parser.add_argument('--smooth', type=int, metavar='N', help='records to average over; 1 for none; default: 2%% of the run')
+    parser.add_argument('--x', choices=('iter', 'tokens', 'time'), default='iter', help='the horizontal axis; time is that of the training steps')
+    parser.add_argument('--metrics', metavar='A,B', help=f'panels to draw, of {",".join(TITLES)}; default: all, or for several runs the loss')
+    parser.add_argument('--title', help='title of the picture')
+    parser.add_argument('--json', action='store_true', help='print the summary table as JSON')
+    parser.add_argument('--follow', type=float, nargs='?', const=10.0, metavar='SECONDS', help='redraw until the runs end, every 10 s')
+    args = parser.parse_args(argv)
+    args.metrics = args.metrics.split(',') if args.metrics else None
+    for name in args.metrics or ():
+        if name not in TITLES:
+            parser.error(f'--metrics: {name!r} is none of {", ".join(TITLES)}')
+    if (args.smooth is not None and args.smooth < 1) or (args.follow is not None and args.follow <= 0):
+        parser.error('--smooth and --follow must be positive')
+    return args
+
+
+def report(table):
+    for row in table:
+        speed = 'n/a' if row['tokens_per_sec_median'] is None else short(row['tokens_per_sec_median'])
+        print(f'{row["label"]}: {row["status"]} at iteration {row["last_iter"]}, best val loss {number(row["best_val_loss"])}, {speed} tokens/s')
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    figure = None
+    try:
+        if args.show:
+            from matplotlib import pyplot
+
+            if matplotlib.get_backend().lower() == 'agg':
+                raise LogError('--show needs a display')
+            figure = pyplot.figure()
+        while True:
+            runs = load_runs(args.logs)
+            if figure:
+                figure.clear()
+            picture = draw(runs, args.x, args.smooth, args.metrics, args.title, figure)
+            output = args.output or os.path.splitext(runs[0].path)[0] + ('_comparison_analysis.png' if len(runs) > 1 else '_analysis.png')
+            temporary = f'{os.path.splitext(output)[0]}.tmp{os.path.splitext(output)[1]}'  # a viewer that watches the picture never sees half of it
+            try:
+                picture.savefig(temporary, dpi=100)
+            except ValueError as error:  # a format that matplotlib does not have
+                raise LogError(f'{output}: {error}') from error
+            os.replace(temporary, output)
+            if not args.follow or all(run.status != 'running' for run in runs):
+                break
+            pyplot.pause(args.follow) if args.show else time.sleep(args.follow)
+        table = summarize(runs)
+        print(json.dumps(table, indent=2)) if args.json else report(table)
+        print(f'wrote {output}', file=sys.stderr if args.json else sys.stdout)
+        if args.show:
+            pyplot.show()
+    except KeyboardInterrupt:
+        pass
+    except (LogError, OSError, ImportError) as error:
+        print(f'visualize_training: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
