@@ -3,7 +3,7 @@ What TrainingLogger costs: per record at the start of a run and behind 1,000,000
 
     python benchmarks/bench_logger.py [--records 1000000] [--dir .]
 
-The tables in LOGGING_GUIDE.md are this program's output. About 4 minutes, 400 MB of disk in a temporary folder under --dir.
+The tables in LOGGING_GUIDE.md are this program's output. About 5 minutes, 400 MB of disk in a temporary folder under --dir.
 """
 
 import argparse

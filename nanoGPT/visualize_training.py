@@ -348,8 +348,8 @@ def _events(ax, run, place, number):
         ax.plot(place(iters[[best]]), val[[best]], color=ORANGE, marker='*', ms=18, mec=BLACK, ls='none', zorder=4, label=label)
     if len(run.checkpoints) and number is None:
         saved = place(run.checkpoints)
-        apart = 0.005 * np.ptp(np.append(place(run.iterations['iter']), saved))
-        saved = saved[np.diff(saved, append=math.inf) > apart]  # that of the last evaluation and the final one are drawn as one
+        if len(saved) > 1 and saved[-1] - saved[-2] < 0.005 * np.ptp(np.append(saved, place(run.iterations['iter']))):
+            saved = saved[:-1]  # one tick for the last evaluation's checkpoint and the final one, an iteration later
         ax.plot(saved, np.full(len(saved), 0.03), color=BLACK, marker='|', ms=14, label='checkpoint', **edge)
     if lost.any():
         label = f'loss not finite: {lost.sum():,} records' if number is None else '_lost'

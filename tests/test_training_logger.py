@@ -180,7 +180,7 @@ def test_no_write_crosses_a_page_nor_grows_with_the_run(tmp_path, monkeypatch):
     writes, pwrite, log = [], os.pwrite, TrainingLogger(tmp_path, {}, RUN)
     monkeypatch.setattr(os, 'pwrite', lambda fd, data, at: writes.append((at, len(data))) or pwrite(fd, data, at))
     per_record, copied = [], 0
-    for i in range(6000):
+    for i in range(3000):
         for add in (lambda: step(log, i, loss=1 / 3 + i, grad_norm=i / 7), lambda: log.evaluation(i, train_loss=i / 3, val_loss=i / 7, lr=1e-3)):
             writes.clear()
             fd = log.fd
@@ -195,7 +195,7 @@ def test_no_write_crosses_a_page_nor_grows_with_the_run(tmp_path, monkeypatch):
     final = os.path.getsize(log.path)
     assert copied < 6 * final  # by growing by half, each of the two lists copies at most 1 + 2/3 + 4/9 + ... = 3 times what is there in the end
     document = read(log)
-    assert len(document['iterations']) == len(document['evaluations']) == 6000
+    assert len(document['iterations']) == len(document['evaluations']) == 3000
     log.close('completed')
     assert os.path.getsize(log.path) < final and read(log)['iterations'] == document['iterations']
 
