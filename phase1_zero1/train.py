@@ -241,7 +241,8 @@ def save_checkpoint(best):
 if master_process:
     make_out_dir(out_dir)
 resumed_from = {'log': checkpoint.get('resume', {}).get('log'), 'iter': iter_num} if init_from == 'resume' else None
-log = TrainingLogger(out_dir, config, hardware.run_facts(__file__, model_dir, device, world_size), json_log and master_process, resumed_from)
+facts = hardware.run_facts(__file__, model_dir, device, world_size, parameters=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter)
+log = TrainingLogger(out_dir, config, facts, json_log and master_process, resumed_from)
 if wandb_log and master_process:
     import wandb
 

@@ -267,8 +267,7 @@ if master_process:
     make_out_dir(out_dir)
 resumed_from = {'log': checkpoint.get('resume', {}).get('log'), 'iter': iter_num} if init_from == 'resume' else None
 sharded_saver = ShardedSaver(out_dir, model, optimizer) if ckpt_format == 'sharded' else None
-n_params = raw_model.get_num_params()
-facts = hardware.run_facts(__file__, model_dir, device, world_size, dtype=dtype, parameters=n_params, tokens_per_iter=tokens_per_iter)
+facts = hardware.run_facts(__file__, model_dir, device, world_size, parameters=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter)
 log = TrainingLogger(out_dir, config, facts, json_log and master_process, resumed_from)
 if wandb_log and master_process:
     import wandb
