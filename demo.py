@@ -37,7 +37,7 @@ def main():
     threads = max(1, (os.cpu_count() or 1) // processes)  # more would only take turns
     run(DATA / 'prepare.py')
     flags = [f'--gradient_accumulation_steps={processes}', f'--batch_size={max(1, 16 // processes)}', '--log_interval=50']
-    flags += ['--max_iters=1500', '--lr_decay_iters=1500']
+    flags += ['--max_iters=1000', '--lr_decay_iters=1000']
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     run(*torchrun, NANOGPT / 'train.py', NANOGPT / 'config' / 'train_python_char.py', f'--out_dir={OUT}', *flags, OMP_NUM_THREADS=str(threads))
     run(NANOGPT / 'sample.py', f'--out_dir={OUT}', '--ckpt=ckpt_best.pt', '--start=def ', '--num_samples=2', '--max_new_tokens=400')

@@ -71,18 +71,26 @@ def on_gpu(repeats, dry):
 def on_cpu(repeats):
     """The model of `make demo`, on data/python_char, in one process."""
     data = NANOGPT / 'data' / 'python_char'
-    shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=60, eval_interval=1000, eval_iters=1, learning_rate=1e-3,
+    shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=40, eval_interval=1000, eval_iters=1, learning_rate=1e-3,
                  min_lr=1e-4, warmup_iters=10, lr_decay_iters=60)  # fmt: skip
     flags = [f'--{k}={v}' for k, v in shape.items()]
     ms = {'train.py': [], 'minimal loop': []}
+    fastest = {'train.py': [], 'minimal loop': []}  # on a shared machine the fastest steps are the undisturbed ones
     for _ in range(repeats):
-        ms['train.py'].append(train_ms(10, *flags, '--dataset=python_char', '--gradient_accumulation_steps=2', '--device=cpu')['ms'])
+        ours = train_ms(10, *flags, '--dataset=python_char', '--gradient_accumulation_steps=2', '--device=cpu')
         text = run(ROOT / 'tests' / 'minimal_loop.py', *flags, f'--data_dir={data}', '--vocab_size=96', '--accumulation=2', '--dropout=0', '--bias=0')
-        ms['minimal loop'].append(float(re.search(r'median step ([\d.]+) ms', text)[1]))
+        median, least = map(float, re.search(r'median step ([\d.]+) ms, fastest ([\d.]+) ms', text).groups())
+        for name, m, f in (('train.py', ours['ms'], ours['ms_min']), ('minimal loop', median, least)):
+            ms[name].append(m)
+            fastest[name].append(f)
     tokens = 2 * 8 * 128
-    rows = [{'what': what, 'tokens_per_sec': [tokens / t * 1000 for t in times]} for what, times in ms.items()]
+    rows = [{'what': what, 'tokens_per_sec': [tokens / t * 1000 for t in times], 'fastest_ms': fastest[what]} for what, times in ms.items()]
     ratios = [minimal / ours for ours, minimal in zip(ms['train.py'], ms['minimal loop'], strict=True)]
-    return rows, {'speed_against_minimal_loop': statistics.median(ratios), 'ratios': ratios}
+    return rows, {
+        'speed_against_minimal_loop_fastest_steps': min(fastest['minimal loop']) / min(fastest['train.py']),
+        'speed_against_minimal_loop_medians': statistics.median(ratios),
+        'ratios': ratios,
+    }
 
 
 def main():

@@ -44,7 +44,7 @@ TITLES = {
 }
 BARS = {
     'tokens_per_sec_median': ('Throughput', 'median tokens/s'),
-    'peak_memory_bytes': ('Peak memory per GPU', 'GiB on rank 0'),
+    'peak_memory_bytes': ('Peak memory', 'GiB on rank 0'),
     'final_val_loss': ('Final validation loss', 'nats/token'),
 }
 LISTS = {'iterations': list, 'evaluations': list, 'checkpoints': list}

@@ -60,7 +60,7 @@ def main(data_dir, vocab_size, n_layer, n_head, n_embd, block_size, batch_size, 
         times.append(time.perf_counter() - started)
         print(f'iter {it}: loss {total:.4f}')
     times = sorted(times[10:] or times)  # without the warm-up
-    print(f'median step {1000 * times[len(times) // 2]:.3f} ms')
+    print(f'median step {1000 * times[len(times) // 2]:.3f} ms, fastest {1000 * times[0]:.3f} ms')
 
 
 if __name__ == '__main__':
