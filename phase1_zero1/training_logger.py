@@ -23,6 +23,7 @@ import json
 import math
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -160,6 +161,8 @@ class TrainingLogger:
             self.fd = None
 
     def _work(self):
+        if hasattr(signal, 'pthread_sigmask'):  # not on Windows. A signal in this thread would lose SimpleQueue.get its wake-up
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while self.fd is not None:
             method, args, kwargs, done = self.jobs.get()
             try:
