@@ -23,7 +23,6 @@ import json
 import math
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -161,8 +160,6 @@ class TrainingLogger:
             self.fd = None
 
     def _work(self):
-        if hasattr(signal, 'pthread_sigmask'):  # not on Windows. A signal in this thread would lose SimpleQueue.get its wake-up
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while self.fd is not None:
             method, args, kwargs, done = self.jobs.get()
             try:
