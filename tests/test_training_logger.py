@@ -400,7 +400,9 @@ def test_random_numbers_of_training_are_left_alone(tmp_path):
 def test_interrupt_at_any_moment_ends_the_run_with_a_whole_file(tmp_path):
     moments = random.Random(0)
     for i in range(20):
-        process = child('sent = [0]\n' + HOT_LOOP, tmp_path)
+        # a shell starts background jobs with SIGINT ignored, and this test may run in one
+        handler = 'import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n'
+        process = child(handler + 'sent = [0]\n' + HOT_LOOP, tmp_path)
         path = process.stdout.readline().strip()
         time.sleep(moments.uniform(0, 0.02))
         process.send_signal(signal.SIGINT)
