@@ -2,6 +2,7 @@
 What TrainingLogger costs: per record at the start of a run and behind 1,000,000 records, and what a loop of 20 ms steps loses to it.
 
     python benchmarks/bench_logger.py [--records 1000000] [--dir .]
+    python benchmarks/bench_logger.py --gpu    # instead: what training GPT-2 124M in steps of about 20 ms loses; needs a GPU, 1 minute
 
 The tables in LOGGING_GUIDE.md are this program's output. About 5 minutes, 400 MB of disk in a temporary folder under --dir.
 """
@@ -87,16 +88,73 @@ def timed(function, *args):
     return time.perf_counter() - start
 
 
+def on_gpu(folder, steps, batch_size=8):
+    """
+    Training steps that end as train.py's do at --log_interval=1, each after a random one of: no record, a record that is written at once,
+    and one that is written half a step later, as TrainingLogger does. Prints how long they take.
+    """
+    import torch
+
+    import hardware
+    from model import GPT, GPTConfig
+
+    model = GPT(GPTConfig(bias=False)).cuda()
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda')
+    compiled = torch.compile(model)
+    tokens = torch.randint(50257, (batch_size, 1025), device='cuda')
+    log = TrainingLogger(folder, {'dataset': 'none'}, {'phase': 'benchmark'})
+
+    def step():
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = compiled(tokens[:, :-1], tokens[:, 1:].contiguous())[1]
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return torch.stack([loss.detach(), norm]).tolist()  # waits for the GPU
+
+    arms = {'no record': None, 'written at once': 0.0, 'written half a step later': 0.5}
+    seconds = {arm: [] for arm in arms}
+    loss, norm, ms = *step(), 20.0
+    for i in range(steps + 50):
+        arm = random.choice(list(arms))
+        log.wait()
+        start = time.perf_counter()
+        if arms[arm] is not None:
+            log.delay = arms[arm]
+            peak = hardware.peak_memory_bytes('cuda')
+            log.iteration(i, loss=loss, lr=6e-4, time_ms=ms, tokens_per_sec=1024e3 * batch_size / ms, mfu=0.4, grad_norm=norm, peak_memory_bytes=peak)
+        loss, norm = step()
+        taken = time.perf_counter() - start
+        ms = taken * 1e3
+        if i >= 50:
+            seconds[arm].append(taken)
+    log.close('completed')
+    print(f'GPT-2 124M, batch of {batch_size}, {torch.cuda.get_device_name()}, torch {torch.__version__}')
+    for arm, times in seconds.items():
+        row(f'training step, {arm}', times)
+    without = seconds['no record']
+    for arm, times in list(seconds.items())[1:]:
+        lost = [1e6 * (a - b) for a, b in zip(statistics.quantiles(times, n=4), statistics.quantiles(without, n=4))]
+        error = 1.25e6 * sum(statistics.variance(t) / len(t) for t in (times, without)) ** 0.5  # of a difference of medians
+        share = lost[1] / 1e6 / statistics.median(without)
+        print(f'{arm}: longer at the quartiles by {lost[0]:.0f}, {lost[1]:.0f}, {lost[2]:.0f} us (+- {error:.0f}): {share:.2%} of a step')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument('--records', type=int, default=1_000_000)
-    parser.add_argument('--steps', type=int, default=1000, help='of each loop of 20 ms steps')
+    parser.add_argument('--steps', type=int, default=1000, help='of each loop')
+    parser.add_argument('--gpu', action='store_true')
     parser.add_argument('--dir', default='.')
     args = parser.parse_args()
     with open('/proc/cpuinfo') as file:
         cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), platform.machine())
     print(f'{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Linux {platform.release()}, Python {platform.python_version()}')
     print(f'{"microseconds per record":<44} {"records":>9} {"median":>8} {"5%":>8} {"95%":>8} {"mean":>8} {"max (ms)":>9}')
+    if args.gpu:
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            return on_gpu(folder, args.steps)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         log = TrainingLogger(folder, {'dataset': 'none'}, {'phase': 'benchmark'})
         for busy, busy_ms in ((python, 0), (python, 4), (products, 4), (products, 18)):

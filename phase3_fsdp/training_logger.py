@@ -7,8 +7,9 @@ The JSON log of a training run: out_dir/run_YYYYmmdd_HHMMSS.json, one strictly v
     log.checkpoint(0, path='out/ckpt.pt', bytes=1_492_000_000, seconds=1.2)
     log.close('completed')
 
-A call returns at once: a thread writes the record, and the next call first waits for that. So a kill -9 costs one record at
-most. (Values are read a little after the call: numbers, please, not tensors that the training goes on to change.)
+A call returns at once: a thread writes the record half a step later, when the one that trains has given the GPU its work and
+waits, and the next call first waits for that. So a kill -9 costs one record at most. (Values are read after the call: numbers,
+please, not tensors that the training goes on to change.)
 
 Each list of the document is followed by a reserve of spaces, which JSON ignores; adding a record overwrites some of them. No
 write crosses a 4 KiB page, because a kill -9 can cut a write between two pages, but not within one. A list that outgrows its
@@ -117,6 +118,7 @@ class TrainingLogger:
     def __init__(self, out_dir, config, run, enabled=True, resumed_from=None):
         self.path, self.fd, self.warned, self.torn, self.second, self.retry_at = None, None, False, None, 0, 0.0
         self.jobs, self.last = queue.SimpleQueue(), threading.Lock()  # calls to the thread; held until the last of them is done
+        self.awaited, self.delay = threading.Event(), 0.5  # is someone waiting for it? how many steps does it come later?
         if enabled:
             try:
                 self._open(out_dir, config, run, resumed_from)
@@ -126,12 +128,15 @@ class TrainingLogger:
 
     def wait(self):
         """Return when everything logged so far is in the file."""
+        self.awaited.set()
         with self.last:
-            pass
+            self.awaited.clear()
 
     @in_background
     def iteration(self, iter_num, *, loss, lr, time_ms, tokens_per_sec, mfu=None, grad_norm=None, peak_memory_bytes=None, **extra):
         """One training step; mfu as a fraction of 1. Extra keywords are logged as they are."""
+        if isinstance(time_ms, (int, float)):
+            self.awaited.wait(max(0.0, min(0.1, self.delay * time_ms / 1000)))
         fields = {'loss': loss, 'lr': lr, 'time_ms': time_ms, 'tokens_per_sec': tokens_per_sec, 'mfu': mfu, 'grad_norm': grad_norm}
         self._append('iterations', {'iter': iter_num, **fields, 'peak_memory_bytes': peak_memory_bytes, **extra})
 

@@ -121,9 +121,9 @@ def compile_offline(kernel, constants, types, config, capability):
     options = {'num_warps': config.warps, 'launch_pdl': config.pdl, **({'maxnreg': config.registers} if config.registers else {})}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, divisible)
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
-    ptxas = Path(triton.__file__).parent / 'backends/nvidia/bin/ptxas'
+    ptxas = triton.knobs.nvidia.ptxas.path  # the one that Triton itself runs
     arch = 'sm_90a' if capability == 90 else f'sm_{capability}'
-    command = [str(ptxas), '-v', '--gpu-name', arch, '-o', os.devnull, '-']
+    command = [ptxas, '-v', '--gpu-name', arch, '-o', os.devnull, '-']
     report = subprocess.run([*command[:-1], '/dev/stdin'], input=compiled.asm['ptx'], capture_output=True, text=True)
     assert report.returncode == 0, report.stderr
     return compiled, report.stderr
