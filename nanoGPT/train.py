@@ -296,6 +296,7 @@ while True:
         X, Y = get_batch('train')
         scaler.scale(loss).backward()
         loss_sum += loss.detach()
+    log.flush()  # the last record is written while the GPU works
     # measure and clip the gradient
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)

@@ -7,9 +7,9 @@ The JSON log of a training run: out_dir/run_YYYYmmdd_HHMMSS.json, one strictly v
     log.checkpoint(0, path='out/ckpt.pt', bytes=1_492_000_000, seconds=1.2)
     log.close('completed')
 
-A call returns at once: a thread writes the record half a step later, when the one that trains has given the GPU its work and
-waits, and the next call first waits for that. So a kill -9 costs one record at most. (Values are read after the call: numbers,
-please, not tensors that the training goes on to change.)
+A call returns at once, and a thread writes the record. That of an iteration is first kept until flush(): call it where the CPU
+is about to wait for the GPU, and the writing costs the training nothing. Each call first waits for the records before it, so a
+kill -9 costs one at most. (Values are read after the call: numbers, please, not tensors that the training goes on to change.)
 
 Each list of the document is followed by a reserve of spaces, which JSON ignores; adding a record overwrites some of them. No
 write crosses a 4 KiB page, because a kill -9 can cut a write between two pages, but not within one. A list that outgrows its
@@ -92,19 +92,20 @@ class Speed:
         self.mean, self.median = self.total / self.count, math.exp(self.middle / 250)
 
 
-def in_background(method):
-    """Run `method` on the log's thread; the caller waits only for what it was given before, and sees no exception."""
+def in_background(at_once):
+    """Run the method on the log's thread, at once or at the next call. The caller waits only for the calls before, and sees no exception."""
 
-    @functools.wraps(method)
-    def hand_over(self, *args, **kwargs):
-        self.wait()
-        if self.fd is not None:
-            done = threading.Lock()
-            done.acquire()
-            self.jobs.put((method, args, kwargs, done))
-            self.last = done  # behind put: a Ctrl-C between the two must not leave a lock that nobody releases
+    def decorate(method):
+        @functools.wraps(method)
+        def hand_over(self, *args, **kwargs):
+            self.wait()
+            self.kept = method, args, kwargs
+            if at_once:
+                self.flush()
 
-    return hand_over
+        return hand_over
+
+    return decorate
 
 
 class TrainingLogger:
@@ -118,7 +119,7 @@ class TrainingLogger:
     def __init__(self, out_dir, config, run, enabled=True, resumed_from=None):
         self.path, self.fd, self.warned, self.torn, self.second, self.retry_at = None, None, False, None, 0, 0.0
         self.jobs, self.last = queue.SimpleQueue(), threading.Lock()  # calls to the thread; held until the last of them is done
-        self.awaited, self.delay = threading.Event(), 0.5  # is someone waiting for it? how many steps does it come later?
+        self.kept = None  # a call that the thread has not been given yet
         if enabled:
             try:
                 self._open(out_dir, config, run, resumed_from)
@@ -128,23 +129,30 @@ class TrainingLogger:
 
     def wait(self):
         """Return when everything logged so far is in the file."""
-        self.awaited.set()
+        self.flush()
         with self.last:
-            self.awaited.clear()
+            pass
 
-    @in_background
+    def flush(self):
+        """Have the last iteration's record written now, while this thread goes on."""
+        kept, self.kept = self.kept, None
+        if kept is not None and self.fd is not None:
+            done = threading.Lock()
+            done.acquire()
+            self.jobs.put((*kept, done))
+            self.last = done  # behind put: a Ctrl-C between the two must not leave a lock that nobody releases
+
+    @in_background(at_once=False)
     def iteration(self, iter_num, *, loss, lr, time_ms, tokens_per_sec, mfu=None, grad_norm=None, peak_memory_bytes=None, **extra):
         """One training step; mfu as a fraction of 1. Extra keywords are logged as they are."""
-        if isinstance(time_ms, (int, float)):
-            self.awaited.wait(max(0.0, min(0.1, self.delay * time_ms / 1000)))
         fields = {'loss': loss, 'lr': lr, 'time_ms': time_ms, 'tokens_per_sec': tokens_per_sec, 'mfu': mfu, 'grad_norm': grad_norm}
         self._append('iterations', {'iter': iter_num, **fields, 'peak_memory_bytes': peak_memory_bytes, **extra})
 
-    @in_background
+    @in_background(at_once=True)
     def evaluation(self, iter_num, *, train_loss, val_loss, lr=None, **extra):
         self._append('evaluations', {'iter': iter_num, 'train_loss': train_loss, 'val_loss': val_loss, 'lr': lr, **extra})
 
-    @in_background
+    @in_background(at_once=True)
     def checkpoint(self, iter_num, *, path, bytes=None, seconds=None, **extra):
         self._append('checkpoints', {'iter': iter_num, 'path': path, 'bytes': bytes, 'seconds': seconds, **extra})
 
@@ -153,7 +161,7 @@ class TrainingLogger:
         self._close(status)
         self.wait()
 
-    @in_background
+    @in_background(at_once=True)
     def _close(self, status):
         try:
             self.state['status'], self.state['end_time'] = status, utc_now()

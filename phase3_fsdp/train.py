@@ -335,6 +335,7 @@ while True:
         X, Y = get_batch('train')
         scaler.scale(loss).backward()
         loss_sum += loss.detach()
+    log.flush()  # the last record is written while the GPU works
     if fsdp:
         optimizer.collect_gradients()
     # measure and clip the gradient

@@ -346,6 +346,18 @@ def test_status_of_every_end(tmp_path, before, code, status):
     assert document['run']['status'] == status and [record['iter'] for record in document['evaluations']] == [0, 1, 2]
 
 
+def test_an_iteration_is_written_at_flush(tmp_path):
+    log, deadline = TrainingLogger(tmp_path, {}, RUN), time.monotonic() + 20
+    step(log, 0)
+    time.sleep(0.05)
+    assert read(log.path)['iterations'] == []
+    log.flush()
+    while not (iterations := read(log.path)['iterations']) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [record['iter'] for record in iterations] == [0]
+    log.close('completed')
+
+
 def test_training_waits_for_the_record_before_and_close_for_the_last(tmp_path, monkeypatch):
     log, disk, done = TrainingLogger(tmp_path, {}, RUN), threading.Event(), []
     pwrite = os.pwrite
