@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # what every phase folder has in common with nanoGPT/, byte for byte
-COMMON := bench.py checkpoint.py configurator.py dataset.py distributed.py errors.py hardware.py sample.py step_guard.py training_logger.py visualize_training.py config
+COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distributed.py errors.py hardware.py sample.py step_guard.py training_logger.py visualize_training.py config
 
 .PHONY: demo test lint sync bench clean
 .DEFAULT_GOAL := demo

@@ -192,7 +192,7 @@ def compile_one(job):
     try:
         with override(**configs):
             if 'forward_config' in configs:
-                ours.launch_forward(X, W, W, 1e-5, y)
+                ours.launch_forward(X, None, W, W, 1e-5, y)
             else:
                 ours.launch_backward(X.to(y), X, W, w, torch.ones(2, 4096, device='cuda'), True, True, True)
         torch.cuda.synchronize()
@@ -233,7 +233,7 @@ def tune(results, seconds, only):
             needed = gb[1] - gb[0] if backward else gb[0]
             with torch.no_grad():
                 xs, dys, w, b = inputs(M, N, x_dtype, w_dtype, y_dtype)
-                stats = [ours.launch_forward(x, w, b, 1e-5, y_dtype)[1] for x in xs]
+                stats = [ours.launch_forward(x, None, w, b, 1e-5, y_dtype)[1] for x in xs]
 
                 def us(xs=xs, dys=dys, stats=stats, w=w, b=b, backward=backward, y_dtype=y_dtype, **configs):
                     if time.time() > deadline:
@@ -242,7 +242,7 @@ def tune(results, seconds, only):
                         if backward:
                             calls = [lambda p=p: ours.launch_backward(p[0], p[1], w, w.dtype, p[2], True, True, True) for p in zip(dys, xs, stats)]
                         else:
-                            calls = [lambda x=x: ours.launch_forward(x, w, b, 1e-5, y_dtype) for x in xs]
+                            calls = [lambda x=x: ours.launch_forward(x, None, w, b, 1e-5, y_dtype) for x in xs]
                         return graph_us(calls, 7)[0]
 
                 if stage == 1:

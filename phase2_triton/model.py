@@ -15,53 +15,36 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import layer_norm, unavailable_reason
+
+from kernels import unavailable_reason
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.linear import autocast_dtype
+from kernels.modules import GELU, AddLayerNorm, Embedding, Linear
 
 answers = {}
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks while it traces, so neither the question nor the print breaks the graph
-def triton_layer_norm(use_triton, device, compiling):
-    """Whether LayerNorm runs on Triton on this device; rank 0 prints each answer once, and why not if so."""
-    asked = use_triton, device, compiling
+def runs_on_triton(use_triton, device):
+    """Whether the model runs on Triton's kernels on this device; rank 0 prints each answer once, and why not if so."""
+    asked = use_triton, device
     if asked not in answers:
-        if not use_triton:
-            reason = 'use_triton is off'
-        elif compiling:
-            reason = 'torch.compile fuses it with its neighbours, which is faster'
-        else:
-            reason = unavailable_reason(device)
+        reason = unavailable_reason(device) if use_triton else 'use_triton is off'
         line = f'not using Triton-accelerated LayerNorm: {reason}' if reason else 'using Triton-accelerated LayerNorm'
+        line += '' if reason else ', GELU and cross-entropy; torch.compile leaves them alone'
         if line not in answers.values() and os.environ.get('RANK', '0') == '0':
             print(line)
         answers[asked] = line
     return answers[asked].startswith('using')
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias, on Triton where it can run. Under autocast that writes the dtype of the matmul that follows."""
-
-    def __init__(self, ndim, bias, use_triton=True):
-        super().__init__()
-        self.use_triton = use_triton
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-
-    def forward(self, input):
-        kind = input.device.type
-        if triton_layer_norm(self.use_triton, input.device, torch.compiler.is_compiling()):
-            out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            return layer_norm(input, self.weight, self.bias, 1e-5, out_dtype)
-        return F.layer_norm(input, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         # query, key and value of all heads in one matmul
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias, use_triton=config.use_triton)
         # output projection, back into the residual stream
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias, use_triton=config.use_triton)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.n_embd = config.n_embd
@@ -82,9 +65,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias, use_triton=config.use_triton)
+        self.gelu = GELU(config.use_triton)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias, use_triton=config.use_triton)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -94,15 +77,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias, use_triton=config.use_triton)
+        self.ln_1 = AddLayerNorm(config.n_embd, bias=config.bias, use_triton=config.use_triton)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias, use_triton=config.use_triton)
+        self.ln_2 = AddLayerNorm(config.n_embd, bias=config.bias, use_triton=config.use_triton)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+    def forward(self, x, branch=None):
+        # what a branch computes is added to the residual stream x by the LayerNorm after it, in one kernel
+        x, y = self.ln_1(x, branch)
+        x, y = self.ln_2(x, self.attn(y))
+        return x, self.mlp(y)
 
 
 @dataclass
@@ -116,7 +100,9 @@ class GPTConfig:
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
     activation_checkpointing: bool = False  # keep only each block's input and compute the rest again in backward: less memory, more time
-    use_triton: bool = True  # LayerNorm by the Triton kernels in kernels/, where they can run
+    use_triton: bool = True  # computed by the Triton kernels in kernels/, where they can run
+    half_residual: bool = False  # with use_triton and a 16-bit dtype, keep the residual stream in it too: faster, a little less exact
+    loss_rows: int = 0  # with use_triton, tokens whose logits exist at a time in training: less memory, a little slower; 0: all
 
 
 class GPT(nn.Module):
@@ -126,11 +112,11 @@ class GPT(nn.Module):
 
         self.transformer = nn.ModuleDict(
             dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wte=Embedding(config.vocab_size, config.n_embd, use_triton=config.use_triton),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=LayerNorm(config.n_embd, bias=config.bias, use_triton=config.use_triton),
+                ln_f=AddLayerNorm(config.n_embd, bias=config.bias, use_triton=config.use_triton),
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -164,9 +150,18 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """
-        idx: int64 tokens (B, T), T <= block_size. With targets (B, T; -1 is ignored): logits (B, T, vocab_size) and the
-        mean cross-entropy in nats. Without: the logits of the last position only, (B, 1, vocab_size), and None.
+        idx: int64 tokens (B, T), T <= block_size. With targets (B, T; -1 is ignored): logits (B, T, vocab_size), or None in
+        training with use_triton, and the mean cross-entropy in nats. Without: the logits of the last position only, (B, 1, vocab_size), and None.
         """
+        if self.runs_on_kernels(idx.device):
+            return self.compute_unseen(idx, targets)
+        return self.compute(idx, targets)
+
+    def runs_on_kernels(self, device):
+        """Whether Triton's kernels compute the model on this device. torch.compile is kept away then: it could only cut it up."""
+        return runs_on_triton(self.config.use_triton, device)
+
+    def compute(self, idx, targets):
         B, T = idx.size()
         assert T <= self.config.block_size, f'a sequence of {T} tokens does not fit block_size={self.config.block_size}'
         pos = torch.arange(0, T, dtype=torch.long, device=idx.device)  # (T)
@@ -174,13 +169,19 @@ class GPT(nn.Module):
         tok_emb = self.transformer.wte(idx)  # (B, T, n_embd)
         pos_emb = self.transformer.wpe(pos)  # (T, n_embd)
         x = self.transformer.drop(tok_emb + pos_emb)
+        if self.config.half_residual and self.config.use_triton:
+            x = x.to(autocast_dtype(x) or x.dtype)
+        branch = None
         for block in self.transformer.h:
             if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, use_reentrant=False)
             else:
-                x = block(x)
-        x = self.transformer.ln_f(x)
+                x, branch = block(x, branch)
+        _, x = self.transformer.ln_f(x, branch)
 
+        if targets is not None and self.training and self.config.use_triton:
+            # without logits as a result, their gradient can take their place
+            return None, linear_cross_entropy(x, self.lm_head.weight, targets, tied=True, chunk_rows=self.config.loss_rows)
         if targets is not None:
             logits = self.lm_head(x)
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
@@ -189,6 +190,8 @@ class GPT(nn.Module):
             loss = None
 
         return logits, loss
+
+    compute_unseen = torch.compiler.disable(compute)
 
     def crop_block_size(self, block_size):
         """Shortens the longest sequence the model takes, for instance of a pretrained one."""

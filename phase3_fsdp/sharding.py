@@ -125,6 +125,8 @@ def shard(model, config, recipe=None):
     memory); without, it is gathered once and reduced once in an iteration (least traffic). A model built inside OnMeta is
     initialized as that recipe says; without a recipe its weights are left to be loaded. Raises UserError for wrong flags.
     """
+    if config['cuda_graph']:
+        raise UserError('cuda_graph=True records one process, but FSDP gathers parameters from all in every micro-step: leave one of them out')
     print('Wrapping model with FSDP...')
     num_params = sum(p.numel() for p in model.parameters())
     names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
@@ -142,7 +144,8 @@ def shard(model, config, recipe=None):
     if half:  # the loss needs float32
         model.lm_head.register_forward_hook(lambda module, args, logits: logits.float())
     units, rest = group_blocks(model.transformer.h, config['fsdp_min_num_params'])
-    if config['compile']:
+    by_hand = getattr(model, 'runs_on_kernels', lambda device: False)  # phase 2's model may need no compiler
+    if config['compile'] and not by_hand(torch.device(config['device'])):
         compile_parts(model, units)
     for unit in units:
         fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=reshard, **options)
@@ -200,13 +203,15 @@ def compile_parts(model, units):
 
     @torch.compile
     def loss_of(x, targets):
-        logits = model.lm_head(transformer.ln_f(x))
+        x = transformer.ln_f(*x)
+        logits = model.lm_head(x[1] if isinstance(x, tuple) else x)
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
 
     def in_parts(idx, targets):
-        x = embed(idx)
+        x = (embed(idx),)
         for block in transformer.h:
-            x = checkpoint(block, x, use_reentrant=False) if model.config.activation_checkpointing and model.training else block(x)
+            x = checkpoint(block, *x, use_reentrant=False) if model.config.activation_checkpointing and model.training else block(*x)
+            x = x if isinstance(x, tuple) else (x,)  # phase 2's blocks hand on a pair
         return None, loss_of(x, targets)
 
     if units:

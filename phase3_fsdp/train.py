@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import hardware
 from checkpoint import load_model, load_optimizer, make_out_dir, rank_state, restore_rank_state, resume_model_args, write_checkpoint
 from configurator import configure
+from cuda_graph import MicroStepGraph, use_side_stream
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
 from distributed import StopSignal, gather_from_ranks, mean_over_ranks, setup
 from errors import UserError
@@ -89,6 +90,7 @@ backend = 'auto'  # nccl, gloo, ...
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
+cuda_graph = False  # record a micro-step and replay it, so that the GPU never waits for the CPU
 peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu, if hardware.py does not know it
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
@@ -97,6 +99,8 @@ device, dtype, compile, backend = hardware.choose(device, dtype, compile, backen
 config.update(device=device, dtype=dtype, compile=compile, backend=backend)
 device_type = device.split(':')[0]
 rank, world_size = setup(backend)
+if cuda_graph:
+    use_side_stream(device)
 fsdp = use_fsdp and world_size > 1
 ddp = world_size > 1 and not fsdp
 master_process = rank == 0
@@ -202,6 +206,17 @@ if compile and not fsdp:
 # every rank computes the gradients of its own batches; DDP averages them
 if ddp:
     model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+
+
+def forward_backward(X, Y):
+    with ctx:
+        loss = model(X, Y)[1]  # a name for the logits would keep them in memory
+        loss = loss / gradient_accumulation_steps
+    scaler.scale(loss).backward()
+    return loss.detach()
+
+
+graph = MicroStepGraph(forward_backward, raw_model) if cuda_graph else None  # of micro-steps without communication
 
 
 # mean losses over eval_iters batches of either split on every rank; None if a stop was requested meanwhile
@@ -322,19 +337,17 @@ while True:
     # forward and backward, with gradient accumulation to simulate a larger batch
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(gradient_accumulation_steps):
+        last = micro_step == gradient_accumulation_steps - 1
         if fsdp:
             # FSDP averages the gradients too, and leaves each rank those of its shards
-            set_last_micro_step(model, micro_step == gradient_accumulation_steps - 1)
+            set_last_micro_step(model, last)
         if ddp:
             # the ranks' gradients are averaged once, in the last backward
-            model.require_backward_grad_sync = micro_step == gradient_accumulation_steps - 1
-        with ctx:
-            loss = model(X, Y)[1]  # a name for the logits would keep them in memory
-            loss = loss / gradient_accumulation_steps
+            model.require_backward_grad_sync = last
+        step = graph if graph and not (ddp and last) else forward_backward
+        loss_sum += step(X, Y)
         # draw the next batch while the GPU is busy
         X, Y = get_batch('train')
-        scaler.scale(loss).backward()
-        loss_sum += loss.detach()
     log.flush()  # the last record is written while the GPU works
     if fsdp:
         optimizer.collect_gradients()

@@ -62,10 +62,24 @@ def sum_rows(x, CHUNK: tl.constexpr):
 
 
 @jit
+def add_rows(xs, ptr, branches, rows, M, N: tl.constexpr, CHUNK: tl.constexpr):
+    """Adds the tiles `branches` to the tiles `xs`, writes the sums to ptr (M, N) contiguous, and returns them in its dtype."""
+    sums = ()
+    for c in tl.static_range((N + CHUNK - 1) // CHUNK):
+        cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
+        total = (xs[c].to(tl.float32) + branches[c].to(tl.float32)).to(ptr.dtype.element_ty)
+        tl.store(ptr + rows[:, None] * N + cols, total, mask=(rows < M)[:, None] & (cols < N))
+        sums = sums + (total,)
+    return sums
+
+
+@jit
 def forward_kernel(
     x_ptr,  # (M, N), rows x_stride elements apart
+    branch_ptr,  # (M, N) contiguous, added to x; not read unless ADD
     weight_ptr,  # (N,)
     bias_ptr,  # (N,), not read unless HAS_BIAS
+    sum_ptr,  # (M, N) contiguous: x + branch in the dtype of x; not written unless ADD
     y_ptr,  # (M, N) contiguous
     stats_ptr,  # (2, M) float32: mean, rstd
     x_stride,
@@ -75,6 +89,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     RESIDENT: tl.constexpr,  # the rows stay in registers; otherwise they are read three times, the last two from cache
+    ADD: tl.constexpr,  # normalize x + branch; needs RESIDENT
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -88,12 +103,16 @@ def forward_kernel(
     xs = ()
     if RESIDENT:
         xs = load_rows(x_ptr, rows, x_stride, M, N, CHUNK)
+        if ADD:
+            xs = add_rows(xs, sum_ptr, load_rows(branch_ptr, rows, N, M, N, CHUNK), rows, M, N, CHUNK)
 
     # the mean of a row of equal elements must be exactly that element, for what is left would be multiplied by 1 / sqrt(eps);
     # sums of equal 16-bit floats are exact in float32, sums of float32 are not: there, sum differences from the first element
     first = tl.zeros((ROWS,), tl.float32)
     if x_ptr.dtype.element_ty == tl.float32:
         first = tl.load(x_ptr + rows * x_stride, mask=rows < M, other=0.0)
+        if ADD:
+            first += tl.load(branch_ptr + rows * N, mask=rows < M, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, CHUNK), tl.float32)
     for c in tl.static_range(CHUNKS):
         if not RESIDENT:
@@ -132,7 +151,9 @@ def backward_kernel(
     x_ptr,  # (M, N), rows x_stride elements apart
     weight_ptr,  # (N,)
     stats_ptr,  # (2, M) float32: mean, rstd
+    dsum_ptr,  # (M, N) contiguous: what else flows back to x, added to dx; not read unless ADD
     dx_ptr,  # (M, N) contiguous, not written unless NEED_DX
+    dbranch_ptr,  # (M, N) contiguous: dx again in another dtype; not written unless COPY
     partial_ptr,  # (2, P, N) float32 for P programs: shares of dweight, of dbias; zeros at the start unless RESIDENT
     dy_stride,
     x_stride,
@@ -142,6 +163,8 @@ def backward_kernel(
     CHUNK: tl.constexpr,
     RESIDENT: tl.constexpr,  # rows and shares stay in registers; otherwise rows are read twice and shares summed in memory, both cached
     PREFETCH: tl.constexpr,  # load the next rows to registers while these are computed; needs RESIDENT
+    ADD: tl.constexpr,  # needs RESIDENT
+    COPY: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DW: tl.constexpr,
     NEED_DB: tl.constexpr,
@@ -185,6 +208,9 @@ def backward_kernel(
             mean = tl.load(stats_ptr + rows, mask=rows < M, other=0.0)
             rstd = tl.load(stats_ptr + M + rows, mask=rows < M, other=0.0)
 
+        dsums = ()
+        if ADD:
+            dsums = load_rows(dsum_ptr, rows, N, M, N, CHUNK)  # early: needed last
         sum_g = tl.zeros((ROWS, CHUNK), tl.float32)
         sum_gx = tl.zeros((ROWS, CHUNK), tl.float32)
         new_dws, new_dbs = (), ()
@@ -224,7 +250,11 @@ def backward_kernel(
                 xhat = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
                 g = dy.to(tl.float32) * load_vector(weight_ptr, cols, ROWS, N)
                 dx = g * rstd[:, None] + (xhat * slope + shift)
+                if ADD:
+                    dx += dsums[c].to(tl.float32)
                 tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                if COPY:
+                    tl.store(dbranch_ptr + rows[:, None] * N + cols, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
         if RESIDENT:
             dws, dbs = new_dws, new_dbs
 
@@ -331,45 +361,63 @@ def rows_of(x):
     return rows, rows.stride(0)
 
 
-def launch_forward(x, weight, bias, eps, out_dtype):
-    """x (..., N), weight and bias (N,) -> y (..., N) contiguous in out_dtype, and stats (2, M) float32: mean and rstd of each row."""
+def launch_forward(x, branch, weight, bias, eps, out_dtype):
+    """
+    x (..., N), weight and bias (N,) -> y (..., N) contiguous in out_dtype, and stats (2, M) float32: mean and rstd of each row.
+    With branch (..., N): of x + branch, which is returned too, contiguous in the dtype of x; otherwise it is x.
+    """
     N = x.shape[-1]
     rows, stride = rows_of(x)
     M = x.numel() // N
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
+    total = x if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if M > 0:
         c = forward_config(N, x.element_size(), programmatic_launch(x.device))
         launch(
             forward_kernel,
             (cdiv(M, c.rows),),
-            (rows, weight, weight if bias is None else bias, y, stats),
+            (rows, rows if branch is None else branch.contiguous(), weight, weight if bias is None else bias, total, y, stats),
             (stride, M, eps),
-            (N, c.rows, c.chunk, c.resident, bias is not None, c.pdl),
+            (N, c.rows, c.chunk, c.resident, branch is not None, bias is not None, c.pdl),
             c,
         )
-    return y, stats
+    return y, stats, total
 
 
-def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
-    """dx (..., N) like x, dweight and dbias (N,) in their own dtypes; None for what is not needed."""
+def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db, dsum=None, branch_dtype=None):
+    """
+    dx (..., N) like x, dweight and dbias (N,) in their own dtypes; None for what is not needed. With dsum (..., N), in the dtype
+    of x, dx is plus dsum; with a branch_dtype other than x's there is a fourth result, dx in that dtype.
+    """
     N = x.shape[-1]
     (rows, stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
     M = x.numel() // N
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
     dw = torch.empty(N, dtype=weight.dtype, device=x.device) if need_dw else None
     db = torch.empty(N, dtype=bias_dtype, device=x.device) if need_db else None
+    copy = branch_dtype not in (None, x.dtype)
+    dbranch = torch.empty(x.shape, dtype=branch_dtype, device=x.device) if copy else dx
     if M == 0:
-        return dx, dw if dw is None else dw.zero_(), db if db is None else db.zero_()
+        return dx, dw if dw is None else dw.zero_(), db if db is None else db.zero_(), dbranch
     c = backward_config(N, x.element_size(), programmatic_launch(x.device))
     P = min(cdiv(M, c.rows), c.programs * num_multiprocessors(x.device))
     partial = (torch.empty if c.resident else torch.zeros)((2, P, N) if need_dw or need_db else 1, dtype=torch.float32, device=x.device)
     launch(
         backward_kernel,
         (P,),
-        (dy_rows, rows, weight, stats, rows if dx is None else dx, partial),
+        (
+            dy_rows,
+            rows,
+            weight,
+            stats,
+            rows if dsum is None else dsum.contiguous(),
+            rows if dx is None else dx,
+            rows if dbranch is None else dbranch,
+            partial,
+        ),
         (dy_stride, stride, M),
-        (N, c.rows, c.chunk, c.resident, c.prefetch, need_dx, need_dw, need_db, c.pdl),
+        (N, c.rows, c.chunk, c.resident, c.prefetch, dsum is not None, copy, need_dx, need_dw, need_db, c.pdl),
         c,
     )
     if need_dw or need_db:
@@ -382,7 +430,7 @@ def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db)
             (0 if need_dw else 1, c.rows, c.chunk, c.pdl),
             c,
         )
-    return dx, dw, db
+    return dx, dw, db, dbranch
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -390,7 +438,7 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, out_dtype):
-        y, stats = launch_forward(x, weight, bias, eps, out_dtype)
+        y, stats, _ = launch_forward(x, None, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, stats)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -399,7 +447,7 @@ class LayerNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, stats = ctx.saved_tensors
-        return *launch_backward(dy, x, weight, ctx.bias_dtype, stats, *ctx.needs_input_grad[:3]), None, None
+        return *launch_backward(dy, x, weight, ctx.bias_dtype, stats, *ctx.needs_input_grad[:3])[:3], None, None
 
 
 @torch.library.custom_op(
@@ -407,7 +455,7 @@ class LayerNormFunction(torch.autograd.Function):
 )
 def layer_norm_op(x, weight, bias, eps, out_dtype):
     """launch_forward for torch.compile and FakeTensor, which see it as one opaque node."""
-    return launch_forward(x, weight, bias, eps, out_dtype)
+    return launch_forward(x, None, weight, bias, eps, out_dtype)[:2]
 
 
 @layer_norm_op.register_fake
@@ -423,7 +471,7 @@ def _(x, weight, bias, eps, out_dtype):
 )
 def layer_norm_backward_op(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
     """launch_backward; an operator cannot return None, so what is not needed comes back empty."""
-    grads = launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db)
+    grads = launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db)[:3]
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 

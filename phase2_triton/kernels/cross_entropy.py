@@ -1,0 +1,188 @@
+"""The last matmul and the cross-entropy together: the gradient overwrites the logits, which nobody else gets to see.
+
+    loss = mean over rows of  log(sum(exp(logits))) - logits[target],      logits = x @ weight.T  (M, V)
+    dlogits = (softmax(logits) - onehot(target)) * dloss / number of rows
+
+For GPT-2 the logits are the largest tensor of all: 12 sequences of 1024 make 1.2 GB in bfloat16. PyTorch reads them for a maximum, a
+sum and the loss, in float32 if compiled, writes a gradient of the same size, and, where the model returns them, adds zeros for them.
+Here one program a row reads the row once from memory for an online softmax (maximum and sum in one pass, float32), reads it again
+from cache, and writes softmax - onehot in its place. The factor dloss / rows, which is known only in backward and may be too small
+for float16, is applied to what comes out of the two matmuls that follow.
+
+Sources: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018 (arXiv:1805.02867); the gradient in place of the
+logits as in Liger-Kernel's fused linear cross-entropy.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .device import available, interpreted, jit, tl, triton
+from .launch import Config, launch
+from .linear import autocast_dtype, can_leave_gradient, half_dtypes, leave_gradient, weight_gradient
+
+float_dtypes = (torch.float32, *half_dtypes)
+
+
+@jit
+def load_logits(ptr, start, V: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr, MASKED: tl.constexpr):
+    """Logits start to start + LANES * ITEMS of a row as (LANES, ITEMS): a thread's own ITEMS, neighbours in memory, in a row of the tile."""
+    cols = start + tl.arange(0, LANES)[:, None] * ITEMS + tl.arange(0, ITEMS)[None, :]
+    if MASKED:
+        return tl.load(ptr + cols, mask=cols < V, other=float('-inf')), cols
+    return tl.load(ptr + cols), cols
+
+
+@jit
+def online_softmax(x, top, sums):
+    """Takes more logits (LANES, ITEMS) into each lane's maximum and sum of exp(logit - maximum): no lane waits for another."""
+    x = x.to(tl.float32) * 1.4426950408889634  # exp(a) = 2 ** (a * log2(e))
+    higher = tl.maximum(top, tl.max(x, 1))
+    finite = tl.where(higher == float('-inf'), 0.0, higher)  # of a lane behind the last column
+    return higher, sums * tl.exp2(top - finite) + tl.sum(tl.exp2(x - finite[:, None]), 1)
+
+
+@jit
+def cross_entropy_kernel(
+    logits_ptr,  # (M, V) contiguous; replaced by softmax - onehot if GRAD
+    targets_ptr,  # (M,) int64
+    losses_ptr,  # (M,) float32; 0 where the target is ignore_index, NaN where it is outside the vocabulary
+    ignore_index,
+    V: tl.constexpr,
+    LANES: tl.constexpr,
+    ITEMS: tl.constexpr,
+    GRAD: tl.constexpr,
+):
+    CHUNK: tl.constexpr = LANES * ITEMS
+    WHOLE: tl.constexpr = V // CHUNK * CHUNK  # the columns of whole chunks, which need no mask
+    row = tl.program_id(0).to(tl.int64)  # int64: M * V may pass 2^31
+    logits_ptr += row * V
+    target = tl.load(targets_ptr + row)
+    ignored = target == ignore_index
+    inside = (target >= 0) & (target < V)
+    logit = tl.load(logits_ptr + target, mask=inside, other=float('nan')).to(tl.float32)
+
+    top = tl.full((LANES,), float('-inf'), tl.float32)  # in units of log(2), like all exponents here
+    sums = tl.zeros((LANES,), tl.float32)
+    for start in tl.range(0, WHOLE, CHUNK):
+        x, _ = load_logits(logits_ptr, start, V, LANES, ITEMS, False)
+        top, sums = online_softmax(x, top, sums)
+    if WHOLE < V:
+        x, _ = load_logits(logits_ptr, WHOLE, V, LANES, ITEMS, True)
+        top, sums = online_softmax(x, top, sums)
+    highest = tl.max(top, 0)
+    log_sum = highest + tl.log2(tl.sum(sums * tl.exp2(top - highest), 0))
+    tl.store(losses_ptr + row, tl.where(ignored, 0.0, log_sum * 0.6931471805599453 - logit))
+
+    if GRAD:
+        log_sum = tl.where(ignored, float('inf'), log_sum)  # then every exponential is 0
+        for start in tl.range(0, WHOLE, CHUNK):
+            x, cols = load_logits(logits_ptr, start, V, LANES, ITEMS, False)
+            d = tl.exp2(x.to(tl.float32) * 1.4426950408889634 - log_sum)
+            tl.store(logits_ptr + cols, d.to(logits_ptr.dtype.element_ty))
+        if WHOLE < V:
+            x, cols = load_logits(logits_ptr, WHOLE, V, LANES, ITEMS, True)
+            d = tl.exp2(x.to(tl.float32) * 1.4426950408889634 - log_sum)
+            tl.store(logits_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V)
+        tl.debug_barrier()  # the target's element has been written by another thread
+        d = tl.exp2(logit * 1.4426950408889634 - log_sum) - 1.0
+        tl.store(logits_ptr + target, d.to(logits_ptr.dtype.element_ty), mask=inside & (target != ignore_index))
+
+
+def cross_entropy_config(V, itemsize):
+    """Config of cross_entropy_kernel (rows: lanes, chunk: items of a lane): so few programs at a time that their rows stay in cache."""
+    items = 16 // itemsize
+    lanes = min(1024, max(32, triton.next_power_of_2(V) // items))
+    if interpreted:
+        lanes = triton.next_power_of_2(V) // items
+    return Config(lanes, items, max(1, min(32, lanes // 32)))
+
+
+def launch_cross_entropy(logits, targets, ignore_index, need_grad, config=None):
+    """logits (M, V) contiguous, targets (M,) int64 -> losses (M,) float32; with need_grad logits become softmax - onehot, zero where ignored."""
+    M, V = logits.shape
+    losses = torch.empty(M, dtype=torch.float32, device=logits.device)
+    c = config or cross_entropy_config(V, logits.element_size())
+    if M > 0:
+        launch(cross_entropy_kernel, (M,), (logits, targets, losses), (ignore_index,), (V, c.rows, c.chunk, need_grad), c)
+    return losses
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """All rows at once: softmax - onehot, which lies where the logits were, waits for backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, ignore_index, dtype, need_grad, tied):
+        x, w = x.to(dtype), weight.to(dtype)
+        logits = x @ w.t()
+        losses = launch_cross_entropy(logits, targets, ignore_index, need_grad)
+        count = (targets != ignore_index).sum()
+        if need_grad:
+            ctx.save_for_backward(x, w, logits, count)
+            ctx.weight, ctx.tied = weight, tied
+        return losses.sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        x, w, d, count = ctx.saved_tensors
+        scale = dloss / count
+        dx = (d @ w).mul_(scale) if ctx.needs_input_grad[0] else None
+        # x is scaled instead of the result, which may be 60 times larger
+        dw = weight_gradient(ctx.weight, d, (x * scale).to(x.dtype)) if ctx.needs_input_grad[1] else None
+        return dx, leave_gradient(ctx.weight, dw) if ctx.tied else dw, None, None, None, None, None
+
+
+class ChunkedLinearCrossEntropyFunction(torch.autograd.Function):
+    """Some rows at a time: their logits become their gradients, and these both matmuls, before the next rows follow."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, ignore_index, dtype, need_grad, tied, chunk_rows):
+        x, w = x.to(dtype), weight.to(dtype)
+        losses, dx = torch.empty(len(x), dtype=torch.float32, device=x.device), torch.empty_like(x)
+        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_grad else None
+        for rows in (slice(start, start + chunk_rows) for start in range(0, len(x), chunk_rows)):
+            logits = x[rows] @ w.t()
+            losses[rows] = launch_cross_entropy(logits, targets[rows], ignore_index, need_grad)
+            if need_grad:
+                torch.mm(logits, w, out=dx[rows])
+                if x.is_cuda and dtype in half_dtypes:
+                    torch.addmm(dw, logits.t(), x[rows], out_dtype=torch.float32, out=dw)
+                else:
+                    dw += logits.t() @ x[rows]
+        count = (targets != ignore_index).sum()
+        if need_grad:
+            ctx.save_for_backward(dx, dw, count)
+            ctx.weight, ctx.tied = weight, tied
+        return losses.sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        dx, dw, count = ctx.saved_tensors
+        scale = dloss / count
+        dw = dw * scale
+        return dx * scale, leave_gradient(ctx.weight, dw) if ctx.tied else dw, None, None, None, None, None, None
+
+
+def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_rows=0):
+    """
+    Mean cross-entropy in nats, float32, of logits = x @ weight.T against targets; like F.cross_entropy(logits, targets, ignore_index), and by
+    that where Triton cannot run. x: (..., C); weight: (V, C); targets: int64 (...). Under autocast the logits are in its dtype; softmax and
+    loss are float32 in any case. Differentiable once, in x and weight. tied: weight is also the weight of an embedding() whose backward comes
+    later and passes both gradients on. chunk_rows: rows of logits that exist at a time (0: all), to save memory.
+    A target outside the vocabulary other than ignore_index makes the loss NaN. Raises ValueError for targets of another shape than x's rows.
+    """
+    if targets.shape != x.shape[:-1]:
+        raise ValueError(f'linear_cross_entropy: targets have shape {tuple(targets.shape)}, but x {tuple(x.shape)}')
+    x, targets = x.flatten(0, -2), targets.flatten()
+    dtype = autocast_dtype(x) or x.dtype
+    plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+    if not (plain and dtype in float_dtypes and weight.dtype in float_dtypes and available(x.device)):
+        return F.cross_entropy(F.linear(x, weight), targets, ignore_index=ignore_index)
+    need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    tied = tied and can_leave_gradient(weight)
+    with torch.autocast(x.device.type, enabled=False):
+        if chunk_rows:
+            return ChunkedLinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied, chunk_rows)
+        return LinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied)
