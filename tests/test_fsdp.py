@@ -3,8 +3,6 @@ Phase 3: the numbers of DDP from shards, checkpoints that any phase and any numb
 they are damaged or a rank is killed while it saves. FSDP_KILLS=20 kills more often.
 """
 
-import glob
-import json
 import os
 import pickle
 import re
@@ -14,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import NANOGPT, ROOT, TINY, losses
+from conftest import NANOGPT, ROOT, TINY, assert_same, load, log_of, losses
 
 TRAIN = NANOGPT / 'train.py'
 FSDP = ROOT / 'phase3_fsdp' / 'train.py'
@@ -24,34 +22,10 @@ SHARDED = '--ckpt_format=sharded'
 RESUME = '--init_from=resume'
 
 
-def load(path):
-    return torch.load(path, map_location='cpu', weights_only=True)
-
-
-def assert_same(a, b, but=(), path=''):
-    """Equal in every bit, apart from the keys `but` of any dict."""
-    if isinstance(a, dict):
-        assert list(a) == list(b), path
-        for k in a:
-            if k not in but:
-                assert_same(a[k], b[k], but, f'{path}.{k}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, but, f'{path}.{i}')
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
-
-
 def script(work, name, text):
     path = work / f'{name}.py'
     path.write_text(f'import sys\nsys.path.insert(0, {str(FSDP.parent)!r})\n{text}')
     return path
-
-
-def log_of(out_dir):
-    with open(sorted(glob.glob(f'{out_dir}/run_*.json'))[-1]) as f:
-        return json.load(f)
 
 
 @pytest.mark.parametrize(
@@ -147,21 +121,9 @@ def test_loss_is_in_float32(launch, work):
     (by a backend that changes nothing) it is the same model in few graphs.
     """
     flags = [*TINY, '--max_iters=2', '--eval_iters=1', '--n_layer=3', EACH_BLOCK, '--dtype=bfloat16']
-    compiled = script(work, 'compiled', f"""
-import functools, runpy, torch, torch.distributed as dist
-import torch._dynamo.utils
-torch.compile = functools.partial(torch.compile, backend='aot_eager')
-destroy = dist.destroy_process_group
-def report():
-    print('graphs', torch._dynamo.utils.counters['stats']['unique_graphs'], 'breaks', len(torch._dynamo.utils.counters['graph_break']))
-    destroy()
-dist.destroy_process_group = report
-sys.argv[0] = {str(FSDP)!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
-""")  # fmt: skip
     launch(FSDP, *flags, '--out_dir=eager', nproc=2)
     launch(FSDP, *flags, '--dtype=float32', '--out_dir=exact', nproc=2)
-    out = launch(compiled, *flags, '--compile=True', '--out_dir=compiled', nproc=2).stdout
+    out = launch(ROOT / 'tests' / 'aot_eager.py', FSDP, *flags, '--compile=True', '--out_dir=compiled', nproc=2).stdout
     assert 'graphs 6 breaks 0' in out  # embedding, one block for all, head with loss; training and evaluation
     eager, exact, graphs = ([r['loss'] for r in log_of(d)['iterations']] for d in ('eager', 'exact', 'compiled'))
     assert all(0 < abs(a - b) < 2e-3 for a, b in zip(eager, exact))

@@ -11,14 +11,10 @@ import time
 
 import pytest
 import torch
-from conftest import NANOGPT, TINY, losses
+from conftest import NANOGPT, TINY, load, losses
 
 TRAIN = NANOGPT / 'train.py'
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-
-
-def load(path):
-    return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def assert_same_state(a, b):
