@@ -110,7 +110,10 @@ TRITON_CELLS = [(trainer, nproc, []) for trainer in TRAINERS for nproc in WORLD_
 def test_same_numbers_with_triton(train, trainer, nproc, more, iterations):
     run = train(trainer, 'triton', nproc, iterations, *more)
     assert re.search(r'^using Triton-accelerated LayerNorm', run.stdout, re.M) and 'not using Triton' not in run.stdout
-    assert_agree(run, train('nanoGPT', 'reference', nproc, iterations))
+    reference = train('nanoGPT', 'reference', nproc, iterations)
+    assert_agree(run, reference)
+    if trainer != 'phase3_fsdp':  # which differs in some bit anyway
+        assert deviations(run, reference)['weights'] > 0, 'F.layer_norm, not the kernels'
     if iterations == ITERATIONS and (trainer == 'phase1_zero1' or nproc == 1) and trainer != 'nanoGPT':
         assert_agree(run, train('nanoGPT', 'triton', nproc, iterations), exactly=True)
 
