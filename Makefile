@@ -1,4 +1,5 @@
 # make demo: trains, samples and draws on this machine.  make test: proves that it works.  Both install what they need into .venv first.
+# make test-full: also the whole of the tables of which make test takes a part.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 # what every phase folder has in common with nanoGPT/, byte for byte
 COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distributed.py errors.py hardware.py sample.py step_guard.py training_logger.py visualize_training.py config
 
-.PHONY: demo test lint sync bench clean
+.PHONY: demo test test-full lint sync bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -19,6 +20,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest
+
+test-full: $(VENV)/installed lint
+	$(BIN)/python -m pytest -m 'full or not full'
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@ Fixtures of all tests. nanoGPT/ comes first on the path, so `import model` is th
 found behind it.
 """
 
+import glob
+import json
 import os
 import pickle
 import sys
@@ -27,6 +29,10 @@ TINY = ['--dataset=letters', '--n_layer=2', '--n_head=2', '--n_embd=32', '--bloc
         '--min_lr=1e-3', '--device=cpu', '--log_interval=1']  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption('--regenerate-golden', action='store_true', help='write tests/golden_losses.json anew')
+
+
 @pytest.fixture(scope='session')
 def launch():
     launcher = Launcher()
@@ -34,10 +40,25 @@ def launch():
     launcher.close()
 
 
+@pytest.fixture(scope='session')
+def launch_interpreted():
+    """Like launch, where Triton's kernels run on the CPU: in its interpreter, which is chosen when Triton is imported."""
+    launcher = Launcher(TRITON_INTERPRET='1')
+    yield launcher
+    launcher.close()
+
+
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A folder to run in, with a data set `letters` of 4,000 random characters out of 40 in an order that can be learnt."""
-    folder = tmp_path / 'data' / 'letters'
+    """A folder to run in, with the data set `letters`."""
+    make_letters(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_letters(path):
+    """Makes the data set path/data/letters of 4,000 random characters out of 40 in an order that can be learnt."""
+    folder = path / 'data' / 'letters'
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     ids = np.cumsum(rng.integers(1, 4, 4000)) % 40  # each is 1 to 3 more than the last: log(3) = 1.10 nats
@@ -46,10 +67,37 @@ def work(tmp_path, monkeypatch):
     chars = [chr(ord('0') + i) for i in range(40)]
     meta = {'vocab_size': 40, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
     (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def losses(stdout):
     """The step and iter lines of a run, without what is measured by a clock."""
     return [line.split(', time')[0] for line in stdout.splitlines() if line.startswith(('step ', 'iter '))]
+
+
+def load(path):
+    """A checkpoint, read as one should: without running code."""
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def log_of(out_dir):
+    """The newest log in out_dir."""
+    with open(sorted(glob.glob(f'{out_dir}/run_*.json'))[-1]) as f:
+        return json.load(f)
+
+
+def assert_same(a, b, but=(), path=''):
+    """Equal in every type and bit, apart from the keys `but` of any dict."""
+    assert type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict)), path  # an OrderedDict is as good as a dict
+    if isinstance(a, dict):
+        assert [k for k in a if k not in but] == [k for k in b if k not in but], path
+        for k in a:
+            if k not in but:
+                assert_same(a[k], b[k], but, f'{path}.{k}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, but, f'{path}.{i}')
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path

@@ -18,8 +18,9 @@ from types import SimpleNamespace
 
 
 class Launcher:
-    def __init__(self):
-        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
+    def __init__(self, **env):
+        """env: variables that count when torch and Triton are imported, such as TRITON_INTERPRET='1'; a run can only set others."""
+        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', **env)
         self.parent = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def __call__(self, script, *args, nproc=1, cwd=None, env=None, timeout=120, kill_after=None, check=True):

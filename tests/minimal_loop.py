@@ -48,12 +48,12 @@ def main(data_dir, vocab_size, n_layer, n_head, n_embd, block_size, batch_size, 
             model.train()
             print(f'step {it}: train loss {mean["train"]:.4f}, val loss {mean["val"]:.4f}')
         started = time.perf_counter()
-        total = 0.0
+        total = torch.zeros(())  # in float32 like train.py's: a sum in float64 can round to another last digit
         for _ in range(accumulation):
             loss = model(X, Y)[1] / accumulation
             X, Y = batch('train')
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -3,18 +3,15 @@ Phase 3: the numbers of DDP from shards, checkpoints that any phase and any numb
 they are damaged or a rank is killed while it saves. FSDP_KILLS=20 kills more often.
 """
 
-import glob
-import json
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import NANOGPT, ROOT, TINY, losses
+from conftest import NANOGPT, ROOT, TINY, assert_same, load, log_of, losses
 
 TRAIN = NANOGPT / 'train.py'
 FSDP = ROOT / 'phase3_fsdp' / 'train.py'
@@ -24,40 +21,16 @@ SHARDED = '--ckpt_format=sharded'
 RESUME = '--init_from=resume'
 
 
-def load(path):
-    return torch.load(path, map_location='cpu', weights_only=True)
-
-
-def assert_same(a, b, but=(), path=''):
-    """Equal in every bit, apart from the keys `but` of any dict."""
-    if isinstance(a, dict):
-        assert list(a) == list(b), path
-        for k in a:
-            if k not in but:
-                assert_same(a[k], b[k], but, f'{path}.{k}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, but, f'{path}.{i}')
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
-
-
 def script(work, name, text):
     path = work / f'{name}.py'
     path.write_text(f'import sys\nsys.path.insert(0, {str(FSDP.parent)!r})\n{text}')
     return path
 
 
-def log_of(out_dir):
-    with open(sorted(glob.glob(f'{out_dir}/run_*.json'))[-1]) as f:
-        return json.load(f)
-
-
 @pytest.mark.parametrize(
     'nproc, variants',
     [
-        (2, [[EACH_BLOCK], ['--fsdp_min_num_params=20000', '--fsdp_reshard=True', '--activation_checkpointing']]),
+        (2, [['--fsdp_min_num_params=20000', '--fsdp_reshard=True', '--activation_checkpointing']]),
         (3, [['--fsdp_cpu_offload']]),
         (4, [['--fsdp_shard_size=2', EACH_BLOCK], ['--fsdp_shard_size=2', '--fsdp_min_num_params=20000', '--fsdp_reshard=True']]),
     ],
@@ -95,7 +68,6 @@ def test_says_what_each_rank_holds(launch, work):
     assert 'each rank holds 31,792 of 63,584 parameters, with gradients and AdamW 0.5 MiB' in out
     out = launch(FSDP, *flags, nproc=1).stdout
     assert 'not using FSDP: there is one process' in out and 'Wrapping' not in out
-    assert losses(out) == losses(launch(TRAIN, *flags, nproc=1).stdout)
     out = launch(FSDP, *flags, '--use_fsdp=False', nproc=2).stdout
     assert 'not using FSDP: use_fsdp=False' in out
     assert losses(out) == losses(launch(TRAIN, *flags, nproc=2).stdout)
@@ -147,21 +119,9 @@ def test_loss_is_in_float32(launch, work):
     (by a backend that changes nothing) it is the same model in few graphs.
     """
     flags = [*TINY, '--max_iters=2', '--eval_iters=1', '--n_layer=3', EACH_BLOCK, '--dtype=bfloat16']
-    compiled = script(work, 'compiled', f"""
-import functools, runpy, torch, torch.distributed as dist
-import torch._dynamo.utils
-torch.compile = functools.partial(torch.compile, backend='aot_eager')
-destroy = dist.destroy_process_group
-def report():
-    print('graphs', torch._dynamo.utils.counters['stats']['unique_graphs'], 'breaks', len(torch._dynamo.utils.counters['graph_break']))
-    destroy()
-dist.destroy_process_group = report
-sys.argv[0] = {str(FSDP)!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
-""")  # fmt: skip
     launch(FSDP, *flags, '--out_dir=eager', nproc=2)
     launch(FSDP, *flags, '--dtype=float32', '--out_dir=exact', nproc=2)
-    out = launch(compiled, *flags, '--compile=True', '--out_dir=compiled', nproc=2).stdout
+    out = launch(ROOT / 'tests' / 'aot_eager.py', FSDP, *flags, '--compile=True', '--out_dir=compiled', nproc=2).stdout
     assert 'graphs 6 breaks 0' in out  # embedding, one block for all, head with loss; training and evaluation
     eager, exact, graphs = ([r['loss'] for r in log_of(d)['iterations']] for d in ('eager', 'exact', 'compiled'))
     assert all(0 < abs(a - b) < 2e-3 for a, b in zip(eager, exact))
@@ -180,35 +140,6 @@ def test_resume_is_exact(launch, work, form):
         assert not os.path.exists(f'{out_dir}/ckpt.pt')
         assert launch(CONVERT, 'full', out_dir).stdout == f'wrote {out_dir}/ckpt.pt\n'
     assert_same(load('once/ckpt.pt'), load('twice/ckpt.pt'), but=('out_dir', 'init_from', 'max_iters', 'log'))
-
-
-def test_checkpoints_go_round_all_phases_and_world_sizes(launch, work):
-    """With a learning rate of 0 weights stay what they are, so each must find what the one before wrote, to the bit."""
-    launch(TRAIN, *TINY, '--max_iters=9', nproc=1)
-    start = load('out/ckpt.pt')
-    flags = [*TINY, RESUME, '--learning_rate=0', '--decay_lr=False', '--gradient_accumulation_steps=6']
-    for iteration, nproc, form, found in (
-        (10, 3, [], 'ckpt.pt'),
-        (11, 2, [SHARDED], 'ckpt.pt'),
-        (12, 3, [SHARDED], 'ckpt_sharded/'),
-        (13, 2, [], 'ckpt_sharded/'),
-    ):
-        out = launch(FSDP, *flags, *form, EACH_BLOCK, f'--max_iters={iteration}', nproc=nproc).stdout
-        assert f'Resuming training from out/{found}' in out and f'iter {iteration}:' in out
-    shutil.rmtree('out/ckpt_sharded')
-    ours = load('out/ckpt.pt')
-    assert_same(ours['model'], start['model'])
-    assert list(ours) == ['model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'resume']
-    assert ours['model']['lm_head.weight'].data_ptr() == ours['model']['transformer.wte.weight'].data_ptr()
-    assert [s['step'].item() for s in ours['optimizer']['state'].values()] == [14.0] * 15
-    assert ours['optimizer']['param_groups'][0]['params'] == list(range(10))
-    assert 'iter 14:' in launch(TRAIN, *flags, '--max_iters=14').stdout
-    # there and back through the other format
-    before = load('out/ckpt.pt')
-    launch(CONVERT, 'sharded', 'out')
-    os.remove('out/ckpt.pt')
-    launch(CONVERT, 'full', 'out')
-    assert_same(load('out/ckpt.pt'), before)
 
 
 def test_latest_and_best_are_both_kept(launch, work):

@@ -2,12 +2,11 @@
 
 import json
 import re
-import shutil
 import signal
 
 import pytest
 import torch
-from conftest import NANOGPT, ROOT, TINY, losses
+from conftest import NANOGPT, ROOT, TINY, assert_same, load, losses
 
 TRAIN = NANOGPT / 'train.py'
 ZERO1 = ROOT / 'phase1_zero1' / 'train.py'
@@ -15,27 +14,9 @@ CASES = ROOT / 'tests' / 'zero1_cases.py'
 ALL_EQUAL = dict(losses=True, norms=True, scale=True, params=True, state=True, untouched=True, grads_freed=True)
 
 
-def load(path):
-    return torch.load(path, map_location='cpu', weights_only=True)
-
-
 def found(launch, *args, nproc):
     """What the ranks of a case in zero1_cases.py found."""
     return json.loads(launch(CASES, *args, nproc=nproc).stdout.splitlines()[-1])
-
-
-def same(a, b, but=()):
-    """Whether two checkpoints are equal in every bit and type, apart from the keys `but` of any dict."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        a, b = [{k: v for k, v in d.items() if k not in but} for d in (a, b)]
-        return list(a) == list(b) and all(same(a[k], b[k], but) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y, but) for x, y in zip(a, b))
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-    return a == b
 
 
 def test_equals_ddp_to_the_bit_also_after_a_resume_at_another_world_size(launch, tmp_path):
@@ -91,7 +72,7 @@ def test_leaves_the_compiled_graphs_as_they_are(launch):
 
 
 def test_prints_and_saves_what_the_reference_does(launch, work):
-    """The two train.py, and each going on from the other's checkpoint on another number of ranks."""
+    """The two train.py, with dropout."""
     args = [*TINY, '--gradient_accumulation_steps=6', '--dropout=0.1', '--max_iters=10']
     reference = launch(TRAIN, *args, '--out_dir=ddp', nproc=2)
     zero1 = launch(ZERO1, *args, '--out_dir=zero', nproc=2)
@@ -100,16 +81,9 @@ def test_prints_and_saves_what_the_reference_does(launch, work):
     line = re.search(r'^Using ZeRO-1 optimizer state sharding: (\S+) bytes on the fullest rank, (\S+) unsharded$', zero1.stdout, re.M)
     fullest, unsharded = (int(number.replace(',', '')) for number in line.groups())
     assert unsharded == 8 * n and 0.5 <= fullest / unsharded <= 0.5 * 1.05
-    but = ('out_dir', 'log', 'use_zero1')
-    assert same(load('ddp/ckpt.pt'), load('zero/ckpt.pt'), but)
-
-    shutil.copytree('ddp', 'ddp_zero')
-    reference = launch(TRAIN, *args, '--out_dir=zero', '--init_from=resume', '--max_iters=14', nproc=3)
-    zero1 = launch(ZERO1, *args, '--out_dir=ddp_zero', '--init_from=resume', '--max_iters=14', nproc=3)
-    assert losses(zero1.stdout) == losses(reference.stdout) and len(losses(zero1.stdout)) == 4
-    assert same(load('ddp_zero/ckpt.pt'), load('zero/ckpt.pt'), but)
+    assert_same(load('ddp/ckpt.pt'), load('zero/ckpt.pt'), but=('out_dir', 'log', 'use_zero1'))
     # and alone, where there is nothing to shard
-    alone = launch(ZERO1, *args, '--out_dir=zero', '--init_from=resume', '--max_iters=16')
+    alone = launch(ZERO1, *args, '--out_dir=zero', '--init_from=resume', '--max_iters=12')
     assert 'not using ZeRO-1 optimizer state sharding: there is one process' in alone.stdout and len(losses(alone.stdout)) == 2
     off = launch(ZERO1, *args, '--out_dir=ddp', '--init_from=resume', '--max_iters=12', '--use_zero1=False', nproc=2)
     assert 'not using ZeRO-1 optimizer state sharding: use_zero1=False' in off.stdout and len(losses(off.stdout)) == 2
@@ -157,7 +131,7 @@ def test_sigterm_in_a_save(launch, work):
     assert load('out/ckpt.pt')['iter_num'] == 11
     second = launch(ZERO1, *TINY, '--init_from=resume', nproc=2)
     assert losses(first.stdout) + losses(second.stdout) == losses(once.stdout)
-    assert same(load('out/ckpt.pt'), load('once/ckpt.pt'), ('out_dir', 'log', 'init_from'))
+    assert_same(load('out/ckpt.pt'), load('once/ckpt.pt'), ('out_dir', 'log', 'init_from'))
 
 
 @pytest.mark.gpu
