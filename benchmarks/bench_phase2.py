@@ -1,15 +1,18 @@
 """
-Phase 2's model against the reference's on one GPU, in one process: speed of training GPT-2 124M, and loss curves.
+Phase 2's model against the reference's on one GPU, in one process: speed of training GPT-2, and loss curves.
 
-    python benchmarks/bench_phase2.py speed --out=benchmarks/results/phase2_speed.json      # about 2 minutes on an H100
+    python benchmarks/bench_phase2.py ladder --out=benchmarks/results/phase2_ladder.json    # about 3 minutes on an H200
+    python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
     python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json    # about 1 minute
 
-speed: tokens/s of training steps (bfloat16 autocast, fused AdamW, clipping; 12 x 1024 tokens), models taking turns, eager and
-compiled. The variant `opaque` keeps the Triton kernel under torch.compile, where phase 2 otherwise leaves LayerNorm to Inductor.
+ladder: tokens/s of train.py's iteration (bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens, clipping, fused AdamW) with one change
+after the other. Each variant takes turns with the compiled reference, five times; its ratio is the median of those of the turns.
 curves: 500 steps of a byte-level GPT on the sources of Python's standard library, several seeds, both models.
 """
 
 import argparse
+import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -21,9 +24,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'phase2_triton'))
+from cuda_graph import MicroStepGraph, use_side_stream
+
+import kernels.modules
 
 
 def load(folder, name):
@@ -52,50 +59,149 @@ def trainer(module, compiled, learning_rate=6e-4, **config):
     return step
 
 
-def speed(args):
-    opaque = load('phase2_triton', 'opaque')
-    opaque.triton_layer_norm = torch.compiler.assume_constant_result(lambda *_: True)
-    reference, phase2 = load('nanoGPT', 'reference'), load('phase2_triton', 'phase2')
-    variants = {
-        'reference eager': (reference, False),
-        'phase 2 eager': (phase2, False),
-        'reference compiled': (reference, True),
-        'phase 2 compiled': (phase2, True),
-        'phase 2 compiled, opaque': (opaque, True),
-    }
-    variants = {name: v for name, v in variants.items() if not args.only or name in args.only.split(';')}
-    tokens = torch.randint(50304, (args.batch_size, 1025), device='cuda')
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    steps, times, memory = {}, {name: [] for name in variants}, {}
-    for name, (module, compiled) in variants.items():
+sizes = {
+    '124M': dict(n_layer=12, n_head=12, n_embd=768),
+    '350M': dict(n_layer=24, n_head=16, n_embd=1024),
+    '1.5B': dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+def off(*names):
+    """PyTorch's own functions instead of the named ones of the kernel package, as {name: function}."""
+    own = dict(
+        layer_norm=lambda x, weight, bias, eps, dtype: F.layer_norm(x, weight.shape, weight, bias, eps),
+        add_layer_norm=lambda x, branch, weight, bias, eps, dtype: (x + branch, F.layer_norm(x + branch, weight.shape, weight, bias, eps)),
+        linear_cross_entropy=lambda x, weight, targets, **_: F.cross_entropy(F.linear(x, weight).flatten(0, -2), targets.flatten(), ignore_index=-1),
+        gelu=F.gelu,
+        linear=F.linear,
+        embedding=F.embedding,
+    )
+    return {name: own[name] for name in names}
+
+
+# name: (folder, options of GPTConfig, compiled, recorded as a CUDA graph, functions switched off)
+variants = {
+    'reference, eager': ('nanoGPT', {}, False, False, ()),
+    'reference, compiled': ('nanoGPT', {}, True, False, ()),
+    'reference, compiled, no logits returned': ('nanoGPT', {'no_logits': True}, True, False, ()),
+    'reference, compiled, cuda_graph': ('nanoGPT', {}, True, True, ()),
+    'phase 2, no cuda_graph': ('phase2_triton', {}, False, False, ()),
+    'cuda_graph, PyTorch only': (
+        'phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'linear_cross_entropy', 'gelu', 'linear', 'embedding')),
+    '+ cross-entropy in place of the logits': ('phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'gelu', 'linear', 'embedding')),
+    '+ residual and LayerNorm in one': ('phase2_triton', {}, False, True, ('gelu', 'linear', 'embedding')),
+    '+ GELU': ('phase2_triton', {}, False, True, ('linear', 'embedding')),
+    '+ float32 weight gradients from the matmul': ('phase2_triton', {}, False, True, ('embedding',)),
+    '+ embedding adds to the head\'s gradient': ('phase2_triton', {}, False, True, ()),
+    '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ()),
+    'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ()),
+}  # fmt: skip
+
+
+class Variant:
+    """One variant, ready to run: iteration() is an iteration of train.py. peak_bytes: of its memory, parameters and all."""
+
+    def __init__(self, name, size, batches, micro_steps):
+        folder, options, compiled, graph, switched_off = variants[name]
+        self.module, self.functions = load(folder, folder + str(id(self))), off(*switched_off)
+        self.batches, self.micro_steps = batches, micro_steps
+        options = dict(options)
+        no_logits = options.pop('no_logits', False)
         torch._dynamo.reset()
-        steps[name] = trainer(module, compiled)
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        for _ in range(4):
-            steps[name](x, y)
+        torch.manual_seed(1337)
+        with contextlib.redirect_stdout(None):
+            self.model = self.module.GPT(self.module.GPTConfig(dropout=0.0, bias=False, **sizes[size], **options)).cuda()
+            self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda')
+        forward = (lambda x, y: (None, self.model(x, y)[1])) if no_logits else self.model
+        forward = torch.compile(forward) if compiled else forward
+
+        def forward_backward(x, y):
+            with torch.autocast('cuda', dtype=torch.bfloat16):
+                loss = forward(x, y)[1] / micro_steps
+            loss.backward()
+            return loss.detach()
+
+        self.micro_step = MicroStepGraph(forward_backward, self.model) if graph else forward_backward
+        began = time.perf_counter()
+        with contextlib.redirect_stdout(None):
+            self.loss = sum(self.iteration().item() for _ in range(3))
+        self.start_s = time.perf_counter() - began
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+    def iteration(self):
+        loss = torch.zeros((), device='cuda')
+        with contextlib.ExitStack() as stack:
+            for name, function in self.functions.items():
+                stack.enter_context(replaced(self.module if hasattr(self.module, name) else kernels.modules, name, function))
+            for _ in range(self.micro_steps):
+                self.batches.append(self.batches.pop(0))
+                loss += self.micro_step(*self.batches[0])
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def ms(self, iterations):
+        """Mean milliseconds of an iteration, after one that does not count."""
+        self.iteration()
         torch.cuda.synchronize()
-        memory[name] = torch.cuda.max_memory_allocated() - before
-    for _ in range(args.repetitions):
-        for name, step in steps.items():
-            step(x, y)
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(args.steps):
-                step(x, y)
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - began) / args.steps * 1e3)
-    rows = []
-    for name, ms in times.items():
-        median = statistics.median(ms)
-        base = statistics.median(times['reference compiled' if 'compiled' in name else 'reference eager'])
-        rows.append(dict(name=name, ms=ms, tokens_per_s=x.numel() / median * 1e3, ratio=base / median, peak_memory_bytes=memory[name]))
-    lines = [
-        f'{r["name"]:26s} {min(r["ms"]):7.2f} .. {statistics.median(r["ms"]):7.2f} .. {max(r["ms"]):7.2f} ms '
-        f'{r["tokens_per_s"]:9,.0f} tokens/s  x {r["ratio"]:.3f}'
-        for r in rows
-    ]
-    return rows, '\n'.join(lines)
+        began = time.perf_counter()
+        for _ in range(iterations):
+            self.iteration()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / iterations * 1e3
+
+
+@contextlib.contextmanager
+def replaced(module, name, function):
+    before = getattr(module, name)
+    setattr(module, name, function)
+    yield
+    setattr(module, name, before)
+
+
+def ladder(args):
+    use_side_stream('cuda')
+    generator = torch.Generator('cuda').manual_seed(0)
+    tokens = torch.randint(50257, (16, args.batch_size, 1025), device='cuda', generator=generator)
+    batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+    make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
+    base, rows, lines = make('reference, compiled'), [], []
+    for name in variants:
+        if args.only and not any(part in name for part in args.only.split(';')):
+            continue
+        try:
+            variant = base if name == 'reference, compiled' else make(name)
+            pairs = [(base.ms(args.iterations), variant.ms(args.iterations)) for _ in range(args.repetitions)]
+        except torch.OutOfMemoryError:
+            lines.append(f'{name:42s} out of memory')
+            continue
+        ms, ratios = [own for _, own in pairs], [ref / own for ref, own in pairs]
+        median, tokens_per_s = statistics.median(ms), args.batch_size * 1024 * args.micro_steps / statistics.median(ms) * 1e3
+        rows.append(
+            dict(
+                name=name,
+                ms=ms,
+                ms_reference=[ref for ref, _ in pairs],
+                tokens_per_s=tokens_per_s,
+                ratio=statistics.median(ratios),
+                ratios=ratios,
+                peak_memory_bytes=variant.peak_bytes,
+                start_s=variant.start_s,
+                loss_of_3_iterations=variant.loss,
+            )
+        )
+        lines.append(
+            f'{name:42s} {median:8.2f} ms ({min(ms):.2f} to {max(ms):.2f}) {tokens_per_s:9,.0f} tokens/s x {statistics.median(ratios):.3f} '
+            f'({min(ratios):.3f} to {max(ratios):.3f})  {variant.peak_bytes / 2**30:6.2f} GiB  start {variant.start_s:3.0f} s  loss {variant.loss:.4f}'
+        )
+        print(lines[-1], flush=True)
+        del variant
+    return rows, f'{args.size}, {args.micro_steps} micro-steps of {args.batch_size} x 1024, {torch.cuda.get_device_name()}\n' + '\n'.join(lines)
 
 
 def curves(args):
@@ -128,12 +234,14 @@ def curves(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('mode', choices=['speed', 'curves'])
+    parser.add_argument('mode', choices=['ladder', 'curves'])
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
     parser.add_argument('--batch_size', type=int, default=12)
-    parser.add_argument('--steps', type=int, default=10, help='timed together')
+    parser.add_argument('--micro_steps', type=int, default=8)
+    parser.add_argument('--size', choices=list(sizes), default='124M')
+    parser.add_argument('--iterations', type=int, default=3, help='timed together')
     parser.add_argument('--repetitions', type=int, default=5, help='turns of every variant')
-    parser.add_argument('--only', default='', help='semicolon-separated variants')
+    parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--curve_steps', type=int, default=500)
     args = parser.parse_args()
@@ -147,7 +255,7 @@ def main():
         device=torch.cuda.get_device_name(), driver=driver, torch=torch.__version__, cuda=torch.version.cuda, triton=triton.__version__,
         command=' '.join(['python', *sys.argv]), time=time.strftime('%Y-%m-%d %H:%M:%S %Z'),
     )  # fmt: skip
-    report['rows'], text = dict(speed=speed, curves=curves)[args.mode](args)
+    report['rows'], text = dict(ladder=ladder, curves=curves)[args.mode](args)
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     with open(args.out, 'w') as f:
         json.dump(report, f, indent=1)
