@@ -197,7 +197,7 @@ def ladder(args):
         )
         lines.append(
             f'{name:42s} {median:8.2f} ms ({min(ms):.2f} to {max(ms):.2f}) {tokens_per_s:9,.0f} tokens/s x {statistics.median(ratios):.3f} '
-            f'({min(ratios):.3f} to {max(ratios):.3f})  {variant.peak_bytes / 2**30:6.2f} GiB  start {variant.start_s:3.0f} s  loss {variant.loss:.4f}'
+            f'({min(ratios):.3f} to {max(ratios):.3f}) {variant.peak_bytes / 2**30:6.2f} GiB  start {variant.start_s:3.0f} s  loss {variant.loss:.4f}'
         )
         print(lines[-1], flush=True)
         del variant

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .device import available, interpreted, jit, tl, triton
+from .device import available, interpreted, jit, num_multiprocessors, tl, triton
 from .launch import Config, launch
 from .linear import autocast_dtype, can_leave_gradient, half_dtypes, leave_gradient, weight_gradient
 
@@ -47,6 +47,7 @@ def cross_entropy_kernel(
     logits_ptr,  # (M, V) contiguous; replaced by softmax - onehot if GRAD
     targets_ptr,  # (M,) int64
     losses_ptr,  # (M,) float32; 0 where the target is ignore_index, NaN where it is outside the vocabulary
+    M,
     ignore_index,
     V: tl.constexpr,
     LANES: tl.constexpr,
@@ -55,38 +56,38 @@ def cross_entropy_kernel(
 ):
     CHUNK: tl.constexpr = LANES * ITEMS
     WHOLE: tl.constexpr = V // CHUNK * CHUNK  # the columns of whole chunks, which need no mask
-    row = tl.program_id(0).to(tl.int64)  # int64: M * V may pass 2^31
-    logits_ptr += row * V
-    target = tl.load(targets_ptr + row)
-    ignored = target == ignore_index
-    inside = (target >= 0) & (target < V)
-    logit = tl.load(logits_ptr + target, mask=inside, other=float('nan')).to(tl.float32)
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0)):
+        row_ptr = logits_ptr + row.to(tl.int64) * V  # int64: M * V may pass 2^31
+        target = tl.load(targets_ptr + row)
+        ignored = target == ignore_index
+        inside = (target >= 0) & (target < V)
+        logit = tl.load(row_ptr + target, mask=inside, other=float('nan')).to(tl.float32)
 
-    top = tl.full((LANES,), float('-inf'), tl.float32)  # in units of log(2), like all exponents here
-    sums = tl.zeros((LANES,), tl.float32)
-    for start in tl.range(0, WHOLE, CHUNK):
-        x, _ = load_logits(logits_ptr, start, V, LANES, ITEMS, False)
-        top, sums = online_softmax(x, top, sums)
-    if WHOLE < V:
-        x, _ = load_logits(logits_ptr, WHOLE, V, LANES, ITEMS, True)
-        top, sums = online_softmax(x, top, sums)
-    highest = tl.max(top, 0)
-    log_sum = highest + tl.log2(tl.sum(sums * tl.exp2(top - highest), 0))
-    tl.store(losses_ptr + row, tl.where(ignored, 0.0, log_sum * 0.6931471805599453 - logit))
-
-    if GRAD:
-        log_sum = tl.where(ignored, float('inf'), log_sum)  # then every exponential is 0
+        top = tl.full((LANES,), float('-inf'), tl.float32)  # in units of log(2), like all exponents here
+        sums = tl.zeros((LANES,), tl.float32)
         for start in tl.range(0, WHOLE, CHUNK):
-            x, cols = load_logits(logits_ptr, start, V, LANES, ITEMS, False)
-            d = tl.exp2(x.to(tl.float32) * 1.4426950408889634 - log_sum)
-            tl.store(logits_ptr + cols, d.to(logits_ptr.dtype.element_ty))
+            x, _ = load_logits(row_ptr, start, V, LANES, ITEMS, False)
+            top, sums = online_softmax(x, top, sums)
         if WHOLE < V:
-            x, cols = load_logits(logits_ptr, WHOLE, V, LANES, ITEMS, True)
-            d = tl.exp2(x.to(tl.float32) * 1.4426950408889634 - log_sum)
-            tl.store(logits_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V)
-        tl.debug_barrier()  # the target's element has been written by another thread
-        d = tl.exp2(logit * 1.4426950408889634 - log_sum) - 1.0
-        tl.store(logits_ptr + target, d.to(logits_ptr.dtype.element_ty), mask=inside & (target != ignore_index))
+            x, _ = load_logits(row_ptr, WHOLE, V, LANES, ITEMS, True)
+            top, sums = online_softmax(x, top, sums)
+        highest = tl.max(top, 0)
+        log_sum = highest + tl.log2(tl.sum(sums * tl.exp2(top - highest), 0))
+        tl.store(losses_ptr + row, tl.where(ignored, 0.0, log_sum * 0.6931471805599453 - logit))
+
+        if GRAD:
+            log_sum = tl.where(ignored, float('inf'), log_sum)  # then every exponential is 0
+            for start in tl.range(0, WHOLE, CHUNK):
+                x, cols = load_logits(row_ptr, start, V, LANES, ITEMS, False)
+                d = tl.exp2(x.to(tl.float32) * 1.4426950408889634 - log_sum)
+                tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty))
+            if WHOLE < V:
+                x, cols = load_logits(row_ptr, WHOLE, V, LANES, ITEMS, True)
+                d = tl.exp2(x.to(tl.float32) * 1.4426950408889634 - log_sum)
+                tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V)
+            tl.debug_barrier()  # the target's element has been written by another thread
+            d = tl.exp2(logit * 1.4426950408889634 - log_sum) - 1.0
+            tl.store(row_ptr + target, d.to(logits_ptr.dtype.element_ty), mask=inside & (target != ignore_index))
 
 
 def cross_entropy_config(V, itemsize):
@@ -95,7 +96,7 @@ def cross_entropy_config(V, itemsize):
     lanes = min(1024, max(32, triton.next_power_of_2(V) // items))
     if interpreted:
         lanes = triton.next_power_of_2(V) // items
-    return Config(lanes, items, max(1, min(32, lanes // 32)))
+    return Config(lanes, items, max(1, min(32, lanes // 32)), programs=2)
 
 
 def launch_cross_entropy(logits, targets, ignore_index, need_grad, config=None):
@@ -104,7 +105,8 @@ def launch_cross_entropy(logits, targets, ignore_index, need_grad, config=None):
     losses = torch.empty(M, dtype=torch.float32, device=logits.device)
     c = config or cross_entropy_config(V, logits.element_size())
     if M > 0:
-        launch(cross_entropy_kernel, (M,), (logits, targets, losses), (ignore_index,), (V, c.rows, c.chunk, need_grad), c)
+        grid = min(M, c.programs * num_multiprocessors(logits.device))
+        launch(cross_entropy_kernel, (grid,), (logits, targets, losses), (M, ignore_index), (V, c.rows, c.chunk, need_grad), c)
     return losses
 
 
