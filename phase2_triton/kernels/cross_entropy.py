@@ -56,8 +56,8 @@ def cross_entropy_kernel(
 ):
     CHUNK: tl.constexpr = LANES * ITEMS
     WHOLE: tl.constexpr = V // CHUNK * CHUNK  # the columns of whole chunks, which need no mask
-    for row in tl.range(tl.program_id(0), M, tl.num_programs(0)):
-        row_ptr = logits_ptr + row.to(tl.int64) * V  # int64: M * V may pass 2^31
+    for row in tl.range(tl.program_id(0).to(tl.int64), M, tl.num_programs(0)):  # int64: M * V may pass 2^31
+        row_ptr = logits_ptr + row * V
         target = tl.load(targets_ptr + row)
         ignored = target == ignore_index
         inside = (target >= 0) & (target < V)
@@ -90,12 +90,15 @@ def cross_entropy_kernel(
             tl.store(row_ptr + target, d.to(logits_ptr.dtype.element_ty), mask=inside & (target != ignore_index))
 
 
-def cross_entropy_config(V, itemsize):
-    """Config of cross_entropy_kernel (rows: lanes, chunk: items of a lane): so few programs at a time that their rows stay in cache."""
-    items = 16 // itemsize
+def cross_entropy_config(V):
+    """
+    Config of cross_entropy_kernel (rows: lanes, chunk: items of a lane). Two programs a multiprocessor: then the rows at work, 264 of them on
+    an H200, stay in its cache until they are read again. Chosen among 70 there: 0.74 ms for 12288 x 50304, where copying takes 0.61.
+    """
+    items = 4
     lanes = min(1024, max(32, triton.next_power_of_2(V) // items))
-    if interpreted:
-        lanes = triton.next_power_of_2(V) // items
+    if interpreted:  # which pays per operation
+        lanes = triton.next_power_of_2(V) // items or 1
     return Config(lanes, items, max(1, min(32, lanes // 32)), programs=2)
 
 
@@ -103,7 +106,7 @@ def launch_cross_entropy(logits, targets, ignore_index, need_grad, config=None):
     """logits (M, V) contiguous, targets (M,) int64 -> losses (M,) float32; with need_grad logits become softmax - onehot, zero where ignored."""
     M, V = logits.shape
     losses = torch.empty(M, dtype=torch.float32, device=logits.device)
-    c = config or cross_entropy_config(V, logits.element_size())
+    c = config or cross_entropy_config(V)
     if M > 0:
         grid = min(M, c.programs * num_multiprocessors(logits.device))
         launch(cross_entropy_kernel, (grid,), (logits, targets, losses), (M, ignore_index), (V, c.rows, c.chunk, need_grad), c)

@@ -48,7 +48,7 @@ def backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr, EXACT: tl.
 def launch_elementwise(kernel, *tensors):
     """kernel over contiguous tensors of one shape and dtype, the last of which it writes."""
     size = tensors[0].numel()
-    config = Config(1, 65536 if interpreted else 4096, 8)
+    config = Config(1, 65536 if interpreted else 2048, 4)
     if size > 0:
         launch(kernel, (-(-size // config.chunk),), tensors, (size,), (config.chunk, tensors[0].dtype == torch.float32), config)
     return tensors[-1]
