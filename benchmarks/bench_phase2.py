@@ -3,11 +3,12 @@ Phase 2's model against the reference's on one GPU, in one process: speed of tra
 
     python benchmarks/bench_phase2.py ladder --out=benchmarks/results/phase2_ladder.json    # about 3 minutes on an H200
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
-    python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json    # about 1 minute
+    python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json    # about 3 minutes; needs data/python_gpt2
 
 ladder: tokens/s of train.py's iteration (bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens, clipping, fused AdamW) with one change
-after the other. Each variant takes turns with the compiled reference, five times; its ratio is the median of those of the turns.
-curves: 500 steps of a byte-level GPT on the sources of Python's standard library, several seeds, both models.
+after the other. Each variant takes turns with the compiled reference, five times; its ratio is the median of those of the turns. Clock and
+power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better it is used.
+curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and phase 2.
 """
 
 import argparse
@@ -19,10 +20,11 @@ import os
 import statistics
 import subprocess
 import sys
-import sysconfig
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -39,24 +41,6 @@ def load(folder, name):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def trainer(module, compiled, learning_rate=6e-4, **config):
-    """A model with its optimizer, as a function of (x, y) that does one step and returns the loss."""
-    model = module.GPT(module.GPTConfig(dropout=0.0, bias=False, **config)).cuda()
-    optimizer = model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), 'cuda')
-    forward = torch.compile(model) if compiled else model
-
-    def step(x, y):
-        with torch.autocast('cuda', dtype=torch.bfloat16):
-            _, loss = forward(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
 
 
 sizes = {
@@ -98,13 +82,32 @@ variants = {
 }  # fmt: skip
 
 
+class Sensors:
+    """Samples of the GPU's clock (MHz) and power (W) while the benchmark runs, ten a second."""
+
+    def __init__(self):
+        command = ['nvidia-smi', '--query-gpu=clocks.sm,power.draw', '--format=csv,noheader,nounits', '-lms', '100']
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.samples = []
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        for line in self.process.stdout:
+            self.samples.append((time.perf_counter(), *map(float, line.split(','))))
+
+    def median(self, intervals):
+        """Medians of clock and power over intervals of time.perf_counter(); None where there is no sample."""
+        during = [sample[1:] for sample in list(self.samples) if any(a <= sample[0] <= b for a, b in intervals)]
+        return [statistics.median(column) for column in zip(*during)] if during else [None, None]
+
+
 class Variant:
     """One variant, ready to run: iteration() is an iteration of train.py. peak_bytes: of its memory, parameters and all."""
 
-    def __init__(self, name, size, batches, micro_steps):
+    def __init__(self, name, size, batches, micro_steps, seed=1337, warm=True):
         folder, options, compiled, graph, switched_off = variants[name]
         self.module, self.functions = load(folder, folder + str(id(self))), off(*switched_off)
-        self.batches, self.micro_steps = batches, micro_steps
+        self.batches, self.micro_steps, self.turns = batches, micro_steps, []
         options = dict(options)
         no_logits = options.pop('no_logits', False)
         torch._dynamo.reset()
@@ -112,7 +115,7 @@ class Variant:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        torch.manual_seed(1337)
+        torch.manual_seed(seed)
         with contextlib.redirect_stdout(None):
             self.model = self.module.GPT(self.module.GPTConfig(dropout=0.0, bias=False, **sizes[size], **options)).cuda()
             self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda')
@@ -128,7 +131,7 @@ class Variant:
         self.micro_step = MicroStepGraph(forward_backward, self.model) if graph else forward_backward
         began = time.perf_counter()
         with contextlib.redirect_stdout(None):
-            self.loss = sum(self.iteration().item() for _ in range(3))
+            self.loss = sum(self.iteration().item() for _ in range(3)) if warm else None
         self.start_s = time.perf_counter() - began
         self.peak_bytes = torch.cuda.max_memory_allocated() - before
 
@@ -153,7 +156,8 @@ class Variant:
         for _ in range(iterations):
             self.iteration()
         torch.cuda.synchronize()
-        return (time.perf_counter() - began) / iterations * 1e3
+        self.turns.append((began, time.perf_counter()))
+        return (self.turns[-1][1] - began) / iterations * 1e3
 
 
 @contextlib.contextmanager
@@ -170,7 +174,7 @@ def ladder(args):
     tokens = torch.randint(50257, (16, args.batch_size, 1025), device='cuda', generator=generator)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
-    base, rows, lines = make('reference, compiled'), [], []
+    base, rows, lines, sensors = make('reference, compiled'), [], [], Sensors()
     for name in variants:
         if args.only and not any(part in name for part in args.only.split(';')):
             continue
@@ -182,6 +186,7 @@ def ladder(args):
             continue
         ms, ratios = [own for _, own in pairs], [ref / own for ref, own in pairs]
         median, tokens_per_s = statistics.median(ms), args.batch_size * 1024 * args.micro_steps / statistics.median(ms) * 1e3
+        clock, power = sensors.median(variant.turns)
         rows.append(
             dict(
                 name=name,
@@ -191,45 +196,61 @@ def ladder(args):
                 ratio=statistics.median(ratios),
                 ratios=ratios,
                 peak_memory_bytes=variant.peak_bytes,
+                clock_mhz=clock,
+                power_w=power,
                 start_s=variant.start_s,
                 loss_of_3_iterations=variant.loss,
             )
         )
         lines.append(
             f'{name:42s} {median:8.2f} ms ({min(ms):.2f} to {max(ms):.2f}) {tokens_per_s:9,.0f} tokens/s x {statistics.median(ratios):.3f} '
-            f'({min(ratios):.3f} to {max(ratios):.3f}) {variant.peak_bytes / 2**30:6.2f} GiB  start {variant.start_s:3.0f} s  loss {variant.loss:.4f}'
+            f'({min(ratios):.3f} to {max(ratios):.3f}) {variant.peak_bytes / 2**30:6.2f} GiB  start {variant.start_s:3.0f} s  '
+            f'{clock or 0:.0f} MHz {power or 0:.0f} W  loss {variant.loss:.4f}'
         )
         print(lines[-1], flush=True)
         del variant
+    sensors.process.kill()
     return rows, f'{args.size}, {args.micro_steps} micro-steps of {args.batch_size} x 1024, {torch.cuda.get_device_name()}\n' + '\n'.join(lines)
 
 
 def curves(args):
-    folder = Path(sysconfig.get_paths()['stdlib'])
-    text = b''.join(p.read_bytes() for p in sorted(folder.glob('*.py')))
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).cuda().long()
-    losses = {}
+    use_side_stream('cuda')
+    data = torch.from_numpy(np.fromfile(root / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin', np.uint16).astype(np.int64)).cuda()
+    kinds = {
+        'reference': 'reference, compiled',
+        'phase 2': "+ embedding adds to the head's gradient",  # with all of its kernels
+        'phase 2, half_residual': '+ half_residual',
+    }
+    curves = {}
     for seed in range(args.seeds):
-        for folder in ('nanoGPT', 'phase2_triton'):
-            torch.manual_seed(1337 + seed)
-            step = trainer(load(folder, folder), False, 1e-3, block_size=256, vocab_size=256, n_layer=6, n_head=6, n_embd=384)
-            curve = []
-            for _ in range(args.curve_steps):
-                start = torch.randint(len(data) - 257, (64, 1), device='cuda') + torch.arange(257, device='cuda')
-                batch = data[start]
-                curve.append(step(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()))
-            losses[folder, seed] = torch.stack(curve).tolist()
-    # smoothed over 25 steps, so that batches do not hide the models
-    smooth = {k: torch.tensor(v).unfold(0, 25, 25).mean(-1) for k, v in losses.items()}
-    between_models = torch.stack([smooth['nanoGPT', s] - smooth['phase2_triton', s] for s in range(args.seeds)]).abs()
-    between_seeds = torch.stack([smooth['nanoGPT', s] - smooth['nanoGPT', t] for s in range(args.seeds) for t in range(s)]).abs()
-    rows = [dict(folder=f, seed=s, losses=v) for (f, s), v in losses.items()]
-    text = (
-        f'last 25 of {args.curve_steps} steps: ' + ', '.join(f'{f} seed {s} {v[-1]:.4f}' for (f, s), v in smooth.items()) + '\n'
-        f'|phase 2 - reference| at the same seed: mean {between_models.mean():.4f}, largest {between_models.max():.4f}; '
-        f'between seeds of the reference: mean {between_seeds.mean():.4f}, largest {between_seeds.max():.4f}'
-    )
-    return rows, text
+        for kind, variant in kinds.items():
+            torch.manual_seed(seed)
+            starts = torch.randint(len(data) - 1025, (args.curve_steps, args.batch_size, 1), device='cuda')
+            train = Variant(variant, args.size, [(data[:1024].expand(args.batch_size, -1).contiguous(),) * 2], 1, seed, warm=False)
+            losses = []
+            for i, start in enumerate(starts):
+                batch = data[start + torch.arange(1025, device='cuda')]
+                train.batches[0] = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+                for group in train.optimizer.param_groups:
+                    group['lr'] = 6e-4 * min(1.0, (i + 1) / 100)
+                losses.append(train.iteration())
+            curves[kind, seed] = torch.stack(losses).tolist()
+            print(f'{kind}, seed {seed}: last 100 steps {statistics.fmean(curves[kind, seed][-100:]):.4f}', flush=True)
+            del train
+    # means of 25 steps, so that batches do not hide the models; each seed has its own batches, the same for all kinds
+    smooth = {key: torch.tensor(losses).unfold(0, 25, 25).mean(-1) for key, losses in curves.items()}
+    rows = [dict(kind=kind, seed=seed, losses=losses) for (kind, seed), losses in curves.items()]
+    seeds = range(args.seeds)
+    noise = torch.stack([smooth['reference', a] - smooth['reference', b] for a in seeds for b in range(a)]).abs()
+    lines = [f'between seeds of the reference: mean {noise.mean():.4f}, largest {noise.max():.4f}']
+    for kind in list(kinds)[1:]:
+        apart = torch.stack([smooth[kind, seed] - smooth['reference', seed] for seed in seeds])
+        last = [statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves['reference', s][-100:]) for s in seeds]
+        lines.append(
+            f'{kind} - reference at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, largest {apart.abs().max():.4f}; '
+            f'last 100 steps: {", ".join(f"{d:+.4f}" for d in last)}'
+        )
+    return rows, '\n'.join(lines)
 
 
 def main():
@@ -243,7 +264,7 @@ def main():
     parser.add_argument('--repetitions', type=int, default=5, help='turns of every variant')
     parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
     parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--curve_steps', type=int, default=500)
+    parser.add_argument('--curve_steps', type=int, default=1000)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
