@@ -18,14 +18,13 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
 from checkpoint import load_checkpoint, load_model, load_optimizer, make_out_dir, rank_state, restore_rank_state, resume_model_args, write_checkpoint
 from configurator import configure
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
-from distributed import StopSignal, gather_from_ranks, mean_over_ranks, setup
+from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, setup
 from errors import UserError
 from step_guard import StepGuard
 from training_logger import TrainingLogger
@@ -75,6 +74,7 @@ lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (
 min_lr = 6e-5  # learning rate from there on; about learning_rate / 10
 # system; auto is the best that this machine has
 backend = 'auto'  # nccl, gloo, ...
+dist_timeout = 600  # seconds that a rank waits for the others, which may be on a machine that is gone, before the run ends
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
@@ -85,7 +85,7 @@ config, given = configure(globals())  # overrides from the command line and conf
 device, dtype, compile, backend = hardware.choose(device, dtype, compile, backend)
 config.update(device=device, dtype=dtype, compile=compile, backend=backend)
 device_type = device.split(':')[0]
-rank, world_size = setup(backend)
+rank, world_size = setup(backend, dist_timeout)
 ddp = world_size > 1
 master_process = rank == 0
 stop_signal = StopSignal()  # from here on SIGTERM and Ctrl-C save a checkpoint first
@@ -332,5 +332,4 @@ while True:
     local_iter_num += 1
 
 log.close('completed' if iter_num > max_iters or eval_only else 'stopped')
-if ddp:
-    dist.destroy_process_group()
+leave()
