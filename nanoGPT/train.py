@@ -125,7 +125,8 @@ iter_num = 0
 best_val_loss = 1e9
 checkpoint_path = os.path.join(out_dir, 'ckpt.pt')
 if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(checkpoint_path) else 'scratch'
+    found = mean_over_ranks(torch.tensor(float(os.path.exists(checkpoint_path))))  # all ranks do the same, even if not all of them see it
+    init_from = 'resume' if found else 'scratch'
 if model_dir:
     sys.path.insert(0, model_dir)
 from model import GPT, GPTConfig

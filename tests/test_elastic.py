@@ -68,7 +68,7 @@ def survive(launch, script, kills, seed):
 
 
 def test_killed_ranks_are_restarted(launch, work):
-    survive(launch, NANOGPT / 'train.py', kills=3, seed=0)
+    survive(launch, NANOGPT / 'train.py', kills=2, seed=0)
 
 
 @pytest.mark.full
@@ -98,3 +98,20 @@ leave()
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and run.stdout.count('exit functions have run') == 2, run.stderr
+
+
+def test_machines_that_do_not_share_a_file_system(launch, work):
+    """init_from=auto, where only rank 0 sees the checkpoint: one message, instead of ranks that start from different states."""
+    launch(NANOGPT / 'train.py', *TINY, '--max_iters=1', '--out_dir=out')
+    script = work / 'elsewhere.py'
+    script.write_text(f"""
+import os, runpy, sys
+sys.path.insert(0, {str(NANOGPT)!r})
+if os.environ['RANK'] == '1':
+    os.mkdir('elsewhere')
+    os.chdir('elsewhere')
+sys.argv[0] = {str(NANOGPT / 'train.py')!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")
+    run = launch(script, *TINY, f'--dataset={work}/data/letters', '--init_from=auto', nproc=2, check=False)
+    assert run.returncode == 2 and run.stderr.count('error: ') == 1 and 'a file system that all of them see' in run.stderr
