@@ -7,7 +7,7 @@
 #SBATCH --job-name=gpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=8
+#SBATCH --gpus-per-node=4
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append

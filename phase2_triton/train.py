@@ -7,8 +7,8 @@ $ python train.py config/train_python_char.py --batch_size=32
 4 GPUs of one machine:
 $ torchrun --standalone --nproc_per_node=4 train.py
 
-2 machines of 8 GPUs; run this on both, with the first one's address:
-$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=gpt --rdzv_endpoint=ADDRESS:29500 train.py
+2 machines of 4 GPUs; run this on both, with the host name of the first:
+$ torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_id=gpt --rdzv_endpoint=HOST:29500 train.py
 """
 
 import math

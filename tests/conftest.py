@@ -36,8 +36,15 @@ def launch():
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A folder to run in, with a data set `letters` of 4,000 random characters out of 40 in an order that can be learnt."""
-    folder = tmp_path / 'data' / 'letters'
+    """A folder to run in, with the data set `letters`."""
+    make_letters(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_letters(path):
+    """In path/data/ a data set `letters` of 4,000 random characters out of 40 in an order that can be learnt."""
+    folder = path / 'data' / 'letters'
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     ids = np.cumsum(rng.integers(1, 4, 4000)) % 40  # each is 1 to 3 more than the last: log(3) = 1.10 nats
@@ -46,8 +53,6 @@ def work(tmp_path, monkeypatch):
     chars = [chr(ord('0') + i) for i in range(40)]
     meta = {'vocab_size': 40, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
     (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def losses(stdout):
