@@ -75,6 +75,17 @@ def numbers(stdout):
     return dict(line.split(': ', 1) for line in lines)
 
 
+def same(a, b, phase, nproc):
+    """
+    Whether two values of numbers() are equal. With 3 ranks and more DDP sums the first gradients of a run in another order than all
+    later ones (it orders its buckets anew), which changes the last bit: there the last digit printed may differ by one.
+    """
+    if a == b or b is None or nproc < 3 or phase == 'phase3_fsdp':
+        return a == b
+    x, y = ([float(word.strip(',')) for word in text.split() if word[0].isdigit()] for text in (a, b))
+    return len(x) == len(y) and all(abs(one - other) < 1.5e-4 for one, other in zip(x, y))
+
+
 class Soak:
     def __init__(self, seed, phases, say=print):
         self.rng, self.phases, self.say, self.report = random.Random(seed), phases, say, Counter()
@@ -127,7 +138,7 @@ class Soak:
                 self.wrong('bad ends', f'{fault} at {nproc} ranks of {phase}: status {run.returncode}\n{run.stderr}')
             for key, value in numbers(run.stdout).items():
                 self.report['losses printed again'] += key in printed
-                if printed.setdefault(key, value) != value:
+                if not same(value, printed.setdefault(key, value), phase, nproc):
                     self.wrong('losses different', f'{key}: {value}, before the fault {printed[key]} ({phase}, {nproc} ranks)')
             if (now := self.read_files()) < reached:
                 self.wrong('steps lost', f'{reached} before a {fault}, {now} after it')
@@ -142,7 +153,7 @@ class Soak:
             undisturbed = numbers(once.stdout)
             for key, value in printed.items():
                 self.report['losses compared'] += 1
-                if undisturbed.get(key) != value:
+                if not same(value, undisturbed.get(key), phase, nproc):
                     self.wrong('losses different', f'{key}: {value}, undisturbed {undisturbed.get(key)} ({phase}, {nproc} ranks)')
 
     def memory(self, phase, nproc, seconds):
