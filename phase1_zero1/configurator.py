@@ -31,6 +31,7 @@ POSITIVE = (
     'num_samples',
     'max_new_tokens',
     'top_k',
+    'dist_timeout',
 )
 NOT_NEGATIVE = ('max_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'temperature', 'peak_tflops')
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1

@@ -1,24 +1,69 @@
 """
-What the ranks of one run do together: start, average, gather, and agree to stop.
+What the ranks of one run do together: start, average, gather, agree to stop, and end.
 
 Each function is called on every rank, and each works in a single process as well.
 """
 
+import atexit
 import os
 import signal
+import socket
+import sys
 import time
+import uuid
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from errors import UserError
 
-def setup(backend):
-    """Joins the process group if torchrun started several processes. Returns (rank, world_size)."""
+
+def setup(backend, timeout_s):
+    """
+    Joins the process group if torchrun started several processes. Returns (rank, world_size). From then on a rank that waits
+    for another one for timeout_s seconds, because its machine is gone, raises an error.
+    """
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world_size > 1:
+        timeout = timedelta(seconds=timeout_s)
         # beside NCCL for the GPUs, gloo carries what lives on the CPU, so that it need not wait for the GPU
-        dist.init_process_group('cpu:gloo,cuda:nccl' if backend == 'nccl' else backend)
+        backends = 'cpu:gloo,cuda:nccl' if backend == 'nccl' else backend
+        store = rendezvous(rank, world_size, timeout)
+        try:
+            dist.init_process_group(backends, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        except RuntimeError as e:
+            if 'connectFullMesh' not in str(e):
+                raise
+            raise UserError(
+                f'rank {rank} on {socket.gethostname()} found the other ranks but cannot connect to one ({str(e).splitlines()[0]}). If that is not '
+                'its address in the network between the machines, set GLOO_SOCKET_IFNAME, on each machine, to the network interface to use'
+            ) from None
     return rank, world_size
+
+
+def rendezvous(rank, world_size, timeout):
+    """
+    A key-value store for the ranks to find each other through. torchrun --max-restarts=N hosts one for all starts of the ranks,
+    and in it the addresses of those that were killed still stand, which would be called. So rank 0 gives each start a
+    name, and its keys are kept under that. (Ranks cannot count the starts: torchrun on each machine counts only its own.)
+    """
+    hosted = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # by torchrun; otherwise by rank 0
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world_size, rank == 0 and not hosted, timeout, multi_tenant=True)
+    me = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f'hello/{rank}', me)
+        name = store.get(f'welcome/{me}').decode()
+        store.set(f'{name}/joined/{rank}', '')
+        return dist.PrefixStore(name, store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    for other in range(1, world_size):
+        while not store.check([f'{me}/joined/{other}']):  # this hello may be that of a rank killed earlier, so it is asked for again
+            store.set(f'welcome/{store.get(f"hello/{other}").decode()}', me)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f'timed out waiting for rank {other} to start')
+            time.sleep(0.01)
+    return dist.PrefixStore(me, store)
 
 
 def mean_over_ranks(x):
@@ -62,3 +107,14 @@ class StopSignal:
         flag = torch.tensor(float(self.received is not None))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+def leave():
+    """Leaves the process group, and ends this process with status 0 if it had joined one: call it last."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # A thread of gloo may still be about to drop a tensor. It would need the interpreter for that, and if that is being taken
+        # down already, the process is aborted (1 run of 5). So it is not taken down.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)

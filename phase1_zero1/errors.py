@@ -7,11 +7,16 @@ said once; torchrun then ends the remaining ranks.
 """
 
 import os
+import re
+import socket
 import sys
 import traceback
 
-
 OPTIONAL_PACKAGES = ('wandb', 'transformers', 'datasets', 'tqdm', 'pyarrow')
+
+
+# what gloo, NCCL and the key-value store say where another rank is gone or cannot be reached
+LOST = re.compile(r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|time[d-]? ?out', re.I)
 
 
 class UserError(Exception):
@@ -19,17 +24,19 @@ class UserError(Exception):
 
 
 def _first_to_fail():
-    """True on the first rank that asks; also True where there is no torchrun (or it no longer answers)."""
+    """True on the first rank that asks; where there is no torchrun to ask, or it no longer answers, on one rank of each machine."""
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         return True
+    host, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     try:
         from datetime import timedelta
         from torch.distributed import TCPStore
 
-        store = TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timedelta(seconds=10))
+        socket.create_connection((host, port), timeout=5).close()  # TCPStore would try for long, and print every attempt
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
         return store.add(f'speaker/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', 1) == 1
     except Exception:
-        return True
+        return os.environ.get('LOCAL_RANK') == '0'
 
 
 def _excepthook(kind, error, trace):
@@ -44,6 +51,14 @@ def _excepthook(kind, error, trace):
     if issubclass(kind, UserError):
         if speaks:
             print(f'error: {error}', file=sys.__stderr__, flush=True)
+    elif speaks and rank and issubclass(kind, RuntimeError) and LOST.search(str(error)):
+        reason = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0])  # without the line of C++
+        print(
+            f'error: rank {rank} on {socket.gethostname()} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
+            'reached. The last checkpoint is whole: start all ranks again with --init_from=resume',
+            file=sys.__stderr__,
+            flush=True,
+        )
     elif speaks:
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)
     else:  # most often the echo of another rank's failure: a collective whose partner is gone

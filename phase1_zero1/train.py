@@ -7,8 +7,8 @@ $ python train.py config/train_python_char.py --batch_size=32
 4 GPUs of one machine:
 $ torchrun --standalone --nproc_per_node=4 train.py
 
-2 machines of 8 GPUs; run this on both, with the first one's address:
-$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=gpt --rdzv_endpoint=ADDRESS:29500 train.py
+2 machines of 4 GPUs; run this on both, with the host name of the first:
+$ torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_id=gpt --rdzv_endpoint=HOST:29500 train.py
 """
 
 import math
@@ -18,7 +18,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
@@ -26,7 +25,7 @@ from checkpoint import load_checkpoint, load_model, load_optimizer, make_out_dir
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_side_stream
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
-from distributed import StopSignal, gather_from_ranks, mean_over_ranks, setup
+from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, setup
 from errors import UserError
 from step_guard import StepGuard
 from training_logger import TrainingLogger
@@ -78,6 +77,7 @@ lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (
 min_lr = 6e-5  # learning rate from there on; about learning_rate / 10
 # system; auto is the best that this machine has
 backend = 'auto'  # nccl, gloo, ...
+dist_timeout = 600  # seconds that a rank waits for the others, which may be on a machine that is gone, before the run ends
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
@@ -89,7 +89,7 @@ config, given = configure(globals())  # overrides from the command line and conf
 device, dtype, compile, backend = hardware.choose(device, dtype, compile, backend)
 config.update(device=device, dtype=dtype, compile=compile, backend=backend)
 device_type = device.split(':')[0]
-rank, world_size = setup(backend)
+rank, world_size = setup(backend, dist_timeout)
 if cuda_graph:
     use_side_stream(device)
 ddp = world_size > 1
@@ -131,7 +131,8 @@ iter_num = 0
 best_val_loss = 1e9
 checkpoint_path = os.path.join(out_dir, 'ckpt.pt')
 if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(checkpoint_path) else 'scratch'
+    found = mean_over_ranks(torch.tensor(float(os.path.exists(checkpoint_path))))  # all ranks do the same, even if not all of them see it
+    init_from = 'resume' if found else 'scratch'
 if model_dir:
     sys.path.insert(0, model_dir)
 from model import GPT, GPTConfig
@@ -356,5 +357,4 @@ while True:
     local_iter_num += 1
 
 log.close('completed' if iter_num > max_iters or eval_only else 'stopped')
-if ddp:
-    dist.destroy_process_group()
+leave()

@@ -91,7 +91,10 @@ def load_checkpoint(path):
         # mapped into memory, so that many ranks on one machine share what they read
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise UserError(f'there is no checkpoint {path}: train first (--init_from=scratch), or give its folder with --out_dir') from None
+        raise UserError(
+            f'there is no checkpoint {path}: train first (--init_from=scratch), or give its folder with --out_dir; '
+            'several machines need a file system that all of them see'
+        ) from None
     except pickle.UnpicklingError:
         raise UserError(
             f'{path} was not loaded: it holds something other than tensors and plain values, '

@@ -7,8 +7,8 @@ $ python train.py config/train_python_char.py --batch_size=32
 4 GPUs of one machine:
 $ torchrun --standalone --nproc_per_node=4 train.py
 
-2 machines of 8 GPUs; run this on both, with the first one's address:
-$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=gpt --rdzv_endpoint=ADDRESS:29500 train.py
+2 machines of 4 GPUs; run this on both, with the host name of the first:
+$ torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_id=gpt --rdzv_endpoint=HOST:29500 train.py
 """
 
 import math
@@ -19,7 +19,6 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -28,7 +27,7 @@ from checkpoint import load_model, load_optimizer, make_out_dir, rank_state, res
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_side_stream
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
-from distributed import StopSignal, gather_from_ranks, mean_over_ranks, setup
+from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, setup
 from errors import UserError
 from sharded_checkpoint import ShardedSaver, find_checkpoint, gather_full, load_checkpoint, own_part
 from sharding import OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
@@ -87,6 +86,7 @@ lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (
 min_lr = 6e-5  # learning rate from there on; about learning_rate / 10
 # system; auto is the best that this machine has
 backend = 'auto'  # nccl, gloo, ...
+dist_timeout = 600  # seconds that a rank waits for the others, which may be on a machine that is gone, before the run ends
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
@@ -98,7 +98,7 @@ config, given = configure(globals())  # overrides from the command line and conf
 device, dtype, compile, backend = hardware.choose(device, dtype, compile, backend)
 config.update(device=device, dtype=dtype, compile=compile, backend=backend)
 device_type = device.split(':')[0]
-rank, world_size = setup(backend)
+rank, world_size = setup(backend, dist_timeout)
 if cuda_graph:
     use_side_stream(device)
 fsdp = use_fsdp and world_size > 1
@@ -143,7 +143,8 @@ iter_num = 0
 best_val_loss = 1e9
 checkpoint_path = find_checkpoint(out_dir, ckpt_format, fsdp)
 if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(checkpoint_path) else 'scratch'
+    found = mean_over_ranks(torch.tensor(float(os.path.exists(checkpoint_path))))  # all ranks do the same, even if not all of them see it
+    init_from = 'resume' if found else 'scratch'
 if model_dir:
     sys.path.insert(0, model_dir)
 from model import GPT, GPTConfig
@@ -390,5 +391,4 @@ while True:
 if sharded_saver:
     sharded_saver.wait()
 log.close('completed' if iter_num > max_iters or eval_only else 'stopped')
-if world_size > 1:
-    dist.destroy_process_group()
+leave()
