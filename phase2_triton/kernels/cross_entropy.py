@@ -123,7 +123,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         losses = launch_cross_entropy(logits, targets, ignore_index, need_grad)
         count = (targets != ignore_index).sum()
         if need_grad:
-            ctx.save_for_backward(x, w, logits, count)
+            ctx.save_for_backward(x, w, logits, count.clamp(min=1))  # of no rows the loss is NaN, but its gradient 0
             ctx.weight, ctx.tied = weight, tied
         return losses.sum() / count
 
@@ -157,7 +157,7 @@ class ChunkedLinearCrossEntropyFunction(torch.autograd.Function):
                     dw += logits.t() @ x[rows]
         count = (targets != ignore_index).sum()
         if need_grad:
-            ctx.save_for_backward(dx, dw, count)
+            ctx.save_for_backward(dx, dw, count.clamp(min=1))
             ctx.weight, ctx.tied = weight, tied
         return losses.sum() / count
 
@@ -180,7 +180,7 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_
     """
     if targets.shape != x.shape[:-1]:
         raise ValueError(f'linear_cross_entropy: targets have shape {tuple(targets.shape)}, but x {tuple(x.shape)}')
-    x, targets = x.flatten(0, -2), targets.flatten()
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1).contiguous()
     dtype = autocast_dtype(x) or x.dtype
     plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
     if not (plain and dtype in float_dtypes and weight.dtype in float_dtypes and available(x.device)):
