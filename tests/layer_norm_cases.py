@@ -48,19 +48,25 @@ def truth(leaves, dy):
     return run(lambda x, w, b: F.layer_norm(x, w.shape, w, b), leaves, dy.to(f64))
 
 
+def bound(name, a, b, c, terms=None, rounded_to=None, factor=2):
+    """
+    err(a) < factor * err(c) + tiny against the truth b, by norm and by largest element; a is ours, c PyTorch's. tiny is what summing in another
+    order may change: 2e-6 of the result, or of `terms`, the size of what is subtracted there, which may cancel.
+    rounded_to: the dtype in which kernels wrote it, or what it is made of, if that is not a's.
+    """
+    assert a.shape == b.shape and a.dtype == c.dtype, f'{name}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {c.dtype}'
+    assert not a.isnan().any(), f'{name}: NaN'
+    slack = 0.0 if gpu else interpreter_slack[rounded_to or a.dtype]
+    for norm in (torch.Tensor.norm, lambda t: t.abs().max()) if a.numel() else ():
+        scale = norm(b if terms is None else terms) + 1e-30
+        error, theirs = norm(a.to(f64) - b) / scale, norm(c.to(f64) - b) / scale
+        assert error <= factor * theirs + max(2e-6, slack), f'{name}: error {error:.2e}, PyTorch {theirs:.2e}'
+
+
 def check(got, expected, torchs, what='', terms=None):
-    """
-    err(ours) < 2 err(torch) + tiny, by norm and by largest element. tiny is what summing in another order may change: 2e-6 of the
-    result, or for dx of `terms`, the size of what is subtracted there, which may cancel (at N = 1 to nothing).
-    """
+    """bound() for y, dx, dweight and dbias; terms: of dx, where at N = 1 nothing is left."""
     for name, a, b, c in zip(('y', 'dx', 'dweight', 'dbias'), got, expected, torchs):
-        assert a.shape == b.shape and a.dtype == c.dtype, f'{what} {name}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {c.dtype}'
-        assert not a.isnan().any(), f'{what} {name}: NaN'
-        slack = 0.0 if gpu else interpreter_slack[a.dtype]
-        for norm in (torch.Tensor.norm, lambda t: t.abs().max()):
-            scale = norm(terms if name == 'dx' else b) + 1e-30
-            error, theirs = norm(a.to(f64) - b) / scale, norm(c.to(f64) - b) / scale
-            assert error <= 2 * theirs + max(2e-6, slack), f'{what} {name}: error {error:.2e}, PyTorch {theirs:.2e}'
+        bound(f'{what} {name}', a, b, c, terms if name == 'dx' else None)
 
 
 def compare(leaves, dy, what='', got=None):

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .device import available
-from .layer_norm import float_dtypes, launch_backward, launch_forward, layer_norm, reference_dtype
+from .layer_norm import check_parameters, float_dtypes, launch_backward, launch_forward, layer_norm, reference_dtype
 
 max_width = 12_288  # rows are kept in registers
 
@@ -94,10 +94,13 @@ def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, out_dtype=None):
     (x + branch, layer_norm(x + branch, weight, bias, eps, out_dtype)) by one Triton kernel where it can run, else by two operations.
 
     x (..., N), float32, bfloat16 or float16; branch of the same shape in the same or a narrower dtype. The sum has the dtype of x;
-    it is rounded to that before it is normalized. Otherwise see layer_norm. Raises ValueError for a branch of another shape.
+    it is rounded to that before it is normalized. Otherwise see layer_norm. Raises ValueError for a branch of another shape or device.
     """
     if branch.shape != x.shape:
         raise ValueError(f'add_layer_norm: branch has shape {tuple(branch.shape)}, x {tuple(x.shape)}')
+    if branch.device != x.device:
+        raise ValueError(f'add_layer_norm: branch is on {branch.device}, x on {x.device}')
+    check_parameters(x, weight, bias)
     same = x.dtype in float_dtypes and torch.promote_types(x.dtype, branch.dtype) == x.dtype
     if not (same and weight.dtype in float_dtypes and 0 < x.shape[-1] <= max_width and available(x.device)):
         total = x + branch

@@ -502,6 +502,19 @@ def _backward(ctx, dy, _):
 layer_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def check_parameters(x, weight, bias):
+    """Raises where the kernels would read other memory than the caller means; see layer_norm."""
+    for name, p in (('weight', weight), ('bias', bias)):
+        if p is None:
+            continue
+        if p.shape != x.shape[-1:]:
+            raise ValueError(f'layer_norm: {name} has shape {tuple(p.shape)}, but the last dimension of x is {tuple(x.shape[-1:])}')
+        if p.device != x.device:
+            raise ValueError(f'layer_norm: {name} is on {p.device}, x on {x.device}')
+        if p.dtype != x.dtype and torch.promote_types(p.dtype, x.dtype) != p.dtype:
+            raise TypeError(f'layer_norm: {name} is {p.dtype}, narrower than x, which is {x.dtype}')
+
+
 def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
     """
     LayerNorm over the last dimension, like torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps), by Triton kernels
@@ -514,15 +527,7 @@ def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
 
     Raises ValueError for a weight or bias of another shape or device, TypeError for one narrower than x.
     """
-    for name, p in (('weight', weight), ('bias', bias)):
-        if p is None:
-            continue
-        if p.shape != x.shape[-1:]:
-            raise ValueError(f'layer_norm: {name} has shape {tuple(p.shape)}, but the last dimension of x is {tuple(x.shape[-1:])}')
-        if p.device != x.device:
-            raise ValueError(f'layer_norm: {name} is on {p.device}, x on {x.device}')
-        if p.dtype != x.dtype and torch.promote_types(p.dtype, x.dtype) != p.dtype:
-            raise TypeError(f'layer_norm: {name} is {p.dtype}, narrower than x, which is {x.dtype}')
+    check_parameters(x, weight, bias)
     if out_dtype is None:
         out_dtype = reference_dtype(x)
     if not (x.dtype in float_dtypes and weight.dtype in float_dtypes and 0 < x.shape[-1] <= max_width and available(x.device)):
