@@ -1,5 +1,6 @@
 # make demo: trains, samples and draws on this machine.  make test: proves that it works.  Both install what they need into .venv first.
 # make test-full: also the whole of the tables of which make test takes a part.
+# make bench: measures the trainers with what this machine has.  make documents: puts the results into the documents.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 # what every phase folder has in common with nanoGPT/, byte for byte
 COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distributed.py errors.py hardware.py sample.py step_guard.py training_logger.py visualize_training.py config
 
-.PHONY: demo test test-full lint sync bench clean
+.PHONY: demo test test-full lint sync bench documents clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -27,6 +28,12 @@ test-full: $(VENV)/installed lint
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/bench_trainers.py --out=bench.json
+
+documents: $(VENV)/installed
+	$(BIN)/python benchmarks/report.py
 
 # copies what a phase does not change; a test compares them
 sync:

@@ -1,0 +1,475 @@
+"""
+Speed and memory of the trainers as they are: the train.py of every phase on this machine, by itself and on all GPUs.
+
+    python benchmarks/bench_trainers.py --out=FILE                       # everything this machine can do; make bench
+    python benchmarks/bench_trainers.py --nproc=4 --sizes=1.5B --trainers=ddp,zero1,fsdp --minutes=9 --out=FILE
+    python benchmarks/bench_trainers.py --onto=FILE --out=FILE ...       # adds to the runs in FILE
+    python benchmarks/bench_trainers.py --plan                           # says what would run, and about how long
+    python benchmarks/bench_trainers.py --device=cpu                     # a tiny model, 1 and 2 processes: 3 minutes
+
+For each number of processes one torchrun group is started, and in it the trainers run one after the other in the same
+processes, so that PyTorch is imported and the GPU set up once. A run is train.py itself, on random tokens, with its flags;
+its speeds are those of its JSON log. What is added from outside (class Probe): between iterations it sets
+gradient_accumulation_steps, which train.py reads anew in each, so that one run measures all numbers of micro-steps; beside
+the optimizer's step it counts the bytes of parameters, gradients and optimizer state, and asks the allocator for the sum; and
+it draws the initial weights on the GPU (--init=cpu: as train.py does, which takes a minute at 1.5B).
+
+The runs of a size come in rounds (A B C, A B C), so that no trainer has the warmer GPU. A result is the median over the
+intervals of all rounds, with the smallest and the largest. Compiled code is kept in a folder that is empty at first, so a run's
+time to the first step says how many graphs it found there. Results are written after every run: one that is cut off loses only itself.
+"""
+
+import argparse
+import gc
+import io
+import json
+import os
+import pickle
+import runpy
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common import GIB, ROOT, facts, spread, torchrun, write_json
+
+TRITON = ['--model_dir=../phase2_triton']
+TRAINERS = {  # name: (what the tables call it, folder of train.py, flags)
+    'ddp': ('DDP', 'nanoGPT', []),
+    'zero1': ('phase 1', 'phase1_zero1', []),
+    'triton': ('phase 2', 'phase2_triton', []),
+    'fsdp': ('phase 3', 'phase3_fsdp', []),
+    'zero1+triton': ('phases 1 + 2', 'phase1_zero1', TRITON),
+    'fsdp+triton': ('phases 2 + 3', 'phase3_fsdp', TRITON),
+    'ddp+graph': ('DDP, CUDA graph', 'nanoGPT', ['--cuda_graph']),
+    'triton+graph': ('phase 2, CUDA graph', 'phase2_triton', ['--cuda_graph']),
+    'hybrid': ('phase 3, hybrid', 'phase3_fsdp', ['--fsdp_shard_size={half}']),
+}
+# Alone a process shards nothing: phases 1 and 3 are the reference then
+DEFAULT = {'one': ['ddp', 'triton', 'triton+graph'], 'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton']}
+SIZES = {  # shape; iterations in an interval of the log; intervals that count; seconds that a run takes: the first, later ones
+    '124M': (dict(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024), 10, 5, (60, 25)),
+    '350M': (dict(n_layer=24, n_head=16, n_embd=1024, batch_size=12, block_size=1024), 6, 4, (90, 40)),
+    '1.5B': (dict(n_layer=48, n_head=25, n_embd=1600, batch_size=8, block_size=1024), 3, 3, (200, 90)),
+    'tiny': (dict(n_layer=4, n_head=2, n_embd=96, batch_size=8, block_size=64), 4, 4, (10, 10)),
+}
+
+
+class Enough(Exception):
+    """Ends a run of train.py that has been measured."""
+
+
+class Probe:
+    """
+    What becomes known of one run of train.py, by way of the calls that every trainer makes: TrainingLogger when all is built and
+    after each logged iteration, and StepGuard at each optimizer step. It runs on every rank.
+    """
+
+    def __init__(self, run):
+        self.run, self.cuda = run, run['device'] == 'cuda'
+        self.interval, self.intervals = run['interval'], run['intervals'] + 1  # the first of each number of micro-steps is a warm-up
+        self.steps, self.results, self.blocks = 0, {}, []
+        self.started = time.perf_counter()
+
+    def since_start(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - self.started
+
+    def install(self):
+        """Puts the probe into the modules that train.py is about to import."""
+        import distributed
+        import step_guard
+        import training_logger
+
+        if '--model_dir=../phase2_triton' in self.run['flags']:  # this comes from there, and everything else from the trainer's folder
+            sys.path.insert(0, str(ROOT / 'phase2_triton'))
+            import model
+
+            del sys.path[0]
+        else:
+            import model
+
+        probe = self
+
+        class Guard(step_guard.StepGuard):
+            def step(self, optimizer, grad_norm):
+                super().step(optimizer, grad_norm)
+                probe.after_step(optimizer)
+
+        class Logger(training_logger.TrainingLogger):
+            def __init__(self, *args):
+                probe.results['ready_seconds'] = probe.since_start()
+                super().__init__(*args)
+
+            def iteration(self, iter_num, **fields):
+                super().iteration(iter_num, **fields)
+                probe.after_logging(self, iter_num, fields, sys._getframe(1).f_globals)
+
+            def close(self, status):
+                super().close(status)
+                probe.results['log'] = self.path
+                probe.closed = time.perf_counter()
+
+        step_guard.StepGuard, training_logger.TrainingLogger = Guard, Logger
+        distributed.leave = lambda: None  # it ends the process
+        if self.run['init'] == 'gpu' and self.cuda:
+            build = model.GPT.__init__
+
+            def build_on_gpu(self, config):
+                meta = torch.get_default_device().type == 'meta'  # phase 3 builds without memory
+                with nullcontext() if meta else torch.device('cuda', torch.cuda.current_device()):
+                    build(self, config)
+
+            model.GPT.__init__ = build_on_gpu
+            if self.run['folder'] == 'phase3_fsdp':
+                import sharding
+
+                initialize = sharding.initialize
+
+                def initialize_on_gpu(*args):
+                    with torch.device('cuda', torch.cuda.current_device()):
+                        initialize(*args)
+
+                sharding.initialize = initialize_on_gpu
+
+    def after_step(self, optimizer):
+        """In the last iteration of a warm-up: gradients are still there, and so is AdamW's state."""
+        if self.steps and self.steps % (self.interval * self.intervals) == self.interval:
+            parameters = [p for group in optimizer.param_groups for p in group['params']]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            inner = getattr(getattr(optimizer, 'zero', optimizer), 'optim', optimizer)  # ZeRO-1's share
+            state = [v for its in inner.state.values() for v in its.values() if isinstance(v, torch.Tensor)]
+            memory = {
+                'parameters': own_bytes(parameters, self.run['device']),
+                'gradients': own_bytes(gradients, self.run['device']),
+                'optimizer': own_bytes(state, self.run['device']),
+            }
+            memory['rest'] = torch.cuda.memory_allocated() - self.run['base_bytes'] if self.cuda else None  # as the allocator counts
+            self.memory = memory
+        self.steps += 1
+
+    def after_logging(self, log, iter_num, fields, train):
+        """train: the variables of train.py."""
+        if iter_num == 0 or self.run['resume']:
+            self.results['first_step_seconds'] = self.since_start()
+            self.results['parameters'] = sum(p.numel() for p in train['raw_model'].parameters())
+        if self.run['resume']:
+            log.close('stopped')
+            raise Enough
+        block, place = divmod(iter_num, self.interval * self.intervals)
+        if place == self.interval and self.cuda:  # the warm-up is over
+            torch.cuda.reset_peak_memory_stats()
+        if iter_num and place == 0:
+            block_results = {'micro_steps': self.run['micro_steps'][block - 1], **self.memory, 'peak': None, 'peak_reserved': None}
+            if self.cuda:
+                block_results.update(peak=torch.cuda.max_memory_allocated() - self.run['base_bytes'], peak_reserved=torch.cuda.max_memory_reserved())
+            self.blocks.append(block_results)
+            self.ended = time.perf_counter()
+            if block == len(self.run['micro_steps']):
+                if not self.run['save']:
+                    log.close('stopped')
+                    raise Enough
+                return
+        if place == 0:
+            micro_steps, tokens = self.run['micro_steps'][block], train['batch_size'] * train['block_size'] * train['world_size']
+            train.update(gradient_accumulation_steps=micro_steps, tokens_per_iter=micro_steps * tokens)
+
+
+def own_bytes(tensors, device_type):
+    """Bytes of the tensors that are on the device; weights that two layers share count once."""
+    return sum({t.data_ptr(): t.nbytes for t in tensors if t.device.type == device_type and t.numel()}.values())
+
+
+def clean_up(path):
+    """Takes back what a run of train.py has left in the process."""
+    sys.stdout, sys.excepthook, sys.path[:] = sys.__stdout__, sys.__excepthook__, path
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, '__file__', None) or ''
+        # kernels/ imports nothing of the trainers, and its compiled kernels may stay
+        if file.startswith(str(ROOT)) and '/benchmarks/' not in file and '/kernels/' not in file and '/.venv/' not in file and name != '__main__':
+            del sys.modules[name]
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.set_stream(torch.cuda.default_stream())
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
+def run_trainer(run):
+    """One run of train.py, on every rank. Returns what was measured, on rank 0; the numbers of bytes are those of the rank with most."""
+    path, argv = list(sys.path), sys.argv
+    folder = ROOT / run['folder']
+    sys.path[0] = str(folder)
+    sys.argv = [str(folder / 'train.py'), *run['flags']]
+    if run['cache']:
+        os.environ.update(TORCHINDUCTOR_CACHE_DIR=run['cache'])
+    torch._dynamo.utils.counters.clear()
+    run['base_bytes'] = 0
+    if run['device'] == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        run['base_bytes'] = torch.cuda.memory_allocated()
+    probe, printed = Probe(run), io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            probe.install()
+            runpy.run_path(sys.argv[0], run_name='__main__')
+    except Enough as enough:
+        enough.__traceback__ = None  # it holds the variables of train.py
+    results = probe.results
+    if run['save']:
+        results['save_seconds'] = probe.closed - probe.ended  # from the last iteration to the end
+    results['base_bytes'] = run['base_bytes']
+    everyone = [probe.blocks]
+    gc.collect()  # DDP, before its process group
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, probe.blocks)
+        dist.destroy_process_group()
+    for i, block in enumerate(probe.blocks):
+        for key in block:
+            block[key] = max(blocks[i][key] for blocks in everyone) if block[key] is not None else None
+    counters = torch._dynamo.utils.counters
+    results['graphs'] = counters['stats']['unique_graphs']
+    results['graphs_from_cache'] = counters['inductor']['fxgraph_cache_hit']
+    words = ('using', 'wrapping', 'units', 'each rank', 'compil')
+    results['said'] = [line for line in printed.getvalue().splitlines() if any(word in line.lower() for word in words)]
+    if int(os.environ['RANK']) == 0:
+        log = json.loads(Path(results.pop('log')).read_text())
+        iterations = {record['iter']: record for record in log['iterations']}
+        length = probe.interval * probe.intervals
+        for i, block in enumerate(probe.blocks):
+            counted = [iterations[i * length + n * probe.interval] for n in range(2, probe.intervals + 1)]
+            block.update({key: [record[key] for record in counted] for key in ('tokens_per_sec', 'time_ms', 'mfu')})
+        if run['save']:
+            results['checkpoint'] = {key: log['checkpoints'][-1][key] for key in ('bytes', 'seconds')}
+        results['blocks'] = probe.blocks
+    sys.argv = argv
+    del probe
+    clean_up(path)
+    return results
+
+
+def work(spec_file):
+    """What every rank of the torchrun group does: the runs of the list, one after the other."""
+    spec = json.loads(Path(spec_file).read_text())
+    rank = int(os.environ['RANK'])
+    sys.path.insert(0, '')  # the place of the trainer's folder
+    if spec['device'] == 'cpu':
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    store = dist.PrefixStore('bench', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False))
+    took = {}
+    for i, run in enumerate(spec['runs']):
+        if rank == 0:
+            expected = took.get((run['trainer'], run['size']), run['expected_seconds'])
+            go = time.time() + expected < spec['deadline']
+            if not go:
+                print(f'left out, for lack of time: {run["name"]} ({expected:.0f} s)', flush=True)
+            Path(spec['folder'], 'running').write_text(str(i))
+            store.set(f'go {i}', str(int(go)))
+        if store.get(f'go {i}') == b'0':
+            continue
+        started = time.perf_counter()
+        try:
+            results = run_trainer(run)
+        except BaseException as error:
+            # the other ranks wait for this one: all end, and the rest of the list gets processes of its own
+            Path(spec['folder'], f'error_{rank}').write_text(f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
+            if not isinstance(error, torch.OutOfMemoryError):
+                sys.stdout = sys.__stdout__
+                sys.__excepthook__(*sys.exc_info())
+            os._exit(1)
+        seconds = time.perf_counter() - started
+        took[run['trainer'], run['size']] = seconds
+        if rank == 0:
+            add(spec, run, {**results, 'seconds': seconds})
+    sys.stdout.flush()
+    os._exit(0)  # as leave() in distributed.py
+
+
+def add(spec, run, results):
+    """Adds a run to the file of results, and its line to what is printed."""
+    report = json.loads(Path(spec['out']).read_text())
+    kept = ('trainer', 'size', 'processes', 'round', 'batch_size', 'block_size', 'init', 'resume')
+    report['runs'].append({'session': len(report['sessions']) - 1, **{key: run[key] for key in kept}, **results})
+    report['rows'] = rows_of(report['runs'])
+    write_json(spec['out'], report)
+    if 'error' in results:
+        line = results['error']
+    else:
+        line = f'first step after {results["first_step_seconds"]:5.1f} s'
+        for block in results['blocks']:
+            line += f', {block["micro_steps"]} x: {statistics.median(block["tokens_per_sec"]):11,.0f} tokens/s'
+            if block['rest'] is not None:
+                parts = sum(block[key] for key in ('parameters', 'gradients', 'optimizer'))
+                line += f' {block["rest"] / GIB:.2f} GiB at rest (tensors {parts / GIB:.2f}), peak {block["peak"] / GIB:.2f}'
+        if 'save_seconds' in results:
+            line += f', saved in {results["save_seconds"]:.1f} s'
+    print(f'{run["name"]:<44} {results.get("seconds", 0):4.0f} s  {line}', flush=True)
+
+
+def rows_of(runs):
+    """One row for each trainer, size, number of processes and of micro-steps: what all of its runs say together."""
+    rows, loads = {}, {}
+    for run in runs:
+        cell = run['trainer'], run['size'], run['processes']
+        if run['resume'] and 'error' not in run:
+            loads.setdefault(cell, []).append(run)
+            continue
+        for block in run.get('blocks', [{'micro_steps': None, 'error': run.get('error')}]):
+            rows.setdefault((*cell, block['micro_steps']), []).append((run, block))
+    result = []
+    for (trainer, size, processes, micro_steps), its in rows.items():
+        run, block = its[-1]
+        row = dict(trainer=trainer, size=size, processes=processes, micro_steps=micro_steps)
+        row.update({key: run[key] for key in ('batch_size', 'block_size')})
+        if 'error' in block:
+            result.append(row | {'error': block['error']})
+            continue
+        row.update(parameters=run['parameters'], rounds=len(its))
+        for key in ('tokens_per_sec', 'time_ms'):
+            row[key] = spread([value for _, b in its for value in b[key]])
+        row['tokens_per_sec_per_process'] = row['tokens_per_sec']['median'] / processes
+        mfu = [value for _, b in its for value in b['mfu'] if value is not None]
+        row['mfu'] = statistics.median(mfu) if mfu else None
+        memory = {key: max(b[key] for _, b in its) for key in block if isinstance(block[key], int) and key != 'micro_steps'}
+        if 'rest' in memory:
+            memory['not_accounted_for'] = memory['rest'] - sum(memory[key] for key in ('parameters', 'gradients', 'optimizer'))
+            memory['activations'] = memory['peak'] - memory['rest']
+        row['memory_bytes'] = memory
+        for key in ('first_step_seconds', 'ready_seconds', 'graphs', 'graphs_from_cache'):
+            row[key] = [r[key] for r, _ in its]  # by round
+        saves = [r for r, _ in its if 'checkpoint' in r]
+        if saves:
+            load = loads.get((trainer, size, processes), [])
+            row['checkpoint'] = {
+                'bytes': saves[-1]['checkpoint']['bytes'],
+                'save_seconds': [r['save_seconds'] for r in saves],
+                'write_seconds': [r['checkpoint']['seconds'] for r in saves],
+                'ready_seconds_resumed': [r['ready_seconds'] for r in load],
+                'first_step_seconds_resumed': [r['first_step_seconds'] for r in load],
+            }
+        result.append(row)
+    return result
+
+
+def make_data(folder, vocab_size):
+    """A data set of random tokens: below 50257 for GPT-2's vocabulary (without meta.pkl a model gets that, padded), else below vocab_size."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, n in (('train', 2_000_000), ('val', 100_000)):
+        rng.integers(0, vocab_size or 50257, n, dtype=np.uint16).tofile(folder / f'{split}.bin')
+    if vocab_size:
+        (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': vocab_size}))
+
+
+def plan(args, processes, folder):
+    """The runs on so many processes, in their order: those that matter most come first."""
+    runs = []
+    names = args.trainers or DEFAULT['one' if processes == 1 else 'several']
+    for size in args.sizes:
+        shape, interval, intervals, (first, later) = SIZES[size]
+        micro_steps = args.micro_steps or ([1, 5] if size != 'tiny' else [1, 3])
+        last = interval * (intervals + 1) * len(micro_steps)
+        for i in range(args.rounds):
+            for name in names:
+                _, script, flags = TRAINERS[name]
+                if (args.device == 'cpu' and '--cuda_graph' in flags) or (name == 'hybrid' and processes < 4):
+                    continue
+                flags = [flag.format(half=processes // 2) for flag in flags]
+                out = folder / f'{name}-{size}-{processes}'
+                flags += [f'--{key}={value}' for key, value in shape.items()]
+                flags += [f'--dataset={folder / ("gpt2" if size != "tiny" else "tiny")}', f'--out_dir={out}', f'--device={args.device}']
+                flags += ['--eval_interval=1000000000', '--eval_iters=1', '--warmup_iters=1000', *args.flag]
+                save = args.save and i == 0
+                run = dict(trainer=name, size=size, processes=processes, round=i, folder=script, device=args.device, init=args.init)
+                run.update(batch_size=shape['batch_size'], block_size=shape['block_size'], interval=interval, intervals=intervals)
+                cache = str(folder / f'cache-{name}-{size}') if args.cold and i == 0 else ''
+                run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache)
+                run.update(name=f'{name}, {size}, {processes} processes, round {i + 1}', expected_seconds=first if i == 0 else later)
+                own = [f'--gradient_accumulation_steps={micro_steps[0] * processes}', f'--log_interval={interval}', f'--max_iters={last}']
+                runs.append(run | {'flags': flags + own})
+                if save:  # and load it again
+                    own = [f'--gradient_accumulation_steps={processes}', '--log_interval=1', f'--max_iters={last + 9}', '--init_from=resume']
+                    resumed = dict(flags=flags + own, save=False, resume=True, name=run['name'] + ', resumed', expected_seconds=later)
+                    runs.append(run | resumed)
+    return runs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = lambda text: [word for word in text.split(',') if word]
+    parser.add_argument('--out', default='', help='JSON file of results')
+    parser.add_argument('--onto', default='', help='a JSON file of results to go on from')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=['cuda', 'cpu'])
+    parser.add_argument('--nproc', type=words, default=[], help='numbers of processes, such as 1,4 (default: all GPUs, and 1; on a CPU 2 and 1)')
+    parser.add_argument('--sizes', type=words, default=[], help=f'of {",".join(SIZES)} (default: 124M,1.5B,350M; on a CPU tiny)')
+    parser.add_argument('--trainers', type=words, default=[], help=f'of {",".join(TRAINERS)}')
+    parser.add_argument('--micro_steps', type=lambda text: [int(n) for n in words(text)], default=[], help='of each process, such as 1,5 (default)')
+    parser.add_argument('--rounds', type=int, default=2)
+    parser.add_argument('--save', action='store_true', help='also save a checkpoint, and resume from it, in the first round')
+    parser.add_argument('--cold', action='store_true', help='each first round compiles everything itself')
+    parser.add_argument('--init', default='gpu', choices=['gpu', 'cpu'], help='where the initial weights are drawn')
+    parser.add_argument('--flag', action='append', default=[], metavar='--KEY=VALUE', help='a further flag of train.py (write --flag=--key=value)')
+    parser.add_argument('--minutes', type=float, default=0, help='start no run that would not end within so many minutes')
+    parser.add_argument('--plan', action='store_true', help='say what would run, and about how long')
+    parser.add_argument('--worker', default='', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker)
+    gpus = torch.cuda.device_count() if args.device == 'cuda' else 0
+    args.sizes = args.sizes or (['124M', '1.5B', '350M'] if gpus else ['tiny'])
+    numbers = [int(n) for n in args.nproc] or sorted({gpus or 2, 1}, reverse=True)
+    for given, known in ((args.sizes, SIZES), (args.trainers, TRAINERS)):
+        if set(given) - set(known):
+            parser.error(f'{", ".join(set(given) - set(known))}: known are {", ".join(known)}')
+    folder = Path(tempfile.mkdtemp(prefix='bench-'))
+    runs = {n: plan(args, n, folder) for n in numbers}
+    expected = sum(run['expected_seconds'] for its in runs.values() for run in its)
+    limit = f', of which {args.minutes:g} will be used' * bool(args.minutes)
+    print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}')
+    if args.plan:
+        print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4} s' for its in runs.values() for run in its))
+        return
+    make_data(folder / 'gpt2', None)
+    make_data(folder / 'tiny', 512)
+    out = args.out or str(folder / 'results.json')
+    report = json.loads(Path(args.onto).read_text()) if args.onto else {'sessions': [], 'runs': [], 'rows': []}
+    report['sessions'].append(facts(cpu=args.device == 'cpu'))
+    write_json(out, report)
+    deadline = time.time() + (args.minutes or 10**6) * 60
+    env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(folder / 'cache'))
+    for processes, todo in runs.items():
+        env['OMP_NUM_THREADS'] = '1' if args.device == 'cpu' else str(max(1, (os.cpu_count() or 1) // processes))
+        while todo:
+            spec = dict(runs=todo, out=str(Path(out).resolve()), folder=str(folder), deadline=deadline, device=args.device)
+            (folder / 'spec.json').write_text(json.dumps(spec))
+            for file in folder.glob('error_*'):
+                file.unlink()
+            (folder / 'running').write_text('0')
+            if subprocess.call(torchrun(processes, __file__, f'--worker={folder / "spec.json"}'), env=env) == 0:
+                break
+            failed = todo[int((folder / 'running').read_text())]
+            errors = sorted((file.read_text() for file in folder.glob('error_*')), key=lambda text: 'OutOfMemory' not in text)
+            add(spec, failed, {'error': errors[0] if errors else 'a process ended'})
+            rest = todo[todo.index(failed) + 1 :]
+            todo = [run for run in rest if (run['trainer'], run['size']) != (failed['trainer'], failed['size'])]  # it would fail again
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,77 @@
+"""What the benchmarks share: the facts about the machine that a result file starts with, medians with their spread, torchrun, JSON."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'benchmarks' / 'results'
+GIB = 2**30
+
+
+def output_of(*command):
+    """What the command prints, or None where it is not there or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name():
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())
+
+
+def facts(cpu=False):
+    """What a result file says about where it comes from. cpu: the benchmark ran on the CPU, whatever else there is."""
+    gpu = torch.cuda.is_available() and not cpu
+    versions = {'python': platform.python_version(), 'torch': torch.__version__, 'cuda': torch.version.cuda if gpu else None}
+    try:
+        versions['triton'] = importlib.metadata.version('triton')
+    except importlib.metadata.PackageNotFoundError:
+        versions['triton'] = None
+    versions['nccl'] = '.'.join(map(str, torch.cuda.nccl.version())) if gpu else None
+    driver = output_of('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader') if gpu else None
+    changed = output_of('git', 'status', '--porcelain', '--untracked-files=no')
+    commit = output_of('git', 'rev-parse', 'HEAD')
+    return {
+        'device': torch.cuda.get_device_name() if gpu else cpu_name(),
+        'device_type': 'cuda' if gpu else 'cpu',
+        'cpus': os.cpu_count(),
+        'driver': driver and driver.splitlines()[0],
+        'versions': versions,
+        'commit': commit and commit + ' and changes' * bool(changed),  # null where git does not know, as in a copy without .git
+        'command': shlex.join(['python', os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        'date': time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime()),
+    }
+
+
+def spread(values):
+    """Median, smallest and largest of the values, and how many there are."""
+    return {'median': statistics.median(values), 'min': min(values), 'max': max(values), 'n': len(values)}
+
+
+def write_json(path, report):
+    """In one piece, so that a run that is killed leaves the file of its last cell."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(json.dumps(report, indent=1) + '\n')
+    temporary.replace(path)
+
+
+def torchrun(processes, script, *arguments):
+    """The command that starts the script in so many processes of this machine."""
+    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', str(script), *map(str, arguments)]
