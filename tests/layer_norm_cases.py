@@ -312,7 +312,7 @@ def test_model_trains_like_the_reference(dtype, options, capsys):
             _, loss = model(idx, idx.roll(-1))
         loss.backward()
         results.append((loss.item(), {k: p.grad for k, p in model.named_parameters()}))
-    assert 'using Triton-accelerated LayerNorm' in capsys.readouterr().out.splitlines()
+    assert '\nusing Triton-accelerated LayerNorm' in capsys.readouterr().out
     (loss, grads), (our_loss, our_grads) = results
     tolerance = 1e-5 if dtype == f32 else 2e-2
     assert abs(loss - our_loss) < tolerance * loss
