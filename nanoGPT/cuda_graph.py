@@ -38,7 +38,7 @@ class MicroStepGraph:
             return self.step(X, Y)
         if self.graph is None:
             self.record(X, Y)
-        elif self.parameters[0].grad is not self.grads[0]:
+        elif self.parameters[0].grad is None or self.parameters[0].grad.data_ptr() != self.grads[0].data_ptr():
             torch._foreach_zero_(self.grads)
             self.put_back_gradients()
         self.X.copy_(X)
@@ -48,13 +48,13 @@ class MicroStepGraph:
 
     def record(self, X, Y):
         self.X, self.Y = X.clone(), Y.clone()
-        self.grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters]
         self.put_back_gradients()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):  # records, and computes nothing
             self.loss = self.step(self.X, self.Y)
-        self.put_back_gradients()  # autograd may have put another tensor object with the same memory there
+        self.put_back_gradients()
 
     def put_back_gradients(self):
         for p, grad in zip(self.parameters, self.grads):
-            p.grad = grad
+            p.grad = grad.detach()  # a tensor of its own with the same memory: autograd would copy one that is also held here

@@ -57,7 +57,7 @@ else:
 model.eval()
 model.to(device)
 if compile:
-    model = torch.compile(model)
+    model.compile()
 
 # text to tokens and back, as in the data set that the model was trained on
 vocab_size = model.config.vocab_size

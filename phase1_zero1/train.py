@@ -184,7 +184,7 @@ step_guard = StepGuard(device, scaler)  # leaves out steps whose gradient is not
 
 if compile:
     print('compiling the model... (takes a ~minute)')
-    model = torch.compile(model)
+    model.compile()  # in place
 
 # every rank computes the gradients of its own batches for all parameters; DDP averages them, so ZeRO-1 needs nothing here
 if ddp:

@@ -31,7 +31,7 @@ def runs_on_triton(use_triton, device):
     if asked not in answers:
         reason = unavailable_reason(device) if use_triton else 'use_triton is off'
         line = f'not using Triton-accelerated LayerNorm: {reason}' if reason else 'using Triton-accelerated LayerNorm'
-        line += '' if reason else ', GELU and cross-entropy; torch.compile leaves them alone'
+        line += '' if reason else ', GELU and cross-entropy'
         if line not in answers.values() and os.environ.get('RANK', '0') == '0':
             print(line)
         answers[asked] = line
@@ -153,15 +153,7 @@ class GPT(nn.Module):
         idx: int64 tokens (B, T), T <= block_size. With targets (B, T; -1 is ignored): logits (B, T, vocab_size), or None in
         training with use_triton, and the mean cross-entropy in nats. Without: the logits of the last position only, (B, 1, vocab_size), and None.
         """
-        if self.runs_on_kernels(idx.device):
-            return self.compute_unseen(idx, targets)
-        return self.compute(idx, targets)
-
-    def runs_on_kernels(self, device):
-        """Whether Triton's kernels compute the model on this device. torch.compile is kept away then: it could only cut it up."""
-        return runs_on_triton(self.config.use_triton, device)
-
-    def compute(self, idx, targets):
+        self.runs_on_kernels(idx.device)  # says so, once
         B, T = idx.size()
         assert T <= self.config.block_size, f'a sequence of {T} tokens does not fit block_size={self.config.block_size}'
         pos = torch.arange(0, T, dtype=torch.long, device=idx.device)  # (T)
@@ -191,7 +183,16 @@ class GPT(nn.Module):
 
         return logits, loss
 
-    compute_unseen = torch.compiler.disable(compute)
+    def runs_on_kernels(self, device):
+        """Whether Triton's kernels compute the model on this device."""
+        return runs_on_triton(self.config.use_triton, device)
+
+    def compile(self, *args, **kwargs):
+        """nn.Module's, but for Triton's kernels: they leave torch.compile nothing to fuse, and it could not see into them."""
+        if self.runs_on_kernels(self.lm_head.weight.device):
+            print('not compiling: the kernels need no compiler')
+        else:
+            super().compile(*args, **kwargs)
 
     def crop_block_size(self, block_size):
         """Shortens the longest sequence the model takes, for instance of a pretrained one."""

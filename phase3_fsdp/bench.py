@@ -73,12 +73,12 @@ if model_dir:
 from model import GPT, GPTConfig
 
 model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}
-raw_model = model = GPT(GPTConfig(vocab_size=vocab_size, **model_options)).to(device)
+model = GPT(GPTConfig(vocab_size=vocab_size, **model_options)).to(device)
 optimizer = model.configure_optimizers(weight_decay=1e-1, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
 if compile:
     print('compiling the model... (takes a ~minute)')
-    model = torch.compile(model)
+    model.compile()
 
 X, Y = get_batch()
 
@@ -125,7 +125,7 @@ for k in range(steps):
     times.append(t1 - t0)
     t0 = t1
 dt = statistics.median(times)
-mfu = raw_model.estimate_mfu(batch_size * gradient_accumulation_steps, dt, hardware.peak_flops(device, dtype, peak_tflops))
+mfu = model.estimate_mfu(batch_size * gradient_accumulation_steps, dt, hardware.peak_flops(device, dtype, peak_tflops))
 print(
     f'{hardware.device_name(device)}, {dtype}, compile {compile}, {batch_size} x {block_size} tokens x {gradient_accumulation_steps} micro-steps, '
     f'{"data set " + dataset if real_data else "random tokens"}'

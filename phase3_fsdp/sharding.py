@@ -144,8 +144,8 @@ def shard(model, config, recipe=None):
     if half:  # the loss needs float32
         model.lm_head.register_forward_hook(lambda module, args, logits: logits.float())
     units, rest = group_blocks(model.transformer.h, config['fsdp_min_num_params'])
-    by_hand = getattr(model, 'runs_on_kernels', lambda device: False)  # phase 2's model may need no compiler
-    if config['compile'] and not by_hand(torch.device(config['device'])):
+    on_kernels = getattr(model, 'runs_on_kernels', lambda device: False)(torch.device(config['device']))  # phase 2's model, which needs no compiler
+    if config['compile'] and not on_kernels:
         compile_parts(model, units)
     for unit in units:
         fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=reshard, **options)

@@ -202,7 +202,7 @@ step_guard = StepGuard(device, scaler)  # leaves out steps whose gradient is not
 
 if compile and not fsdp:
     print('compiling the model... (takes a ~minute)')
-    model = torch.compile(model)
+    model.compile()  # in place
 
 # every rank computes the gradients of its own batches; DDP averages them
 if ddp:

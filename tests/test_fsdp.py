@@ -91,7 +91,7 @@ with OnMeta() as recipe:
     model = GPT(config)
 assert all(p.is_meta for p in model.parameters())
 flags = dict(fsdp_min_num_params=20000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False)
-shard(model, dict(device='cpu', dtype='float32', compile=False, **flags), recipe)
+shard(model, dict(device='cpu', dtype='float32', compile=False, cuda_graph=False, **flags), recipe)
 assert torch.equal(torch.get_rng_state(), state)
 full = gather_full({'model': model.state_dict(), 'optimizer': {'state': {}}}, model)
 if rank == 0:
