@@ -1,0 +1,549 @@
+"""
+Puts the measurements into the documents. Every table between `<!-- table: NAME -->` and `<!-- end -->` in a document is written
+by the function of that name below, from the files in benchmarks/results/; so are single numbers in the middle of a sentence.
+
+    python benchmarks/report.py            # after a new result file: rewrites documents and pictures
+    python benchmarks/report.py --check    # fails if one of them is not what the result files say; a test runs this
+    python benchmarks/report.py --run      # runs the verification commands on this machine, keeps what they print, then as above
+
+A table of a result file that is not there is empty.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from functools import cache
+
+from common import GIB, RESULTS, ROOT, facts, write_json
+
+BLOCK = re.compile(r'(<!-- table: ([^\n]*?) -->)(.*?)(<!-- end -->)', re.S)
+TABLES = {}
+PHASES = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp': 'train.py'}  # and the file that each changes
+SHAPES = {'124M': (12, 768), '350M': (24, 1024), '1.5B': (48, 1600)}  # n_layer, n_embd
+NAMES = {
+    'ddp': 'DDP', 'zero1': 'phase 1', 'triton': 'phase 2', 'fsdp': 'phase 3', 'zero1+triton': 'phases 1 + 2', 'fsdp+triton': 'phases 2 + 3',
+    'ddp+graph': 'DDP, CUDA graph', 'triton+graph': 'phase 2, CUDA graph', 'hybrid': 'phase 3, hybrid',
+}  # fmt: skip
+TRY = 'nanoGPT/config/train_python_char.py --max_iters=20 --eval_interval=20 --eval_iters=2 --log_interval=20 --always_save_checkpoint=True'
+TRY_2 = 'torchrun --standalone --nproc_per_node=2'
+CHECKS = [  # what the summary shows with its output
+    f"{TRY_2} nanoGPT/train.py {TRY} --out_dir=out-ddp | grep -E '^(step|iter) 20'",
+    f"{TRY_2} phase1_zero1/train.py {TRY} --out_dir=out-zero1 | grep -E '^(Using|step 20|iter 20)'",
+    f"{TRY_2} phase3_fsdp/train.py {TRY} --out_dir=out-fsdp | grep -E '^(each|step 20|iter 20)'",
+    f"{TRY_2} phase3_fsdp/train.py {TRY} --out_dir=out-zero1 --init_from=resume --max_iters=40 | grep -E '^(Resuming|step|iter) '",
+    'python -m pytest -q tests/test_layout.py tests/test_zero1.py | tail -n 1',
+    'python -m pytest -q tests/test_parity.py tests/test_interchange.py | tail -n 1',
+    'python -m pytest -q tests/test_layer_norm.py tests/test_fused.py | tail -n 1',
+]
+
+
+def table(function):
+    TABLES[function.__name__] = function
+    return function
+
+
+@cache
+def load(name):
+    """A result file, or None where it is not there."""
+    path = RESULTS / f'{name}.json'
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def cite(name, document):
+    """A link to the result file from the document."""
+    return f'[{name}.json]({os.path.relpath(RESULTS / f"{name}.json", (ROOT / document).parent)})'
+
+
+def markdown(header, rows):
+    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in [header, ['---'] * len(header), *rows])
+
+
+def gib(n, digits=2):
+    return f'{n / GIB:,.{digits}f}'
+
+
+def parameters_of(size):
+    """Of GPT-2 without biases, 50304 tokens, 1024 positions."""
+    layers, width = SHAPES[size]
+    return 50304 * width + 1024 * width + layers * (12 * width**2 + 2 * width) + width
+
+
+def device_of(report):
+    """'4 x NVIDIA H200' and the like."""
+    return f'{report["gpus"]} × {report["device"]}' if report.get('gpus', 1) > 1 else report['device']
+
+
+@table
+def reference(document):
+    rows = load('reference_h200')['rows']
+    names = {
+        'train.py': '`nanoGPT/train.py`, everything on',
+        'bench.py, data set': 'the bare step, batches from the data set',
+        'bench.py, the same random tokens': 'the bare step, the same batch each time',
+    }
+    cells = [(names[row['what']], f'{statistics.median(row["tokens_per_sec"]):,.0f}') for row in rows]
+    peak = gib(rows[0]['runs'][0]['peak_memory_bytes'], 1)
+    return markdown(['', 'tokens/s'], cells) + f'\n\nMemory of `train.py` at its peak: {peak} GiB ({cite("reference_h200", document)}).'
+
+
+@table
+def reference_cpu(document):
+    summary = load('reference_cpu')['summary']
+    ratios = summary['ratios']
+    return (
+        f'{summary["speed_against_minimal_loop_medians"]:.2f} of the speed of a minimal loop over the same model '
+        f'({cite("reference_cpu", document)}: pairs of runs from {min(ratios):.2f} to {max(ratios):.2f}, on a shared machine)'
+    )
+
+
+@table
+def zero1_speed(document):
+    rows = []
+    for size, by_micro_steps in load('zero1_h200x4')['speed'].items():
+        for micro_steps, row in by_micro_steps.items():
+            ddp, zero1, by_round = row['ddp'], row['zero1'], row['zero1_of_ddp_by_round']
+            rows.append((
+                f'{size} × {micro_steps}', f'{ddp["tokens_per_sec"]:,.0f}', f'{zero1["tokens_per_sec"]:,.0f}',
+                f'**{row["zero1_of_ddp"]:.1%}** ({100 * min(by_round):.1f} to {100 * max(by_round):.1f})',
+                f'{gib(ddp["at_rest_bytes"])} → {gib(zero1["at_rest_bytes"])}', f'{gib(ddp["peak_bytes"])} → {gib(zero1["peak_bytes"])}',
+            ))  # fmt: skip
+    return markdown(['model × micro-steps', 'DDP, tokens/s', 'ZeRO-1, tokens/s', 'of DDP (by round)', 'at rest, GiB', 'peak, GiB'], rows)
+
+
+@table
+def zero1_parts(document):
+    parts = load('zero1_h200x4')['parts_ms']
+    names = {
+        'AdamW': 'AdamW of all parameters (DDP)',
+        'step: AdamW of the shards': "a rank's share of it",
+        'step: all-gather in place': 'all-gather in place',
+        'instead: one all-gather of a buffer': 'instead: one all-gather of a buffer, with copies',
+        'instead: an all-gather for each parameter': 'instead: an all-gather for each parameter',
+        "instead: ZeroRedundancyOptimizer's broadcasts": "instead: ZeroRedundancyOptimizer's broadcasts",
+    }
+    return markdown(['the optimizer step, ms', *parts], [(text, *(f'{its[name]:.2f}' for its in parts.values())) for name, text in names.items()])
+
+
+@table
+def zero1_saved(document):
+    one = [load('zero1_h200x4')['speed'][size]['1'] for size in ('124M', '1.5B')]
+    measured, expected = (' and '.join(gib(row[key]) for row in one) for key in ('saved_bytes', 'saved_bytes_expected'))
+    return f'{measured} GiB measured, {expected} expected'
+
+
+@table
+def zero1_save(document):
+    saves = load('zero1_h200x4')['save'].values()
+    peaks, seconds = ' and '.join(gib(s['peak_bytes']) for s in saves), ' and '.join(f'{s["seconds"]:.1f}' for s in saves)
+    return f'({peaks} GiB); collecting the state took {seconds} s'
+
+
+@table
+def zero1_range(document):
+    ratios = [row['zero1_of_ddp'] for its in load('zero1_h200x4')['speed'].values() for row in its.values()]
+    return f'{100 * min(ratios):.1f}% to {100 * max(ratios):.1f}%'
+
+
+@table
+def zero1_less(document):
+    """How much less memory at rest, over both sizes."""
+    its = [row['1'] for row in load('zero1_h200x4')['speed'].values()]
+    less = [row['saved_bytes'] / row['ddp']['at_rest_bytes'] for row in its]
+    return f'{100 * min(less):.0f}% to {100 * max(less):.0f}%'
+
+
+@table
+def zero1_curves(document):
+    curves = load('zero1_124M_curves_h200x4')['curves']
+    apart = [max(abs(a - b) for a, b in zip(curves['ddp'], curves[name])) for name in ('zero1', 'ddp again')]
+    other = max(abs(a - b) for a, b in zip(curves['ddp'], curves['ddp, other data']))
+    means = [f'{statistics.mean(losses[-10:]):.3f}' for losses in curves.values()]
+    return (
+        f'at most {apart[0]:.3f} and {apart[1]:.3f} apart), where another data order is up to {other:.2f} away. '
+        f'The means of the last ten steps: {", ".join(means[:-1])} and {means[-1]}'
+    )
+
+
+@table
+def layer_norm(document):
+    rows = []
+    for row in load('layer_norm_h200')['rows']:
+        cells = []
+        for name in ('eager', 'compiled', 'liger', 'ours'):
+            its = row[name]
+            cells.append(f'{its["forward_percent"]:.0f} · {its["both_percent"]:.0f}' if 'forward_percent' in its else 'refuses')
+        us = f'{row["ours"]["forward_us"][0]:.1f} · {row["ours"]["both_us"][0]:.1f}'
+        mix = f'{row["x"]} / {row["weight"]} → {row["y"]}'
+        rows.append((mix, f'{row["M"]} × {row["N"]}', f'{row["copy_percent"]:.0f}', *cells[:3], f'**{cells[3]}**', us))
+    header = ['x / weight → y', 'shape', 'copy', 'eager fwd · both', 'compiled fwd · both', 'Liger fwd · both', '**ours fwd · both**', 'ours µs']
+    return markdown(header, rows)
+
+
+@table
+def memory(document):
+    """By component, computed."""
+    rows = []
+    for size in SHAPES:
+        n = parameters_of(size)
+        rows.append((f'{size} ({n:,})', 'DDP, phase 2', 'any', gib(4 * n), gib(4 * n), gib(8 * n), f'**{gib(16 * n)}**'))
+        for name, parts in (('phase 1', (1, 1, 0)), ('phase 3', (0, 0, 0))):
+            for k in (2, 4, 8):
+                its = [size_of * n / (1 if whole else k) for size_of, whole in zip((4, 4, 8), parts)]
+                rows.append(('', name, k, *map(gib, its), f'**{gib(sum(its))}**'))
+    return markdown(['model (parameters)', 'trainer', 'GPUs', 'parameters', 'gradients', 'AdamW', 'GiB on each'], rows)
+
+
+@table
+def memory_of_zero1(document):
+    rows = [('bytes per parameter', '16', '8 + 8 / W', '12', '10', '9')]
+    for size in ('124M', '1.5B'):
+        n = parameters_of(size)
+        rows.append((f'GPT-2 {size} ({n:,}), GiB', gib(16 * n), '', *(gib((8 + 8 / k) * n) for k in (2, 4, 8))))
+    return markdown(['', 'DDP', 'ZeRO-1', 'W = 2', 'W = 4', 'W = 8'], rows)
+
+
+@table
+def memory_of_fsdp(document):
+    n = parameters_of('1.5B')
+    cells = ('bytes per parameter, GiB', '16', '8 + 8/k', '16/k', *(gib(b * n, 1) for b in (16, 10, 4)))
+    return markdown(['', 'DDP', 'ZeRO-1', 'FSDP', 'k = 4, 1.5B: DDP', 'ZeRO-1', 'FSDP'], [cells])
+
+
+@table
+def measured(document):
+    """The README's: each row from the newest result file that has it."""
+    rows = []
+    reference = load('reference_h200')
+    speed = statistics.median(reference['rows'][0]['tokens_per_sec'])
+    peak = gib(reference['rows'][0]['runs'][0]['peak_memory_bytes'], 1)
+    rows.append(('reference', '1 H200', '124M × 8', f'{speed:,.0f} tokens/s, {peak} GiB at the peak', cite('reference_h200', document)))
+    for size, its in load('zero1_h200x4')['speed'].items():
+        for micro_steps, row in its.items():
+            saved = f'{gib(row["ddp"]["at_rest_bytes"], 1)} → {gib(row["zero1"]["at_rest_bytes"], 1)} GiB at rest'
+            text = f'{row["zero1_of_ddp"]:.1%} of the speed of DDP, {saved}'
+            rows.append(('phase 1', '4 H200', f'{size} × {micro_steps}', text, cite('zero1_h200x4', document)))
+    for name in trainer_files():
+        its, device = load(name)['rows'], load(name)['sessions'][0]['device'].removeprefix('NVIDIA ').split()[0]
+        for row in in_order(its):
+            base = base_of(row, its)
+            if 'error' in row or row['size'] not in ('124M', '1.5B') or row['trainer'] == 'hybrid':
+                continue
+            text = f'{row["tokens_per_sec"]["median"]:,.0f} tokens/s'
+            if base and base is not row:
+                text += f', {row["tokens_per_sec"]["median"] / base["tokens_per_sec"]["median"]:.1%} of the speed of DDP'
+            text += f', {gib(row["memory_bytes"]["rest"], 1)} GiB at rest, {gib(row["memory_bytes"]["peak"], 1)} at the peak'
+            where = f'{row["processes"]} {device}'
+            rows.append((NAMES[row['trainer']], where, f'{row["size"]} × {row["micro_steps"]}', text, cite(name, document)))
+    return markdown(['', 'GPUs', 'model × micro-steps', 'measured', 'result file'], rows)
+
+
+@table
+def not_measured(document):
+    """What has no result file yet, in one sentence."""
+    names = set()
+    for name in trainer_files():
+        names |= {row['trainer'] for row in load(name)['rows'] if 'error' not in row and (row['processes'] > 1 or 'triton' in row['trainer'])}
+    missing = [NAMES[trainer] for trainer in ('triton', 'fsdp', 'zero1+triton', 'fsdp+triton', 'hybrid') if trainer not in names]
+    return f'Not measured on GPUs yet: {", ".join(missing)}.' if missing else 'All of them are measured.'
+
+
+@table
+def bytes_per_parameter(document):
+    rows = [(name, *(f'{f(k):.0f}' if f(k) == int(f(k)) else f'{f(k):g}' for k in (1, 2, 4, 8))) for name, f in
+            (('DDP, phase 2', lambda k: 16), ('phase 1', lambda k: 8 + 8 / k), ('phase 3', lambda k: 16 / k))]  # fmt: skip
+    return markdown(['bytes per parameter on each GPU', '1 GPU', '2', '4', '8'], rows)
+
+
+@table
+def lines(document):
+    """What each phase changes, counted."""
+    rows = []
+    sharded = {
+        'phase1_zero1': "AdamW's state",
+        'phase2_triton': 'nothing; computes with Triton kernels',
+        'phase3_fsdp': "parameters, gradients, AdamW's state",
+    }
+    for folder, name in PHASES.items():
+        old, new = ((ROOT / place / name).read_text().splitlines() for place in ('nanoGPT', folder))
+        changed = sum(
+            max(b - a, d - c) for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if tag != 'equal'
+        )
+        here, added = ROOT / folder, {}
+        for path in sorted(here.rglob('*.py')):
+            name_here = path.relative_to(here)
+            if not (ROOT / 'nanoGPT' / name_here).exists() and not name_here.parts[0].startswith('out'):
+                added.setdefault(name_here.parts[0], []).append(len(path.read_text().splitlines()))
+        added = ', '.join(f'{top} ({f"{len(its)} files, " * (len(its) > 1)}{sum(its)} lines)' for top, its in added.items())
+        link = os.path.relpath(ROOT / folder / 'IMPLEMENTATION.md', (ROOT / document).parent)
+        rows.append((f'[{folder}]({link})', sharded[folder], f'{name}, {changed} of {len(old)} lines', added))
+    return markdown(['folder', 'what is sharded', 'changed file', 'added'], rows)
+
+
+def trainer_files():
+    """Results of bench_trainers.py on GPUs, by name."""
+    return [path.stem for path in sorted(RESULTS.glob('trainers_*.json')) if load(path.stem)['sessions'][0]['device_type'] == 'cuda']
+
+
+def origin(name, document):
+    """Where the numbers of a result file of bench_trainers.py come from."""
+    session = load(name)['sessions'][0]
+    versions = session['versions']
+    parts = [session['device'], f'torch {versions["torch"]}']
+    parts += [f'{key} {versions[key]}' for key in ('triton', 'nccl') if versions.get(key) and session['device_type'] == 'cuda']
+    parts += [f'driver {session["driver"]}'] if session['driver'] else []
+    return f'{", ".join(parts)}, {session["date"][:10]} ({cite(name, document)}, by `benchmarks/bench_trainers.py`)'
+
+
+def in_order(rows):
+    def place(row):
+        size = list(SHAPES).index(row['size']) if row['size'] in SHAPES else -1
+        return row['processes'], size, row['micro_steps'] or 0, list(NAMES).index(row['trainer'])
+
+    return sorted(rows, key=place)
+
+
+def base_of(row, rows):
+    """The reference's row for the same work, or None."""
+    same = ('size', 'processes', 'micro_steps')
+    return next((r for r in rows if r['trainer'] == 'ddp' and 'error' not in r and all(r[key] == row[key] for key in same)), None)
+
+
+@table
+def trainers_speed(document):
+    blocks = []
+    for name in trainer_files():
+        cells, rows = [], load(name)['rows']
+        for row in in_order(rows):
+            where = f'{row["size"]} × {row["micro_steps"]}' if row['micro_steps'] else row['size']
+            if 'error' in row:
+                cells.append((row['processes'], where, NAMES[row['trainer']], row['error'].split(':')[0], *[''] * 5))
+                continue
+            speed, base, per = row['tokens_per_sec'], base_of(row, rows), row['tokens_per_sec']['median'] / row['processes']
+            ratio = f'{speed["median"] / base["tokens_per_sec"]["median"]:.1%}' if base and base is not row else ''
+            cells.append((
+                row['processes'], where, NAMES[row['trainer']], f'{speed["median"]:,.0f} ({speed["min"]:,.0f} to {speed["max"]:,.0f})', f'{per:,.0f}',
+                ratio, f'{row["time_ms"]["median"]:,.1f}', f'{row["mfu"]:.1%}' if row['mfu'] else 'n/a',
+                ' / '.join(f'{s:.0f}' for s in row['first_step_seconds']),
+            ))  # fmt: skip
+        header = [
+            'GPUs',
+            'model × micro-steps',
+            'trainer',
+            'tokens/s (smallest to largest)',
+            'per GPU',
+            'of DDP',
+            'step, ms',
+            'MFU',
+            'first step after, s',
+        ]
+        blocks.append(f'{origin(name, document)}:\n\n{markdown(header, cells)}')
+    return '\n\n'.join(blocks)
+
+
+@table
+def trainers_memory(document):
+    blocks = []
+    for name in trainer_files():
+        cells = []
+        for row in in_order(load(name)['rows']):
+            if 'error' in row or 'rest' not in row['memory_bytes'] or row['micro_steps'] != min(r['micro_steps'] or 99 for r in load(name)['rows']):
+                continue
+            m = row['memory_bytes']
+            parts = ('parameters', 'gradients', 'optimizer', 'not_accounted_for', 'rest', 'activations', 'peak')
+            cells.append((row['processes'], row['size'], NAMES[row['trainer']], *(gib(m[key]) for key in parts)))
+        header = ['GPUs', 'model', 'trainer', 'parameters', 'gradients', 'AdamW', 'else', 'at rest', 'activations at the peak', 'peak, GiB']
+        blocks.append(f'{origin(name, document)}:\n\n{markdown(header, cells)}')
+    return '\n\n'.join(blocks)
+
+
+@table
+def trainers_checkpoint(document):
+    blocks = []
+    for name in trainer_files():
+        cells = []
+        for row in in_order(load(name)['rows']):
+            if row.get('checkpoint') and row['micro_steps'] == min(r['micro_steps'] or 99 for r in load(name)['rows']):
+                c = row['checkpoint']
+                cells.append((row['processes'], row['size'], NAMES[row['trainer']], gib(c['bytes']), f'{statistics.median(c["save_seconds"]):.1f}',
+                              f'{statistics.median(c["ready_seconds_resumed"]):.1f}' if c['ready_seconds_resumed'] else ''))  # fmt: skip
+        if cells:
+            header = ['GPUs', 'model', 'trainer', 'ckpt.pt, GiB', 'training stands still for a save, s', 'from start to loaded, s']
+            blocks.append(f'{origin(name, document)}:\n\n{markdown(header, cells)}')
+    return '\n\n'.join(blocks)
+
+
+@table
+def trainers_cpu(document):
+    """The arithmetic of memory, seen in the tensors. How many tokens a second a CPU does says nothing, so speeds are ratios."""
+    report = load('trainers_cpu')
+    if not report:
+        return ''
+    rows, cells = in_order(report['rows']), []
+    for row in rows:
+        if row['micro_steps'] != 1 or row['processes'] == 1:
+            continue
+        n, k = row['parameters'], row['processes']
+        parts = [row['memory_bytes'][key] / n for key in ('parameters', 'gradients', 'optimizer')]
+        computed = {'zero1': 8 + 8 / k, 'fsdp': 16 / k}.get(row['trainer'].split('+')[0], 16)
+        speed, base = row['tokens_per_sec'], base_of(row, rows)['tokens_per_sec']['median']
+        ratios = '{:.2f} ({:.2f} to {:.2f})'.format(*(speed[key] / base for key in ('median', 'min', 'max')))
+        cells.append((NAMES[row['trainer']], *(f'{part:.2f}' for part in (*parts, sum(parts))), f'{computed:g}', ratios))
+    n = rows[0]['parameters']
+    header = ['bytes per parameter', 'parameters', 'gradients', 'AdamW', 'sum', 'by arithmetic', "speed, of DDP's median"]
+    return f'A model of {n:,} parameters, 2 gloo processes: {origin("trainers_cpu", document)}.\n\n{markdown(header, cells)}'
+
+
+@table
+def checks(document):
+    """The verification commands with what they printed."""
+    report = load('checks_cpu')
+    if not report:
+        return ''
+    where = f'{report["device"]}, {report["cpus"]} cores, torch {report["versions"]["torch"]}, {report["date"][:10]} ({cite("checks_cpu", document)})'
+    return where + ':\n\n```\n' + '\n'.join(f'$ {c["command"]}\n{c["output"]}' for c in report['checks']) + '\n```'
+
+
+def run_checks():
+    """Runs the verification commands and keeps what they print."""
+    results, path = [], f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}'
+    for command in CHECKS:
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, PATH=path, OMP_NUM_THREADS='1'))
+        output = done.stdout.strip().replace(str(ROOT), '.')
+        print(f'$ {command}\n{output}', flush=True)
+        if not output:
+            sys.exit(done.stderr)
+        results.append({'command': command, 'output': output})
+    write_json(RESULTS / 'checks_cpu.json', facts(cpu=True) | {'checks': results})
+
+
+def overview_data():
+    """What the README's picture shows: GiB by component on each of 4 GPUs, computed; measured at rest; and speeds."""
+    n = parameters_of('1.5B')
+    computed = {
+        'DDP': [4 * n / GIB, 4 * n / GIB, 8 * n / GIB],
+        'phase 1\nZeRO-1': [4 * n / GIB, 4 * n / GIB, 8 * n / 4 / GIB],
+        'phase 3\nFSDP': [4 * n / 4 / GIB, 4 * n / 4 / GIB, 8 * n / 4 / GIB],
+    }
+    zero1 = load('zero1_h200x4')['speed']
+    measured = {'DDP': zero1['1.5B']['1']['ddp']['at_rest_bytes'] / GIB, 'phase 1\nZeRO-1': zero1['1.5B']['1']['zero1']['at_rest_bytes'] / GIB}
+    for row in (load('trainers_h200x4') or {'rows': []})['rows']:
+        if row['trainer'] == 'fsdp' and row['size'] == '1.5B' and row['processes'] == 4 and 'error' not in row:
+            measured['phase 3\nFSDP'] = row['memory_bytes']['rest'] / GIB
+    speed = {f'{size}, {micro} micro-step{"s" * (micro != "1")}': (100 * row['zero1_of_ddp'], [100 * r for r in row['zero1_of_ddp_by_round']])
+             for size, its in zero1.items() for micro, row in its.items()}  # fmt: skip
+    return {'computed': computed, 'measured': measured, 'speed': speed}
+
+
+def draw_overview(data, path, mark):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({'font.size': 15, 'axes.spines.top': False, 'axes.spines.right': False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout='constrained', width_ratios=(1.1, 1))
+    colors = {'parameters': '#0072B2', 'gradients': '#56B4E9', "AdamW's averages": '#E69F00'}
+    names = list(data['computed'])
+    bottom = [0.0] * len(names)
+    for i, (part, color) in enumerate(colors.items()):
+        heights = [data['computed'][name][i] for name in names]
+        left.bar(names, heights, 0.62, bottom=bottom, color=color, label=part, edgecolor='white')
+        bottom = [a + b for a, b in zip(bottom, heights)]
+    for i, (name, total) in enumerate(zip(names, bottom)):
+        left.text(i, max(total, data['measured'].get(name, 0)) + 0.7, f'{total:.1f}', ha='center')
+    at = [names.index(name) for name in data['measured']]
+    left.scatter(at, data['measured'].values(), s=110, facecolor='white', edgecolor='black', linewidth=2, zorder=3, label='measured at rest, H200')
+    left.set(ylabel='GiB on each GPU', ylim=(0, 1.22 * max(bottom)), title='Memory: GPT-2 1.5B on 4 GPUs, computed')
+    left.tick_params(axis='x', length=0)
+    left.legend(frameon=False, loc='upper right', fontsize=14)
+    labels = list(data['speed'])[::-1]
+    right.axvline(100, color='black', linewidth=1.5)
+    for i, label in enumerate(labels):
+        median, rounds = data['speed'][label]
+        right.plot([min(rounds), max(rounds)], [i, i], color='#999999', linewidth=5, solid_capstyle='round', zorder=1)
+        right.scatter(median, i, s=120, color='#E69F00', edgecolor='black', zorder=3)
+        box = dict(facecolor='white', edgecolor='none', pad=1)
+        right.text(median, i + 0.24, f'{median:.1f}%', ha='center', bbox=box, zorder=2)
+    right.text(100.3, len(labels) - 0.42, 'DDP')
+    right.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels])
+    right.set(xlabel='% of DDP, tokens/s (bar: single rounds)', xlim=(90, 110), ylim=(-0.5, len(labels) - 0.2), title='Speed: ZeRO-1 on 4 H200s')
+    right.tick_params(axis='y', length=0)
+    figure.savefig(path, dpi=80, metadata={'Source-Data': mark})
+    plt.close(figure)
+
+
+def mark_of(data):
+    """Stands in the picture's file for the data that it shows."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+PICTURES = {'benchmarks/results/overview.png': (overview_data, draw_overview)}
+
+
+def mark_in(path):
+    from PIL import Image  # comes with matplotlib
+
+    with Image.open(path) as image:
+        return image.info.get('Source-Data')
+
+
+def rewrite(text, document):
+    """The document with all its tables as the result files have them."""
+
+    def fill(match):
+        opening, name, old, closing = match.groups()
+        if name not in TABLES:
+            raise SystemExit(f'{document}: there is no table {name}; there are {", ".join(TABLES)}')
+        content = TABLES[name](document)
+        inline = '\n' not in old and '\n' not in content and content
+        return f'{opening}{content}{closing}' if inline else f'{opening}\n\n{content}\n\n{closing}' if content else f'{opening}{closing}'
+
+    return BLOCK.sub(fill, text)
+
+
+def documents():
+    """Every .md of the project."""
+    skip = re.compile(r'(^|/)(\.|out|build|node_modules)')
+    return [path for path in sorted(ROOT.rglob('*.md')) if not skip.search(str(path.relative_to(ROOT)))]
+
+
+def stale(write=False):
+    """Names of documents and pictures that differ from the result files; with write they are written anew."""
+    found = []
+    for path in documents():
+        name, text = str(path.relative_to(ROOT)), path.read_text()
+        new = rewrite(text, name)
+        if new != text:
+            found.append(name)
+            if write:
+                path.write_text(new)
+    for name, (collect, draw) in PICTURES.items():
+        data, path = collect(), ROOT / name
+        if not path.exists() or mark_in(path) != mark_of(data):
+            found.append(name)
+            if write:
+                draw(data, path, mark_of(data))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing, and fail if something would change')
+    parser.add_argument('--run', action='store_true', help='run the verification commands first')
+    args = parser.parse_args()
+    if args.run:
+        run_checks()
+    found = stale(write=not args.check)
+    if args.check and found:
+        sys.exit(f'{", ".join(found)}: not what the result files say; python benchmarks/report.py')
+    print(', '.join(found) + ' written' if found else 'all as the result files say')
+
+
+if __name__ == '__main__':
+    main()

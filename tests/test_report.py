@@ -1,0 +1,86 @@
+"""The documents' tables and pictures are what the result files say."""
+
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / 'benchmarks'))
+import report
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A copy of the result files, which the test may change."""
+    shutil.copytree(report.RESULTS, tmp_path / 'results')
+    monkeypatch.setattr(report, 'RESULTS', tmp_path / 'results')
+    report.load.cache_clear()
+    yield tmp_path / 'results'
+    report.load.cache_clear()
+
+
+def test_documents_are_as_the_result_files_say():
+    assert report.stale() == [], 'python benchmarks/report.py'
+
+
+def test_every_table_is_in_a_document():
+    text = ''.join(path.read_text() for path in report.documents())
+    assert [name for name in report.TABLES if f'<!-- table: {name} -->' not in text] == []
+
+
+def test_every_result_file_is_in_a_document():
+    text = ''.join(path.read_text() for path in report.documents())
+    assert [path.name for path in report.RESULTS.iterdir() if path.name not in text] == []
+
+
+def test_a_changed_number_is_noticed(results):
+    path = results / 'zero1_h200x4.json'
+    text = path.read_text()
+    assert '1494863.4824710821' in text  # tokens/s of DDP, 124M, 1 micro-step
+    path.write_text(text.replace('1494863.4824710821', '1594863.4824710821'))
+    assert 'phase1_zero1/IMPLEMENTATION.md' in report.stale()
+
+
+def test_a_picture_of_other_numbers_is_noticed(results):
+    path = results / 'zero1_h200x4.json'
+    path.write_text(path.read_text().replace('1.0205123608870366', '1.1205123608870366'))  # speed of ZeRO-1 against DDP, 124M, 10 micro-steps
+    assert 'benchmarks/results/overview.png' in report.stale()
+
+
+def test_a_table_by_hand_is_noticed():
+    text = (ROOT / 'README.md').read_text()
+    assert report.rewrite(text, 'README.md') == text
+    changed = text.replace('tokens/s', 'tokens a second', 1)
+    assert report.rewrite(changed, 'README.md') == text
+
+
+def test_results_that_are_not_there_promise_nothing(results):
+    """Of the trainers on GPUs nothing is measured: no table, and no row."""
+    for path in results.glob('trainers_*.json'):
+        path.unlink()
+    assert report.rewrite('<!-- table: trainers_speed --><!-- end -->', 'README.md') == '<!-- table: trainers_speed --><!-- end -->'
+
+
+def test_results_of_bench_trainers_become_tables(results):
+    """Of two trainers, one of which ran out of memory."""
+    row = dict(trainer='ddp', size='124M', processes=4, micro_steps=1, batch_size=12, block_size=1024, parameters=124373760, rounds=2, mfu=0.5)
+    row.update(
+        tokens_per_sec=dict(median=1e6, min=9e5, max=1.1e6, n=8), time_ms=dict(median=49.2, min=45.0, max=54.0, n=8), first_step_seconds=[60.0, 9.0]
+    )
+    parts = dict(parameters=497495040, gradients=497495040, optimizer=994990080)
+    row['memory_bytes'] = parts | dict(rest=2 * 2**30, peak=10 * 2**30, peak_reserved=11 * 2**30, not_accounted_for=1, activations=8 * 2**30)
+    row['checkpoint'] = dict(bytes=2**30, save_seconds=[2.0], write_seconds=[1.0], ready_seconds_resumed=[3.0], first_step_seconds_resumed=[9.0])
+    faster = row | dict(trainer='zero1', tokens_per_sec=dict(median=1.25e6, min=1.2e6, max=1.3e6, n=8))
+    failed = dict(trainer='fsdp', size='124M', processes=4, micro_steps=None, batch_size=12, block_size=1024, error='OutOfMemoryError: of 80 GiB')
+    versions = dict(python='3.12', torch='2.11', cuda='13.0', triton='3.6', nccl='2.28')
+    session = dict(
+        device='NVIDIA H200', device_type='cuda', driver='580', versions=versions, commit=None, command='x', date='2026-01-01 00:00:00 UTC'
+    )
+    report.write_json(results / 'trainers_h200x4.json', dict(sessions=[session], runs=[], rows=[failed, faster, row]))
+    speed = report.trainers_speed('README.md')
+    assert '| 4 | 124M × 1 | phase 1 | 1,250,000 (1,200,000 to 1,300,000) | 312,500 | 125.0% |' in speed
+    assert '| 4 | 124M | phase 3 | OutOfMemoryError |' in speed
+    assert '| 4 | 124M | DDP | 0.46 | 0.46 | 0.93 | 0.00 | 2.00 | 8.00 | 10.00 |' in report.trainers_memory('README.md')
+    assert '| 4 | 124M | phase 1 | 1.00 | 2.0 | 3.0 |' in report.trainers_checkpoint('README.md')
+    assert 'phase 1 | 4 H200 | 124M × 1 | 1,250,000 tokens/s, 125.0% of the speed of DDP, 2.0 GiB at rest' in report.measured('README.md')
