@@ -1,8 +1,6 @@
 """
-Phase 3 (FSDP) against the reference (DDP) on all GPUs of one machine, in one run.
+What is special to phase 3 (FSDP), on all GPUs of one machine. Its speed and memory beside the other phases: bench_trainers.py.
 
-    python benchmarks/bench_fsdp.py 124M --out=benchmarks/results/fsdp_124M.json               # speed, memory: 3 minutes on 4 H200
-    python benchmarks/bench_fsdp.py 1.5B --out=benchmarks/results/fsdp_1.5B.json               # the same: 4 minutes, most of it compiling DDP
     python benchmarks/bench_fsdp.py variants --out=benchmarks/results/fsdp_variants.json       # what bounds 124M: 3 minutes
     python benchmarks/bench_fsdp.py checkpoint --out=benchmarks/results/fsdp_checkpoint.json   # saves at 1.5B, both formats: 2 minutes
     python benchmarks/bench_fsdp.py curves --out=benchmarks/results/fsdp_curves.json           # 200 steps on real text: 2 minutes
@@ -11,10 +9,9 @@ Phase 3 (FSDP) against the reference (DDP) on all GPUs of one machine, in one ru
     python benchmarks/bench_fsdp.py MODE --dry-run                                             # tiny, 2 processes, on a CPU
 
 It starts its own processes (torchrun), or runs in those that torchrun has started. The code under test is that of the phases:
-sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py, which reads the loss after each. Trainers
-take turns, so that neither gets the warmer GPU. Memory is that of rank 0, as torch allocates it: at rest after a step, when
-gradients are freed, and the peak. `x of 16N/k`: what rests, against 16 bytes for each of N parameters over k ranks, of which 4
-are for gradients, which rest nowhere here.
+sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py, which reads the loss after each. Memory is that of
+rank 0, as torch allocates it: at rest after a step, when gradients are freed, and the peak. `x of 16N/k`: what rests, against 16
+bytes for each of N parameters over k ranks, of which 4 are for gradients, which rest nowhere here.
 """
 
 import argparse
@@ -37,7 +34,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import GIB, ROOT, facts, torchrun, write_json
+
 sys.path[:0] = [str(ROOT / 'phase3_fsdp'), str(ROOT / 'phase1_zero1')]  # what both have is the same in both
 import hardware
 import sharding
@@ -46,8 +44,7 @@ from model import GPT, GPTConfig
 from sharded_checkpoint import ShardedSaver, gather_full
 from step_guard import StepGuard
 
-GIB = 2**30
-FLAGS = dict(fsdp_min_num_params=1_000_000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False)
+FLAGS = dict(fsdp_min_num_params=1_000_000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False, cuda_graph=False)
 # n_layer, n_head, n_embd, batch_size, block_size
 SIZES = {'124M': (12, 12, 768, 12, 1024), '1.5B': (48, 25, 1600, 8, 1024), 'tiny': (3, 2, 64, 2, 32)}
 VARIANTS = {  # each changes one thing of the default
@@ -211,27 +208,6 @@ def record(name, trainer, micro_steps, speeds, first, rest, peak):
     )  # fmt: skip
 
 
-def compare(size, args, device):
-    """DDP and FSDP in turn."""
-    results, steps = [], {1: (12, 3), 10: (5, 3)} if not args.dry_run else {1: (2, 2), 3: (1, 2)}
-    if size == '1.5B':
-        steps = {1: (8, 3)}
-    trainers, warm = {}, {}
-    for kind in ('ddp', 'fsdp'):
-        # drawing 1.5B weights as the reference does takes a minute
-        trainers[kind] = Trainer(kind, SIZES['tiny' if args.dry_run else size], device, not args.dry_run, exact_init=size != '1.5B')
-        warm[kind] = {n: warm_up(trainers[kind], n) for n in steps}
-        say(f'{kind}: first step after {warm[kind][1][0]:.0f} s, built in {trainers[kind].init_seconds:.0f} s')
-    for micro_steps, (n, rounds) in steps.items():
-        speeds = {kind: [] for kind in trainers}
-        for _ in range(rounds):
-            for kind, trainer in trainers.items():
-                trainer.step(random_batch, micro_steps)  # the first after the other's turn
-                speeds[kind] += trainer.tokens_per_sec(micro_steps, n)
-        results += [record(kind, t, micro_steps, speeds[kind], *warm[kind][micro_steps]) for kind, t in trainers.items()]
-    return results
-
-
 def variants(args, device):
     """What each choice is worth, at 124M."""
     results = []
@@ -371,10 +347,9 @@ def cpu_memory():
 
 def launch(processes, arguments, timeout, quiet=False):
     """Runs this file under torchrun with the arguments. Returns the exit status, or 'timeout'."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', __file__, *arguments]
     env = dict(os.environ, PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
     env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // processes)))
-    run = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL if quiet else None, start_new_session=True)
+    run = subprocess.Popen(torchrun(processes, __file__, *arguments), env=env, stderr=subprocess.DEVNULL if quiet else None, start_new_session=True)
     try:
         return run.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -389,15 +364,12 @@ def say(text):
 
 
 def write(args, results, processes):
-    versions = dict(torch=torch.__version__, cuda=torch.version.cuda, python=sys.version.split()[0])
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.dry_run else 'cpu'
-    report = dict(mode=args.mode, device=gpu, processes=processes, versions=versions, command=' '.join(sys.argv), results=results)
+    report = facts(cpu=args.dry_run) | dict(mode=args.mode, processes=processes, results=results)
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(report, indent=1) + '\n')
+        write_json(args.out, report)
     if args.attempt:
         return
-    print(f'\n{args.mode}: {processes} x {gpu}, torch {torch.__version__}')
+    print(f'\n{args.mode}: {processes} x {report["device"]}, torch {torch.__version__}')
     if args.mode in ('checkpoint', 'curves'):
         for r in results:
             print({k: v for k, v in r.items() if k != 'losses'})
@@ -417,7 +389,7 @@ def write(args, results, processes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('mode', choices=['124M', '1.5B', 'variants', 'checkpoint', 'curves', 'largest'])
+    parser.add_argument('mode', choices=['variants', 'checkpoint', 'curves', 'largest'])
     parser.add_argument('--out', default='', help='JSON file')
     parser.add_argument('--only', default='', help='variants, or trainers of largest, with commas between')
     parser.add_argument('--tmp', default=None, help='folder for the checkpoints of mode checkpoint')
@@ -431,11 +403,9 @@ def main():
     if 'RANK' not in os.environ:
         sys.exit(launch(processes, sys.argv[1:], 600))
     device, *_, backend = hardware.choose('cpu' if args.dry_run else 'cuda', 'auto', 'auto', 'auto')
-    rank, world_size = setup(backend)
+    rank, world_size = setup(backend, 600)
     if args.attempt:
         results = attempt(args, device)
-    elif args.mode in ('124M', '1.5B'):
-        results = compare(args.mode, args, device)
     else:
         results = dict(variants=variants, checkpoint=checkpoint, curves=curves)[args.mode](args, device)
     if rank == 0:

@@ -10,19 +10,20 @@ backward as 5 (read x, write y; read x and dy, write dx). The roof is measured b
 """
 
 import argparse
-import json
 import os
 import re
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch._functorch.config
 from torch.nn import functional as F
+
+from common import facts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'phase2_triton'))
 import kernels
@@ -275,23 +276,15 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit('bench_layer_norm.py: a benchmark of GPU kernels needs a CUDA GPU')
-    import triton
-
     torch.manual_seed(0)
     roof = copy_gb_per_s()
     print(f'{torch.cuda.get_device_name()}: copy {roof:.0f} GB/s', flush=True)
-    driver = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True, text=True).stdout.strip()
-    report = dict(
-        device=torch.cuda.get_device_name(), driver=driver, torch=torch.__version__, cuda=torch.version.cuda, triton=triton.__version__,
-        command=' '.join(['python', *sys.argv]), time=time.strftime('%Y-%m-%d %H:%M:%S %Z'),
-        method='CUDA-graph replays over rotating inputs; microseconds as [median, [smallest, largest]] of 20 replays',
-    )  # fmt: skip
+    report = facts()
+    report['method'] = 'CUDA-graph replays over rotating inputs; microseconds as [median, [smallest, largest]] of 20 replays'
     try:
-        from importlib.metadata import version
-
-        report['liger'] = version('liger_kernel')
-    except Exception:
-        report['liger'] = None
+        report['versions']['liger'] = version('liger_kernel')
+    except PackageNotFoundError:
+        report['versions']['liger'] = None
     rows = []
     if args.tune:
         text = tune(rows, args.tune_seconds, args.tune_only)
@@ -304,9 +297,7 @@ def main():
     if not args.tune:
         text = table(rows, max(roofs))
     report['rows'] = rows
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    with open(args.out, 'w') as f:
-        json.dump(report, f, indent=1)
+    write_json(args.out, report)
     print(f'copy {roofs[0]:.0f} and {roofs[1]:.0f} GB/s; us and % of copy bandwidth: forward, forward + backward\n{text}')
 
 

@@ -10,7 +10,6 @@ Variants alternate, so that a machine that changes its speed changes it for all.
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -20,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, facts, write_json
+
 NANOGPT = ROOT / 'nanoGPT'
 
 
@@ -101,11 +101,10 @@ def main():
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     rows, summary = on_gpu(args.repeats, args.dry_run) if gpu or args.dry_run else on_cpu(args.repeats)
-    facts = {'device': torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(), 'cpus': os.cpu_count(),
-             'python': platform.python_version(), 'torch': torch.__version__, 'command': ' '.join(sys.argv)}  # fmt: skip
+    where = facts(cpu=not gpu)
     if args.out:
-        Path(args.out).write_text(json.dumps({'facts': facts, 'rows': rows, 'summary': summary}, indent=1) + '\n')
-    print(', '.join(f'{k} {v}' for k, v in facts.items()))
+        write_json(args.out, {'facts': where, 'rows': rows, 'summary': summary})
+    print(', '.join(f'{k} {v}' for k, v in where.items()))
     for row in rows:
         speeds = row['tokens_per_sec']
         print(f'{row["what"]:<34} {statistics.median(speeds):>12,.0f} tokens/s  ({min(speeds):,.0f} to {max(speeds):,.0f})')

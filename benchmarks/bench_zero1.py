@@ -32,7 +32,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, facts, torchrun, write_json
+
 sys.path.insert(0, str(ROOT / 'phase1_zero1'))
 import distributed
 import hardware
@@ -411,7 +412,7 @@ def main(args):
     if cuda:
         torch.cuda.set_device(device)
     torch.set_num_threads(1 if not cuda else 8)
-    distributed.setup('nccl' if cuda else 'gloo')
+    distributed.setup('nccl' if cuda else 'gloo', 600)
     tokens, data = read_tokens()
 
     def left():
@@ -426,20 +427,11 @@ def main(args):
             lines.append(line)
             print(f'[{time.perf_counter() - started:.0f} s] {line}', flush=True)
 
-    report = {
-        'command': ' '.join(['python', 'benchmarks/bench_zero1.py', *sys.argv[1:]]),
-        'device': hardware.device_name(device),
-        'gpus': dist.get_world_size(),
-        'versions': {'torch': torch.__version__, 'cuda': torch.version.cuda, 'nccl': torch.cuda.nccl.version() if cuda else None},
-        'date': time.strftime('%Y-%m-%d'),
-        'data': data,
-        'dtype': 'bfloat16' if cuda else 'float32',
-    }
+    report = facts(cpu=args.dry_run) | {'gpus': dist.get_world_size(), 'data': data, 'dtype': 'bfloat16' if cuda else 'float32'}
 
     def write():
         if rank == 0 and args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).write_text(json.dumps(report, indent=1) + '\n')
+            write_json(args.out, report)
 
     def make(size):
         trainer = Trainer(size, device, args.compile, tokens, keep_start=args.curves)
@@ -515,6 +507,5 @@ if __name__ == '__main__':
         sys.exit()
     if 'RANK' not in os.environ:
         nproc = args.nproc or (2 if args.dry_run else torch.cuda.device_count())
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}', __file__, *sys.argv[1:]]
-        sys.exit(subprocess.call(command))
+        sys.exit(subprocess.call(torchrun(nproc, __file__, *sys.argv[1:])))
     main(args)

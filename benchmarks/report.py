@@ -166,7 +166,7 @@ def zero1_curves(document):
     means = [f'{statistics.mean(losses[-10:]):.3f}' for losses in curves.values()]
     return (
         f'at most {apart[0]:.3f} and {apart[1]:.3f} apart), where another data order is up to {other:.2f} away. '
-        f'The means of the last ten steps: {", ".join(means[:-1])} and {means[-1]}'
+        f'The means of the last ten steps: {", ".join(means[:-1])} and {means[-1]} ({cite("zero1_124M_curves_h200x4", document)})'
     )
 
 
