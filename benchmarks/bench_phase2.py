@@ -3,11 +3,13 @@ Phase 2's model against the reference's on one GPU, in one process: speed of tra
 
     python benchmarks/bench_phase2.py ladder --out=benchmarks/results/phase2_ladder.json    # about 3 minutes on an H200
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
-    python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json    # about 3 minutes; needs data/python_gpt2
+    python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json    # about 5 minutes; needs data/python_gpt2
+    python benchmarks/bench_phase2.py largest --out=benchmarks/results/phase2_largest.json  # about 5 minutes
 
 ladder: tokens/s of train.py's iteration (bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens, clipping, fused AdamW) with one change
 after the other. Each variant takes turns with the compiled reference, five times; its ratio is the median of those of the turns. Clock and
 power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better it is used.
+largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s with them.
 curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and phase 2.
 """
 
@@ -15,8 +17,6 @@ import argparse
 import contextlib
 import gc
 import importlib.util
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import facts, write_json
 from torch.nn import functional as F
 
 root = Path(__file__).resolve().parent.parent
@@ -168,13 +169,13 @@ def replaced(module, name, function):
     setattr(module, name, before)
 
 
-def ladder(args):
+def ladder(args, rows, save):
     use_side_stream('cuda')
     generator = torch.Generator('cuda').manual_seed(0)
     tokens = torch.randint(50257, (16, args.batch_size, 1025), device='cuda', generator=generator)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
-    base, rows, lines, sensors = make('reference, compiled'), [], [], Sensors()
+    base, lines, sensors = make('reference, compiled'), [], Sensors()
     for name in variants:
         if args.only and not any(part in name for part in args.only.split(';')):
             continue
@@ -208,12 +209,52 @@ def ladder(args):
             f'{clock or 0:.0f} MHz {power or 0:.0f} W  loss {variant.loss:.4f}'
         )
         print(lines[-1], flush=True)
+        save()
         del variant
     sensors.process.kill()
-    return rows, f'{args.size}, {args.micro_steps} micro-steps of {args.batch_size} x 1024, {torch.cuda.get_device_name()}\n' + '\n'.join(lines)
+    return f'{args.size}, {args.micro_steps} micro-steps of {args.batch_size} x 1024, {torch.cuda.get_device_name()}\n' + '\n'.join(lines)
 
 
-def curves(args):
+def largest(args, rows, save):
+    """Peaks at two batch sizes give a guess, which is then corrected until one fits and the next does not."""
+    use_side_stream('cuda')
+    memory = torch.cuda.get_device_properties(0).total_memory
+    tokens = torch.randint(50257, (512, 1025), device='cuda')
+
+    def tokens_per_s(name, batch_size):
+        """And the peak in bytes; None if it does not fit."""
+        batches = [(tokens[:batch_size, :-1].contiguous(), tokens[:batch_size, 1:].contiguous())]
+        try:
+            variant = Variant(name, args.size, batches, 1)
+            return batch_size * 1024 / variant.ms(args.iterations) * 1e3, variant.peak_bytes
+        except RuntimeError as error:  # out of memory, or that while a graph is recorded
+            print(f'{name}, {batch_size} sequences: {str(error).splitlines()[0][:100]}')
+            return None
+
+    lines = []
+    for name in ('reference, eager', 'reference, compiled', "+ embedding adds to the head's gradient", '+ half_residual', 'loss_rows=4096'):
+        if args.only and not any(part in name for part in args.only.split(';')):
+            continue
+        (_, small), (_, double) = (tokens_per_s(name, batch_size) for batch_size in (8, 16))
+        per_sequence = (double - small) / 8
+        batch_size = int((0.97 * memory - small) / per_sequence) + 8
+        tried = {}
+        while True:
+            tried[batch_size] = tokens_per_s(name, batch_size)
+            step = 1 if tried[batch_size] else -1
+            if batch_size + step in tried:
+                break
+            batch_size += step
+        fits = max(size for size, result in tried.items() if result)
+        speed, peak = tried[fits]
+        rows.append(dict(name=name, batch_size=fits, tokens_per_s=speed, peak_memory_bytes=peak, bytes_per_sequence=per_sequence))
+        lines.append(f'{name:42s} {fits:4d} x 1024 {speed:9,.0f} tokens/s {peak / 2**30:6.2f} GiB, {per_sequence / 2**20:,.0f} MiB a sequence')
+        print(lines[-1], flush=True)
+        save()
+    return f'{args.size}, {torch.cuda.get_device_name()}, {memory / 2**30:.1f} GiB\n' + '\n'.join(lines)
+
+
+def curves(args, rows, save):
     use_side_stream('cuda')
     data = torch.from_numpy(np.fromfile(root / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin', np.uint16).astype(np.int64)).cuda()
     kinds = {
@@ -235,11 +276,12 @@ def curves(args):
                     group['lr'] = 6e-4 * min(1.0, (i + 1) / 100)
                 losses.append(train.iteration())
             curves[kind, seed] = torch.stack(losses).tolist()
+            rows.append(dict(kind=kind, seed=seed, losses=curves[kind, seed]))
+            save()
             print(f'{kind}, seed {seed}: last 100 steps {statistics.fmean(curves[kind, seed][-100:]):.4f}', flush=True)
             del train
     # means of 25 steps, so that batches do not hide the models; each seed has its own batches, the same for all kinds
     smooth = {key: torch.tensor(losses).unfold(0, 25, 25).mean(-1) for key, losses in curves.items()}
-    rows = [dict(kind=kind, seed=seed, losses=losses) for (kind, seed), losses in curves.items()]
     seeds = range(args.seeds)
     noise = torch.stack([smooth['reference', a] - smooth['reference', b] for a in seeds for b in range(a)]).abs()
     lines = [f'between seeds of the reference: mean {noise.mean():.4f}, largest {noise.max():.4f}']
@@ -250,12 +292,12 @@ def curves(args):
             f'{kind} - reference at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, largest {apart.abs().max():.4f}; '
             f'last 100 steps: {", ".join(f"{d:+.4f}" for d in last)}'
         )
-    return rows, '\n'.join(lines)
+    return '\n'.join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('mode', choices=['ladder', 'curves'])
+    parser.add_argument('mode', choices=['ladder', 'curves', 'largest'])
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
     parser.add_argument('--batch_size', type=int, default=12)
     parser.add_argument('--micro_steps', type=int, default=8)
@@ -269,17 +311,10 @@ def main():
     if not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
-    import triton
-
-    driver = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True, text=True).stdout.strip()
-    report = dict(
-        device=torch.cuda.get_device_name(), driver=driver, torch=torch.__version__, cuda=torch.version.cuda, triton=triton.__version__,
-        command=' '.join(['python', *sys.argv]), time=time.strftime('%Y-%m-%d %H:%M:%S %Z'),
-    )  # fmt: skip
-    report['rows'], text = dict(ladder=ladder, curves=curves)[args.mode](args)
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    with open(args.out, 'w') as f:
-        json.dump(report, f, indent=1)
+    report = {**facts(), 'rows': []}
+    text = dict(ladder=ladder, curves=curves, largest=largest)[args.mode](args, report['rows'], lambda: write_json(args.out, report))
+    report['summary'] = text.splitlines()
+    write_json(args.out, report)
     print(text)
 
 
