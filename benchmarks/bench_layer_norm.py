@@ -23,7 +23,7 @@ import torch
 import torch._functorch.config
 from torch.nn import functional as F
 
-from common import facts
+from common import facts, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'phase2_triton'))
 import kernels
