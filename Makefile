@@ -30,7 +30,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/bench_trainers.py --out=bench.json
+	$(BIN)/python benchmarks/bench_trainers.py --out=out-bench/trainers.json
 
 documents: $(VENV)/installed
 	$(BIN)/python benchmarks/report.py

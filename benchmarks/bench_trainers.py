@@ -43,16 +43,16 @@ import torch.distributed as dist
 from common import GIB, ROOT, facts, spread, torchrun, write_json
 
 TRITON = ['--model_dir=../phase2_triton']
-TRAINERS = {  # name: (what the tables call it, folder of train.py, flags)
-    'ddp': ('DDP', 'nanoGPT', []),
-    'zero1': ('phase 1', 'phase1_zero1', []),
-    'triton': ('phase 2', 'phase2_triton', []),
-    'fsdp': ('phase 3', 'phase3_fsdp', []),
-    'zero1+triton': ('phases 1 + 2', 'phase1_zero1', TRITON),
-    'fsdp+triton': ('phases 2 + 3', 'phase3_fsdp', TRITON),
-    'ddp+graph': ('DDP, CUDA graph', 'nanoGPT', ['--cuda_graph']),
-    'triton+graph': ('phase 2, CUDA graph', 'phase2_triton', ['--cuda_graph']),
-    'hybrid': ('phase 3, hybrid', 'phase3_fsdp', ['--fsdp_shard_size={half}']),
+TRAINERS = {  # name: (folder of train.py, flags)
+    'ddp': ('nanoGPT', []),
+    'zero1': ('phase1_zero1', []),
+    'triton': ('phase2_triton', []),
+    'fsdp': ('phase3_fsdp', []),
+    'zero1+triton': ('phase1_zero1', TRITON),
+    'fsdp+triton': ('phase3_fsdp', TRITON),
+    'ddp+graph': ('nanoGPT', ['--cuda_graph']),
+    'triton+graph': ('phase2_triton', ['--cuda_graph']),
+    'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}']),
 }
 # Alone a process shards nothing: phases 1 and 3 are the reference then
 DEFAULT = {'one': ['ddp', 'triton', 'triton+graph'], 'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton']}
@@ -387,7 +387,7 @@ def plan(args, processes, folder):
         last = interval * (intervals + 1) * len(micro_steps)
         for i in range(args.rounds):
             for name in names:
-                _, script, flags = TRAINERS[name]
+                script, flags = TRAINERS[name]
                 if (args.device == 'cpu' and '--cuda_graph' in flags) or (name == 'hybrid' and processes < 4):
                     continue
                 flags = [flag.format(half=processes // 2) for flag in flags]

@@ -28,7 +28,7 @@ PHASES = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp'
 SHAPES = {'124M': (12, 768), '350M': (24, 1024), '1.5B': (48, 1600)}  # n_layer, n_embd
 NAMES = {
     'ddp': 'DDP', 'zero1': 'phase 1', 'triton': 'phase 2', 'fsdp': 'phase 3', 'zero1+triton': 'phases 1 + 2', 'fsdp+triton': 'phases 2 + 3',
-    'ddp+graph': 'DDP, CUDA graph', 'triton+graph': 'phase 2, CUDA graph', 'hybrid': 'phase 3, hybrid',
+    'ddp+graph': 'DDP with CUDA graph', 'triton+graph': 'phase 2 with CUDA graph', 'hybrid': 'phase 3 hybrid',
 }  # fmt: skip
 TRY = 'nanoGPT/config/train_python_char.py --max_iters=20 --eval_interval=20 --eval_iters=2 --log_interval=20 --always_save_checkpoint=True'
 TRY_2 = 'torchrun --standalone --nproc_per_node=2'
@@ -250,7 +250,7 @@ def not_measured(document):
     for name in trainer_files():
         names |= {row['trainer'] for row in load(name)['rows'] if 'error' not in row and (row['processes'] > 1 or 'triton' in row['trainer'])}
     missing = [NAMES[trainer] for trainer in ('triton', 'fsdp', 'zero1+triton', 'fsdp+triton', 'hybrid') if trainer not in names]
-    return f'Not measured on GPUs yet: {", ".join(missing)}.' if missing else 'All of them are measured.'
+    return f'Not measured on GPUs yet, as whole trainers: {", ".join(missing)}.' if missing else 'All of them are measured.'
 
 
 @table
@@ -386,17 +386,21 @@ def trainers_cpu(document):
         return ''
     rows, cells = in_order(report['rows']), []
     for row in rows:
-        if row['micro_steps'] != 1 or row['processes'] == 1:
-            continue
         n, k = row['parameters'], row['processes']
+        if row['micro_steps'] != 1 or k == 1:
+            continue
         parts = [row['memory_bytes'][key] / n for key in ('parameters', 'gradients', 'optimizer')]
-        computed = {'zero1': 8 + 8 / k, 'fsdp': 16 / k}.get(row['trainer'].split('+')[0], 16)
-        speed, base = row['tokens_per_sec'], base_of(row, rows)['tokens_per_sec']['median']
-        ratios = '{:.2f} ({:.2f} to {:.2f})'.format(*(speed[key] / base for key in ('median', 'min', 'max')))
-        cells.append((NAMES[row['trainer']], *(f'{part:.2f}' for part in (*parts, sum(parts))), f'{computed:g}', ratios))
-    n = rows[0]['parameters']
-    header = ['bytes per parameter', 'parameters', 'gradients', 'AdamW', 'sum', 'by arithmetic', "speed, of DDP's median"]
-    return f'A model of {n:,} parameters, 2 gloo processes: {origin("trainers_cpu", document)}.\n\n{markdown(header, cells)}'
+        computed = {'zero1': 8 + 8 / k, 'fsdp': 16 / k, 'hybrid': 16 / (k // 2)}.get(row['trainer'].split('+')[0], 16)
+        speed, base = row['tokens_per_sec'], base_of(row, rows)
+        # more processes than cores take turns
+        ratios = (
+            base
+            and k == 2
+            and '{:.2f} ({:.2f} to {:.2f})'.format(*(speed[key] / base['tokens_per_sec']['median'] for key in ('median', 'min', 'max')))
+        )
+        cells.append((k, NAMES[row['trainer']], *(f'{part:.2f}' for part in (*parts, sum(parts))), f'{computed:g}', ratios or ''))
+    header = ['processes', 'bytes per parameter', 'parameters', 'gradients', 'AdamW', 'sum', 'by arithmetic', "speed, of DDP's median"]
+    return f'A model of {rows[0]["parameters"]:,} parameters, gloo: {origin("trainers_cpu", document)}.\n\n{markdown(header, cells)}'
 
 
 @table
