@@ -47,7 +47,7 @@ from sharded_checkpoint import ShardedSaver, gather_full
 from step_guard import StepGuard
 
 GIB = 2**30
-FLAGS = dict(fsdp_min_num_params=1_000_000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False)
+FLAGS = dict(fsdp_min_num_params=1_000_000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False, cuda_graph=False)
 # n_layer, n_head, n_embd, batch_size, block_size
 SIZES = {'124M': (12, 12, 768, 12, 1024), '1.5B': (48, 25, 1600, 8, 1024), 'tiny': (3, 2, 64, 2, 32)}
 VARIANTS = {  # each changes one thing of the default
@@ -211,9 +211,9 @@ def record(name, trainer, micro_steps, speeds, first, rest, peak):
     )  # fmt: skip
 
 
-def compare(size, args, device):
+def compare(args, device, results):
     """DDP and FSDP in turn."""
-    results, steps = [], {1: (12, 3), 10: (5, 3)} if not args.dry_run else {1: (2, 2), 3: (1, 2)}
+    size, steps = args.mode, {1: (12, 3), 10: (5, 3)} if not args.dry_run else {1: (2, 2), 3: (1, 2)}
     if size == '1.5B':
         steps = {1: (8, 3)}
     trainers, warm = {}, {}
@@ -229,24 +229,24 @@ def compare(size, args, device):
                 trainer.step(random_batch, micro_steps)  # the first after the other's turn
                 speeds[kind] += trainer.tokens_per_sec(micro_steps, n)
         results += [record(kind, t, micro_steps, speeds[kind], *warm[kind][micro_steps]) for kind, t in trainers.items()]
-    return results
+        keep(args, results)
+        say(f'{micro_steps} micro-steps: ' + ', '.join(f'{kind} {statistics.median(s):,.0f} tokens/s' for kind, s in speeds.items()))
 
 
-def variants(args, device):
+def variants(args, device, results):
     """What each choice is worth, at 124M."""
-    results = []
     for name in args.only.split(',') if args.only else VARIANTS:
         torch._dynamo.reset()
         trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '124M'], device, not args.dry_run, VARIANTS[name])
         for micro_steps, n in {1: 30, 10: 8}.items() if not args.dry_run else {1: 2, 3: 1}.items():
             warm = warm_up(trainer, micro_steps)
             results.append(record(name, trainer, micro_steps, trainer.tokens_per_sec(micro_steps, n), *warm))
-        say(name)
+        keep(args, results)
+        say(f'{name}: {results[-1]["tokens_per_sec"]["median"]:,.0f} tokens/s')
         free(trainer)
-    return results
 
 
-def checkpoint(args, device):
+def checkpoint(args, device, results):
     """How long a save at 1.5B holds up the training, and takes."""
     trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '1.5B'], device, False, exact_init=False)
     times = []
@@ -268,6 +268,8 @@ def checkpoint(args, device):
         result[f'step_seconds_while_saving_{i}'] = time.perf_counter() - started
         saver.wait()
     result['saves'] = [{k: v for k, v in facts.items() if k != 'path'} for facts in saved]
+    results.append(result)
+    keep(args, results)
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': 2}
     started = time.perf_counter()
     full = gather_full(state, model)
@@ -276,11 +278,10 @@ def checkpoint(args, device):
         torch.save(full, f'{folder[0]}/ckpt.pt')
         size = os.path.getsize(f'{folder[0]}/ckpt.pt')
         shutil.rmtree(folder[0])
-        return [result, dict(name='full', gather_seconds=gathered, seconds=time.perf_counter() - started, bytes=size)]
-    return []
+        results.append(dict(name='full', gather_seconds=gathered, seconds=time.perf_counter() - started, bytes=size))
 
 
-def curves(args, device):
+def curves(args, device, results):
     """The loss curves of FSDP and DDP from the same seed on the same batches, and of DDP from other seeds, on the sources of Python."""
     text = b''.join(p.read_bytes() for p in sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py')))
     data = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).astype(np.int64))
@@ -291,7 +292,6 @@ def curves(args, device):
         rows = torch.stack([data[i : i + size[4] + 1] for i in at])
         return to_device(rows[:, :-1].contiguous(), device), to_device(rows[:, 1:].contiguous(), device)
 
-    results = []
     for kind, seed in (('ddp', 1337), ('fsdp', 1337), ('ddp', 1), ('ddp', 2), ('fsdp', 1)):
         torch._dynamo.reset()
         trainer = Trainer(kind, size, device, not args.dry_run, seed=seed, vocab_size=256)
@@ -299,14 +299,15 @@ def curves(args, device):
             group['lr'] = 1e-3
         results.append(dict(name=f'{kind}, seed {seed}', losses=[trainer.step(batch, 1) for _ in range(steps)]))
         free(trainer)
+        keep(args, results)
         say(f'{results[-1]["name"]}: {results[-1]["losses"][-1]:.4f}')
     second = {r['name']: statistics.mean(r['losses'][steps // 2 :]) for r in results}  # the mean over the second half
     seeds = [second[f'ddp, seed {s}'] for s in (1337, 1, 2)]
-    return [*results, dict(name='summary', mean_of_second_half=second, seed_to_seed_std=statistics.stdev(seeds),
-                           fsdp_minus_ddp=[second[f'fsdp, seed {s}'] - second[f'ddp, seed {s}'] for s in (1337, 1)])]  # fmt: skip
+    differences = [second[f'fsdp, seed {s}'] - second[f'ddp, seed {s}'] for s in (1337, 1)]
+    results.append(dict(name='summary', mean_of_second_half=second, seed_to_seed_std=statistics.stdev(seeds), fsdp_minus_ddp=differences))
 
 
-def attempt(args, device):
+def attempt(args, device, results):
     """One try of `largest`: three steps of a model of args.layers layers. Ends with rc 3 if it does not fit."""
     name, layers = args.attempt.rsplit(':', 1)
     kind, flags, checkpointing = LARGEST[name]
@@ -315,7 +316,7 @@ def attempt(args, device):
     try:
         trainer = Trainer(kind, size, device, False, flags, exact_init=False, activation_checkpointing=checkpointing)
         warm = warm_up(trainer, 1, steps=1)
-        return [record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width[0])]
+        results.append(record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width[0]))
     except (torch.OutOfMemoryError, MemoryError) as e:
         print(f'does not fit: {str(e).splitlines()[0]}', file=sys.stderr, flush=True)
         os._exit(3)
@@ -358,6 +359,7 @@ def largest(args, processes):
         failed = [n for n, r in tried.items() if not r and n > (best or 0)]
         if best:
             results.append(tried[best] | dict(smallest_that_does_not_fit=min(failed, default=None)))
+            write(args, results, processes)
     return results
 
 
@@ -389,15 +391,26 @@ def say(text):
 
 
 def write(args, results, processes):
+    """The results so far, to the file args.out."""
     versions = dict(torch=torch.__version__, cuda=torch.version.cuda, python=sys.version.split()[0])
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.dry_run else 'cpu'
-    report = dict(mode=args.mode, device=gpu, processes=processes, versions=versions, command=' '.join(sys.argv), results=results)
+    report = dict(mode=args.mode, device=gpu_name(args), processes=processes, versions=versions, command=' '.join(sys.argv), results=results)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(report, indent=1) + '\n')
-    if args.attempt:
-        return
-    print(f'\n{args.mode}: {processes} x {gpu}, torch {torch.__version__}')
+
+
+def keep(args, results):
+    """What is measured is written at once: a call that is cut short leaves it."""
+    if dist.get_rank() == 0:
+        write(args, results, dist.get_world_size())
+
+
+def gpu_name(args):
+    return torch.cuda.get_device_name() if torch.cuda.is_available() and not args.dry_run else 'cpu'
+
+
+def table(args, results, processes):
+    print(f'\n{args.mode}: {processes} x {gpu_name(args)}, torch {torch.__version__}')
     if args.mode in ('checkpoint', 'curves'):
         for r in results:
             print({k: v for k, v in r.items() if k != 'losses'})
@@ -426,20 +439,19 @@ def main():
     args = parser.parse_args()
     processes = int(os.environ.get('WORLD_SIZE', 0)) or (2 if args.dry_run else torch.cuda.device_count())
     if args.mode == 'largest' and not args.attempt:
-        write(args, largest(args, processes), processes)
+        table(args, largest(args, processes), processes)
         return
     if 'RANK' not in os.environ:
         sys.exit(launch(processes, sys.argv[1:], 600))
     device, *_, backend = hardware.choose('cpu' if args.dry_run else 'cuda', 'auto', 'auto', 'auto')
-    rank, world_size = setup(backend)
-    if args.attempt:
-        results = attempt(args, device)
-    elif args.mode in ('124M', '1.5B'):
-        results = compare(args.mode, args, device)
-    else:
-        results = dict(variants=variants, checkpoint=checkpoint, curves=curves)[args.mode](args, device)
-    if rank == 0:
-        write(args, results, world_size)
+    rank, world_size = setup(backend, 600)
+    if world_size == 1:
+        dist.init_process_group('gloo' if args.dry_run else 'cpu:gloo,cuda:nccl')
+    results, measure = [], dict(variants=variants, checkpoint=checkpoint, curves=curves).get(args.mode, compare)
+    (attempt if args.attempt else measure)(args, device, results)
+    keep(args, results)
+    if rank == 0 and not args.attempt:
+        table(args, results, world_size)
     dist.barrier()  # gloo may abort where a peer is gone
     dist.destroy_process_group()
 

@@ -411,7 +411,7 @@ def main(args):
     if cuda:
         torch.cuda.set_device(device)
     torch.set_num_threads(1 if not cuda else 8)
-    distributed.setup('nccl' if cuda else 'gloo')
+    distributed.setup('nccl' if cuda else 'gloo', 600)
     tokens, data = read_tokens()
 
     def left():
