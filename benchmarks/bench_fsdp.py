@@ -10,6 +10,8 @@ Phase 3 (FSDP) against the reference (DDP) on all GPUs of one machine, in one ru
     python benchmarks/bench_fsdp.py largest --only=fsdp+ac,fsdp+ac+offload --out=...           # 3 to 4 minutes
     python benchmarks/bench_fsdp.py MODE --dry-run                                             # tiny, 2 processes, on a CPU
 
+On a single GPU all but 1.5B works too, in a group of one rank: FSDP without the sending.
+
 It starts its own processes (torchrun), or runs in those that torchrun has started. The code under test is that of the phases:
 sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py, which reads the loss after each. Trainers
 take turns, so that neither gets the warmer GPU. Memory is that of rank 0, as torch allocates it: at rest after a step, when
@@ -442,7 +444,7 @@ def main():
         table(args, largest(args, processes), processes)
         return
     if 'RANK' not in os.environ:
-        sys.exit(launch(processes, sys.argv[1:], 600))
+        sys.exit(launch(processes, sys.argv[1:], 580))
     device, *_, backend = hardware.choose('cpu' if args.dry_run else 'cuda', 'auto', 'auto', 'auto')
     rank, world_size = setup(backend, 600)
     if world_size == 1:
