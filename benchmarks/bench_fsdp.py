@@ -8,6 +8,8 @@ What is special to phase 3 (FSDP), on all GPUs of one machine. Its speed and mem
     python benchmarks/bench_fsdp.py largest --only=fsdp+ac,fsdp+ac+offload --out=...           # 3 to 4 minutes
     python benchmarks/bench_fsdp.py MODE --dry-run                                             # tiny, 2 processes, on a CPU
 
+On a single GPU it works too, in a group of one rank: FSDP without the sending.
+
 It starts its own processes (torchrun), or runs in those that torchrun has started. The code under test is that of the phases:
 sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py, which reads the loss after each. Memory is that of
 rank 0, as torch allocates it: at rest after a step, when gradients are freed, and the peak. `x of 16N/k`: what rests, against 16
@@ -208,21 +210,20 @@ def record(name, trainer, micro_steps, speeds, first, rest, peak):
     )  # fmt: skip
 
 
-def variants(args, device):
+def variants(args, device, results):
     """What each choice is worth, at 124M."""
-    results = []
     for name in args.only.split(',') if args.only else VARIANTS:
         torch._dynamo.reset()
         trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '124M'], device, not args.dry_run, VARIANTS[name])
         for micro_steps, n in {1: 30, 10: 8}.items() if not args.dry_run else {1: 2, 3: 1}.items():
             warm = warm_up(trainer, micro_steps)
             results.append(record(name, trainer, micro_steps, trainer.tokens_per_sec(micro_steps, n), *warm))
-        say(name)
+        keep(args, results)
+        say(f'{name}: {results[-1]["tokens_per_sec"]["median"]:,.0f} tokens/s')
         free(trainer)
-    return results
 
 
-def checkpoint(args, device):
+def checkpoint(args, device, results):
     """How long a save at 1.5B holds up the training, and takes."""
     trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '1.5B'], device, False, exact_init=False)
     times = []
@@ -244,6 +245,8 @@ def checkpoint(args, device):
         result[f'step_seconds_while_saving_{i}'] = time.perf_counter() - started
         saver.wait()
     result['saves'] = [{k: v for k, v in facts.items() if k != 'path'} for facts in saved]
+    results.append(result)
+    keep(args, results)
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': 2}
     started = time.perf_counter()
     full = gather_full(state, model)
@@ -252,11 +255,10 @@ def checkpoint(args, device):
         torch.save(full, f'{folder[0]}/ckpt.pt')
         size = os.path.getsize(f'{folder[0]}/ckpt.pt')
         shutil.rmtree(folder[0])
-        return [result, dict(name='full', gather_seconds=gathered, seconds=time.perf_counter() - started, bytes=size)]
-    return []
+        results.append(dict(name='full', gather_seconds=gathered, seconds=time.perf_counter() - started, bytes=size))
 
 
-def curves(args, device):
+def curves(args, device, results):
     """The loss curves of FSDP and DDP from the same seed on the same batches, and of DDP from other seeds, on the sources of Python."""
     text = b''.join(p.read_bytes() for p in sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py')))
     data = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).astype(np.int64))
@@ -267,7 +269,6 @@ def curves(args, device):
         rows = torch.stack([data[i : i + size[4] + 1] for i in at])
         return to_device(rows[:, :-1].contiguous(), device), to_device(rows[:, 1:].contiguous(), device)
 
-    results = []
     for kind, seed in (('ddp', 1337), ('fsdp', 1337), ('ddp', 1), ('ddp', 2), ('fsdp', 1)):
         torch._dynamo.reset()
         trainer = Trainer(kind, size, device, not args.dry_run, seed=seed, vocab_size=256)
@@ -275,14 +276,15 @@ def curves(args, device):
             group['lr'] = 1e-3
         results.append(dict(name=f'{kind}, seed {seed}', losses=[trainer.step(batch, 1) for _ in range(steps)]))
         free(trainer)
+        keep(args, results)
         say(f'{results[-1]["name"]}: {results[-1]["losses"][-1]:.4f}')
     second = {r['name']: statistics.mean(r['losses'][steps // 2 :]) for r in results}  # the mean over the second half
     seeds = [second[f'ddp, seed {s}'] for s in (1337, 1, 2)]
-    return [*results, dict(name='summary', mean_of_second_half=second, seed_to_seed_std=statistics.stdev(seeds),
-                           fsdp_minus_ddp=[second[f'fsdp, seed {s}'] - second[f'ddp, seed {s}'] for s in (1337, 1)])]  # fmt: skip
+    differences = [second[f'fsdp, seed {s}'] - second[f'ddp, seed {s}'] for s in (1337, 1)]
+    results.append(dict(name='summary', mean_of_second_half=second, seed_to_seed_std=statistics.stdev(seeds), fsdp_minus_ddp=differences))
 
 
-def attempt(args, device):
+def attempt(args, device, results):
     """One try of `largest`: three steps of a model of args.layers layers. Ends with rc 3 if it does not fit."""
     name, layers = args.attempt.rsplit(':', 1)
     kind, flags, checkpointing = LARGEST[name]
@@ -291,7 +293,7 @@ def attempt(args, device):
     try:
         trainer = Trainer(kind, size, device, False, flags, exact_init=False, activation_checkpointing=checkpointing)
         warm = warm_up(trainer, 1, steps=1)
-        return [record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width[0])]
+        results.append(record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width[0]))
     except (torch.OutOfMemoryError, MemoryError) as e:
         print(f'does not fit: {str(e).splitlines()[0]}', file=sys.stderr, flush=True)
         os._exit(3)
@@ -334,6 +336,7 @@ def largest(args, processes):
         failed = [n for n, r in tried.items() if not r and n > (best or 0)]
         if best:
             results.append(tried[best] | dict(smallest_that_does_not_fit=min(failed, default=None)))
+            write(args, results, processes)
     return results
 
 
@@ -364,12 +367,19 @@ def say(text):
 
 
 def write(args, results, processes):
-    report = facts(cpu=args.dry_run) | dict(mode=args.mode, processes=processes, results=results)
+    """The results so far, to the file args.out."""
     if args.out:
-        write_json(args.out, report)
-    if args.attempt:
-        return
-    print(f'\n{args.mode}: {processes} x {report["device"]}, torch {torch.__version__}')
+        write_json(args.out, facts(cpu=args.dry_run) | dict(mode=args.mode, processes=processes, results=results))
+
+
+def keep(args, results):
+    """What is measured is written at once: a call that is cut short leaves it."""
+    if dist.get_rank() == 0:
+        write(args, results, dist.get_world_size())
+
+
+def table(args, results, processes):
+    print(f'\n{args.mode}: {processes} x {facts(cpu=args.dry_run)["device"]}, torch {torch.__version__}')
     if args.mode in ('checkpoint', 'curves'):
         for r in results:
             print({k: v for k, v in r.items() if k != 'losses'})
@@ -398,18 +408,19 @@ def main():
     args = parser.parse_args()
     processes = int(os.environ.get('WORLD_SIZE', 0)) or (2 if args.dry_run else torch.cuda.device_count())
     if args.mode == 'largest' and not args.attempt:
-        write(args, largest(args, processes), processes)
+        table(args, largest(args, processes), processes)
         return
     if 'RANK' not in os.environ:
-        sys.exit(launch(processes, sys.argv[1:], 600))
+        sys.exit(launch(processes, sys.argv[1:], 580))
     device, *_, backend = hardware.choose('cpu' if args.dry_run else 'cuda', 'auto', 'auto', 'auto')
     rank, world_size = setup(backend, 600)
-    if args.attempt:
-        results = attempt(args, device)
-    else:
-        results = dict(variants=variants, checkpoint=checkpoint, curves=curves)[args.mode](args, device)
-    if rank == 0:
-        write(args, results, world_size)
+    if world_size == 1:
+        dist.init_process_group('gloo' if args.dry_run else 'cpu:gloo,cuda:nccl')
+    results, measure = [], dict(variants=variants, checkpoint=checkpoint, curves=curves).get(args.mode)
+    (attempt if args.attempt else measure)(args, device, results)
+    keep(args, results)
+    if rank == 0 and not args.attempt:
+        table(args, results, world_size)
     dist.barrier()  # gloo may abort where a peer is gone
     dist.destroy_process_group()
 

@@ -39,6 +39,7 @@ def setup(backend, timeout_s):
                 f'rank {rank} on {socket.gethostname()} found the other ranks but cannot connect to one ({str(e).splitlines()[0]}). If that is not '
                 'its address in the network between the machines, set GLOO_SOCKET_IFNAME, on each machine, to the network interface to use'
             ) from None
+        dist.distributed_c10d.default_pg_timeout = timeout  # of further groups too, which would wait for half an hour
     return rank, world_size
 
 

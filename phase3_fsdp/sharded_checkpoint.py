@@ -13,6 +13,7 @@ $ python sharded_checkpoint.py full OUT_DIR       # out_dir/ckpt.pt from out_dir
 $ python sharded_checkpoint.py sharded OUT_DIR    # and back
 """
 
+import glob
 import os
 import pickle
 import shutil
@@ -20,6 +21,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -34,17 +36,6 @@ from sharding import like, own_rows
 
 FOLDER = 'ckpt_sharded'
 REST = 'rest.pt'  # in a sharded checkpoint: all that is not sharded
-# the classes that its .metadata consists of
-RECORDS = (
-    'Metadata',
-    'TensorStorageMetadata',
-    'ChunkStorageMetadata',
-    'TensorProperties',
-    '_MEM_FORMAT_ENCODING',
-    'MetadataIndex',
-    'StorageMeta',
-    '_StorageInfo',
-)
 
 
 def find_checkpoint(out_dir, ckpt_format, fsdp):
@@ -56,13 +47,22 @@ def find_checkpoint(out_dir, ckpt_format, fsdp):
         raise UserError(f"ckpt_format is '{ckpt_format}', but it can be full or sharded")
     if ckpt_format == 'sharded' and not fsdp:
         raise UserError('ckpt_format=sharded needs FSDP: several processes under torchrun, and use_fsdp=True')
-    full, latest = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, FOLDER, 'latest')
-    if not os.path.exists(latest) or (os.path.exists(full) and os.path.getmtime(full) >= os.path.getmtime(latest)):
+    full, folder = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, FOLDER)
+    latest = named_by('latest', folder)
+    if not latest or (os.path.exists(full) and os.path.getmtime(full) >= os.path.getmtime(os.path.join(folder, 'latest'))):
         return full
     if not fsdp:
         raise UserError(f'the latest checkpoint in {out_dir} is sharded. For use without FSDP: python sharded_checkpoint.py full {out_dir}')
-    with open(latest) as f:
-        return os.path.join(out_dir, FOLDER, os.path.basename(f.read().strip()))
+    return latest
+
+
+def named_by(pointer, folder):
+    """The path of the checkpoint that the file `pointer` in folder names; None if there is no such file."""
+    try:
+        with open(os.path.join(folder, pointer)) as f:
+            return os.path.join(folder, os.path.basename(f.read().strip()))
+    except FileNotFoundError:
+        return None
 
 
 def load_checkpoint(path):
@@ -192,10 +192,8 @@ def prepare(folder):
     """An empty folder/saving; one that cannot be made is found out, and reported, by those who write to it."""
     saving = os.path.join(folder, 'saving')
     shutil.rmtree(saving, ignore_errors=True)  # of a run that was killed
-    try:
+    with suppress(OSError):
         os.makedirs(saving)
-    except OSError:
-        pass
 
 
 def write_sharded(tensors, rest, folder, best, group=None):
@@ -203,7 +201,9 @@ def write_sharded(tensors, rest, folder, best, group=None):
     saving = os.path.join(folder, 'saving')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(saving), process_group=group, no_dist=group is None)
+        # copying ahead, for tensors on a GPU, would every 10 MB wait for GPU 0, which is another rank's on all ranks but one
+        writer = dcp.FileSystemWriter(saving, per_thread_copy_ahead=0)
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     if group is not None and dist.get_rank() != 0:
         return None, time.time()
     with open(os.path.join(saving, REST), 'wb') as f:
@@ -218,11 +218,11 @@ def write_sharded(tensors, rest, folder, best, group=None):
             f.flush()
             os.fsync(f.fileno())
         os.replace(os.path.join(folder, pointer + '.tmp'), os.path.join(folder, pointer))
-    sync_folder(folder)
-    named = {open(os.path.join(folder, pointer)).read().strip() for pointer in ('latest', 'best') if os.path.exists(os.path.join(folder, pointer))}
-    for old in os.listdir(folder):
-        if old.startswith('iter_') and old not in named:
-            shutil.rmtree(os.path.join(folder, old), ignore_errors=True)
+    full_checkpoint._sync_folder(folder)
+    kept = {named_by('latest', folder), named_by('best', folder)}
+    for old in glob.glob(os.path.join(glob.escape(folder), 'iter_*')):
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return path, time.time()
 
 
@@ -240,17 +240,19 @@ class SafeReader(dcp.FileSystemReader):
 class _MetadataUnpickler(pickle.Unpickler):
     """Admits the plain records that .metadata is made of."""
 
-    MODULES = ('torch.distributed.checkpoint.metadata', 'torch.distributed.checkpoint.filesystem')
-    OTHERS = (
-        ('torch', 'Size'),
-        ('torch', 'float32'),
-        ('torch.serialization', '_get_layout'),
-        ('pathlib', 'PosixPath'),
-        ('pathlib._local', 'PosixPath'),
-    )
+    RECORDS = {
+        'torch.distributed.checkpoint.metadata': (
+            'Metadata', 'TensorStorageMetadata', 'ChunkStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING', 'MetadataIndex', 'StorageMeta',
+        ),
+        'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
+        'torch': ('Size', 'float32'),
+        'torch.serialization': ('_get_layout',),
+        'pathlib': ('PosixPath',),
+        'pathlib._local': ('PosixPath',),
+    }  # fmt: skip
 
     def find_class(self, module, name):
-        if (module, name) not in self.OTHERS and not (module in self.MODULES and name in RECORDS):
+        if name not in self.RECORDS.get(module, ()):
             raise pickle.UnpicklingError(f'it wants to import {module}.{name}, which could run code')
         return super().find_class(module, name)
 
@@ -343,12 +345,10 @@ def convert(to, out_dir):
         tensors, rest = split(checkpoint, names)
         prepare(folder)
         return write_sharded(tensors, rest, folder, best=False, group=None)[0]
-    latest = os.path.join(folder, 'latest')
-    if not os.path.exists(latest):
+    latest = named_by('latest', folder)
+    if not latest:
         raise UserError(f'there is no sharded checkpoint in {out_dir}')
-    with open(latest) as f:
-        path = os.path.join(folder, os.path.basename(f.read().strip()))
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(latest)
     reader, metadata = open_sharded(checkpoint.pop('folder'))
     tensors = {name: torch.empty(record.size) for name, record in metadata.state_dict_metadata.items()}
     read_tensors(tensors, reader, no_dist=True)
@@ -360,14 +360,6 @@ def convert(to, out_dir):
     checkpoint['model'] = {name: tensors[f'model.{first}'] for name, first in checkpoint['model'].items()}
     checkpoint['optimizer'] = {**checkpoint['optimizer'], 'state': state}
     return full_checkpoint.write_checkpoint(checkpoint, out_dir, best=False, required=True)['path']
-
-
-def sync_folder(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def bytes_in(folder):

@@ -181,14 +181,16 @@ def summarize(runs):
 
 
 def smoothed(values, records):
-    """Triangular mean over about `records` values around each one, NaNs left out; it narrows at the start, where a loss falls fast."""
+    """Triangular mean over about `records` values around each one, NaNs left out; it narrows at the start, where a loss falls fast,
+    and ends with the last value."""
     index = np.arange(len(values))
+    end = np.max(index[np.isfinite(values)], initial=-1)
     half = np.minimum(index, records // 3)
     window = np.stack((index - half, np.minimum(index + half + 1, len(values))))
     for _ in range(2 if records >= 3 else 0):  # a box twice is a triangle, and two of 2/3 of the width are as wide as one
         known = np.isfinite(values)
         total, count = (np.diff(np.concatenate(([0], np.cumsum(part)))[window], axis=0)[0] for part in (np.where(known, values, 0), known))
-        values = np.where(count > 0, total / np.maximum(count, 1), math.nan)
+        values = np.where((count > 0) & (index <= end), total / np.maximum(count, 1), math.nan)
     return values
 
 
@@ -210,12 +212,18 @@ def duration(seconds):
     return f'{seconds:.1f} s' if math.isfinite(seconds) else 'never'
 
 
-def short(value, _=None):
-    """12345678 as 12.3M; four significant digits below 1000."""
+def short(value, digits=3):
+    """12345678 as 12.3M; one more significant digit below 1000."""
     for size, unit in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if abs(value) >= size:
-            return f'{value / size:.3g}{unit}' if abs(value) < 999.5 * size else f'{value / size:.0f}{unit}'
-    return f'{value:.4g}'
+            text = f'{value / size:.{digits}g}'
+            return f'{value / size:.0f}{unit}' if 'e' in text else text + unit
+    return f'{value:.{digits + 1}g}'
+
+
+def tick(value, _=None):
+    """`short` with digits enough that neighbours on a narrow axis differ; ticks are round, so most need few."""
+    return short(value, 6)
 
 
 def number(loss):
@@ -290,7 +298,8 @@ def _curves(ax, runs, key, axis, smooth):
         if key == 'loss':
             losses += _events(ax, run, place, i if several else None)
     xlabel = {'iter': 'iteration', 'tokens': 'training tokens', 'time': f'{unit} of training steps'}[axis]
-    _frame(ax, key, xlabel, losses, wide=several or key == 'loss')
+    reach = np.concatenate([run.x(run.iterations['iter'], axis) for run in runs]) / (unit_s if axis == 'time' else 1)
+    _frame(ax, key, xlabel, losses, reach, wide=several or key == 'loss')
     if key == 'tokens_per_sec' and not several and np.isfinite(runs[0].iterations['mfu']).any():
         _utilization(ax, x, runs[0].iterations['mfu'], smooth)
     handles, labels = ax.get_legend_handles_labels()
@@ -302,8 +311,8 @@ def _curves(ax, runs, key, axis, smooth):
         ax.legend(handles, labels, loc='upper right' if small else 'best', ncols=columns, markerscale=1.6 if small else 1)
 
 
-def _frame(ax, key, xlabel, losses, wide):
-    """Titles, labels, limits and ticks around what is drawn."""
+def _frame(ax, key, xlabel, losses, reach, wide):
+    """Titles, labels, limits and ticks around what is drawn. All panels go from the first to the last of the records, `reach`, known or not."""
     ax.set(title=TITLES[key][0], xlabel=xlabel, ylabel=TITLES[key][1])
     if not ax.lines:
         ax.text(0.5, 0.5, 'not recorded', transform=ax.transAxes, ha='center', va='center', color=GREY)
@@ -320,12 +329,12 @@ def _frame(ax, key, xlabel, losses, wide):
         ax.set_ylim(values.min() / 1.3, values.max() * (values.max() / values.min()) ** (0.1 if wide else 0.45))  # room for the legend
     elif key != 'loss':
         ax.set_ylim(0, (1.4 if key == 'time_ms' else 1.1) * values.max() or 1)
-    places = np.concatenate([line.get_xdata() for line in ax.lines])
+    places = np.concatenate([reach, *(line.get_xdata() for line in ax.lines)])
     room = 0.02 * (places.max() - places.min()) or 1
     ax.set_xlim(places.min() - room, places.max() + room)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=10 if wide else 5, steps=[1, 2, 2.5, 5, 10], integer=xlabel == 'iteration', min_n_ticks=1))
-    ax.xaxis.set_major_formatter(FuncFormatter(short))
-    ax.yaxis.set_major_formatter(FuncFormatter(scientific if key == 'lr' else short))
+    ax.xaxis.set_major_formatter(FuncFormatter(tick))
+    ax.yaxis.set_major_formatter(FuncFormatter(scientific if key == 'lr' else tick))
 
 
 def _events(ax, run, place, number):
@@ -419,7 +428,7 @@ def _bars(ax, runs, key, table, named):
     ax.set_xlabel(unit)
     ax.set_xlim(0, 1.65 * widest)  # room for the numbers behind the bars
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
-    ax.xaxis.set_major_formatter(FuncFormatter(short))
+    ax.xaxis.set_major_formatter(FuncFormatter(tick))
     ax.grid(False, axis='y')
     ax.set_yticks(range(len(runs)), [run.label for run in runs] if named else [''] * len(runs))
     ax.tick_params(axis='y', length=0)

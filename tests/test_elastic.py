@@ -115,3 +115,29 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 """)
     run = launch(script, *TINY, f'--dataset={work}/data/letters', '--init_from=auto', nproc=2, check=False)
     assert run.returncode == 2 and run.stderr.count('error: ') == 1 and 'a file system that all of them see' in run.stderr
+
+
+def test_every_group_gives_up_after_dist_timeout(launch, work):
+    """Also those that are made later, as hybrid sharding and the writer of sharded checkpoints do: by itself torch gives them 30 minutes."""
+    script = work / 'waits.py'
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(NANOGPT)!r})
+import time, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from distributed import setup
+rank, world_size = setup('gloo', 3)
+groups = [dist.new_group(backend='gloo'), init_device_mesh('cpu', (1, 2), mesh_dim_names=('replicate', 'shard')).get_group('shard')]
+if rank == 1:
+    time.sleep(100)
+for group in groups:
+    started = time.time()
+    try:
+        dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError:
+        print(f'{{time.time() - started:.1f}} s')
+raise RuntimeError('enough')
+""")
+    run = launch(script, nproc=2, check=False, timeout=60)
+    waited = [float(line.split()[0]) for line in run.stdout.splitlines()]
+    assert len(waited) == 2 and max(waited) < 10

@@ -157,6 +157,7 @@ def test_crashed_run_with_nulls(tmp_path):
     axes = axes_of(figure)
     assert line(axes['loss'], 'loss not finite: 50 records').get_xdata().tolist() == list(range(150, 200))
     assert len(line(axes['loss'], '_raw').get_xdata()) == 150
+    assert line(axes['loss'], 'training').get_xdata().max() == 149  # no mean of what was before goes on behind it
     assert 'not recorded' in texts(axes['peak_memory_bytes']) and 'mfu' not in axes
     status = next(text for text in axes['facts'].texts if text.get_text() == 'failed')
     assert status.get_color() == vis.VERMILLION and 'failed' in figure.get_suptitle()
@@ -169,6 +170,19 @@ def test_single_record_and_none(tmp_path):
         assert overlaps(figure) == []
         ax = axes_of(figure)['loss']
         assert len(ax.lines) == (0 if steps == 0 else 4) and ('not recorded' in texts(ax)) == (steps == 0)
+    ticks = [label.get_text() for label in ax.get_yticklabels()]
+    assert len(set(ticks)) == len(ticks) > 2  # on an axis of 0.1 nats, too
+
+
+def test_panels_of_a_run_share_their_x_axis(tmp_path):
+    """Where a metric ends before the others, there is nothing, and one sees since when."""
+    path = Path(write_log(tmp_path))
+    log = json.loads(path.read_text())
+    for record in log['iterations'][120:]:
+        record['grad_norm'] = None
+    path.write_text(json.dumps(log))
+    axes = axes_of(draw([Run(path)]))
+    assert len({axes[name].get_xlim() for name in vis.TITLES}) == 1
 
 
 def test_checkpoint_of_the_last_evaluation_and_final_one_are_one_tick(tmp_path):
@@ -227,7 +241,8 @@ def test_smoothing():
     values = np.array([5.0, 4, 3, 2, 1, 1, 1, math.nan, 1, 1])
     assert smoothed(values, 1)[:7].tolist() == values[:7].tolist() and math.isnan(smoothed(values, 1)[7])
     assert smoothed(np.linspace(4, 1, 100), 20)[:80] == pytest.approx(np.linspace(4, 1, 100)[:80])  # no lag behind a falling loss
-    assert np.isfinite(smoothed(values, 8)).all() and smoothed(np.full(50, 2.0), 9) == pytest.approx(np.full(50, 2.0))
+    assert np.isfinite(smoothed(values, 8)).all() and np.isnan(smoothed(np.full(20, math.nan), 8)).all()
+    assert smoothed(np.full(50, 2.0), 9) == pytest.approx(np.full(50, 2.0))
     x, y = thin(np.arange(100_000.0), np.where(np.arange(100_000) == 77_777, 9.0, 1.0))
     assert len(x) < 5000 and y.max() == 9 and x[y == 9].tolist() == [77_777] and (x[0], x[-1]) == (0, 99_999)
 
