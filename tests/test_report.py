@@ -1,6 +1,8 @@
 """The documents' tables and pictures are what the result files say."""
 
+import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -84,3 +86,18 @@ def test_results_of_bench_trainers_become_tables(results):
     assert '| 4 | 124M | DDP | 0.46 | 0.46 | 0.93 | 0.00 | 2.00 | 8.00 | 10.00 |' in report.trainers_memory('README.md')
     assert '| 4 | 124M | phase 1 | 1.00 | 2.0 | 3.0 |' in report.trainers_checkpoint('README.md')
     assert 'phase 1 | 4 H200 | 124M × 1 | 1,250,000 tokens/s, 125.0% of the speed of DDP, 2.0 GiB at rest' in report.measured('README.md')
+
+
+@pytest.mark.full
+def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
+    """The real train.py of phase 3 on 2 processes: 8 of 16 bytes a parameter on each; one run for two numbers of micro-steps, and a resume."""
+    out = tmp_path / 'trainers.json'
+    flags = ['--device=cpu', '--nproc=2', '--rounds=1', '--trainers=fsdp', '--micro_steps=1,2', '--save', f'--out={out}']
+    subprocess.run([sys.executable, ROOT / 'benchmarks' / 'bench_trainers.py', *flags], check=True, timeout=300)
+    rows = json.loads(out.read_text())['rows']
+    assert [row['micro_steps'] for row in rows] == [1, 2]
+    for row in rows:
+        memory, n = row['memory_bytes'], row['parameters']
+        assert memory['parameters'] == memory['gradients'] == 2 * n
+        assert 4 * n <= memory['optimizer'] < 4.01 * n  # and a step count for each tensor
+        assert row['checkpoint']['bytes'] > 12 * n and len(row['checkpoint']['ready_seconds_resumed']) == 1
