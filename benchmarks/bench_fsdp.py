@@ -21,7 +21,6 @@ import gc
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -352,11 +351,11 @@ def launch(processes, arguments, timeout, quiet=False):
     """Runs this file under torchrun with the arguments. Returns the exit status, or 'timeout'."""
     env = dict(os.environ, PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
     env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // processes)))
-    run = subprocess.Popen(torchrun(processes, __file__, *arguments), env=env, stderr=subprocess.DEVNULL if quiet else None, start_new_session=True)
+    run = subprocess.Popen(torchrun(processes, __file__, *arguments), env=env, stderr=subprocess.DEVNULL if quiet else None)
     try:
         return run.wait(timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)  # the ranks too, which would keep their memory
+        run.terminate()  # torchrun then ends the ranks, which are in sessions of their own and would keep their GPUs' memory
         run.wait()
         return 'timeout'
 
@@ -411,7 +410,7 @@ def main():
         table(args, largest(args, processes), processes)
         return
     if 'RANK' not in os.environ:
-        sys.exit(launch(processes, sys.argv[1:], 580))
+        sys.exit(launch(processes, sys.argv[1:], 560))
     device, *_, backend = hardware.choose('cpu' if args.dry_run else 'cuda', 'auto', 'auto', 'auto')
     rank, world_size = setup(backend, 600)
     if world_size == 1:
