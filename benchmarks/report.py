@@ -184,6 +184,67 @@ def layer_norm(document):
     return markdown(header, rows)
 
 
+def measured_by(report, name, document):
+    """Where the numbers of a result file come from, in a line."""
+    versions = report['versions']
+    where = f'{report["device"]}, torch {versions["torch"]}, Triton {versions["triton"]}, {report["date"][:10]}'
+    return f'{where} ({cite(name, document)}, by `{report["command"]}`)'
+
+
+@table
+def phase2_ladder(document):
+    blocks = []
+    for path in sorted(RESULTS.glob('phase2_ladder_*.json')):
+        cells = []
+        for row in load(path.stem)['rows']:
+            ms, ratios = row['ms'], row['ratios']
+            cells.append((
+                row['name'], f'{statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f})', f'{row["tokens_per_s"]:,.0f}',
+                f'**{row["ratio"]:.3f}** ({min(ratios):.3f} to {max(ratios):.3f})', gib(row['peak_memory_bytes']),
+            ))  # fmt: skip
+        header = ['', 'ms of an iteration', 'tokens/s', 'of the compiled reference in the same turns', 'peak, GiB']
+        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}:\n\n{markdown(header, cells)}')
+    return '\n\n'.join(blocks)
+
+
+@table
+def phase2_largest(document):
+    blocks = []
+    for path in sorted(RESULTS.glob('phase2_largest_*.json')):
+        cells = [
+            (
+                row['name'],
+                row['batch_size'],
+                f'{row["tokens_per_s"]:,.0f}',
+                gib(row['peak_memory_bytes'], 1),
+                f'{row["bytes_per_sequence"] / 2**20:,.0f}',
+            )
+            for row in load(path.stem)['rows']
+        ]
+        header = ['the most that fits into a micro-step', 'sequences of 1024', 'tokens/s', 'peak, GiB', 'MiB a sequence']
+        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}:\n\n{markdown(header, cells)}')
+    return '\n\n'.join(blocks)
+
+
+@table
+def kernels(document):
+    blocks = []
+    for path in sorted(RESULTS.glob('kernels_*.json')):
+        cells = []
+        for row in load(path.stem)['rows']:
+            line = [row['name']]
+            for name in ('eager', 'compiled', 'Liger', 'ours'):
+                r = row.get(name, {})
+                text = f'{r["us"]:,.1f}' if 'us' in r else 'fails' if r else ''
+                text += f' · {r["percent_of_copy"]:.0f}%' if 'percent_of_copy' in r else ''
+                text += f' · {gib(r["peak_memory_bytes"])} GiB' if 'peak_memory_bytes' in r else ''
+                line.append(f'**{text}**' if name == 'ours' else text)
+            cells.append(line)
+        header = ['forward + backward, µs · of copy bandwidth', 'eager', 'compiled', 'Liger', 'ours']
+        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}:\n\n{markdown(header, cells)}')
+    return '\n\n'.join(blocks)
+
+
 @table
 def memory(document):
     """By component, computed."""
