@@ -19,11 +19,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python demo.py
 
+# two files of tests at a time
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: $(VENV)/installed lint
-	$(BIN)/python -m pytest -m 'full or not full'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full'
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -282,10 +282,10 @@ chunkings = [
 @pytest.mark.parametrize('size', [1, 30, 1e4])
 def test_kernel_of_the_cross_entropy(dtype, size):
     """Loss and gradient of each row from the logits as they are, small and huge, against float64."""
-    for V in vocabularies if gpu or size == 30 else vocabularies[:5]:
+    for V in vocabularies if gpu or size == 30 else (1, 65, 1000):
         for config in chunkings if V <= 1000 or gpu else chunkings[:1]:
             generator = torch.Generator().manual_seed(V)
-            M = 131 if gpu else 5
+            M = 131 if gpu else 4
             logits = (torch.randn(M, V, generator=generator).clamp(-4, 4) * size).to(device, dtype)
             targets = torch.randint(V, (M,), generator=generator).to(device)
             targets[:2] = logits[:2].argmax(-1)  # the likeliest: small losses
@@ -387,7 +387,7 @@ def compare_heads(x, w, targets, what='', dloss=1.0, **options):
 @pytest.mark.parametrize('dtype', dtypes)
 @pytest.mark.parametrize('V', vocabularies)
 def test_linear_cross_entropy_of_every_vocabulary(V, dtype):
-    for M in (1, 7, many) if V <= 1000 or gpu else (7,):
+    for M in (1, 7, many) if gpu or V in (65, 1000) else (7,):
         # of larger logits the rounding, by which both err, is seen in the mean of many rows only
         for size in (1.0, 20.0) if M == many else (1.0,):
             compare_heads(*heads(M, V, 768 if gpu else 32, dtype, size), f'{M} x {V}, size {size}')

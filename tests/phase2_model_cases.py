@@ -15,7 +15,7 @@ from torch import nn
 
 from kernels import available
 
-VOCABULARY, BLOCK = 65, 16 if gpu else 8  # the interpreter takes seconds for a step
+VOCABULARY, BLOCK, MICRO_STEPS = 65, 16 if gpu else 8, 3 if gpu else 2  # the interpreter takes half a second for one
 
 
 def load_model(folder):
@@ -43,7 +43,7 @@ def autocast(dtype):
     return torch.autocast(device, dtype=dtype, enabled=dtype in (bf16, f16))
 
 
-def accumulated(model, dtype, micro_steps=3, scale=1.0):
+def accumulated(model, dtype, micro_steps=MICRO_STEPS, scale=1.0):
     """Losses of some micro-steps, and {name: sum of their gradients}, in float64."""
     losses = []
     for x, y in batches(micro_steps):
@@ -66,13 +66,13 @@ def assert_no_worse(ours, theirs, truth, dtype, factor=2.0):
         assert error <= allowed, f'{name}: error {error:.2e}, allowed {allowed:.2e} of {exact.norm():.2e}'
 
 
-@pytest.mark.parametrize('dtype', [f32, bf16, f16])
+@pytest.mark.parametrize('dtype', [f32, bf16, pytest.param(f16, marks=[] if gpu else pytest.mark.full)])
 @pytest.mark.parametrize(
     'options',
     [{}, {'bias': False}, {'activation_checkpointing': True}, {'loss_rows': 7}, {'half_residual': True}],
     ids=['plain', 'no bias', 'checkpointed', 'loss in chunks', 'half residual'],
 )
-def test_gradients_of_three_micro_steps(dtype, options, capsys):
+def test_gradients_of_micro_steps(dtype, options, capsys):
     """Each is added to the one before it in weight.grad, by the matmul itself, and for the shared weight by both of its users."""
     bias, scale = options.get('bias', True), 1024.0 if dtype == f16 else 1.0  # as a gradient scaler does
     truth = accumulated(small(load_model('nanoGPT'), bias).double(), f64)
@@ -87,11 +87,11 @@ def test_gradients_of_three_micro_steps(dtype, options, capsys):
 @pytest.mark.parametrize('frozen', ['wte', 'c_attn', 'all but ln_f'])
 def test_frozen_parameters(frozen):
     """As in finetuning. A frozen weight gets no gradient, the others the same as ever."""
-    full = accumulated(small(load_model('phase2_triton')), f32, micro_steps=2)
+    full = accumulated(small(load_model('phase2_triton')), f32, micro_steps=1)
     model = small(load_model('phase2_triton'))
     for name, p in model.named_parameters():
         p.requires_grad_(frozen not in name if frozen != 'all but ln_f' else 'ln_f' in name)
-    losses, grads = accumulated(model, f32, micro_steps=2)
+    losses, grads = accumulated(model, f32, micro_steps=1)
     assert losses == full[0] and 0 < len(grads) < len(full[1])
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     for name, grad in grads.items():
@@ -143,7 +143,7 @@ def test_learns_like_the_reference():
         model = small(load_model(folder), **options)
         optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), device)
         curve = []
-        for _ in range(30 if gpu else 8):
+        for _ in range(30 if gpu else 6):
             (loss,), _ = accumulated(model, bf16, micro_steps=1)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -151,7 +151,7 @@ def test_learns_like_the_reference():
             curve.append(loss)
         curves.append(curve)
     reference, *others = curves
-    assert reference[0] > 4 and reference[-1] < (1.2 if gpu else 2.5)
+    assert reference[0] > 4 and reference[-1] < (1.2 if gpu else 2.8)
     for curve in others:
         assert curve == pytest.approx(reference, abs=0.1)
 
