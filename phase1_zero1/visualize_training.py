@@ -273,7 +273,8 @@ def _curves(ax, runs, key, axis, smooth):
     longest = max(run.seconds.max(initial=0) for run in runs)
     unit_s, unit = next((size, name) for size, name in ((3600, 'hours'), (60, 'minutes'), (1, 'seconds')) if longest > 2 * size or size == 1)
     for i, run in enumerate(runs):
-        look = {'color': COLORS[i % len(COLORS)], 'ls': DASHES[i % len(DASHES)], 'lw': 2, 'label': run.label}
+        width = 2 + 4 * (len(runs) - 1 - i) / max(3, len(runs) - 1)  # equal curves lie on each other, and all are seen
+        look = {'color': COLORS[i % len(COLORS)], 'ls': DASHES[i % len(DASHES)], 'lw': width, 'label': run.label}
 
         def place(iters, run=run):
             return run.x(iters, axis) / (unit_s if axis == 'time' else 1)
