@@ -67,7 +67,7 @@ def main():
     flags = [f'--gradient_accumulation_steps={processes}', f'--batch_size={max(1, 16 // processes)}']
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     config = NANOGPT / 'config' / 'train_python_char.py'
-    long = ['--log_interval=50', '--max_iters=1000', '--lr_decay_iters=1000']
+    long = ['--log_interval=5', '--max_iters=1000', '--lr_decay_iters=1000']
     run(*torchrun, NANOGPT / 'train.py', config, f'--out_dir={OUT}', *flags, *long, OMP_NUM_THREADS=str(threads))
     run(NANOGPT / 'sample.py', f'--out_dir={OUT}', '--ckpt=ckpt_best.pt', '--start=def ', '--num_samples=2', '--max_new_tokens=400')
     log = newest_log(OUT)

@@ -28,7 +28,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 # Okabe and Ito's colours, which people with any colour blindness can tell apart
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#777777'
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
-DASHES = ('-', (0, (5, 3)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)))  # curves that agree stay visible under one another
+DASHES = ((5, 3), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3), (3, 2, 1, 2, 1, 2))  # of all but the first: curves that agree stay visible under one another
 MARKERS = 'osD^vP'
 STYLE = {'font.size': 13, 'axes.titlesize': 14, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.fontsize': 12}
 STYLE |= {'axes.grid': True, 'grid.color': '#e4e4e4', 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False}
@@ -273,8 +273,8 @@ def _curves(ax, runs, key, axis, smooth):
     longest = max(run.seconds.max(initial=0) for run in runs)
     unit_s, unit = next((size, name) for size, name in ((3600, 'hours'), (60, 'minutes'), (1, 'seconds')) if longest > 2 * size or size == 1)
     for i, run in enumerate(runs):
-        width = 2 + 4 * (len(runs) - 1 - i) / max(3, len(runs) - 1)  # equal curves lie on each other, and all are seen
-        look = {'color': COLORS[i % len(COLORS)], 'ls': DASHES[i % len(DASHES)], 'lw': width, 'label': run.label}
+        width = 2 + 3 * (len(runs) - 1 - i) / max(3, len(runs) - 1)  # equal curves lie on each other, and all are seen
+        look = {'color': COLORS[i % len(COLORS)], 'ls': (0, DASHES[(i - 1) % len(DASHES)]) if i else '-', 'lw': width, 'label': run.label}
 
         def place(iters, run=run):
             return run.x(iters, axis) / (unit_s if axis == 'time' else 1)

@@ -135,6 +135,7 @@ def test_more_runs_than_colors_differ_all_the_same(tmp_path):
     runs = vis.load_runs([write_log(tmp_path / str(i), steps=12) for i in range(12)])
     lines = [each for each in axes_of(draw(runs))['loss'].lines if not each.get_label().startswith('_')]
     assert len(lines) == 12 == len({(each.get_color(), str(each._unscaled_dash_pattern)) for each in lines})
+    assert [each.get_linestyle() for each in lines] == ['-'] + ['--'] * 11  # a solid one would cover those that it agrees with
 
 
 def test_labels_say_what_differs(tmp_path):
