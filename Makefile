@@ -1,5 +1,5 @@
 # make demo: trains, samples and draws on this machine.  make test: proves that it works.  Both install what they need into .venv first.
-# make test-full: also the whole of the tables of which make test takes a part.
+# make test-full: also the whole of the tables of which make test takes a part.  make soak: two minutes of faults at random moments.
 # make bench: measures the trainers with what this machine has.  make documents: puts the results into the documents.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # what every phase folder has in common with nanoGPT/, byte for byte
 COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distributed.py errors.py hardware.py sample.py step_guard.py training_logger.py visualize_training.py config
 
-.PHONY: demo test test-full lint sync bench documents clean
+.PHONY: demo test test-full soak lint sync bench documents clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -25,6 +25,9 @@ test: $(VENV)/installed lint
 
 test-full: $(VENV)/installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full'
+
+soak: $(VENV)/installed
+	$(BIN)/python tests/soak.py --minutes=2 --seed=1
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

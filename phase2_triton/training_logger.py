@@ -84,12 +84,15 @@ class Speed:
             key = round(math.log(item) * 250)
             self.bins[key] = self.bins.get(key, 0) + 1
             self.count, self.total, self.below = self.count + 1, self.total + item, self.below + (key < self.middle)
-        while 2 * self.below > self.count:
+        while 2 * self.below >= self.count:
             self.middle -= 1
             self.below -= self.bins.get(self.middle, 0)
         while 2 * (self.below + (here := self.bins.get(self.middle, 0))) < self.count:
             self.below, self.middle = self.below + here, self.middle + 1
-        self.mean, self.median = self.total / self.count, math.exp(self.middle / 250)
+        above = self.middle
+        if 2 * (self.below + here) == self.count:  # the median lies between two values, which may be far apart
+            above = min(key for key in self.bins if key > above)
+        self.mean, self.median = self.total / self.count, (math.exp(self.middle / 250) + math.exp(above / 250)) / 2
 
 
 def in_background(at_once):
