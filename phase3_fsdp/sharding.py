@@ -161,7 +161,8 @@ def shard(model, config, recipe=None):
     sizes = [sum(p.numel() for block in unit for p in block.parameters()) for unit in units]
     kinds = [f'{sizes.count(size)} of {size:,} parameters' for size in dict.fromkeys(sizes)]
     held, copies = sum(p.to_local().numel() for p in model.parameters()), dist.get_world_size() // mesh.size(-1)
-    print(f'{len(units) + 1} units: {", ".join([*kinds, f"the root of {num_params - sum(sizes):,}"])}' + f' (with {len(rest)} blocks)' * bool(rest))
+    root = f'the root of {num_params - sum(sizes):,}' + f' (with {len(rest)} block{"s" * (len(rest) > 1)})' * bool(rest)
+    print(f'{len(units) + 1} unit{"s" * bool(units)}: {", ".join([*kinds, root])}')
     print(
         f'each rank holds {held:,} of {num_params:,} parameters, with gradients and AdamW {16 * held / 2**20:,.1f} MiB'
         + ' of CPU memory' * cpu_offload

@@ -62,7 +62,7 @@ def test_says_what_each_rank_holds(launch, work):
     flags = [*TINY, '--n_layer=5', '--max_iters=0', '--eval_iters=1']
     out = launch(FSDP, *flags, '--fsdp_min_num_params=20000', nproc=2).stdout
     # 5 blocks of 12,352: two units of two blocks; one is left over
-    assert '3 units: 2 of 24,704 parameters, the root of 14,176 (with 1 blocks)' in out
+    assert '3 units: 2 of 24,704 parameters, the root of 14,176 (with 1 block)' in out
     assert 'each rank holds 31,792 of 63,584 parameters, with gradients and AdamW 0.5 MiB' in out
     out = launch(FSDP, *flags, nproc=1).stdout
     assert 'not using FSDP: there is one process' in out and 'Wrapping' not in out
