@@ -1,15 +1,13 @@
 """A short soak (tests/soak.py) with a fixed seed; by hand it runs for hours."""
 
 import pytest
-from soak import BAD, PHASES, Soak
+from soak import BAD, PHASES, SEEN, Soak
 
 
 def soak(minutes):
     report = Soak(seed=1, phases=PHASES).run(minutes)
     assert not {name: report[name] for name in BAD if report[name]}, report
-    # it did do something: each kind of fault, replays, comparisons, a run for its memory
-    assert all(report[f'faults: {fault}'] for fault in ('term', 'kill', 'disk')), report
-    assert report['losses compared'] > 100 and report['losses printed again'] and report['resumes'] > 2 and report['memory: steps'] > 100, report
+    assert all(report[name] for name in SEEN), report
 
 
 def test_soak(work):
