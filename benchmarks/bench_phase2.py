@@ -33,6 +33,7 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'phase2_triton'))
 from cuda_graph import MicroStepGraph, use_side_stream
 
+import kernels.linear
 import kernels.modules
 
 
@@ -60,6 +61,7 @@ def off(*names):
         gelu=F.gelu,
         linear=F.linear,
         embedding=F.embedding,
+        same_as_before=lambda weight, version: False,  # then each micro-step rounds the weights
     )
     return {name: own[name] for name in names}
 
@@ -73,11 +75,13 @@ variants = {
     'phase 2, no cuda_graph': ('phase2_triton', {}, False, False, ()),
     'cuda_graph, PyTorch only': (
         'phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'linear_cross_entropy', 'gelu', 'linear', 'embedding')),
-    '+ cross-entropy in place of the logits': ('phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'gelu', 'linear', 'embedding')),
-    '+ residual and LayerNorm in one': ('phase2_triton', {}, False, True, ('gelu', 'linear', 'embedding')),
-    '+ GELU': ('phase2_triton', {}, False, True, ('linear', 'embedding')),
-    '+ float32 weight gradients from the matmul': ('phase2_triton', {}, False, True, ('embedding',)),
-    '+ embedding adds to the head\'s gradient': ('phase2_triton', {}, False, True, ()),
+    '+ cross-entropy in place of the logits': (
+        'phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'gelu', 'linear', 'embedding', 'same_as_before')),
+    '+ residual and LayerNorm in one': ('phase2_triton', {}, False, True, ('gelu', 'linear', 'embedding', 'same_as_before')),
+    '+ GELU': ('phase2_triton', {}, False, True, ('linear', 'embedding', 'same_as_before')),
+    '+ float32 weight gradients from the matmul': ('phase2_triton', {}, False, True, ('embedding', 'same_as_before')),
+    '+ embedding adds to the head\'s gradient': ('phase2_triton', {}, False, True, ('same_as_before',)),
+    '+ weights rounded once an iteration': ('phase2_triton', {}, False, True, ()),
     '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ()),
     'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ()),
 }  # fmt: skip
@@ -140,7 +144,8 @@ class Variant:
         loss = torch.zeros((), device='cuda')
         with contextlib.ExitStack() as stack:
             for name, function in self.functions.items():
-                stack.enter_context(replaced(self.module if hasattr(self.module, name) else kernels.modules, name, function))
+                module = next(each for each in (self.module, kernels.modules, kernels.linear) if hasattr(each, name))
+                stack.enter_context(replaced(module, name, function))
             for _ in range(self.micro_steps):
                 self.batches.append(self.batches.pop(0))
                 loss += self.micro_step(*self.batches[0])
@@ -232,7 +237,7 @@ def largest(args, rows, save):
             return None
 
     lines = []
-    for name in ('reference, eager', 'reference, compiled', "+ embedding adds to the head's gradient", '+ half_residual', 'loss_rows=4096'):
+    for name in ('reference, eager', 'reference, compiled', '+ weights rounded once an iteration', '+ half_residual', 'loss_rows=4096'):
         if args.only and not any(part in name for part in args.only.split(';')):
             continue
         (_, small), (_, double) = (tokens_per_s(name, batch_size) for batch_size in (8, 16))
@@ -259,7 +264,7 @@ def curves(args, rows, save):
     data = torch.from_numpy(np.fromfile(root / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin', np.uint16).astype(np.int64)).cuda()
     kinds = {
         'reference': 'reference, compiled',
-        'phase 2': "+ embedding adds to the head's gradient",  # with all of its kernels
+        'phase 2': '+ weights rounded once an iteration',  # with all of its kernels
         'phase 2, half_residual': '+ half_residual',
     }
     curves = {}

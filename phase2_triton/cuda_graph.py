@@ -1,10 +1,10 @@
 """
-Forward and backward of a micro-step as a CUDA graph: recorded once, then replayed by a single call. Otherwise the CPU launches
+Forward and backward of a micro-step as CUDA graphs: recorded once, then replayed by a single call. Otherwise the CPU launches
 some 500 kernels in each micro-step, and a fast GPU waits for it.
 
 A replay repeats the recorded kernels on the recorded addresses, so what it reads and writes must stay where it is: the batch is
-copied into tensors of the graph's own, and the gradients, which the optimizer's zero_grad drops, are put back, as zeros, before
-the next. Source: docs.pytorch.org, CUDA semantics, "CUDA Graphs".
+copied into tensors of the graphs' own, and the gradients lie where the first graph has made them.
+Source: docs.pytorch.org, CUDA semantics, "CUDA Graphs".
 """
 
 import torch
@@ -23,38 +23,40 @@ def use_side_stream(device):
 
 class MicroStepGraph:
     """
-    step(X, Y) -> detached loss, a function that adds to the gradients of model's parameters, as a graph. X and Y: tensors of the same
-    shapes and dtypes in each call. The returned loss is valid until the next call.
+    step(X, Y) -> detached loss, a function that adds to the gradients of model's parameters, as two graphs: of the first micro-step of an
+    iteration, which finds no gradients and makes them, and of those that add to them. X and Y: tensors of the same shapes and dtypes in each
+    call. The returned loss is valid until the next call.
     """
 
     def __init__(self, step, model):
         self.step = step
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.calls, self.graph = 0, None
+        self.calls, self.graphs, self.losses, self.gradients = 0, {}, {}, []
 
     def __call__(self, X, Y):
         self.calls += 1
-        if self.calls <= WARMUP:
+        first = all(p.grad is None for p in self.parameters)
+        ours = bool(self.gradients) and all(p.grad is not None and p.grad.data_ptr() == grad.data_ptr() for p, grad in self.gradients)
+        if self.calls <= WARMUP or not (first or ours):
             return self.step(X, Y)
-        if self.graph is None:
-            self.record(X, Y)
-        elif self.parameters[0].grad is None or self.parameters[0].grad.data_ptr() != self.grads[0].data_ptr():
-            torch._foreach_zero_(self.grads)
-            self.put_back_gradients()
+        if first not in self.graphs:
+            self.record(first, X, Y)
         self.X.copy_(X)
         self.Y.copy_(Y)
-        self.graph.replay()
-        return self.loss
+        self.graphs[first].replay()
+        if first:
+            for p, grad in self.gradients:
+                p.grad = grad.detach()  # a tensor of its own with the same memory: autograd would copy one that is also held here
+        return self.losses[first]
 
-    def record(self, X, Y):
-        self.X, self.Y = X.clone(), Y.clone()
-        self.grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters]
-        self.put_back_gradients()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):  # records, and computes nothing
-            self.loss = self.step(self.X, self.Y)
-        self.put_back_gradients()
-
-    def put_back_gradients(self):
-        for p, grad in zip(self.parameters, self.grads):
-            p.grad = grad.detach()  # a tensor of its own with the same memory: autograd would copy one that is also held here
+    def record(self, first, X, Y):
+        """Computes nothing."""
+        if first:
+            self.X, self.Y = X.clone(), Y.clone()
+        graph = self.graphs[first] = torch.cuda.CUDAGraph()
+        # the second may use the memory that the first uses in passing
+        pool = None if first else self.graphs[True].pool()
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            self.losses[first] = self.step(self.X, self.Y)
+        if first:
+            self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]

@@ -5,9 +5,10 @@ test_fused.py runs these on the GPU where there is one, and elsewhere in a proce
 
 import importlib.util
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import fake_cuda_graph
 import pytest
 import torch
 from layer_norm_cases import bf16, device, f16, f32, f64, gpu
@@ -29,7 +30,7 @@ def load_model(folder):
 def small(module, bias=True, **options):
     torch.manual_seed(1337)
     config = dict(block_size=BLOCK, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=64, dropout=0.0, bias=bias)
-    return module.GPT(module.GPTConfig(**config, **options)).to(device)
+    return module.GPT(module.GPTConfig(**{**config, **options})).to(device)
 
 
 def batches(count):
@@ -200,38 +201,80 @@ def test_compiling_in_place_is_declined(capsys):
     assert model._compiled_call_impl is None and plain._compiled_call_impl is not None
 
 
-@pytest.mark.skipif(not gpu, reason='needs a CUDA GPU')
 @pytest.mark.parametrize('folder', ['nanoGPT', 'phase2_triton'])
-def test_recorded_micro_steps(folder):
-    """A replayed CUDA graph adds to the gradients what the micro-step itself would, also after the optimizer has dropped them."""
-    from cuda_graph import MicroStepGraph
+def test_recorded_micro_steps(folder, monkeypatch):
+    """
+    Replayed CUDA graphs make gradients and add to them as the micro-steps themselves would, of the weights that the optimizer has changed
+    since; so does a micro-step behind them that is not replayed, as the last one under DDP. Where there is no GPU, by graphs that are faked.
+    """
+    import cuda_graph
 
-    torch.cuda.set_stream(torch.cuda.Stream())
-    try:
-        results = []
-        for recorded in (False, True):
-            model = small(load_model(folder))
+    import kernels.cross_entropy
+    import kernels.linear
 
-            def micro_step(x, y):
-                with autocast(bf16):
-                    loss = model(x, y)[1]
-                loss.backward()
-                return loss.detach()
+    if not gpu:
+        fake_cuda_graph.install(monkeypatch)
+        monkeypatch.setattr(cuda_graph, 'WARMUP', 1)
+    results = []
+    for recorded in (True, False):
+        model = small(load_model(folder), n_layer=1)
+        optimizer, losses = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), device), []
 
-            step = MicroStepGraph(micro_step, model) if recorded else micro_step
-            optimizer, losses = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device), []
-            for _ in range(4):
-                losses += [step(x, y).item() for x, y in batches(3)]
+        def micro_step(x, y):
+            with autocast(bf16):
+                loss = model(x, y)[1]
+            loss.backward()
+            return loss.detach()
+
+        step = cuda_graph.MicroStepGraph(micro_step, model) if recorded else micro_step
+        with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
+            for count in (2, 2, 2, 3, 1) if gpu else (2, 2, 3):
+                losses += [(micro_step if k == 2 else step)(x, y).item() for k, (x, y) in enumerate(batches(count))]
                 grads = [p.grad.clone() for p in model.parameters()]
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            results.append((losses, grads))
-        # the embedding's backward adds up with atomics, in any order
+        results.append((losses, grads))
+        assert not recorded or len(step.graphs) == 2
+        for module in (kernels.linear, kernels.cross_entropy):  # without graphs, without copies of weights that are kept
+            monkeypatch.setattr(module, 'rounded', lambda weight, dtype: weight.to(dtype))
+    if gpu:  # the embedding's backward adds up with atomics, in any order
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
         for a, b in zip(results[0][1], results[1][1]):
             assert (a - b).norm() <= 1e-2 * a.norm()
-    finally:
-        torch.cuda.set_stream(torch.cuda.default_stream())
+    else:
+        assert results[0][0] == results[1][0] and all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def test_rounded_weights():
+    """What micro-steps after the first share is a copy that is never old, however the optimizer goes about it."""
+    from kernels.linear import linear, rounded
+
+    weight = nn.Parameter(torch.randn(4, 8, device=device))
+    assert rounded(weight, bf16) is not rounded(weight, bf16), 'with one micro-step nothing is kept'
+    kept = None
+    for dropped in (True, False, True, True):
+        with torch.no_grad():  # .data: the version counter does not hear of it, as of the weights that ZeRO's ranks send each other
+            (weight.data if dropped else weight).add_(1.0)
+        weight.grad = None if dropped else torch.zeros_like(weight)
+        for micro_step in range(3):
+            got = rounded(weight, bf16)
+            assert torch.equal(got, weight.to(bf16)) and (kept is None or got is kept)
+            weight.grad = torch.ones_like(weight)
+            kept = got if micro_step else kept
+    # two forwards before their backward
+    x, weight.grad = torch.randn(2, 8, device=device), None
+    with autocast(bf16):
+        first, second = linear(x, weight), linear(x, weight)
+    (first + second).sum().backward()
+    with autocast(bf16):
+        first = linear(x, weight)
+    with torch.no_grad():
+        weight.add_(1.0)
+    weight.grad = None
+    rounded(weight, bf16)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        first.sum().backward()
+    assert rounded(weight, f16).dtype == f16 and rounded(weight, f32) is weight
 
 
 def test_kernels_run_here():

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .device import available, interpreted, jit, num_multiprocessors, tl, triton
 from .launch import Config, launch
-from .linear import autocast_dtype, can_leave_gradient, half_dtypes, leave_gradient, weight_gradient
+from .linear import autocast_dtype, can_leave_gradient, half_dtypes, leave_gradient, rounded, weight_gradient
 
 float_dtypes = (torch.float32, *half_dtypes)
 
@@ -127,7 +127,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, dtype, need_grad, tied):
-        x, w = x.to(dtype), weight.to(dtype)
+        x, w = x.to(dtype), rounded(weight, dtype)
         logits = x @ w.t()
         losses = launch_cross_entropy(logits, targets, ignore_index, need_grad)
         count = (targets != ignore_index).sum()
@@ -152,7 +152,7 @@ class ChunkedLinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, dtype, need_grad, tied, chunk_rows):
-        x, w = x.to(dtype), weight.to(dtype)
+        x, w = x.to(dtype), rounded(weight, dtype)
         losses, dx = torch.empty(len(x), dtype=torch.float32, device=x.device), torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_grad else None
         for rows in (slice(start, start + chunk_rows) for start in range(0, len(x), chunk_rows)):

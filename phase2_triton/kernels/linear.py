@@ -1,4 +1,5 @@
-"""Linear layers under autocast, with the weight's gradient made in float32 and added to weight.grad by the matmul itself.
+"""Linear layers under autocast, with the weight's gradient made in float32 and added to weight.grad by the matmul itself, and the weight
+rounded to 16 bits once an iteration.
 
 Autocast rounds a weight's gradient to 16 bits, casts it back and then adds it to weight.grad: for each element of each weight 2 + 2 + 4
 bytes written and read, and 12 more for the addition, in every micro-step. cuBLAS can write float32 and add in the same kernel: 8.
@@ -55,10 +56,37 @@ def leave_gradient(weight, dw):
     weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
 
 
+def same_as_before(weight, version):
+    """
+    Whether weight is what it was when version was its version counter. While its gradient adds up no optimizer should have changed it; the
+    counter notices one that leaves gradients in place, filled with zeros.
+    """
+    return weight.grad is not None and weight._version == version
+
+
+def rounded(weight, dtype):
+    """
+    weight in a 16-bit dtype; in the micro-steps of an iteration after the first the copy that the first has made. It stays where it is, and
+    the first writes it anew, so that CUDA graphs of either kind of micro-step agree on it. Not kept where there is one micro-step.
+    """
+    if weight.dtype == dtype or not weight.is_leaf:
+        return weight.to(dtype)
+    copy, version = getattr(weight, 'rounded', (None, None))
+    if copy is None or copy.dtype != dtype or copy.device != weight.device:
+        copy, version = weight.detach().to(dtype), weight._version
+        if weight.grad is not None or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            weight.rounded = copy, version
+    elif not same_as_before(weight, version):
+        # a backward that still needs the old values ends with autograd's message about changes in place; of the same values it may have them
+        (copy.data if weight._version == version else copy).copy_(weight.detach())
+        weight.rounded = copy, weight._version
+    return copy
+
+
 class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
-        x, w = x.to(dtype), weight.to(dtype)
+        x, w = x.to(dtype), rounded(weight, dtype)
         ctx.save_for_backward(x, w)
         ctx.weight = weight
         return F.linear(x, w, None if bias is None else bias.to(dtype))
