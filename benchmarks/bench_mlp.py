@@ -1,0 +1,187 @@
+"""
+Does GELU cost less inside a neighbour? The MLP of a block between its matmuls, in ways that phase 2 could take, on one GPU.
+
+    python benchmarks/bench_mlp.py --out=benchmarks/results/mlp.json                        # about 3 minutes on an H100
+    TRITON_INTERPRET=1 python benchmarks/bench_mlp.py --dry-run --out=/tmp/mlp.json           # tiny, on a CPU: checks the numbers
+
+Forward: x (M, C) -> pre = x @ w_fc.T (M, 4C), act = gelu(pre), both kept. Backward: dy (M, C) -> dpre = (dy @ w_proj) * gelu'(pre).
+The other matmuls are the same in all of them and left out. All bfloat16.
+
+separate:  cuBLAS, then kernels/gelu.py, as phase 2 has it.
+rows / n:  the same in n parts of the rows, so that GELU finds in L2 cache what the matmul has just written.
+fused:     a Triton matmul with GELU in its epilogue, at the fastest of some tile sizes; beside it the same matmul without GELU and cuBLAS's,
+           which say what the matmul itself loses to cuBLAS.
+
+CUDA-graph replays, each way in turn, five times; medians. A way pays if it is faster at the sizes of GPT-2 124M and no slower at the others.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+
+import torch
+from bench_layer_norm import graph_us
+from common import facts, write_json
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import gelu as gelu_kernels
+from kernels.device import interpreted, jit, num_multiprocessors, tl
+from kernels.gelu import launch_elementwise, normal
+
+dtype = torch.float16 if interpreted else torch.bfloat16  # the interpreter multiplies the bits of bfloat16
+PLAIN, FORWARD, BACKWARD = 0, 1, 2
+
+
+@jit
+def matmul_gelu_kernel(
+    a,  # (M, K)
+    b,  # (N, K) if B_ROWS, else (K, N)
+    pre,  # (M, N): written by FORWARD, read by BACKWARD
+    out,  # (M, N): the product (PLAIN), gelu(product) (FORWARD), product * gelu'(pre) (BACKWARD)
+    M,
+    N,
+    K,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,  # rows of tiles that are worked on together, so that they share columns of b in cache
+    MODE: tl.constexpr,
+    B_ROWS: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        group = tile // (GROUP * tiles_n)
+        rows = tl.minimum(GROUP, tiles_m - group * GROUP)
+        within = tile - group * GROUP * tiles_n
+        m, n = (group * GROUP + within % rows) * BM, within // rows * BN
+        product = tl.zeros((BM, BN), tl.float32)
+        for k in tl.range(0, K, BK):
+            if B_ROWS:
+                product = tl.dot(a.load([m, k]), b.load([n, k]).T, product)
+            else:
+                product = tl.dot(a.load([m, k]), b.load([k, n]), product)
+        if MODE == 0:
+            out.store([m, n], product.to(out.dtype))
+        elif MODE == 1:
+            rounded = product.to(out.dtype)
+            pre.store([m, n], rounded)
+            x = rounded.to(tl.float32)
+            below, _ = normal(x, False)
+            out.store([m, n], (x * below).to(out.dtype))
+        else:
+            x = pre.load([m, n]).to(tl.float32)
+            below, bell = normal(x, False)
+            out.store([m, n], (product.to(out.dtype).to(tl.float32) * (below + x * bell)).to(out.dtype))
+
+
+def fused(a, b, pre, out, mode, tiles):
+    """tiles: (BM, BN, BK, warps, stages, programs a multiprocessor; 0: one program a tile)."""
+    bm, bn, bk, warps, stages, programs = tiles
+    (M, K), N, b_rows = a.shape, out.shape[1], mode == FORWARD or (mode == PLAIN and b.shape[1] == a.shape[1])
+    describe = TensorDescriptor.from_tensor
+    arguments = describe(a, [bm, bk]), describe(b, [bn, bk] if b_rows else [bk, bn]), describe(pre, [bm, bn]), describe(out, [bm, bn])
+    count = -(-M // bm) * -(-N // bn)
+    grid = min(count, programs * num_multiprocessors(a.device)) if programs else count
+    matmul_gelu_kernel[(grid,)](*arguments, M, N, K, bm, bn, bk, 8, mode, b_rows, num_warps=warps, num_stages=stages)
+    return out
+
+
+# of those with two programs a multiprocessor one computes GELU while the other multiplies
+all_tiles = [
+    (128, 128, 64, 4, 2, 0), (128, 128, 64, 4, 2, 2), (128, 128, 32, 4, 4, 0), (128, 128, 32, 4, 4, 2), (64, 128, 64, 4, 3, 0),
+    (128, 128, 64, 8, 3, 0), (128, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 0), (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 3, 0),
+]  # fmt: skip
+
+
+def forward_in_rows(x, w, pre, act, parts):
+    for rows in row_slices(len(x), parts):
+        torch.mm(x[rows], w.t(), out=pre[rows])
+        launch_elementwise(gelu_kernels.forward_kernel, pre[rows], act[rows])
+
+
+def backward_in_rows(dy, w, pre, dpre, parts):
+    product = torch.empty(-(-len(dy) // parts), dpre.shape[1], dtype=dtype, device=dy.device)  # the same for all parts: it stays in cache
+    for rows in row_slices(len(dy), parts):
+        part = torch.mm(dy[rows], w, out=product[: len(dy[rows])])
+        launch_elementwise(gelu_kernels.backward_kernel, part, pre[rows], dpre[rows])
+
+
+def row_slices(M, parts):
+    step = -(-M // parts)
+    return [slice(start, min(M, start + step)) for start in range(0, M, step)]
+
+
+def measure(M, C, args, row):
+    x, dy, pre, act, dpre = (torch.randn(M, n, device=device, dtype=dtype) for n in (C, C, 4 * C, 4 * C, 4 * C))
+    w_fc, w_proj = torch.randn(4 * C, C, device=device, dtype=dtype) * 0.05, torch.randn(C, 4 * C, device=device, dtype=dtype) * 0.05
+    forward_in_rows(x, w_fc, pre, act, 1)
+    backward_in_rows(dy, w_proj, pre, dpre, 1)
+    expected = dict(pre=pre.clone(), act=act.clone(), dpre=dpre.clone())
+    ways = {}
+    for parts in (1, 2, 3, 4, 6, 8):
+        name = 'separate' if parts == 1 else f'rows / {parts}'
+        ways['forward', name] = lambda parts=parts: forward_in_rows(x, w_fc, pre, act, parts)
+        ways['backward', name] = lambda parts=parts: backward_in_rows(dy, w_proj, pre, dpre, parts)
+    ways['forward', 'cuBLAS without GELU'] = lambda: torch.mm(x, w_fc.t(), out=pre)
+    ways['backward', 'cuBLAS without GELU'] = lambda: torch.mm(dy, w_proj, out=dpre)
+    for tiles in [(16, 16, 16, 4, 2, 0), (16, 32, 16, 4, 2, 1)] if args.dry_run else all_tiles:
+        for direction, a, b, mode in (('forward', x, w_fc, FORWARD), ('backward', dy, w_proj, BACKWARD)):
+            # each with a result of its own, so that one that writes nothing cannot pass
+            out, kept = torch.full_like(act, float('nan')), pre if mode == BACKWARD else torch.full_like(pre, float('nan'))
+            try:
+                fused(a, b, kept, out, mode, tiles)
+            except Exception as error:  # too much shared memory for this GPU, for instance
+                print(f'{direction} {tiles}: {str(error).splitlines()[0][:100]}')
+                continue
+            for name, got, want in (('out', out, expected['act' if mode == FORWARD else 'dpre']), ('pre', kept, expected['pre'])):
+                apart = (got.float() - want.float()).norm() / want.float().norm()
+                assert apart < 4e-3, f'{direction} {tiles} {name}: {apart:.1e} apart'  # bfloat16 rounds by up to 4e-3 of a value
+            result = act if mode == FORWARD else dpre
+            ways[direction, f'fused {tiles}'] = lambda a=a, b=b, result=result, mode=mode, tiles=tiles: fused(a, b, pre, result, mode, tiles)
+    if args.dry_run:
+        for function in ways.values():
+            function()
+        for direction in ('forward', 'backward'):
+            ways[direction, 'rows / 3']()
+        assert torch.equal(act, expected['act']) and torch.equal(dpre, expected['dpre'])
+        return print(f'{M} x {C}: {len(ways)} ways run')
+    for direction, a, b in (('forward', x, w_fc), ('backward', dy, w_proj)):
+        once = {key: time_us(way) for key, way in ways.items() if key[0] == direction and key[1].startswith('fused')}
+        for key in sorted(once, key=once.get)[2:]:  # only the two fastest are measured again
+            del ways[key]
+        for tiles in [tuple(map(int, key[1][7:-1].split(', '))) for key in ways if key in once]:
+            ways[direction, f'Triton without GELU {tiles}'] = lambda a=a, b=b, tiles=tiles: fused(a, b, pre, dpre, PLAIN, tiles)
+    times = {key: [] for key in ways}
+    for _ in range(args.repetitions):
+        for key, way in ways.items():
+            times[key].append(time_us(way))
+    for (direction, name), us in sorted(times.items(), key=lambda item: (item[0][0], statistics.median(item[1]))):
+        median, base = statistics.median(us), statistics.median(times[direction, 'separate'])
+        row(dict(M=M, C=C, direction=direction, name=name, us=us, of_separate=median / base))
+        print(f'{M:6d} x {C:5d} {direction:9s} {name:48s} {median:8.1f} us ({min(us):.1f} to {max(us):.1f}) {median / base:.3f}')
+
+
+def time_us(function):
+    return graph_us([function])[0]
+
+
+def main():
+    global device
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', required=True)
+    parser.add_argument('--repetitions', type=int, default=5)
+    parser.add_argument('--dry-run', action='store_true')
+    args = parser.parse_args()
+    if not torch.cuda.is_available() and not args.dry_run:
+        sys.exit('bench_mlp.py: needs a CUDA GPU')
+    device = 'cpu' if args.dry_run else 'cuda'
+    report, began = {**facts(), 'rows': []}, time.time()
+    for M, C in [(48, 32)] if args.dry_run else [(12288, 768), (32768, 768), (8192, 1600)]:
+        measure(M, C, args, report['rows'].append)
+        write_json(args.out, report)
+    print(f'{time.time() - began:.0f} s')
+
+
+if __name__ == '__main__':
+    main()
