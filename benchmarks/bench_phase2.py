@@ -54,9 +54,14 @@ sizes = {
 
 def off(*names):
     """PyTorch's own functions instead of the named ones of the kernel package, as {name: function}."""
+
+    def add_layer_norm(x, branch, weight, bias, eps, dtype):
+        total = x + branch
+        return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
     own = dict(
         layer_norm=lambda x, weight, bias, eps, dtype: F.layer_norm(x, weight.shape, weight, bias, eps),
-        add_layer_norm=lambda x, branch, weight, bias, eps, dtype: (x + branch, F.layer_norm(x + branch, weight.shape, weight, bias, eps)),
+        add_layer_norm=add_layer_norm,
         linear_cross_entropy=lambda x, weight, targets, **_: F.cross_entropy(F.linear(x, weight).flatten(0, -2), targets.flatten(), ignore_index=-1),
         gelu=F.gelu,
         linear=F.linear,
@@ -115,7 +120,8 @@ class Variant:
         self.batches, self.micro_steps, self.turns = batches, micro_steps, []
         options = dict(options)
         no_logits = options.pop('no_logits', False)
-        torch._dynamo.reset()
+        if compiled:
+            torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -11,7 +11,7 @@ import torch
 
 from errors import UserError
 
-WARMUP = 3  # micro-steps before the recording, in which libraries choose their kernels and torch.compile compiles
+WARMUP = 2  # iterations before the recording: libraries choose their kernels, torch.compile compiles, DDP orders its buckets in the second
 
 
 def use_side_stream(device):
@@ -31,13 +31,13 @@ class MicroStepGraph:
     def __init__(self, step, model):
         self.step = step
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.calls, self.graphs, self.losses, self.gradients = 0, {}, {}, []
+        self.iterations, self.graphs, self.losses, self.gradients = 0, {}, {}, []
 
     def __call__(self, X, Y):
-        self.calls += 1
         first = all(p.grad is None for p in self.parameters)
         ours = bool(self.gradients) and all(p.grad is not None and p.grad.data_ptr() == grad.data_ptr() for p, grad in self.gradients)
-        if self.calls <= WARMUP or not (first or ours):
+        self.iterations += first
+        if self.iterations <= WARMUP or not (first or ours):
             return self.step(X, Y)
         if first not in self.graphs:
             self.record(first, X, Y)

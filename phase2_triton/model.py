@@ -166,7 +166,7 @@ class GPT(nn.Module):
         branch = None
         for block in self.transformer.h:
             if self.config.activation_checkpointing and self.training:
-                x, branch = checkpoint(block, x, branch, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
             else:
                 x, branch = block(x, branch)
         _, x = self.transformer.ln_f(x, branch)

@@ -8,6 +8,7 @@ bytes written and read, and 12 more for the addition, in every micro-step. cuBLA
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .device import available
 
@@ -56,12 +57,23 @@ def leave_gradient(weight, dw):
     weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
 
 
-def same_as_before(weight, version):
+steps = 0  # of all of torch.optim's optimizers
+
+
+def count_step(*_):
+    global steps
+    steps += 1
+
+
+register_optimizer_step_post_hook(count_step)
+
+
+def same_as_before(weight, then):
     """
-    Whether weight is what it was when version was its version counter. While its gradient adds up no optimizer should have changed it; the
-    counter notices one that leaves gradients in place, filled with zeros.
+    Whether weight is what it was `then`, at (version counter, steps of optimizers). While its gradient adds up it should be; steps tell of
+    an optimizer that leaves gradients in place, filled with zeros, and fused ones do not move the version counter, which others do.
     """
-    return weight.grad is not None and weight._version == version
+    return weight.grad is not None and then == (weight._version, steps)
 
 
 def rounded(weight, dtype):
@@ -71,15 +83,15 @@ def rounded(weight, dtype):
     """
     if weight.dtype == dtype or not weight.is_leaf:
         return weight.to(dtype)
-    copy, version = getattr(weight, 'rounded', (None, None))
+    copy, then = getattr(weight, 'rounded', (None, None))
     if copy is None or copy.dtype != dtype or copy.device != weight.device:
-        copy, version = weight.detach().to(dtype), weight._version
+        copy = weight.detach().to(dtype)
         if weight.grad is not None or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            weight.rounded = copy, version
-    elif not same_as_before(weight, version):
+            weight.rounded = copy, (weight._version, steps)
+    elif not same_as_before(weight, then):
         # a backward that still needs the old values ends with autograd's message about changes in place; of the same values it may have them
-        (copy.data if weight._version == version else copy).copy_(weight.detach())
-        weight.rounded = copy, weight._version
+        (copy.data if then == (weight._version, steps) else copy).copy_(weight.detach())
+        weight.rounded = copy, (weight._version, steps)
     return copy
 
 
