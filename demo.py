@@ -19,6 +19,7 @@ sys.path.insert(0, str(NANOGPT))
 DATA = NANOGPT / 'data' / 'python_char'
 OUT = ROOT / 'out-demo'
 TRITON = '--model_dir=../phase2_triton'
+EACH_BLOCK = '--fsdp_min_num_params=1'  # by default all of so small a model would be one unit
 
 from visualize_training import load_runs, summarize
 
@@ -26,9 +27,9 @@ RUNS = {  # name: (folder of the trainer, further flags)
     'reference': ('nanoGPT', []),
     'phase 1': ('phase1_zero1', []),
     'phase 2': ('phase2_triton', []),
-    'phase 3': ('phase3_fsdp', []),
+    'phase 3': ('phase3_fsdp', [EACH_BLOCK]),
     'phases 1 + 2': ('phase1_zero1', [TRITON]),
-    'phases 2 + 3': ('phase3_fsdp', [TRITON]),
+    'phases 2 + 3': ('phase3_fsdp', [TRITON, EACH_BLOCK]),
 }
 
 

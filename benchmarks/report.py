@@ -162,10 +162,11 @@ def zero1_curves(document):
     curves = load('zero1_124M_curves_h200x4')['curves']
     apart = [max(abs(a - b) for a, b in zip(curves['ddp'], curves[name])) for name in ('zero1', 'ddp again')]
     other = max(abs(a - b) for a, b in zip(curves['ddp'], curves['ddp, other data']))
-    means = [f'{statistics.mean(losses[-10:]):.3f}' for losses in curves.values()]
+    means = {name: f'{statistics.mean(losses[-10:]):.3f}' for name, losses in curves.items()}
     return (
-        f'at most {apart[0]:.3f} and {apart[1]:.3f} apart), where another data order is up to {other:.2f} away. '
-        f'The means of the last ten steps: {", ".join(means[:-1])} and {means[-1]} ({cite("zero1_124M_curves_h200x4", document)})'
+        f'at most {apart[0]:.3f} and {apart[1]:.3f} apart), where another data order is up to {other:.2f} away. Means of the last ten steps: '
+        f'DDP {means["ddp"]}, ZeRO-1 {means["zero1"]}, DDP again {means["ddp again"]}, other data {means["ddp, other data"]} '
+        f'({cite("zero1_124M_curves_h200x4", document)})'
     )
 
 
@@ -261,18 +262,18 @@ def memory(document):
 
 @table
 def memory_of_zero1(document):
-    rows = [('bytes per parameter', '16', '8 + 8 / W', '12', '10', '9')]
+    rows = [('bytes per parameter', '16', '12', '10', '9', '8 + 8 / W')]
     for size in ('124M', '1.5B'):
         n = parameters_of(size)
-        rows.append((f'GPT-2 {size} ({n:,}), GiB', gib(16 * n), '', *(gib((8 + 8 / k) * n) for k in (2, 4, 8))))
-    return markdown(['', 'DDP', 'ZeRO-1', 'W = 2', 'W = 4', 'W = 8'], rows)
+        rows.append((f'GPT-2 {size} ({n:,}), GiB', gib(16 * n), *(gib((8 + 8 / k) * n) for k in (2, 4, 8)), ''))
+    return markdown(['', 'DDP', 'ZeRO-1, W = 2', 'W = 4', 'W = 8', 'any W'], rows)
 
 
 @table
 def memory_of_fsdp(document):
     n = parameters_of('1.5B')
-    cells = ('bytes per parameter, GiB', '16', '8 + 8/k', '16/k', *(gib(b * n, 1) for b in (16, 10, 4)))
-    return markdown(['', 'DDP', 'ZeRO-1', 'FSDP', 'k = 4, 1.5B: DDP', 'ZeRO-1', 'FSDP'], [cells])
+    rows = [('bytes per parameter', '16', '8 + 8/k', '16/k'), (f'GPT-2 1.5B ({n:,}), k = 4, GiB', *(gib(b * n, 1) for b in (16, 10, 4)))]
+    return markdown(['', 'DDP', 'ZeRO-1', 'FSDP'], rows)
 
 
 @table
@@ -285,7 +286,7 @@ def measured(document):
     rows.append(('reference', '1 H200', '124M × 8', f'{speed:,.0f} tokens/s, {peak} GiB at the peak', cite('reference_h200', document)))
     for size, its in load('zero1_h200x4')['speed'].items():
         for micro_steps, row in its.items():
-            saved = f'{gib(row["ddp"]["at_rest_bytes"], 1)} → {gib(row["zero1"]["at_rest_bytes"], 1)} GiB at rest'
+            saved = f'{gib(row["ddp"]["at_rest_bytes"], 1)} (DDP) → {gib(row["zero1"]["at_rest_bytes"], 1)} GiB between steps'
             text = f'{row["zero1_of_ddp"]:.1%} of the speed of DDP, {saved}'
             rows.append(('phase 1', '4 H200', f'{size} × {micro_steps}', text, cite('zero1_h200x4', document)))
     for name in trainer_files():

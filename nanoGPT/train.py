@@ -21,11 +21,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
-from checkpoint import load_checkpoint, load_model, load_optimizer, make_out_dir, rank_state, restore_rank_state, resume_model_args, write_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint, load_model, load_optimizer, make_out_dir
+from checkpoint import rank_state, restore_rank_state, resume_model_args, write_checkpoint
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_side_stream
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
-from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, setup
+from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
 from errors import UserError
 from step_guard import StepGuard
 from training_logger import TrainingLogger
@@ -80,7 +81,7 @@ device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
 cuda_graph = False  # record a micro-step and replay it, so that the GPU never waits for the CPU
-peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu, if hardware.py does not know it
+peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
@@ -127,7 +128,7 @@ def get_batch(split):
 # model
 iter_num = 0
 best_val_loss = 1e9
-checkpoint_path = os.path.join(out_dir, 'ckpt.pt')
+checkpoint_path = find_checkpoint(out_dir)
 if init_from == 'auto':
     found = mean_over_ranks(torch.tensor(float(os.path.exists(checkpoint_path))))  # all ranks do the same, even if not all of them see it
     init_from = 'resume' if found else 'scratch'
@@ -147,8 +148,10 @@ elif init_from == 'resume':
     model_args = resume_model_args(checkpoint, model_args, given)
     model = GPT(GPTConfig(**model_args, **model_options))
     load_model(model, checkpoint)
-    iter_num = checkpoint['iter_num']
+    iter_num = same_on_all_ranks(checkpoint['iter_num'], f'the iteration of {checkpoint_path}')
     best_val_loss = checkpoint['best_val_loss']
+    if iter_num > max_iters:
+        print(f'nothing is left to do: iteration {iter_num} comes next, and max_iters={max_iters} is the last')
 elif init_from.startswith('gpt2'):
     print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
     model = GPT.from_pretrained(init_from, dict(dropout=dropout, **model_options))
@@ -286,7 +289,8 @@ while True:
                 wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': (running_mfu or 0) * 100})
             best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
-            if (best or always_save_checkpoint) and local_iter_num > 0 and math.isfinite(losses['val']):
+            worth_it = best or (always_save_checkpoint and local_iter_num > 0)  # what was just resumed is saved, but maybe not yet as the best
+            if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                 save_checkpoint(best)
     if done and local_iter_num > 0:
         # the last state is always saved, unless it is worthless

@@ -75,6 +75,17 @@ def mean_over_ranks(x):
     return x
 
 
+def same_on_all_ranks(number, what):
+    """Returns the number, which is `what`. Raises UserError, on every rank, if any has another."""
+    if dist.is_initialized():
+        extremes = torch.tensor([number, -number], dtype=torch.float64)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        most, least = extremes[0].item(), -extremes[1].item()
+        if most != least:
+            raise UserError(f'{what} is {least:.0f} on one rank and {most:.0f} on another: do all machines see the same files?')
+    return number
+
+
 def gather_from_ranks(x):
     """On rank 0 the list of every rank's x (any picklable object; tensors on the CPU), on the others None."""
     if not dist.is_initialized():

@@ -55,7 +55,7 @@ def _excepthook(kind, error, trace):
         reason = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0])  # without the line of C++
         print(
             f'error: rank {rank} on {socket.gethostname()} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
-            'reached. The last checkpoint is whole: start all ranks again with --init_from=resume',
+            'reached. What was saved is whole: start all ranks again with --init_from=auto',
             file=sys.__stderr__,
             flush=True,
         )

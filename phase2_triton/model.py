@@ -190,7 +190,7 @@ class GPT(nn.Module):
     def compile(self, *args, **kwargs):
         """nn.Module's, but for Triton's kernels: they leave torch.compile nothing to fuse, and it could not see into them."""
         if self.runs_on_kernels(self.lm_head.weight.device):
-            print('not compiling: the kernels need no compiler')
+            print('not compiled after all: the kernels leave nothing to compile')
         else:
             super().compile(*args, **kwargs)
 

@@ -82,11 +82,25 @@ def _sync_folder(folder):
         os.close(fd)
 
 
+def find_checkpoint(out_dir):
+    """The path of what was saved last in out_dir: ckpt.pt, or a folder of phase 3's with the shards of all ranks; ckpt.pt if there is nothing."""
+    full, latest = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_sharded', 'latest')
+    if not os.path.exists(latest) or (os.path.exists(full) and os.path.getmtime(full) >= os.path.getmtime(latest)):
+        return full
+    with open(latest) as f:
+        return os.path.join(os.path.dirname(latest), os.path.basename(f.read().strip()))
+
+
 def load_checkpoint(path):
     """
     The checkpoint at path, tensors on the CPU, written by any phase or by nanoGPT. Nothing in the file is executed.
-    Raises UserError if it is missing, damaged, no checkpoint, or holds code.
+    Raises UserError if it is missing, damaged, sharded, no checkpoint, or holds code.
     """
+    if os.path.isdir(path):
+        raise UserError(
+            f'{path} is sharded, and only phase 3 with FSDP resumes from that. It becomes a ckpt.pt, in the folder phase3_fsdp, by: '
+            f'python sharded_checkpoint.py full {os.path.dirname(os.path.dirname(path))}'
+        )
     try:
         # mapped into memory, so that many ranks on one machine share what they read
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
@@ -185,6 +199,8 @@ def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shap
     """
     ranks = checkpoint.get('resume', {}).get('ranks', [])
     if len(ranks) != world_size or ranks[rank]['X'].shape != batch_shape or checkpoint.get('config', {}).get('dataset') != dataset:
+        if rank == 0:
+            print("a new data order: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own")
         torch.manual_seed(1337 + rank + 1_000_003 * checkpoint['iter_num'])
         return None
     state = ranks[rank]

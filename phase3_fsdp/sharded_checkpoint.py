@@ -38,22 +38,12 @@ FOLDER = 'ckpt_sharded'
 REST = 'rest.pt'  # in a sharded checkpoint: all that is not sharded
 
 
-def find_checkpoint(out_dir, ckpt_format, fsdp):
-    """
-    The path of what was saved last in out_dir, ckpt.pt or a folder in ckpt_sharded/; that of ckpt.pt if there is nothing.
-    Raises UserError if ckpt_format is unknown, or if it or the checkpoint is sharded and the model is not (fsdp is False).
-    """
+def check_format(ckpt_format, fsdp):
+    """Raises UserError if ckpt_format is unknown, or if it is sharded and the model is not (fsdp is False)."""
     if ckpt_format not in ('full', 'sharded'):
         raise UserError(f"ckpt_format is '{ckpt_format}', but it can be full or sharded")
     if ckpt_format == 'sharded' and not fsdp:
         raise UserError('ckpt_format=sharded needs FSDP: several processes under torchrun, and use_fsdp=True')
-    full, folder = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, FOLDER)
-    latest = named_by('latest', folder)
-    if not latest or (os.path.exists(full) and os.path.getmtime(full) >= os.path.getmtime(os.path.join(folder, 'latest'))):
-        return full
-    if not fsdp:
-        raise UserError(f'the latest checkpoint in {out_dir} is sharded. For use without FSDP: python sharded_checkpoint.py full {out_dir}')
-    return latest
 
 
 def named_by(pointer, folder):
@@ -65,12 +55,12 @@ def named_by(pointer, folder):
         return None
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, fsdp):
     """
-    Like checkpoint.load_checkpoint, of a folder too: there checkpoint['model'] says for each name under which one its tensor
-    is saved, and load_shards() reads the tensors. Raises UserError if it is missing, damaged or no checkpoint.
+    Like checkpoint.load_checkpoint, with FSDP of a folder too: there checkpoint['model'] says for each name under which one its
+    tensor is saved, and load_shards() reads the tensors. Raises UserError if it is missing, damaged or no checkpoint.
     """
-    if not path.endswith('.pt'):
+    if fsdp and not path.endswith('.pt'):
         rest = full_checkpoint.load_checkpoint(os.path.join(path, REST))
         return {**rest, 'folder': path}
     return full_checkpoint.load_checkpoint(path)
@@ -164,8 +154,8 @@ class ShardedSaver:
         future, iter_num, required, started, stall_seconds, on_saved = self.running
         self.running = None
         try:
-            path, ended = future.result()
-        except (CheckpointException, OSError, RuntimeError) as e:
+            path, size, ended = future.result()
+        except (CheckpointException, OSError, RuntimeError, UserError) as e:
             problem = f'a checkpoint could not be saved in {self.folder} ({first_cause(e)}); an earlier one is untouched'
             if required:
                 raise UserError(problem) from None
@@ -173,7 +163,7 @@ class ShardedSaver:
                 print(f'WARNING: {problem}, and training goes on', file=sys.stderr)
             return
         if dist.get_rank() == 0:
-            on_saved(iter_num, path=path, bytes=bytes_in(path), seconds=ended - started, stall_seconds=stall_seconds)
+            on_saved(iter_num, path=path, bytes=size, seconds=ended - started, stall_seconds=stall_seconds)
 
 
 def split(checkpoint, names):
@@ -184,7 +174,7 @@ def split(checkpoint, names):
     state = checkpoint['optimizer']['state']
     tensors = {f'model.{name}': p for name, p in checkpoint['model'].items() if names[name] == name}
     tensors |= {f'optimizer.{i}.{k}': v for i, s in state.items() for k, v in s.items() if v.dim()}
-    small = {i: {k: v.cpu() for k, v in s.items() if not v.dim()} for i, s in state.items()}  # step counts
+    small = {i: {k: v.cpu().clone() for k, v in s.items() if not v.dim()} for i, s in state.items()}  # step counts, which training goes on to change
     return tensors, {**checkpoint, 'model': names, 'optimizer': {**checkpoint['optimizer'], 'state': small}}
 
 
@@ -197,7 +187,7 @@ def prepare(folder):
 
 
 def write_sharded(tensors, rest, folder, best, group=None):
-    """Writes this rank's part, and when all are done makes it the latest checkpoint. Returns (its path, time)."""
+    """Writes this rank's part, and when all are done makes it the latest checkpoint. Returns (its path, bytes, time), on rank 0."""
     saving = os.path.join(folder, 'saving')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -205,12 +195,14 @@ def write_sharded(tensors, rest, folder, best, group=None):
         writer = dcp.FileSystemWriter(saving, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     if group is not None and dist.get_rank() != 0:
-        return None, time.time()
+        return None, None, time.time()
     with open(os.path.join(saving, REST), 'wb') as f:
         torch.save(rest, f)
         f.flush()
         os.fsync(f.fileno())
+    open_sharded(saving)  # whole? each machine may have written to a disk of its own
     path = os.path.join(folder, f'iter_{rest["iter_num"]:07d}_{time.time_ns()}')  # never one that is there
+    size = sum(os.path.getsize(os.path.join(saving, name)) for name in os.listdir(saving))
     os.rename(saving, path)
     for pointer in ('latest', 'best') if best else ('latest',):
         with open(os.path.join(folder, pointer + '.tmp'), 'w') as f:
@@ -223,7 +215,7 @@ def write_sharded(tensors, rest, folder, best, group=None):
     for old in glob.glob(os.path.join(glob.escape(folder), 'iter_*')):
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
-    return path, time.time()
+    return path, size, time.time()
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -336,19 +328,27 @@ def own_part(checkpoint, model, optimizer):
 
 
 def convert(to, out_dir):
-    """Writes the checkpoint in out_dir in the other format: to='full' or 'sharded'. Needs the CPU memory for all of it. Raises UserError."""
-    folder = os.path.join(out_dir, FOLDER)
+    """
+    Writes the checkpoint in out_dir in the other format: to='full' or 'sharded'. Needs the CPU memory for all of it. Raises UserError, also
+    where it would replace one of a later iteration.
+    """
+    folder, full = os.path.join(out_dir, FOLDER), os.path.join(out_dir, 'ckpt.pt')
+    latest = named_by('latest', folder)
+    if latest and os.path.exists(full):
+        found = [load_checkpoint(path, fsdp=True)['iter_num'] for path in ((full, latest) if to == 'sharded' else (latest, full))]
+        if found[0] < found[1]:
+            kept = latest if to == 'sharded' else full
+            raise UserError(f'{kept} is of iteration {found[1]}, and what would replace it of {found[0]}: move away the one that is not wanted')
     if to == 'sharded':
-        checkpoint = full_checkpoint.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
+        checkpoint = full_checkpoint.load_checkpoint(full)
         first = {}
         names = {name: first.setdefault(v.data_ptr(), name) for name, v in checkpoint['model'].items()}
         tensors, rest = split(checkpoint, names)
         prepare(folder)
         return write_sharded(tensors, rest, folder, best=False, group=None)[0]
-    latest = named_by('latest', folder)
     if not latest:
         raise UserError(f'there is no sharded checkpoint in {out_dir}')
-    checkpoint = load_checkpoint(latest)
+    checkpoint = load_checkpoint(latest, fsdp=True)
     reader, metadata = open_sharded(checkpoint.pop('folder'))
     tensors = {name: torch.empty(record.size) for name, record in metadata.state_dict_metadata.items()}
     read_tensors(tensors, reader, no_dist=True)
@@ -360,10 +360,6 @@ def convert(to, out_dir):
     checkpoint['model'] = {name: tensors[f'model.{first}'] for name, first in checkpoint['model'].items()}
     checkpoint['optimizer'] = {**checkpoint['optimizer'], 'state': state}
     return full_checkpoint.write_checkpoint(checkpoint, out_dir, best=False, required=True)['path']
-
-
-def bytes_in(folder):
-    return sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
 
 
 if __name__ == '__main__':

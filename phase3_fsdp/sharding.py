@@ -106,8 +106,8 @@ def group_blocks(blocks, min_num_params):
 def choose_reshard(config, num_params):
     """
     config['fsdp_reshard'], with 'auto' replaced: True if whole bfloat16 parameters and float32 gradients, 6 bytes for each
-    parameter, would take more than an eighth of the GPU's memory, and with CPU offload. Raises UserError if it is none of
-    auto, True and False.
+    parameter, would take more than an eighth of the GPU's memory, and with CPU offload; False without a GPU. Raises UserError if
+    it is none of auto, True and False.
     """
     reshard, device = config['fsdp_reshard'], config['device']
     if reshard == 'auto' and device.startswith('cuda'):
@@ -126,7 +126,9 @@ def shard(model, config, recipe=None):
     initialized as that recipe says; without a recipe its weights are left to be loaded. Raises UserError for wrong flags.
     """
     if config['cuda_graph']:
-        raise UserError('cuda_graph=True records one process, but FSDP gathers parameters from all in every micro-step: leave one of them out')
+        raise UserError(
+            'cuda_graph=True records one process, but FSDP gathers parameters from all in every micro-step: --cuda_graph=False or --use_fsdp=False'
+        )
     print('Wrapping model with FSDP...')
     num_params = sum(p.numel() for p in model.parameters())
     names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
@@ -256,8 +258,9 @@ class ShardedAdamW(torch.optim.AdamW):
 
     def step(self, closure=None):
         if getattr(self, 'found_inf', None) is not None:
-            # of offloaded shards AdamW runs on the CPU, and would not wait for a number that is still on its way from the GPU
-            self.found_inf = self.found_inf.to(self.shards[0].device)
+            # Of offloaded shards AdamW runs on the CPU, and would not wait for a number that is still on its way from the GPU. Fused AdamW
+            # skips where it is 1, of shape (), and ShardedGradScaler's, of shape (1,), is the number of ranks that overflowed
+            self.found_inf = self.found_inf.to(self.shards[0].device).reshape(()).clamp(max=1)
         return super().step(closure)
 
     def zero_grad(self, set_to_none=True):

@@ -111,6 +111,28 @@ def test_half_precision_learns(launch, work, dtype):
     assert abs(half - full) < 0.02 and full < 2
 
 
+def test_steps_that_overflow_are_skipped_by_fused_adamw(launch, work):
+    """
+    As on a GPU, where AdamW is fused. The loss is scaled up so much that for some steps gradients are inf, on both ranks; after those it is
+    as in AdamW's other form, but for the rounding of float16.
+    """
+    overflowing = script(work, 'overflowing', f"""
+import runpy, torch
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+adamw, scaler, fused = torch.optim.AdamW.__init__, ShardedGradScaler.__init__, '--fused' in sys.argv
+torch.optim.AdamW.__init__ = lambda self, *args, **kwargs: adamw(self, *args, **{{**kwargs, 'fused': fused}})
+ShardedGradScaler.__init__ = lambda self, *args, **kwargs: scaler(self, *args, init_scale=2.0**22, **kwargs)
+sys.argv[:] = [{str(FSDP)!r}, *(flag for flag in sys.argv[1:] if flag != '--fused')]
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")  # fmt: skip
+    runs = []
+    for flags in ([], ['--fused']):
+        launch(overflowing, *TINY, EACH_BLOCK, '--dtype=float16', f'--out_dir=out{len(flags)}', *flags, nproc=2)
+        runs.append(log_of(f'out{len(flags)}')['iterations'])
+    assert 0 < runs[0][-1]['skipped_steps'] == runs[1][-1]['skipped_steps'] < 10
+    assert [r['loss'] for r in runs[1]] == pytest.approx([r['loss'] for r in runs[0]], abs=2e-3)
+
+
 def test_loss_is_in_float32(launch, work):
     """
     At bfloat16 the loss of a batch is nearer to float32's than bfloat16 could write it: 3.7 has steps of 0.016 there. Compiled
@@ -140,6 +162,41 @@ def test_resume_is_exact(launch, work, form):
     assert_same(load('once/ckpt.pt'), load('twice/ckpt.pt'), but=('out_dir', 'init_from', 'max_iters', 'log'))
 
 
+def test_a_save_in_the_background_is_of_its_iteration(launch, work):
+    """Iteration 20, the best, is being written while step 20 is taken."""
+    slow = script(work, 'slow', f"""
+import runpy, time
+import torch.distributed.checkpoint as dcp
+save = dcp.save
+dcp.save = lambda *args, **kwargs: (time.sleep(0.5), save(*args, **kwargs))
+sys.argv[0] = {str(FSDP)!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")  # fmt: skip
+    launch(slow, *TINY, SHARDED, nproc=2)
+    best = load(f'out/ckpt_sharded/{open("out/ckpt_sharded/best").read()}/rest.pt')
+    assert best['iter_num'] == 20 and {int(s['step']) for s in best['optimizer']['state'].values()} == {20}
+
+
+def test_parts_on_different_disks_are_no_checkpoint(launch, work):
+    """out_dir is not shared, so that each machine has its own part: said at the first save, not when it is needed."""
+    apart = script(work, 'apart', f"""
+import os, runpy
+sys.argv[:] = [{str(FSDP)!r}, *sys.argv[1:], '--out_dir=out' + os.environ['RANK']]
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")  # fmt: skip
+    run = launch(apart, *TINY, SHARDED, nproc=2, check=False)
+    assert run.returncode == 2 and 'Traceback' not in run.stderr and 'training goes on' in run.stderr
+    assert run.stderr.count('Do all machines see the same out_dir?') > 1 and not os.path.exists('out0/ckpt_sharded/latest')
+
+
+def test_conversion_replaces_nothing_that_is_newer(launch, work):
+    launch(FSDP, *TINY, '--max_iters=3', nproc=2)
+    launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
+    run = launch(CONVERT, 'sharded', 'out', check=False)
+    assert run.returncode == 2 and 'is of iteration 6, and what would replace it of 4' in run.stderr
+    assert launch(CONVERT, 'full', 'out').stdout == 'wrote out/ckpt.pt\n' and load('out/ckpt.pt')['iter_num'] == 6
+
+
 def test_latest_and_best_are_both_kept(launch, work):
     """A learning rate that ruins the model after iteration 10: the best stays that of iteration 10."""
     launch(FSDP, *TINY, SHARDED, '--max_iters=10', '--out_dir=out', nproc=2)
@@ -166,7 +223,10 @@ def test_mistakes_end_with_one_message(launch, work):
 
     launch(FSDP, *TINY, EACH_BLOCK, SHARDED, '--max_iters=2', nproc=2)
     folder = 'out/ckpt_sharded/' + open('out/ckpt_sharded/latest').read()
-    assert 'python sharded_checkpoint.py full out' in message(RESUME, nproc=1)
+    for run in (launch(FSDP, *TINY, RESUME, check=False), launch(TRAIN, *TINY, '--init_from=auto', nproc=2, check=False)):
+        assert run.returncode == 2 and 'is sharded' in run.stderr and 'python sharded_checkpoint.py full out' in run.stderr
+    assert 'iter 1:' in launch(FSDP, *TINY, '--max_iters=1', '--out_dir=out').stdout  # nothing is to be resumed
+    os.remove('out/ckpt.pt')
     assert 'trained with n_embd=32, but n_embd=64' in message(RESUME, '--n_embd=64')
     rest = load(f'{folder}/rest.pt')
     torch.save({**rest, 'model_args': {**rest['model_args'], 'bias': True}}, f'{folder}/rest.pt')

@@ -83,6 +83,7 @@ def test_resume_elsewhere_goes_on_with_new_data(launch, work):
     runs = [launch(TRAIN, *TINY, '--init_from=resume', f'--out_dir={folder}', nproc=n) for folder, n in (('out', 1), ('two', 2), ('upstream', 1))]
     firsts = [float(re.search(r'iter 10: loss (\S+?),', run.stdout)[1]) for run in runs]
     assert len(set(firsts)) == 3  # the exact one and two new data orders
+    assert ['a new data order' in run.stdout for run in runs] == [False, True, True]
     assert max(firsts) - min(firsts) < 0.5  # of one and the same model, which began at 3.7
     saved = load('two/ckpt.pt')
     assert saved['iter_num'] == 21 and len(saved['resume']['ranks']) == 2
@@ -113,6 +114,28 @@ def test_latest_and_best_are_both_kept(launch, work):
     assert out.count('saving checkpoint') == 1 and load('out/ckpt.pt')['iter_num'] == 36
 
 
+def test_best_that_a_resumed_run_finds_at_once(launch, work):
+    """The first run saves iteration 10 without evaluating it, and afterwards the model is ruined."""
+    launch(TRAIN, *TINY, '--max_iters=9')
+    assert not os.path.exists('out/ckpt_best.pt')
+    launch(TRAIN, *TINY, '--init_from=resume', '--learning_rate=3', '--min_lr=3')
+    assert load('out/ckpt_best.pt')['iter_num'] == 10 and load('out/ckpt.pt')['iter_num'] == 21
+
+
+def test_ranks_that_see_different_checkpoints(launch, work):
+    """As on two machines without a common file system."""
+    for rank, max_iters in enumerate((5, 10)):
+        launch(TRAIN, *TINY, f'--max_iters={max_iters}', f'--out_dir=out{rank}')
+    (work / 'apart.py').write_text(f"""
+import os, runpy, sys
+sys.argv[:] = [{str(TRAIN)!r}, *sys.argv[1:], '--out_dir=out' + os.environ['RANK']]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")
+    run = launch(work / 'apart.py', *TINY, '--init_from=resume', nproc=2, check=False)
+    assert run.returncode == 2 and 'is 6 on one rank and 11 on another' in run.stderr and 'Traceback' not in run.stderr
+
+
 @pytest.mark.parametrize('init', ['scratch', 'resume'])
 def test_eval_only_trains_and_saves_nothing(launch, work, init):
     launch(TRAIN, *TINY, '--max_iters=12')
@@ -138,7 +161,8 @@ def test_init_from_auto(launch, work):
 def test_a_finished_run_resumed_does_nothing(launch, work):
     launch(TRAIN, *TINY, '--max_iters=5')
     before = load('out/ckpt.pt')
-    assert losses(launch(TRAIN, *TINY, '--max_iters=5', '--init_from=resume').stdout) == []
+    out = launch(TRAIN, *TINY, '--max_iters=5', '--init_from=resume').stdout
+    assert losses(out) == [] and 'nothing is left to do' in out
     assert_same_state(before, load('out/ckpt.pt'))
 
 
@@ -262,7 +286,7 @@ def test_json_log(launch, work):
     assert [record['iter'] for record in first['iterations']] == list(range(10)) and first['run']['status'] == 'completed'
     assert [record['iter'] for record in second['iterations']] == list(range(10, 21)) and second['run']['world_size'] == 2
     assert [record['iter'] for record in second['evaluations']] == [10, 20]
-    assert [record['iter'] for record in second['checkpoints']] == [20, 21] and second['checkpoints'][0]['bytes'] > 100_000
+    assert [record['iter'] for record in second['checkpoints']] == [10, 20, 21] and second['checkpoints'][0]['bytes'] > 100_000
     assert first['config']['n_embd'] == 32 and first['run']['phase'] == 'nanoGPT'
     record = first['iterations'][-1]
     assert record['loss'] > 0 and record['lr'] > 0 and record['time_ms'] > 0 and record['tokens_per_sec'] > 0 and record['grad_norm'] > 0

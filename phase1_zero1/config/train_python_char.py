@@ -6,7 +6,7 @@ out_dir = 'out-python-char'
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
-always_save_checkpoint = False  # it may overfit: keep the best
+always_save_checkpoint = False  # it may overfit: save when the validation loss is better than ever, and at the end
 
 dataset = 'python_char'
 gradient_accumulation_steps = 4  # so that 1, 2 or 4 processes can share it

@@ -36,7 +36,7 @@ def unavailable_reason(device):
 
 @torch.compiler.assume_constant_result  # asked once per trace: probing the driver is nothing to compile
 def available(device=None):
-    """Whether Triton kernels can run on `device`: a CUDA GPU that Triton supports, or anything with memory under TRITON_INTERPRET=1."""
+    """Whether Triton kernels can run on `device`: a CUDA GPU that Triton supports, or, under TRITON_INTERPRET=1, a CPU."""
     return unavailable_reason(device) is None
 
 

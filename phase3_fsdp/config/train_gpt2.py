@@ -1,7 +1,7 @@
 # GPT-2 (124M) on OpenWebText, to a loss of about 2.85; made for one machine with 8 GPUs of 40 GB:
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-wandb_log = True
+wandb_log = False  # True after pip install wandb
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
