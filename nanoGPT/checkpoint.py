@@ -167,14 +167,16 @@ def load_optimizer(optimizer, scaler, checkpoint):
     saved, own = checkpoint.get('optimizer'), optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group['params']]
     fits = isinstance(saved, dict) and [len(g['params']) for g in saved['param_groups']] == [len(g['params']) for g in own['param_groups']]
+    block_size = checkpoint['model_args'].get('block_size')  # position embeddings may have been cut to a shorter one; then their state is, too
+    cut = lambda v, p: v[: len(p)] if v.dim() == 2 and len(v) == block_size > len(p) else v
+    state = {i: {k: cut(v, params[i]) for k, v in s.items()} for i, s in saved['state'].items()} if fits else {}
     # each tensor of the state is as large as its parameter or, like the step count, a single number
-    fits = fits and all(v.numel() in (1, p.numel()) for i, p in enumerate(params) for v in saved['state'].get(i, {}).values())
-    if not fits:
+    if not fits or any(v.numel() not in (1, params[i].numel()) for i, s in state.items() for v in s.values()):
         raise UserError(
             "the checkpoint's optimizer state is missing or does not fit its model: training cannot go on from it, but sample.py can use its weights"
         )
     # what stays on the CPU is cloned: the loaded tensors are views of the file
-    state = {i: {k: v if params[i].is_cuda and v.numel() > 1 else v.clone() for k, v in s.items()} for i, s in saved['state'].items()}
+    state = {i: {k: v if params[i].is_cuda and v.numel() > 1 else v.clone() for k, v in s.items()} for i, s in state.items()}
     optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
     if checkpoint.get('resume', {}).get('scaler'):  # empty unless it was written in float16
         scaler.load_state_dict(checkpoint['resume']['scaler'])

@@ -297,18 +297,20 @@ def own_part(checkpoint, model, optimizer):
     DTensors, of ShardedAdamW's state as it has them. A tensor that does not fit is left as it is, for load_model() and
     load_optimizer() of checkpoint.py to report. Collective.
     """
-    to_read = {}
+    to_read, block_size = {}, checkpoint['model_args'].get('block_size')
     reader, metadata = open_sharded(checkpoint['folder']) if 'folder' in checkpoint else (None, None)
 
     def part(name, full, p):
         """(this rank's shard, it as a DTensor) of a full tensor, or of what a sharded checkpoint has under that name."""
         if reader:
             full = torch.empty(metadata.state_dict_metadata[name].size, device='meta')
-        fits = full.dim() and full.shape[1:] == p.shape[1:] and (full.shape == p.shape or name == 'model.transformer.wpe.weight')
-        if not fits or full.shape[0] < p.shape[0]:
+        cut = full.dim() and full.shape[0] == block_size > p.shape[0]  # position embeddings, and their state, to a shorter block_size
+        if not full.dim() or full.shape[1:] != p.shape[1:] or not (cut or full.shape == p.shape):
             return full, full
-        shard = own_rows(full, p)  # of position embeddings maybe fewer than there are: a smaller block_size
-        if reader:
+        if reader and cut:
+            full = to_read.setdefault(name, torch.empty(full.shape))
+        shard = own_rows(full, p)
+        if reader and not cut:
             shard = to_read[name].to_local() if name in to_read else torch.empty(shard.shape)
             to_read[name] = like(p, shard)
         return shard, like(p, shard)

@@ -22,6 +22,7 @@ STANDSTILL = [*TINY, '--init_from=resume', '--eval_interval=1000', '--learning_r
 FOLDERS = ['nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp']
 FULL = pytest.mark.full
 CONVERT = ROOT / 'phase3_fsdp' / 'sharded_checkpoint.py'
+SHARDED = '--ckpt_format=sharded'
 
 
 @dataclass(frozen=True)
@@ -207,3 +208,30 @@ def test_from_upstream(walk, kind, prefix):
     theirs = {k: v for k, v in ours.items() if k != 'resume'} | {'config': args, 'best_val_loss': torch.tensor(ours['best_val_loss'])}
     torch.save(theirs | {'model': {prefix + k: v for k, v in ours['model'].items()}}, 'out/ckpt.pt')
     walk(kind, before={k: v for k, v in ours.items() if k != 'resume'})
+
+
+@pytest.mark.parametrize(
+    'folder, nproc, options', [('nanoGPT', 1, []), ('phase1_zero1', 2, []), ('phase3_fsdp', 2, []), ('phase3_fsdp', 2, [SHARDED])]
+)
+def test_a_shorter_block_size(launch, work, folder, nproc, options):
+    """Training goes on with the first positions, and AdamW's state of them."""
+
+    def saved():
+        if options:
+            launch(CONVERT, 'full', 'short')
+        checkpoint = load('short/ckpt.pt')
+        if options:
+            os.remove('short/ckpt.pt')
+        return checkpoint
+
+    launch(ROOT / folder / 'train.py', *TINY, *options, '--out_dir=short', '--max_iters=3', nproc=nproc)
+    before = saved()
+    out = launch(ROOT / folder / 'train.py', *STANDSTILL, *options, '--out_dir=short', '--block_size=8', '--max_iters=5', nproc=nproc).stdout
+    after = saved()
+    assert 'iter 5:' in out and after['model_args']['block_size'] == 8
+    assert len(before['model']['transformer.wpe.weight']) == 16 and len(after['model']['transformer.wpe.weight']) == 8
+    for name, tensor in after['model'].items():
+        assert torch.equal(tensor, before['model'][name][: len(tensor)])
+    for i, state in after['optimizer']['state'].items():
+        old = before['optimizer']['state'][i]
+        assert int(state['step']) == 6 and all(torch.equal(state[k], old[k][: len(state[k])]) for k in ('exp_avg', 'exp_avg_sq'))
