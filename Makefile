@@ -50,4 +50,4 @@ sync:
 	[ ! -d phase2_triton ] || cp nanoGPT/train.py phase2_triton/
 
 clean:
-	rm -rf $(VENV) out* *.egg-info
+	rm -rf $(VENV) out-demo out-bench *.egg-info

@@ -8,8 +8,7 @@ Timed like LayerNorm, by bench_layer_norm.py: CUDA-graph replays over rotating i
 with a loss, which take long, and in which Liger waits for the GPU, without a graph. Bytes count what must be moved if nothing is read
 twice. Sizes are those of a micro-step of 12 x 1024 tokens of GPT-2 124M, bfloat16 autocast. `loss` is the kernel alone, logits given, with
 their gradient; `head + loss` includes its three matmuls, and its row has peak memory. `linear` is a matmul with its two backward ones,
-the weight's gradient added to weight.grad, as in the micro-steps of an iteration after its first: so ours
-rounds the weight once, the others in each call.
+the weight's gradient added to weight.grad.
 """
 
 import argparse

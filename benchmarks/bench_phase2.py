@@ -33,6 +33,7 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'phase2_triton'))
 from cuda_graph import MicroStepGraph, use_side_stream
 
+import kernels.cross_entropy
 import kernels.linear
 import kernels.modules
 
@@ -66,7 +67,7 @@ def off(*names):
         gelu=F.gelu,
         linear=F.linear,
         embedding=F.embedding,
-        same_as_before=lambda weight, version: False,  # then each micro-step rounds the weights
+        rounded=lambda weight, dtype: weight.to(dtype),  # in each micro-step
     )
     return {name: own[name] for name in names}
 
@@ -81,11 +82,11 @@ variants = {
     'cuda_graph, PyTorch only': (
         'phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'linear_cross_entropy', 'gelu', 'linear', 'embedding')),
     '+ cross-entropy in place of the logits': (
-        'phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'gelu', 'linear', 'embedding', 'same_as_before')),
-    '+ residual and LayerNorm in one': ('phase2_triton', {}, False, True, ('gelu', 'linear', 'embedding', 'same_as_before')),
-    '+ GELU': ('phase2_triton', {}, False, True, ('linear', 'embedding', 'same_as_before')),
-    '+ float32 weight gradients from the matmul': ('phase2_triton', {}, False, True, ('embedding', 'same_as_before')),
-    '+ embedding adds to the head\'s gradient': ('phase2_triton', {}, False, True, ('same_as_before',)),
+        'phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'gelu', 'linear', 'embedding', 'rounded')),
+    '+ residual and LayerNorm in one': ('phase2_triton', {}, False, True, ('gelu', 'linear', 'embedding', 'rounded')),
+    '+ GELU': ('phase2_triton', {}, False, True, ('linear', 'embedding', 'rounded')),
+    '+ float32 weight gradients from the matmul': ('phase2_triton', {}, False, True, ('embedding', 'rounded')),
+    '+ embedding adds to the head\'s gradient': ('phase2_triton', {}, False, True, ('rounded',)),
     '+ weights rounded once an iteration': ('phase2_triton', {}, False, True, ()),
     '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ()),
     'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ()),
@@ -150,8 +151,9 @@ class Variant:
         loss = torch.zeros((), device='cuda')
         with contextlib.ExitStack() as stack:
             for name, function in self.functions.items():
-                module = next(each for each in (self.module, kernels.modules, kernels.linear) if hasattr(each, name))
-                stack.enter_context(replaced(module, name, function))
+                for module in (self.module, kernels.modules, kernels.linear, kernels.cross_entropy):
+                    if hasattr(module, name):
+                        stack.enter_context(replaced(module, name, function))
             for _ in range(self.micro_steps):
                 self.batches.append(self.batches.pop(0))
                 loss += self.micro_step(*self.batches[0])

@@ -173,7 +173,8 @@ class GPT(nn.Module):
 
         if targets is not None and self.training and self.config.use_triton:
             # without logits as a result, their gradient can take their place
-            return None, linear_cross_entropy(x, self.lm_head.weight, targets, tied=True, chunk_rows=self.config.loss_rows)
+            tied = self.lm_head.weight is self.transformer.wte.weight
+            return None, linear_cross_entropy(x, self.lm_head.weight, targets, tied=tied, chunk_rows=self.config.loss_rows)
         if targets is not None:
             logits = self.lm_head(x)
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)

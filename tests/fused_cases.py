@@ -10,6 +10,7 @@ import importlib
 import pytest
 import torch
 from layer_norm_cases import bf16, bound, device, f16, f32, f64, gpu
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from kernels.add_layer_norm import add_layer_norm, add_layer_norm_backward_op, add_layer_norm_op
@@ -192,8 +193,16 @@ def test_double_backward_of_sum_and_norm_raises():
     leaves, grads = residuals(4, 64)
     for function in (add_layer_norm, lambda *a: add_layer_norm_op(*a, 1e-5, f32)[:2]):
         (dx,) = torch.autograd.grad(function(*leaves), leaves[0], [g.requires_grad_() for g in grads], create_graph=True)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match='once_differentiable|no autograd formula'):
             dx.sum().backward()
+
+
+def test_sum_and_norm_with_another_eps_and_strided_parameters():
+    (x, branch, _, _), grads = residuals(5, 96)
+    base = torch.randn(192, 2, generator=torch.Generator().manual_seed(1)).to(device)
+    leaves = [x, branch, base[::2, 0].detach().requires_grad_(), base[:96, 1].detach().requires_grad_()]
+    theirs = run(lambda x, branch, w, b: (x + branch, F.layer_norm(x + branch, w.shape, w, b, 0.5)), leaves, grads)
+    torch.testing.assert_close(run(add_layer_norm, leaves, grads, eps=0.5), theirs, rtol=1e-5, atol=1e-5)  # float32 sums in another order
 
 
 def test_sum_and_norm_have_the_same_bits_every_time():
@@ -469,8 +478,9 @@ def test_frozen_parts_of_the_loss(chunk_rows):
 @pytest.mark.parametrize('chunk_rows', [0, 5])
 def test_double_backward_of_the_loss_raises(chunk_rows):
     x, w, targets = heads(33, 65)
-    (dx,) = torch.autograd.grad(linear_cross_entropy(x, w, targets, chunk_rows=chunk_rows), x, create_graph=True)
-    with pytest.raises(RuntimeError):
+    factor = torch.ones((), device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(linear_cross_entropy(x, w, targets, chunk_rows=chunk_rows) * factor, x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
         dx.sum().backward()
 
 
@@ -578,8 +588,8 @@ def test_gelu_of_more_than_a_program():
 
 def test_double_backward_of_gelu_raises():
     x = leaf(torch.randn(64), device)
-    (dx,) = torch.autograd.grad(gelu(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
+    (dx,) = torch.autograd.grad((gelu(x) * x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
         dx.sum().backward()
 
 
@@ -590,6 +600,8 @@ def test_gelu_elsewhere_is_pytorchs():
     compiled = torch.compile(gelu, fullgraph=True, backend='aot_eager')
     x = x.float()
     assert torch.equal(compiled(x), F.gelu(x))
+    with FakeTensorMode():
+        assert gelu(torch.randn(3, device=device)).shape == (3,)
 
 
 @pytest.mark.skipif(not gpu, reason='needs 17 GB')

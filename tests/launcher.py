@@ -76,6 +76,7 @@ def _serve():
     import torch.nn.parallel
 
     torch.set_num_threads(1)
+    answers = open(1, 'w', closefd=False)  # buffered: without, a write that a signal cuts short would not be gone on with
     for line in sys.stdin:
         request = json.loads(line)
         with socket.socket() as s:
@@ -114,7 +115,7 @@ def _serve():
             del store
             out.seek(0)
             err.seek(0)
-            print(json.dumps(dict(returncode=failed, stdout=out.read(), stderr=err.read(), timed_out=timed_out)), flush=True)
+            print(json.dumps(dict(returncode=failed, stdout=out.read(), stderr=err.read(), timed_out=timed_out)), file=answers, flush=True)
 
 
 if __name__ == '__main__':

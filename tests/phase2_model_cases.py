@@ -113,6 +113,52 @@ def test_hooks_see_each_gradient_once_and_complete():
             assert torch.equal(grad, model.get_parameter(name).grad), f'{name} in backward {k}'
 
 
+def as_on_a_gpu(monkeypatch):
+    """Linear's backward on a CPU goes the way that it goes on a GPU: it takes weight.grad out, adds to it, and returns it."""
+    import kernels.cross_entropy
+    import kernels.linear
+
+    def weight_gradient(weight, dy, x):
+        grad, new = kernels.linear.take_gradient(weight), dy.t().float() @ x.float()
+        return new if grad is None else grad.add_(new)
+
+    for module in () if gpu else (kernels.linear, kernels.cross_entropy):
+        monkeypatch.setattr(module, 'weight_gradient', weight_gradient)
+
+
+@pytest.mark.parametrize('asked', ['grad of wpe', 'grad of c_fc and wte', 'grad of ln_f', 'backward to wpe', 'backward to c_fc', 'hooks', 'untied'])
+def test_gradients_where_not_all_are_wanted(asked, monkeypatch):
+    """
+    autograd.grad returns the gradients of its loss alone and leaves weight.grad in peace; backward(inputs=...) adds to these alone; a hook
+    sees the gradient of each backward before it is added. As in the reference, but for bfloat16, whose rounding moves a gradient by 1%.
+    """
+    as_on_a_gpu(monkeypatch)
+    results = []
+    for use_triton in (True, False):
+        model = small(load_model('phase2_triton'), use_triton=use_triton, n_layer=1)
+        wte, wpe, ln_f = model.transformer.wte.weight, model.transformer.wpe.weight, model.transformer.ln_f.weight
+        c_fc = model.transformer.h[0].mlp.c_fc.weight
+        if asked == 'untied':
+            model.lm_head.weight = nn.Parameter(wte.detach().clone())
+        if asked == 'hooks':
+            for p in (wte, c_fc):
+                p.register_hook(lambda grad: grad * 0.5)
+        returned = []
+        for k, (x, y) in enumerate(batches(3)):
+            with autocast(bf16):
+                loss = model(x, y)[1]
+            if k != 1 or asked == 'hooks':
+                loss.backward()
+            elif asked.startswith('backward'):
+                loss.backward(inputs=[wpe if 'wpe' in asked else c_fc])
+            else:
+                of = {'grad of wpe': [wpe], 'grad of ln_f': [ln_f], 'untied': [model.lm_head.weight, wte]}.get(asked, [c_fc, wte])
+                returned = torch.autograd.grad(loss, of)
+        results.append([*returned, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < 0.05 * theirs.norm() + 1e-6
+
+
 def test_gradients_stay_where_they_are():
     """A gradient that is there is added to in place: what holds on to its memory, like a CUDA graph or DDP's bucket, keeps seeing it."""
     model = small(load_model('phase2_triton'))
@@ -168,27 +214,30 @@ def process_group():
         dist.destroy_process_group()
 
 
-def test_wrapped():
+@pytest.mark.parametrize('dtype', [f32, bf16])
+def test_wrapped(dtype, monkeypatch):
     """torch.compile with fullgraph, DDP and FSDP2 (one process) give the plain model's loss and gradients."""
     from torch.distributed.fsdp import fully_shard
 
+    as_on_a_gpu(monkeypatch)
     module = load_model('phase2_triton')
-    expected = accumulated(small(module), f32, micro_steps=2)
+    expected = accumulated(small(module), dtype, micro_steps=2)
     compiled = torch.compile(small(module), fullgraph=True, backend='inductor' if gpu else 'aot_eager')
-    results = {'compiled': accumulated(compiled, f32, micro_steps=2)}
+    results = {'compiled': accumulated(compiled, dtype, micro_steps=2)}
     with process_group() as dist:
-        results['DDP'] = accumulated(nn.parallel.DistributedDataParallel(small(module), gradient_as_bucket_view=True), f32, micro_steps=2)
+        results['DDP'] = accumulated(nn.parallel.DistributedDataParallel(small(module), gradient_as_bucket_view=True), dtype, micro_steps=2)
         sharded = small(module)
         mesh = dist.device_mesh.init_device_mesh(device, (1,))
         for block in sharded.transformer.h:
             fully_shard(block, mesh=mesh)
-        results['FSDP2'] = accumulated(fully_shard(sharded, mesh=mesh), f32, micro_steps=2)
+        results['FSDP2'] = accumulated(fully_shard(sharded, mesh=mesh), dtype, micro_steps=2)
         results['FSDP2'][1].update((name, grad.full_tensor()) for name, grad in results['FSDP2'][1].items())
     for wrapper, (losses, grads) in results.items():
-        assert losses == pytest.approx(expected[0], rel=1e-5), wrapper
+        assert losses == pytest.approx(expected[0], rel=1e-5 if dtype == f32 else 3e-3), wrapper  # 16 bits round logits of size 1 by up to 4e-3
         grads = {name.removeprefix('_orig_mod.').removeprefix('module.'): grad for name, grad in grads.items()}
         for name, grad in expected[1].items():
-            torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m: f'{wrapper}: {name}: {m}')
+            error = (grads[name] - grad).norm() / grad.norm()
+            assert error < (1e-4 if dtype == f32 else 0.05), f'{wrapper}: {name}: {error:.1e}'  # bfloat16's rounding moves them by 1%
 
 
 def test_compiling_in_place_is_declined(capsys):
@@ -280,46 +329,6 @@ def test_recorded_under_ddp(micro_steps, monkeypatch):
                 ours.grad = theirs.grad = None
     assert [during for message, during in ordered if 'rebuilt' in message] == [False]
     assert len(graph.graphs) == min(2, micro_steps - 1)
-
-
-def test_rounded_weights():
-    """What micro-steps after the first share is a copy that is never old, however the optimizer goes about it."""
-    from kernels.linear import linear, rounded
-
-    weight = nn.Parameter(torch.randn(4, 8, device=device))
-    assert rounded(weight, bf16) is not rounded(weight, bf16), 'with one micro-step nothing is kept'
-    kept = None
-    for dropped in (True, False, True, True):
-        with torch.no_grad():  # .data: the version counter does not hear of it, as of the weights that ZeRO's ranks send each other
-            (weight.data if dropped else weight).add_(1.0)
-        weight.grad = None if dropped else torch.zeros_like(weight)
-        for micro_step in range(3):
-            got = rounded(weight, bf16)
-            assert torch.equal(got, weight.to(bf16)) and (kept is None or got is kept)
-            weight.grad = torch.ones_like(weight)
-            kept = got if micro_step else kept
-    # fused AdamW does not tell the version counter
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    for _ in range(2):
-        assert torch.equal(rounded(weight, bf16), weight.to(bf16))
-        weight.grad = torch.ones_like(weight)
-        assert rounded(weight, bf16) is kept
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-    # two forwards before their backward
-    x, weight.grad = torch.randn(2, 8, device=device), None
-    with autocast(bf16):
-        first, second = linear(x, weight), linear(x, weight)
-    (first + second).sum().backward()
-    with autocast(bf16):
-        first = linear(x, weight)
-    with torch.no_grad():
-        weight.add_(1.0)
-    weight.grad = None
-    rounded(weight, bf16)
-    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
-        first.sum().backward()
-    assert rounded(weight, f16).dtype == f16 and rounded(weight, f32) is weight
 
 
 def test_kernels_run_here():

@@ -286,7 +286,7 @@ runpy.run_path(train, run_name='__main__')
         reached = now
         os.remove('started')
     last = launch(FSDP, *flags, RESUME, f'--max_iters={reached + 100}', '--eval_interval=1000', nproc=2)
-    assert 'nan' not in last.stdout and progress >= kills // 4
+    assert 'nan' not in last.stdout and progress >= max(1, kills // 4)
 
 
 def test_full_disk_is_a_warning_until_the_end(launch, work):

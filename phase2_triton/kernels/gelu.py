@@ -73,6 +73,6 @@ def gelu(x):
     torch.nn.functional.gelu(x) for x of any shape in float32, bfloat16 or float16, by a Triton kernel where it can run and by that very
     function elsewhere. Differentiable once.
     """
-    if x.dtype in float_dtypes and available(x.device) and not torch.compiler.is_compiling():
+    if type(x) is torch.Tensor and x.dtype in float_dtypes and available(x.device) and not torch.compiler.is_compiling():
         return GeluFunction.apply(x)
     return F.gelu(x)

@@ -368,6 +368,7 @@ def launch_forward(x, branch, weight, bias, eps, out_dtype):
     """
     N = x.shape[-1]
     rows, stride = rows_of(x)
+    weight = weight.contiguous()
     M = x.numel() // N
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
@@ -377,7 +378,7 @@ def launch_forward(x, branch, weight, bias, eps, out_dtype):
         launch(
             forward_kernel,
             (cdiv(M, c.rows),),
-            (rows, rows if branch is None else branch.contiguous(), weight, weight if bias is None else bias, total, y, stats),
+            (rows, rows if branch is None else branch.contiguous(), weight, weight if bias is None else bias.contiguous(), total, y, stats),
             (stride, M, eps),
             (N, c.rows, c.chunk, c.resident, branch is not None, bias is not None, c.pdl),
             c,
@@ -409,7 +410,7 @@ def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db,
         (
             dy_rows,
             rows,
-            weight,
+            weight.contiguous(),
             stats,
             rows if dsum is None else dsum.contiguous(),
             rows if dx is None else dx,

@@ -1,5 +1,5 @@
-"""Linear layers under autocast, with the weight's gradient made in float32 and added to weight.grad by the matmul itself, and the weight
-rounded to 16 bits once an iteration.
+"""Linear layers under autocast, with the weight's gradient made in float32 and added to weight.grad by the matmul itself, and in CUDA
+graphs the weight rounded to 16 bits once an iteration.
 
 Autocast writes a weight's gradient in 16 bits (2 bytes an element), casts it to float32 (reads 2, writes 4) and adds it to weight.grad
 (reads 4 + 4, writes 4): 20 bytes in every micro-step. cuBLAS can add to float32 as it writes: 8.
@@ -8,7 +8,6 @@ Autocast writes a weight's gradient in 16 bits (2 bytes an element), casts it to
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .device import available
 
@@ -22,10 +21,20 @@ def autocast_dtype(x):
     return dtype if dtype in half_dtypes else None
 
 
+def accumulates(weight):
+    """Whether the backward that runs adds to weight.grad, and nothing looks at the gradient before: not one of autograd.grad, say."""
+    if not weight.is_leaf or weight._backward_hooks:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+    except RuntimeError:  # autograd.grad is to return it
+        return False
+
+
 def take_gradient(weight):
-    """weight.grad, taken out to be added to in place, or None. Autograd then finds no gradient and keeps what backward returns, hooks and all."""
-    grad = weight.grad
-    if grad is None or grad.dtype != torch.float32 or not grad.is_contiguous() or torch.is_grad_enabled():
+    """weight.grad, taken out to be added to in place, or None. Autograd then finds no gradient and keeps what backward returns."""
+    grad = weight.grad if accumulates(weight) else None
+    if grad is None or grad.dtype != torch.float32 or not grad.is_contiguous():
         return None
     weight.grad = None
     return grad
@@ -54,45 +63,26 @@ def leave_gradient(weight, dw):
     Puts dw where a later backward of the same weight finds it with take_gradient, and returns None for autograd. So the gradient of a
     weight that is both embedding and output layer is made in one place; else autograd adds two tensors, one of them mostly zeros.
     """
+    if not accumulates(weight):
+        return dw
     weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
 
 
-steps = 0  # of all of torch.optim's optimizers
-
-
-def count_step(*_):
-    global steps
-    steps += 1
-
-
-register_optimizer_step_post_hook(count_step)
-
-
-def same_as_before(weight, then):
-    """
-    Whether weight is what it was `then`, at (version counter, steps of optimizers). While its gradient adds up it should be; steps tell of
-    an optimizer that leaves gradients in place, filled with zeros, and fused ones do not move the version counter, which others do.
-    """
-    return weight.grad is not None and then == (weight._version, steps)
+def capturing(weight):
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def rounded(weight, dtype):
     """
-    weight in a 16-bit dtype; in the micro-steps of an iteration after the first the copy that the first has made. It stays where it is, and
-    the first writes it anew, so that CUDA graphs of either kind of micro-step agree on it. Not kept where there is one micro-step.
+    weight in a 16-bit dtype. In CUDA graphs of micro-steps (cuda_graph.py) only the first of an iteration, in which there are no gradients
+    yet, rounds it; the graph of the others reads what that one has written.
     """
-    if weight.dtype == dtype or not weight.is_leaf:
+    if weight.dtype == dtype or not weight.is_leaf or not capturing(weight):
         return weight.to(dtype)
-    copy, then = getattr(weight, 'rounded', (None, None))
-    if copy is None or copy.dtype != dtype or copy.device != weight.device:
-        copy = weight.detach().to(dtype)
-        if weight.grad is not None or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            weight.rounded = copy, (weight._version, steps)
-    elif not same_as_before(weight, then):
-        # a backward that still needs the old values ends with autograd's message about changes in place; of the same values it may have them
-        (copy.data if then == (weight._version, steps) else copy).copy_(weight.detach())
-        weight.rounded = copy, (weight._version, steps)
-    return copy
+    kept = getattr(weight, 'rounded', None)
+    if weight.grad is None or kept is None or kept.dtype != dtype:
+        kept = weight.rounded = weight.to(dtype)
+    return kept
 
 
 class LinearFunction(torch.autograd.Function):
@@ -108,9 +98,9 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
         need_dx, need_dw, need_db, _ = ctx.needs_input_grad
-        rows = dy.flatten(0, -2)
+        rows = dy.reshape(-1, dy.shape[-1])
         dx = dy @ w if need_dx else None
-        dw = weight_gradient(ctx.weight, rows, x.flatten(0, -2)) if need_dw else None
+        dw = weight_gradient(ctx.weight, rows, x.reshape(-1, x.shape[-1])) if need_dw else None
         db = rows.sum(0, dtype=torch.float32) if need_db else None
         return dx, dw, db, None
 
