@@ -29,6 +29,14 @@ def make_out_dir(out_dir):
             raise PermissionError('not writable')
     except OSError as e:
         raise UserError(f'out_dir={out_dir} cannot be used: {e}') from None
+    try:
+        import fcntl
+
+        fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        print(f'WARNING: another run is using out_dir={out_dir}: each overwrites the checkpoints of the other', file=sys.stderr)
+    except (ImportError, OSError):
+        pass  # a file system, or a system, without such locks
 
 
 def write_checkpoint(checkpoint, out_dir, best, required):
@@ -40,6 +48,8 @@ def write_checkpoint(checkpoint, out_dir, best, required):
     started = time.time()
     path = os.path.join(out_dir, 'ckpt.pt')
     try:
+        if os.path.exists(path + '.tmp'):
+            os.remove(path + '.tmp')  # of a run that was killed; it may be another name of ckpt_best.pt, which must not be written to
         with open(path + '.tmp', 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
@@ -96,10 +106,10 @@ def load_checkpoint(path):
     The checkpoint at path, tensors on the CPU, written by any phase or by nanoGPT. Nothing in the file is executed.
     Raises UserError if it is missing, damaged, sharded, no checkpoint, or holds code.
     """
-    if os.path.isdir(path):
+    if os.path.exists(os.path.join(path, 'rest.pt')):
         raise UserError(
             f'{path} is sharded, and only phase 3 with FSDP resumes from that. It becomes a ckpt.pt, in the folder phase3_fsdp, by: '
-            f'python sharded_checkpoint.py full {os.path.dirname(os.path.dirname(path))}'
+            f'python sharded_checkpoint.py full {os.path.dirname(os.path.dirname(os.path.abspath(path)))}'
         )
     try:
         # mapped into memory, so that many ranks on one machine share what they read
@@ -138,6 +148,12 @@ def resume_model_args(checkpoint, model_args, given):
     lacking = [k for k in ARCHITECTURE if k not in saved]
     if lacking:
         raise UserError(f'the checkpoint does not say its {", ".join(lacking)} (in model_args), so its model cannot be built')
+    sizes = model_args['vocab_size'], saved['vocab_size']
+    if sizes[0] != sizes[1] and min(sizes) < 50257:  # not GPT-2's tokens, of which some models have a few more than others
+        raise UserError(
+            f'the checkpoint has a vocabulary of {sizes[1]:,} tokens, which does not fit the data set with {sizes[0]:,}: '
+            'give the one that it was trained on with --dataset'
+        )
     for k in ARCHITECTURE:
         if k in given and model_args[k] != saved[k] and not (k == 'block_size' and model_args[k] < saved[k]):
             raise UserError(

@@ -19,6 +19,7 @@ from errors import UserError
 # what a value must be, beyond its type, so that a mistake is named here and not deep inside a run
 POSITIVE = (
     'batch_size',
+    'steps',
     'block_size',
     'gradient_accumulation_steps',
     'eval_interval',
@@ -33,7 +34,7 @@ POSITIVE = (
     'top_k',
     'dist_timeout',
 )
-NOT_NEGATIVE = ('max_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'temperature', 'peak_tflops')
+NOT_NEGATIVE = ('max_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'temperature', 'peak_tflops', 'warmup')
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 
 
@@ -129,9 +130,11 @@ def run_config_file(path, config, script):
             tree = ast.parse(f.read(), found[0])
         exec(compile(tree, found[0], 'exec'), variables)
     except Exception as e:
-        line = e.lineno if isinstance(e, SyntaxError) else traceback.extract_tb(e.__traceback__)[-1].lineno
-        raise UserError(f'{found[0]}, line {line}: {type(e).__name__}: {e}') from None
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == found[0]]
+        lines += [e.lineno] if isinstance(e, SyntaxError) and e.filename == found[0] else []
+        raise UserError(f'{found[0]}{f", line {lines[-1]}" if lines else ""}: {type(e).__name__}: {e}') from None
     assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assigned |= {k for k in config if variables.get(k) is not config[k]}  # or imports, say
     return {k: variables[k] for k in assigned if k in variables and not k.startswith('_') and not callable(variables[k])}
 
 

@@ -114,7 +114,10 @@ def open_tokens(data_dir, split, block_size, meta):
             f'{path} holds {tokens:,} tokens, too few for block_size {block_size} and its target: at least {block_size + 1:,} are '
             f'needed. Set a smaller --block_size, or prepare more data'
         )
-    return np.memmap(path, dtype=dtype, mode='r')
+    try:
+        return np.memmap(path, dtype=dtype, mode='r')
+    except OSError as e:
+        raise UserError(f'{path} cannot be read: {e.strerror}') from None
 
 
 def check_tokens(x, vocab_size, data_dir):

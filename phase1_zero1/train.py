@@ -138,11 +138,11 @@ if model_dir:
     sys.path.insert(0, model_dir)
 from model import GPT, GPTConfig
 
-model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, vocab_size=None, dropout=dropout)
+model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
+model_args['vocab_size'] = meta.get('vocab_size', 50304)  # GPT-2's 50257, padded for speed
 model_options = {k: config[k] for k in GPTConfig.__dataclass_fields__ if k not in model_args}
 if init_from == 'scratch':
     print('Initializing a new model from scratch')
-    model_args['vocab_size'] = meta.get('vocab_size', 50304)  # GPT-2's 50257, padded for speed
     model = GPT(GPTConfig(**model_args, **model_options))
 elif init_from == 'resume':
     print(f'Resuming training from {checkpoint_path}')
@@ -154,7 +154,7 @@ elif init_from == 'resume':
     best_val_loss = checkpoint['best_val_loss']
     if iter_num > max_iters:
         print(f'nothing is left to do: iteration {iter_num} comes next, and max_iters={max_iters} is the last')
-elif init_from.startswith('gpt2'):
+elif init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
     print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
     model = GPT.from_pretrained(init_from, dict(dropout=dropout, **model_options))
     model_args.update({k: getattr(model.config, k) for k in model_args})
@@ -228,7 +228,7 @@ def estimate_loss():
 def get_lr(it):
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
-    if it > lr_decay_iters:
+    if it >= lr_decay_iters:
         return min_lr
     decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)  # from 0 to 1
     coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))  # from 1 to 0

@@ -24,8 +24,8 @@ def use_side_stream(device):
 class MicroStepGraph:
     """
     step(X, Y) -> detached loss, a function that adds to the gradients of model's parameters, as two graphs: of the first micro-step of an
-    iteration, which finds no gradients and makes them, and of those that add to them. X and Y: tensors of the same shapes and dtypes in each
-    call. The returned loss is valid until the next call.
+    iteration, which finds no gradients and makes them, and of those that add to them: so zero_grad must drop gradients, as set_to_none=True
+    does. X and Y: tensors of the same shapes and dtypes in each call. The returned loss is valid until the next call.
     """
 
     def __init__(self, step, model):

@@ -14,7 +14,7 @@ import torch
 
 import hardware
 from configurator import configure
-from dataset import find_data_dir, load_meta, open_tokens
+from dataset import check_tokens, find_data_dir, load_meta, open_tokens
 
 # -----------------------------------------------------------------------------
 batch_size = 12  # sequences in a micro-step
@@ -32,7 +32,7 @@ model_dir = ''  # folder of the model.py to time, such as ../phase2_triton; empt
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
 dtype = 'auto'  # float32, bfloat16 or float16
 compile = 'auto'  # use torch.compile?
-peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu, if hardware.py does not know it
+peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
 warmup = 10  # iterations before the timed ones
 steps = 20  # timed iterations
 profile = False  # write a trace of 5 iterations to ./bench_log, for TensorBoard or chrome://tracing
@@ -54,6 +54,7 @@ if real_data:
     def get_batch():
         ix = torch.randint(len(train_data) - block_size, (batch_size,))
         rows = torch.stack([torch.from_numpy(train_data[i : i + block_size + 1].astype(np.int64)) for i in ix])
+        check_tokens(rows, vocab_size, data_dir)
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         if device_type == 'cuda':
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)

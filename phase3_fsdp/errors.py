@@ -8,6 +8,7 @@ said once; torchrun then ends the remaining ranks.
 
 import os
 import re
+import select
 import socket
 import sys
 import traceback
@@ -44,6 +45,11 @@ def _excepthook(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
+    if issubclass(kind, BrokenPipeError):
+        poll = select.poll()
+        poll.register(1, 0)
+        if poll.poll(0):  # who reads what is printed has gone, as in `train.py --help | head`
+            os._exit(141)
     if issubclass(kind, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
         kind, error = UserError, UserError(f'this needs the package {error.name}, which is not installed: pip install {error.name}')
     speaks = _first_to_fail()

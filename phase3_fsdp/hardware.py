@@ -52,6 +52,8 @@ def choose(device, dtype, compile, backend):
 
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
+    if backend not in ('nccl', 'gloo'):
+        raise UserError(f"backend is '{backend}', but it can be nccl or gloo")
     if backend == 'nccl' and device_type != 'cuda':
         raise UserError(f'backend=nccl works between GPUs only, and the device is {device}; leave the flag out or use --backend=gloo')
     return device, dtype, compile, backend

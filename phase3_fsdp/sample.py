@@ -11,7 +11,7 @@ import sys
 import torch
 
 import hardware
-from checkpoint import load_checkpoint, load_model
+from checkpoint import find_checkpoint, load_checkpoint, load_model
 from configurator import configure
 from dataset import find_data_dir, get_encoding, load_meta
 from errors import UserError
@@ -45,12 +45,12 @@ from model import GPT, GPTConfig
 
 model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}
 if init_from == 'resume':
-    checkpoint = load_checkpoint(os.path.join(out_dir, ckpt))
+    checkpoint = load_checkpoint(find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt))
     known = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
     model = GPT(GPTConfig(**{**known, 'dropout': 0.0}, **model_options))
     load_model(model, checkpoint)
     dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
-elif init_from.startswith('gpt2'):
+elif init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
     model = GPT.from_pretrained(init_from, dict(dropout=0.0, **model_options))
 else:
     raise UserError(f"init_from is '{init_from}', but it can be resume, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
@@ -68,7 +68,7 @@ if dataset:
     except UserError:
         if vocab_size < 50257 or 'dataset' in given:  # then it was not GPT-2's encoding
             raise
-if vocab_size < meta.get('vocab_size', 50257):
+if vocab_size < meta.get('vocab_size', 50257) or ('stoi' in meta and vocab_size != meta['vocab_size']):
     raise UserError(
         f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has {meta.get("vocab_size", 50257)}: name the data '
         'set that it was trained on with --dataset'

@@ -79,9 +79,8 @@ def _serve():
     answers = open(1, 'w', closefd=False)  # buffered: without, a write that a signal cuts short would not be gone on with
     for line in sys.stdin:
         request = json.loads(line)
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
+        listening = socket.create_server(('127.0.0.1', 0))  # kept open: another process could take a port that is only known to be free
+        port = listening.getsockname()[1]
         children = {}
         with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
             for rank in range(request['nproc']):
@@ -93,7 +92,10 @@ def _serve():
                 if pid == 0:
                     _run_rank(request, {k: str(v) for k, v in env.items()}, out, err)
                 children[pid] = rank
-            store = dist.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False) if request['nproc'] > 1 else None
+            store = None
+            if request['nproc'] > 1:
+                store = dist.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+            listening.close()
             started, failed, timed_out = time.time(), 0, False
             while children:
                 pid, status = os.waitpid(-1, os.WNOHANG)

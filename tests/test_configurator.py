@@ -136,6 +136,15 @@ def test_our_config_files_hold_known_flags_only(path, monkeypatch):
     assert given
 
 
+@pytest.mark.parametrize(
+    'text', ['from base import *', 'from base import batch_size', "exec(open('base.py').read())", 'globals().update(batch_size=3)']
+)
+def test_flags_that_a_config_file_takes_from_elsewhere(launch, work, text):
+    (work / 'base.py').write_text('batch_size = 3\n')
+    (work / 'config.py').write_text(f"import sys\nsys.path.insert(0, '.')\n{text}\n")
+    assert 'tokens per iteration will be: 96\n' in launch(NANOGPT / 'train.py', *TINY, '--max_iters=0', 'config.py').stdout
+
+
 def test_upstreams_style_of_config_file_works(launch, work):
     """As nanoGPT's own: an import, an f-string, comments, a number where the default is a float."""
     (work / 'config.py').write_text("import time\nwandb_run_name = f'run-{time.time()}'\nlearning_rate = 1 # fast\nmax_iters = 2\n")

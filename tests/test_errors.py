@@ -57,6 +57,8 @@ MISTAKES = {
     'one file of it missing': (lambda: os.remove('data/letters/val.bin'), [], 'val.bin does not exist'),
     'token outside the vocabulary': (lambda: write_tokens([50] * 100), [], 'token 50'),
     'token beyond the checkpoint': (lambda: edit_checkpoint(lambda c: c['model_args'].update(vocab_size=3)), RESUME, 'does not fit'),
+    'other vocabulary': (lambda: pickle.dump({'vocab_size': 41}, open('data/letters/meta.pkl', 'wb')), RESUME, 'vocabulary of 40'),
+    'a folder for data': (lambda: (os.remove('data/letters/val.bin'), os.mkdir('data/letters/val.bin')), [], 'val.bin'),
     'truncated .bin': (lambda: cut('data/letters/train.bin', 999), [], 'train.bin is truncated'),
     'short .bin': (lambda: write_tokens([1] * 10), [], 'too few for block_size'),
     'meta.pkl with code': (lambda: pickle.dump({'vocab_size': Malicious()}, open('data/letters/meta.pkl', 'wb')), [], 'could run code'),
@@ -77,6 +79,8 @@ MISTAKES = {
     'device': (None, ['--device=gpu'], "device is 'gpu'"),
     'dtype': (None, ['--dtype=half'], "dtype is 'half'"),
     'nccl without a GPU': (None, ['--backend=nccl'], 'backend=nccl works between GPUs only'),
+    'backend': (None, ['--backend=smoke'], "backend is 'smoke'"),
+    'pretrained': (None, ['--init_from=gpt2-tiny'], "init_from is 'gpt2-tiny'"),
     'init_from': (None, ['--init_from=somewhere'], "init_from is 'somewhere'"),
     'package missing': (lambda: open('wandb.py', 'w').write('raise ModuleNotFoundError(name="wandb")'), ['--wandb_log'], 'pip install wandb'),
 }  # fmt: skip

@@ -224,15 +224,15 @@ def test_mistakes_end_with_one_message(launch, work):
     launch(FSDP, *TINY, EACH_BLOCK, SHARDED, '--max_iters=2', nproc=2)
     folder = 'out/ckpt_sharded/' + open('out/ckpt_sharded/latest').read()
     for run in (launch(FSDP, *TINY, RESUME, check=False), launch(TRAIN, *TINY, '--init_from=auto', nproc=2, check=False)):
-        assert run.returncode == 2 and 'is sharded' in run.stderr and 'python sharded_checkpoint.py full out' in run.stderr
+        assert run.returncode == 2 and 'is sharded' in run.stderr and f'python sharded_checkpoint.py full {work}/out' in run.stderr
     assert 'iter 1:' in launch(FSDP, *TINY, '--max_iters=1', '--out_dir=out').stdout  # nothing is to be resumed
     os.remove('out/ckpt.pt')
     assert 'trained with n_embd=32, but n_embd=64' in message(RESUME, '--n_embd=64')
     rest = load(f'{folder}/rest.pt')
     torch.save({**rest, 'model_args': {**rest['model_args'], 'bias': True}}, f'{folder}/rest.pt')
     assert 'transformer.h.0.ln_1.bias is missing' in message(RESUME)
-    torch.save({**rest, 'model_args': {**rest['model_args'], 'vocab_size': 42}}, f'{folder}/rest.pt')
-    assert 'does not fit its own model_args: transformer.wte.weight is (40, 32) instead of (42, 32)' in message(RESUME)
+    torch.save({**rest, 'model_args': {**rest['model_args'], 'n_embd': 64}}, f'{folder}/rest.pt')
+    assert 'does not fit its own model_args: transformer.wte.weight is (40, 32) instead of (40, 64)' in message(RESUME, '--n_embd=64')
     torch.save(rest, f'{folder}/rest.pt')
     with open(f'{folder}/__1_0.distcp', 'r+b') as f:
         f.truncate(os.path.getsize(f.name) - 100)

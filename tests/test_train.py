@@ -1,5 +1,6 @@
 """The reference trainer, run as a user runs it: its numbers, its lines, its stops and starts."""
 
+import fcntl
 import json
 import os
 import re
@@ -11,7 +12,8 @@ import time
 
 import pytest
 import torch
-from conftest import NANOGPT, TINY, assert_same, load, losses
+from checkpoint import write_checkpoint
+from conftest import NANOGPT, TINY, assert_same, load, log_of, losses
 
 TRAIN = NANOGPT / 'train.py'
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -112,6 +114,31 @@ def test_latest_and_best_are_both_kept(launch, work):
     # with always_save_checkpoint off only improvements and the last iteration are saved
     out = launch(TRAIN, *TINY, '--init_from=resume', '--learning_rate=3', '--min_lr=3', '--always_save_checkpoint=False', '--max_iters=35').stdout
     assert out.count('saving checkpoint') == 1 and load('out/ckpt.pt')['iter_num'] == 36
+
+
+def test_a_name_left_by_a_killed_run_is_not_written_to(work):
+    """Killed between the two renames of a save: ckpt.pt.tmp is another name of ckpt_best.pt."""
+    os.makedirs('out')
+    write_checkpoint({'iter_num': 1}, 'out', best=True, required=True)
+    os.link('out/ckpt_best.pt', 'out/ckpt.pt.tmp')
+    write_checkpoint({'iter_num': 2}, 'out', best=False, required=True)
+    assert load('out/ckpt_best.pt')['iter_num'] == 1 and load('out/ckpt.pt')['iter_num'] == 2
+
+
+def test_warns_of_another_run_in_the_same_folder(launch, work):
+    assert launch(TRAIN, *TINY, '--max_iters=1').stderr == ''
+    fcntl.flock(os.open('out', os.O_RDONLY), fcntl.LOCK_EX)
+    assert 'another run is using out_dir=out' in launch(TRAIN, *TINY, '--max_iters=1').stderr
+
+
+def test_warmup_may_end_where_the_decay_does(launch, work):
+    launch(TRAIN, *TINY, '--max_iters=7', '--warmup_iters=5', '--lr_decay_iters=5')
+    assert [record['lr'] for record in log_of('out')['iterations']][4:] == [pytest.approx(1e-2 * 5 / 6), 1e-3, 1e-3, 1e-3]
+
+
+def test_help_into_a_closed_pipe(work):
+    run = subprocess.run(f'{sys.executable} {TRAIN} --help | head -n 1', shell=True, capture_output=True, text=True)
+    assert run.stdout.count('\n') == 1 and run.stderr == ''
 
 
 def test_best_that_a_resumed_run_finds_at_once(launch, work):

@@ -79,6 +79,9 @@ class DatasetWriter:
     def __enter__(self):
         try:
             os.makedirs(self.out_dir, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'cannot make {self.out_dir}: {error.strerror}') from error
+        try:
             for split in ('train', 'val'):
                 path = self.path(f'{split}.bin.tmp')
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)

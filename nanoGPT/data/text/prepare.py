@@ -171,7 +171,8 @@ if __name__ == '__main__':
     else:
         chars = {'\n'}
         for _, pieces in read_documents(paths, args.field, progress('vocabulary', total)):
-            chars.update(*pieces)
+            for piece in pieces:
+                chars.update(piece)
         encode, meta, dtype = char_encoder(sorted(chars)), char_meta(sorted(chars)), dtype_for(len(chars))
 
     with DatasetWriter(args.out, dtype) as out:
