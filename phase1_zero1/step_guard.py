@@ -32,19 +32,22 @@ class StepGuard:
         self.skipped += bad
         self.in_a_row = (self.in_a_row + 1) * bad
 
-    def read(self, iter_num, lr, loss, grad_norm):
+    def read(self, loss, grad_norm):
         """
         The numbers (loss, grad_norm, steps skipped so far), of two 0-dim float32 tensors and our own, in one transfer, which
-        waits for the device. Raises UserError when too many steps in a row were skipped; iter_num and lr are for its message.
+        waits for the device.
         """
-        loss, grad_norm, skipped, in_a_row = torch.stack((loss, grad_norm, self.skipped, self.in_a_row)).tolist()
+        loss, grad_norm, skipped, self.last_in_a_row = torch.stack((loss, grad_norm, self.skipped, self.in_a_row)).tolist()
+        return loss, grad_norm, int(skipped)
+
+    def check(self, iter_num, lr, skipped):
+        """Raises UserError when, as of the last read(), too many steps in a row were skipped; the rest is for its message."""
         # in float16 the loss scale, 65536 at first, is halved at each skipped step: a row of them is a search, not a failure
-        if in_a_row >= MAX_IN_A_ROW and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+        if self.last_in_a_row >= MAX_IN_A_ROW and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             raise UserError(
-                f'training diverged: the last {in_a_row:.0f} steps up to iteration {iter_num} had a gradient that is not finite (inf or NaN) and '
-                f'were skipped, {skipped:.0f} in all; the learning rate is {lr:.2e}. The weights and the last checkpoint are those from before. '
-                'Try a lower --learning_rate, more --warmup_iters or a smaller --grad_clip'
+                f'training diverged: the last {self.last_in_a_row:.0f} steps up to iteration {iter_num} had a gradient that is not finite '
+                f'(inf or NaN) and were skipped, {skipped} in all; the learning rate is {lr:.2e}. The weights and the last checkpoint are those '
+                'from before. Try a lower --learning_rate, more --warmup_iters or a smaller --grad_clip'
                 + ('; --dtype=bfloat16 or float32 has more range' if self.scaler.is_enabled() else '')
                 + ', and look at the data it stopped at.'
             )
-        return loss, grad_norm, int(skipped)

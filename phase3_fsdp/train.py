@@ -268,7 +268,7 @@ def save_checkpoint(best):
         'resume': {
             'ranks': gather_from_ranks({k: v.cpu() for k, v in here.items()}),
             'scaler': scaler.state_dict(),
-            'log': os.path.basename(log.path or ''),
+            'log': os.path.basename(log.path or (resumed_from or {}).get('log') or ''),  # without a log, its predecessor
         },
     }
     print(f'saving checkpoint to {out_dir}')
@@ -368,7 +368,7 @@ while True:
     timed_iters += 1
     if iter_num % log_interval == 0:
         # the CPU waits for the GPU here, and nowhere else
-        lossf, normf, skipped_steps = step_guard.read(iter_num, lr, mean_over_ranks(loss_sum), grad_norm)
+        lossf, normf, skipped_steps = step_guard.read(mean_over_ranks(loss_sum), grad_norm)
         t1 = time.perf_counter()
         dt = (t1 - t0) / timed_iters
         t0, timed_iters = t1, 0
@@ -390,6 +390,7 @@ while True:
             peak_memory_bytes=hardware.peak_memory_bytes(device),
             skipped_steps=skipped_steps,
         )
+        step_guard.check(iter_num, lr, skipped_steps)  # behind the record of the step that it may end the run at
     iter_num += 1
     local_iter_num += 1
 

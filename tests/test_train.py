@@ -200,6 +200,8 @@ def test_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(launch, 
         run = launch(TRAIN, *TINY, '--init_from=resume', '--learning_rate=1e30', '--decay_lr=False', '--max_iters=40', nproc=nproc, check=False)
         assert run.returncode == 2 and run.stderr.count('training diverged') == 1 and 'learning rate is 1.00e+30' in run.stderr
         assert 'Traceback' not in run.stderr
+        log = json.load(open(max((f'out/{name}' for name in os.listdir('out') if name.endswith('.json')), key=os.path.getmtime)))
+        assert log['iterations'][-1]['skipped_steps'] == 5  # of the step that ended it
         # a run that ends by itself right after it broke must not save either
         run = launch(TRAIN, *TINY, '--init_from=resume', '--learning_rate=1e30', '--decay_lr=False', '--max_iters=13', nproc=nproc)
         assert 'not finite' in run.stdout and '2 steps skipped' in run.stdout
@@ -312,6 +314,8 @@ def test_json_log(launch, work):
     assert record['mfu'] is None and record['peak_memory_bytes'] > 10**7
     launch(TRAIN, *TINY, '--json_log=False', '--out_dir=silent', '--max_iters=1')
     assert os.listdir('silent') == ['ckpt.pt']
+    launch(TRAIN, *TINY, '--init_from=resume', '--json_log=False', '--max_iters=22')  # the chain goes on behind a run without a log
+    assert load('out/ckpt.pt')['resume']['log'] == max(name for name in os.listdir('out') if name.endswith('.json'))
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
