@@ -214,7 +214,10 @@ class TrainingLogger:
 
     def _head(self, page):
         """The first page: everything that changes with a record, and nothing else."""
-        return pad(f'{encode({"schema_version": 1, "summary": self.summary, "run": self.state})[:-2]}, ', page)
+        head = pad(f'{encode({"schema_version": 1, "summary": self.summary, "run": self.state})[:-2]}, ', page)
+        if len(head) > PAGE:
+            raise ValueError(f'a head of {len(head):,} bytes is longer than a page of {PAGE:,}')
+        return head
 
     def _append(self, name, fields):
         summary, region = self.summary, self.regions[name]
@@ -241,6 +244,8 @@ class TrainingLogger:
 
     def _tally(self, name, record):
         summary = self.summary
+        # the head has room for numbers only
+        record = {key: value if isinstance(value, (int, float)) and abs(value) < 1e100 else None for key, value in record.items()}
         summary[name] += 1
         summary['total_time_s'] = round(time.monotonic() - self.started, 3)
         if name == 'iterations':
@@ -257,7 +262,7 @@ class TrainingLogger:
     def _tally_loss(self, key, record):
         summary, loss = self.summary, record[key]
         summary[f'final_{key}'] = loss
-        if isinstance(loss, (int, float)):
+        if loss is not None:
             if summary[f'first_{key}'] is None:
                 summary[f'first_{key}'] = loss
             if summary[f'best_{key}'] is None or loss < summary[f'best_{key}']:

@@ -315,6 +315,19 @@ def test_impossible_records_are_dropped(tmp_path, capfd):
     log.close('completed')
 
 
+@pytest.mark.parametrize('strange', ['x' * 3500, 10**1500, 10**400], ids=['text', '1500 digits', '400 digits'])
+def test_the_head_stays_a_page(tmp_path, strange):
+    log = TrainingLogger(tmp_path, {}, RUN)
+    step(log, 0, loss=strange)
+    step(log, 1, loss=2.0, peak_memory_bytes=strange)
+    document = read(log)
+    assert [record['loss'] for record in document['iterations']] == [strange, 2.0]
+    assert document['summary']['first_loss'] == 2.0 and document['summary']['dropped_records'] == 0
+    path = log.path
+    log.close('x' * 5000)
+    assert read(path)['iterations'] == document['iterations']
+
+
 FORK = """
 if os.fork() == 0:  # while the thread is at work on a record; the child has no such thread and must neither hang nor write
     log.evaluation(1, train_loss=9.0, val_loss=9.0)
