@@ -16,7 +16,9 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import matplotlib
@@ -32,8 +34,8 @@ DASHES = ((5, 3), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3), (3, 2, 1, 2, 1, 2))  # of 
 MARKERS = 'osD^vP'
 STYLE = {'font.size': 13, 'axes.titlesize': 14, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.fontsize': 12}
 STYLE |= {'axes.grid': True, 'grid.color': '#e4e4e4', 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False}
-STYLE |= {'legend.edgecolor': 'none', 'legend.framealpha': 0.8}
-DEAD_AFTER_S = 600  # a 'running' log without a new record for this long (and for 20 of its slowest steps) is of a process that died
+STYLE |= {'legend.edgecolor': 'none', 'legend.framealpha': 0.8, 'text.parse_math': False}  # a $ in a name is a $
+DEAD_AFTER_S = 600  # a 'running' log without a new record for this long (and for 20 of its slowest steps, and 3 records) is of a process that died
 TITLES = {
     'loss': ('Loss', 'cross-entropy (nats/token)'),
     'lr': ('Learning rate', 'learning rate'),
@@ -56,19 +58,25 @@ class LogError(ValueError):
 
 def load_log(path):
     """The log at `path` as a dict, with the records of the runs it was resumed from before its own; `segments` are all the paths, oldest
-    first. What a predecessor did at or after the iteration of the resume is dropped. Raises LogError."""
-    log = first = _read(path)
-    log['segments'] = [path]
-    while first['run'].get('resumed_from'):
-        origin = first['run']['resumed_from']
+    first, and `parts` the first iteration and the `run` of each. What a predecessor did at or after the iteration of the resume is
+    dropped. `notes` say what could not be read. Raises LogError."""
+    log = part = _read(path)
+    log |= {'segments': [path], 'parts': [], 'notes': []}
+    while True:
+        origin = part['run'].get('resumed_from') or {'iter': 0, 'log': None}
+        log['parts'].insert(0, (origin['iter'], part['run']))
         before = os.path.join(os.path.dirname(path), os.path.basename(origin['log'] or 'none'))
         if before in log['segments'] or not os.path.isfile(before):
             break  # a log that was copied without its predecessor is still worth a picture
-        first = _read(before)
+        try:
+            part = _read(before)
+        except LogError as error:
+            log['notes'].append(f'{error}; {path} is drawn without it')
+            break
         log['segments'].insert(0, before)
         for name in LISTS:
             end = origin['iter'] + (name == 'checkpoints')  # the checkpoint of that very iteration is the one resumed from
-            log[name] = [record for record in first[name] if record['iter'] < end] + log[name]
+            log[name] = [record for record in part[name] if record['iter'] < end] + log[name]
     return log
 
 
@@ -80,13 +88,25 @@ def _read(path):
             break
         except OSError as error:
             raise LogError(f'{path}: {error.strerror}') from error
-        except ValueError as error:  # it may be that a record was just being written
+        except (ValueError, RecursionError) as error:  # it may be that a record was just being written
             if attempt == 4:
                 raise LogError(f'{path} is not a JSON document: {error}') from error
             time.sleep(0.05)
     if not isinstance(log, dict) or not all(isinstance(log.get(key), kind) for key, kind in {'run': dict, 'config': dict, **LISTS}.items()):
         raise LogError(f'{path} is not a training log: it has no run, config, {", ".join(LISTS)} as training_logger.py writes them')
+    if not all(isinstance(record, dict) and isinstance(record.get('iter'), (int, float)) for name in LISTS for record in log[name]):
+        raise LogError(f'{path} is not a training log as training_logger.py writes them: it has a record without iter')
     return log
+
+
+def _column(records, key):
+    """A field as floats; NaN for null, and for what is too large for an axis."""
+    values = np.array([record.get(key) for record in records], float)
+    return np.where(np.abs(values) < 1e100, values, math.nan)
+
+
+def _positive(fact):
+    return fact if isinstance(fact, (int, float)) and 0 < fact < 1e100 else None
 
 
 class Run:
@@ -96,16 +116,17 @@ class Run:
         try:
             log = load_log(path)
             self.path, self.segments, self.run, self.config = path, log['segments'], log['run'], log['config']
-            self.iterations = {key: np.array([r.get(key) for r in log['iterations']], float) for key in ('iter', *TITLES, 'mfu')}
-            self.evaluations = {key: np.array([r.get(key) for r in log['evaluations']], float) for key in ('iter', 'train_loss', 'val_loss')}
-            self.checkpoints = np.array([r['iter'] for r in log['checkpoints']], float)
+            self.parts, self.notes = log['parts'], log['notes']
+            self.iterations = {key: _column(log['iterations'], key) for key in ('iter', *TITLES, 'mfu')}
+            self.evaluations = {key: _column(log['evaluations'], key) for key in ('iter', 'train_loss', 'val_loss')}
+            self.checkpoints = _column([r for r in log['checkpoints'] if r.get('bytes', 0) is not None], 'iter')  # null: it failed
             if np.isnan(np.concatenate((self.iterations['iter'], self.evaluations['iter'], self.checkpoints))).any():
                 raise ValueError('a record without iter')
             last = datetime.fromisoformat(self.run.get('last_record_time') or self.run['start_time'])
             silent_s = (datetime.now(UTC) - last).total_seconds()
         except LogError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise LogError(f'{path} is not a training log as training_logger.py writes them: {error!r}') from error
         phase, model = str(self.run.get('phase', 'run')), str(self.run.get('model') or self.config.get('model_dir') or '.')
         model = os.path.basename(os.path.normpath(model))
@@ -114,21 +135,32 @@ class Run:
         self.seconds = np.cumsum(times * np.diff(self.iterations['iter'], prepend=self.iterations['iter'][:1] - 1)) / 1e3
         tokens = self.iterations['tokens_per_sec'] * self.iterations['time_ms'] / 1e3
         tokens = np.median(tokens[np.isfinite(tokens)]) if np.isfinite(tokens).any() else 0
-        self.tokens_per_iter = self.run.get('tokens_per_iter') or round(float(tokens))
-        self.status, self.silence = str(self.run.get('status')), f'last record {duration(silent_s)} ago'
-        if self.status == 'running' and silent_s > max(DEAD_AFTER_S, 20 * times.max(initial=0) / 1e3):
+        self.tokens = [_positive(run.get('tokens_per_iter')) or round(float(tokens)) for _, run in self.parts]  # per step
+        own = self.iterations['iter'] >= self.parts[-1][0]
+        self.own = own if own.any() else np.full(len(own), True)  # records of a resumed run itself, which may be on other devices
+        self.status, self.silence = str(self.run.get('status')), f'last record {duration(max(0, silent_s))} ago'
+        spacing = _positive(self.config.get('log_interval')) or np.diff(self.iterations['iter']).max(initial=1)  # of the records, in steps
+        if self.status == 'running' and silent_s > max(DEAD_AFTER_S, max(20, 3 * spacing) * times.max(initial=0) / 1e3):
             self.status = 'died'
 
     def x(self, iters, axis):
         """Iteration numbers as positions on the x axis: 'iter', 'tokens' or 'time' (seconds of training steps)."""
         if axis == 'tokens':
-            if not self.tokens_per_iter:
+            if not all(self.tokens):
                 raise LogError(f'{self.path} does not say how many tokens a step has, so --x tokens cannot be drawn')
-            return iters * self.tokens_per_iter
-        return np.interp(iters, self.iterations['iter'], self.seconds) if axis == 'time' and len(self.seconds) else iters
+            starts = np.array([0, *(start for start, _ in self.parts[1:])])
+            before = np.cumsum([0, *np.diff(starts) * self.tokens[:-1]])  # a resumed run may have batches of another size
+            part = np.searchsorted(starts, iters, side='right') - 1
+            return before[part] + (iters - starts[part]) * np.array(self.tokens)[part]
+        if axis == 'time' and iters.any():
+            if not len(self.seconds):
+                raise LogError(f'{self.path} has no records of iterations, so --x time cannot be drawn')
+            return np.interp(iters, self.iterations['iter'], self.seconds)
+        return iters
 
     def summary(self):
-        """One row of the table. The medians leave out the first 5 of more than 10 records, like the log's own summary."""
+        """One row of the table. Medians and memory are those of the run's own records, without its predecessors'; the medians leave out
+        the first 5 of more than 10, like the log's own summary."""
         iters, val = self.evaluations['iter'], self.evaluations['val_loss']
 
         def pick(function, values):
@@ -138,7 +170,7 @@ class Run:
             return pick(np.max, values[-1:])
 
         def median(key):
-            return pick(np.median, self.iterations[key][5 if len(self.iterations[key]) > 10 else 0 :])
+            return pick(np.median, self.iterations[key][self.own][5 if self.own.sum() > 10 else 0 :])
 
         return {
             'label': self.label,
@@ -146,7 +178,7 @@ class Run:
             'phase': self.run.get('phase'),
             'status': self.status,
             'world_size': self.run.get('world_size'),
-            'last_iter': int(self.iterations['iter'].max(initial=0)),
+            'last_iter': int(max(x.max(initial=0) for x in (self.iterations['iter'], iters, self.checkpoints - 1))),  # a save comes behind its step
             'final_loss': last(self.iterations['loss']),
             'final_train_loss': last(self.evaluations['train_loss']),
             'final_val_loss': last(val),
@@ -155,16 +187,17 @@ class Run:
             'time_ms_median': median('time_ms'),
             'tokens_per_sec_median': median('tokens_per_sec'),
             'mfu_median': median('mfu'),
-            'peak_memory_bytes': pick(np.max, self.iterations['peak_memory_bytes']),
+            'peak_memory_bytes': pick(np.max, self.iterations['peak_memory_bytes'][self.own]),
         }
 
 
 def label_runs(runs):
-    """Label every run by its phase; where that is ambiguous also by its world size, out_dir and file, as far as they tell runs apart."""
+    """Label every run by its phase; where that is ambiguous also by its world size, out_dir, file and path, as far as they tell runs apart."""
     for extra in (
         lambda run: f'{run.run.get("world_size")} ranks',
         lambda run: os.path.basename(os.path.normpath(str(run.config.get('out_dir')))),
         lambda run: os.path.basename(run.path),
+        lambda run: run.path,
     ):
         labels = [run.label for run in runs]
         for run, label in zip(runs, labels):
@@ -183,15 +216,24 @@ def summarize(runs):
 def smoothed(values, records):
     """Triangular mean over about `records` values around each one, NaNs left out; it narrows at the start, where a loss falls fast,
     and ends with the last value."""
-    index = np.arange(len(values))
+    index, half = np.arange(len(values)), min(len(values), records // 3)
     end = np.max(index[np.isfinite(values)], initial=-1)
-    half = np.minimum(index, records // 3)
-    window = np.stack((index - half, np.minimum(index + half + 1, len(values))))
     for _ in range(2 if records >= 3 else 0):  # a box twice is a triangle, and two of 2/3 of the width are as wide as one
         known = np.isfinite(values)
-        total, count = (np.diff(np.concatenate(([0], np.cumsum(part)))[window], axis=0)[0] for part in (np.where(known, values, 0), known))
+        total, count = _window_sums(np.where(known, values, 0), half), _window_sums(known, half)
         values = np.where((count > 0) & (index <= end), total / np.maximum(count, 1), math.nan)
     return values
+
+
+def _window_sums(values, half):
+    """Sums of up to `half` values on either side of each one. Differences of a cumulative sum would lose all that is smaller than the
+    last digit of an outlier before; so a window is put together from the end of one block and the start of the next."""
+    width, start = 2 * half + 1, np.arange(len(values)) - half
+    blocks = np.pad(values, (0, width + -len(values) % width)).reshape(-1, width)
+    head, tail = np.cumsum(blocks, axis=1).ravel(), np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1].ravel()
+    sums = tail[start] + np.where(start % width, head[start + width - 1], 0)
+    sums[:half] = head[: 2 * min(half, len(values)) : 2]  # at the start as few on the right as on the left
+    return sums
 
 
 def thin(x, y, pieces=1000):
@@ -215,7 +257,7 @@ def duration(seconds):
 def short(value, digits=3):
     """12345678 as 12.3M; one more significant digit below 1000."""
     for size, unit in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-        if abs(value) >= size:
+        if size <= abs(value) < 1e15:
             text = f'{value / size:.{digits}g}'
             return f'{value / size:.0f}{unit}' if 'e' in text else text + unit
     return f'{value:.{digits + 1}g}'
@@ -226,8 +268,13 @@ def tick(value, _=None):
     return short(value, 6)
 
 
+def clip(text, most):
+    """Long labels without their middle: what tells runs apart is more often at the end."""
+    return text if len(text) <= most else f'{text[: most // 3]}…{text[most // 3 + 1 - most :]}'
+
+
 def number(loss):
-    return 'n/a' if loss is None else f'{loss:.4f}'
+    return 'n/a' if loss is None else f'{loss:.4f}' if abs(loss) < 1e5 else f'{loss:.4g}'
 
 
 def scientific(value, _=None):
@@ -253,7 +300,7 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
         grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
         data = ', '.join(dict.fromkeys(str(run.config['dataset']) for run in runs if 'dataset' in run.config))
         automatic = [f'{len(runs)} runs on {data or "different data"}'] if several else filter(None, (runs[0].label, data, runs[0].status))
-        figure.suptitle(title or ' · '.join(automatic), x=0.01, ha='left', fontsize=18, fontweight='bold')
+        figure.suptitle(textwrap.fill(title or ' · '.join(automatic), 90), x=0.01, ha='left', fontsize=18, fontweight='bold')
         for i, key in enumerate(wide):
             _curves(figure.add_subplot(grid[i, :], label=key), runs, key, x, smooth)
         for i, key in enumerate(cells):
@@ -274,7 +321,12 @@ def _curves(ax, runs, key, axis, smooth):
     unit_s, unit = next((size, name) for size, name in ((3600, 'hours'), (60, 'minutes'), (1, 'seconds')) if longest > 2 * size or size == 1)
     for i, run in enumerate(runs):
         width = 2 + 3 * (len(runs) - 1 - i) / max(3, len(runs) - 1)  # equal curves lie on each other, and all are seen
-        look = {'color': COLORS[i % len(COLORS)], 'ls': (0, DASHES[(i - 1) % len(DASHES)]) if i else '-', 'lw': width, 'label': run.label}
+        look = {
+            'color': COLORS[i % len(COLORS)],
+            'ls': (0, DASHES[(i - 1) % len(DASHES)]) if i else '-',
+            'lw': width,
+            'label': ' ' * run.label.startswith('_') + clip(run.label, 42 if len(runs) > 5 else 80),  # _ would keep it out of the legend
+        }
 
         def place(iters, run=run):
             return run.x(iters, axis) / (unit_s if axis == 'time' else 1)
@@ -294,8 +346,9 @@ def _curves(ax, runs, key, axis, smooth):
             if not several:
                 look['label'] = f'training, mean of {records:,} records' if records >= 3 else 'training'
             ax.plot(*thin(x, smooth_y), **look)
-            highest = 1.3 * known[0]  # a loss that diverges leaves the picture at its top
-            losses += [np.percentile(known, 0.2), np.nanmin(smooth_y), min(np.nanmax(smooth_y), highest)]
+            losses += [np.percentile(known, 0.2), np.nanmin(smooth_y), min(np.nanmax(smooth_y), _highest(known))]
+        elif several:
+            ax.plot([], [], **look)  # a run without values is in the legend all the same
         if key == 'loss':
             losses += _events(ax, run, place, i if several else None)
     xlabel = {'iter': 'iteration', 'tokens': 'training tokens', 'time': f'{unit} of training steps'}[axis]
@@ -312,14 +365,19 @@ def _curves(ax, runs, key, axis, smooth):
         ax.legend(handles, labels, loc='upper right' if small else 'best', ncols=columns, markerscale=1.6 if small else 1)
 
 
+def _highest(losses):
+    """A loss that diverges leaves the picture at its top."""
+    return 1.3 * max(losses[0], np.median(losses))
+
+
 def _frame(ax, key, xlabel, losses, reach, wide):
     """Titles, labels, limits and ticks around what is drawn. All panels go from the first to the last of the records, `reach`, known or not."""
     ax.set(title=TITLES[key][0], xlabel=xlabel, ylabel=TITLES[key][1])
-    if not ax.lines:
+    values = np.concatenate([[], *(line.get_ydata() for line in ax.lines)])
+    if not len(values):
         ax.text(0.5, 0.5, 'not recorded', transform=ax.transAxes, ha='center', va='center', color=GREY)
         ax.set(xticks=[], yticks=[])
         return
-    values = np.concatenate([line.get_ydata() for line in ax.lines])
     if key == 'loss' and losses:
         low, high = min(losses), max(losses)
         room = 0.06 * (high - low) or 0.1 * abs(high) or 1
@@ -338,33 +396,33 @@ def _frame(ax, key, xlabel, losses, reach, wide):
     ax.yaxis.set_major_formatter(FuncFormatter(scientific if key == 'lr' else tick))
 
 
-def _events(ax, run, place, number):
-    """Validation losses, and of a single run (number None) the best one and the checkpoints; steps whose loss was not finite.
+def _events(ax, run, place, i):
+    """Validation losses, and of a single run (i None) the best one and the checkpoints; steps whose loss was not finite.
     Returns the losses to keep in sight."""
     iters, val = run.evaluations['iter'], run.evaluations['val_loss']
     known, lost = np.isfinite(val), np.isnan(run.iterations['loss'])
     edge = {'ls': 'none', 'mew': 2, 'transform': ax.get_xaxis_transform()}  # y runs from 0 at the bottom to 1 at the top
-    if number is None:
+    if i is None:
         color, marker, size = VERMILLION, 'o', 5 if known.sum() < 100 else 2
         look = {'lw': 1.2, 'label': 'validation'}
     else:
-        color, marker, size = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)], 7
+        color, marker, size = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], 7
         look = {'ls': 'none', 'mfc': 'white', 'mew': 1.6, 'label': '_validation'}
     if known.any():
         ax.plot(place(iters[known]), val[known], color=color, marker=marker, ms=size, zorder=3, **look)
-    if known.any() and number is None:
+    if known.any() and i is None:
         best = np.nanargmin(val)
-        label = f'best validation: {val[best]:.4f} at iteration {iters[best]:,.0f}'
+        label = f'best validation: {number(val[best])} at iteration {iters[best]:,.0f}'
         ax.plot(place(iters[[best]]), val[[best]], color=ORANGE, marker='*', ms=18, mec=BLACK, ls='none', zorder=4, label=label)
-    if len(run.checkpoints) and number is None:
+    if len(run.checkpoints) and i is None:
         saved = place(run.checkpoints)
         if len(saved) > 1 and saved[-1] - saved[-2] < 0.005 * np.ptp(np.append(saved, place(run.iterations['iter']))):
             saved = saved[:-1]  # one tick for the last evaluation's checkpoint and the final one, an iteration later
         ax.plot(saved, np.full(len(saved), 0.03), color=BLACK, marker='|', ms=14, label='checkpoint', **edge)
     if lost.any():
-        label = f'loss not finite: {lost.sum():,} records' if number is None else '_lost'
+        label = f'loss not finite: {lost.sum():,} records' if i is None else '_lost'
         ax.plot(place(run.iterations['iter'][lost]), np.full(lost.sum(), 0.95), color=color, marker='x', ms=8, label=label, **edge)
-    return val[known].tolist()
+    return np.minimum(val[known], _highest(val[known])).tolist() if known.any() else []
 
 
 def _step_times(ax, x, y):
@@ -391,16 +449,16 @@ def _facts(ax, run, row):
     """What was run, on what, and how it went, as two columns of text."""
     config, facts = run.config, run.run
     shape = (('n_layer', 'layers'), ('n_head', 'heads'), ('n_embd', 'wide'))
-    device = (f'{facts.get("world_size") or 1} × {facts.get("device") or "?"}', facts.get('dtype') or config.get('dtype'))
-    started = str(facts.get('start_time') or '')[:16].replace('T', ' ') + ' UTC'
+    started = str(run.parts[0][1].get('start_time') or '')[:16].replace('T', ' ') + ' UTC'
     lines = {
         'status': f'{run.status}, {run.silence}' if run.status in ('running', 'died') else run.status,
         'phase': run.phase,
-        'model': f'{short(facts["parameters"])} parameters' if facts.get('parameters') else '',
+        'model': f'{short(parameters)} parameters' if (parameters := _positive(facts.get('parameters'))) else '',
         'shape': ', '.join(f'{config[key]} {name}' for key, name in shape if key in config),
         'data': str(config.get('dataset') or ''),
-        'batch': f'{run.tokens_per_iter:,} tokens per step' if run.tokens_per_iter else '',
-        'device': ', '.join(str(part) for part in device if part),
+        'batch': f'{run.tokens[-1]:,} tokens per step' if run.tokens[-1] else '',
+        'device': f'{facts.get("world_size") or 1} × {facts.get("device") or "?"}',
+        'dtype': str(facts.get('dtype') or config.get('dtype') or ''),
         'started': started + (f', resumed {len(run.segments) - 1}×' if len(run.segments) > 1 else ''),
         'steps': f'{row["last_iter"] or 0:,} in {duration(run.seconds.max(initial=0))}',
         'speed': f'median {short(row["tokens_per_sec_median"])} tokens/s' if row['tokens_per_sec_median'] else '',
@@ -411,7 +469,7 @@ def _facts(ax, run, row):
     for i, (name, text) in enumerate((name, text) for name, text in lines.items() if text):
         alarm = {'color': VERMILLION, 'weight': 'bold'} if name == 'status' and run.status in ('failed', 'died') else {}
         for place, words, look in ((0, name, {'color': GREY}), (0.2, text if len(text) <= 37 else text[:36] + '…', alarm)):
-            ax.text(place, 0.98 - i * 0.098, words, transform=ax.transAxes, va='top', fontsize=12, in_layout=False, **look)
+            ax.text(place, 0.99 - i * 0.09, words, transform=ax.transAxes, va='top', fontsize=12, in_layout=False, **look)
 
 
 def _bars(ax, runs, key, table, named):
@@ -423,7 +481,7 @@ def _bars(ax, runs, key, table, named):
         known = math.isfinite(value)
         ax.barh(i, value if known else 0, color=COLORS[i % len(COLORS)], height=0.7)
         ratio = 'baseline' if i == 0 else f'{row[f"{key}_ratio"]:.3f}×' if row[f'{key}_ratio'] else ''
-        text = f'{value:.4f}  {ratio}' if key == 'final_val_loss' else f'{short(value)}  {ratio}'
+        text = f'{number(value)}  {ratio}' if key == 'final_val_loss' else f'{short(value)}  {ratio}'
         ax.text((value if known else 0) + 0.02 * widest, i, text if known else 'not recorded', va='center', fontsize=12)
     ax.set_title(title)
     ax.set_xlabel(unit)
@@ -431,7 +489,7 @@ def _bars(ax, runs, key, table, named):
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
     ax.grid(False, axis='y')
-    ax.set_yticks(range(len(runs)), [run.label for run in runs] if named else [''] * len(runs))
+    ax.set_yticks(range(len(runs)), [clip(run.label, 34) for run in runs] if named else [''] * len(runs))
     ax.tick_params(axis='y', length=0)
     ax.invert_yaxis()
 
@@ -442,7 +500,8 @@ def find_logs(paths):
     def newest(logs, where):
         if not logs:
             raise LogError(f'no run_*.json in {where}: train with --json_log=True, or name a log')
-        return max(logs, key=os.path.getmtime)
+        logs = sorted(logs, key=os.path.getmtime, reverse=True)
+        return next((log for log in logs if not _only_evaluates(log)), logs[0])
 
     found = []
     for path in paths:
@@ -457,10 +516,23 @@ def find_logs(paths):
     return list({os.path.realpath(path): path for path in found}.values())
 
 
+def _only_evaluates(path):
+    """Is it of an --eval_only run, which trained nothing? Such logs are short: of the others it is enough to look at the start."""
+    with open(path, 'rb') as file:
+        return b'"eval_only": true' in file.read(2**16) and not _read(path)['iterations']
+
+
 def load_runs(paths):
     runs = [Run(path) for path in find_logs(paths)]
-    inside = {os.path.realpath(path) for run in runs for path in run.segments[:-1]}
-    runs = [run for run in runs if os.path.realpath(run.path) not in inside]  # it is drawn as the first part of a resumed run
+    drawn = []
+    for run in runs:  # without those that are drawn as the first part of a resumed run
+        after = [(one, i) for one in runs for i, path in enumerate(one.segments[:-1], 1) if os.path.realpath(path) == os.path.realpath(run.path)]
+        drawn += [] if after else [run]
+        last = run.summary()['last_iter']
+        if after and all(one.parts[i][0] <= last for one, i in after):
+            one, i = after[0]
+            one.notes.append(f'{one.path} goes on from iteration {one.parts[i][0]} of {run.path}, whose own up to {last} are left out')
+    runs = drawn
     label_runs(runs)
     return runs
 
@@ -468,21 +540,25 @@ def load_runs(paths):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description='Draw one training run, or compare several with the first one.')
     parser.add_argument('logs', nargs='*', metavar='LOG', help='files, folders (the newest run in each) or globs; default: the newest under out*/')
-    parser.add_argument('--output', help='picture to write; its ending picks the format; default: beside the first log')
+    parser.add_argument('--output', help='picture to write, or its folder; the ending picks the format; default: beside the first log')
     parser.add_argument('--show', action='store_true', help='also open a window')
     parser.add_argument('--smooth', type=int, metavar='N', help='records to average over; 1 for none; default: 2%% of the run')
     parser.add_argument('--x', choices=('iter', 'tokens', 'time'), default='iter', help='the horizontal axis; time is that of the training steps')
     parser.add_argument('--metrics', metavar='A,B', help=f'panels to draw, of {",".join(TITLES)}; default: all, or for several runs the loss')
     parser.add_argument('--title', help='title of the picture')
     parser.add_argument('--json', action='store_true', help='print the summary table as JSON')
-    parser.add_argument('--follow', type=float, nargs='?', const=10.0, metavar='SECONDS', help='redraw until the runs end, every 10 s')
+    parser.add_argument('--follow', nargs='?', const='10', metavar='SECONDS', help='redraw until the runs end, every 10 s')
     args = parser.parse_args(argv)
+    try:
+        args.follow = args.follow and float(args.follow)
+    except ValueError:  # a log behind the bare flag
+        args.logs, args.follow = [args.follow, *args.logs], 10.0
     args.metrics = args.metrics.split(',') if args.metrics else None
     for name in args.metrics or ():
         if name not in TITLES:
             parser.error(f'--metrics: {name!r} is none of {", ".join(TITLES)}')
-    if (args.smooth is not None and args.smooth < 1) or (args.follow is not None and args.follow <= 0):
-        parser.error('--smooth and --follow must be positive')
+    if (args.smooth is not None and args.smooth < 1) or (args.follow is not None and not 0 < args.follow < 1e6):
+        parser.error('--smooth and --follow must be positive, and --follow below a million')
     return args
 
 
@@ -507,16 +583,25 @@ def main(argv=None):
             if figure:
                 figure.clear()
             picture = draw(runs, args.x, args.smooth, args.metrics, args.title, figure)
-            output = args.output or os.path.splitext(runs[0].path)[0] + ('_comparison_analysis.png' if len(runs) > 1 else '_analysis.png')
-            temporary = f'{os.path.splitext(output)[0]}.tmp{os.path.splitext(output)[1]}'  # a viewer that watches the picture never sees half of it
+            output = os.path.splitext(runs[0].path)[0] + ('_comparison_analysis.png' if len(runs) > 1 else '_analysis.png')
+            if args.output:
+                output = os.path.join(args.output, os.path.basename(output)) if os.path.isdir(args.output) else args.output
+            stem, ending = os.path.splitext(output)
+            output = stem + (ending or '.png')
+            temporary = f'{stem}.tmp{os.getpid()}{ending or ".png"}'  # a viewer that watches the picture never sees half of it
             try:
                 picture.savefig(temporary, dpi=100)
+                os.replace(temporary, output)
             except ValueError as error:  # a format that matplotlib does not have
                 raise LogError(f'{output}: {error}') from error
-            os.replace(temporary, output)
+            finally:
+                with suppress(OSError):
+                    os.unlink(temporary)
             if not args.follow or all(run.status != 'running' for run in runs):
                 break
             pyplot.pause(args.follow) if args.show else time.sleep(args.follow)
+        for note in [note for run in runs for note in run.notes]:
+            print(f'visualize_training: {note}', file=sys.stderr)
         table = summarize(runs)
         print(json.dumps(table, indent=2)) if args.json else report(table)
         print(f'wrote {output}', file=sys.stderr if args.json else sys.stdout)
@@ -531,4 +616,6 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # names that an ASCII terminal cannot show
     sys.exit(main())

@@ -151,6 +151,10 @@ def test_labels_say_what_differs(tmp_path):
     assert labels(a, reference) == ['phase1_zero1', 'nanoGPT']
     assert labels(a, b, c, triton) == ['phase1_zero1, a', 'phase1_zero1, b', 'phase1_zero1, c', 'phase1_zero1 with phase2_triton']
     assert labels(a, again) == [f'phase1_zero1, {os.path.basename(path)}' for path in (a, again)]
+    copy = tmp_path / 'copy' / os.path.basename(a)
+    copy.parent.mkdir()
+    copy.write_bytes(Path(a).read_bytes())
+    assert labels(a, copy) == [f'phase1_zero1, {path}' for path in (a, copy)]
 
 
 def test_crashed_run_with_nulls(tmp_path):
@@ -191,7 +195,8 @@ def test_checkpoint_of_the_last_evaluation_and_final_one_are_one_tick(tmp_path):
     for i in range(1000, 1401):
         log.iteration(i, loss=1.0, lr=1e-3, time_ms=20.0, tokens_per_sec=1e5)
     for i in (1200, 1201, 1400, 1401):  # one is saved at the last evaluation, and one an iteration later at the end
-        log.checkpoint(i, path='ckpt.pt')
+        log.checkpoint(i, path='ckpt.pt', bytes=1)
+    log.checkpoint(1300, path='ckpt.pt', bytes=None)  # it failed
     log.close('completed')
     assert line(axes_of(draw([Run(log.path)]))['loss'], 'checkpoint').get_xdata().tolist() == [1200, 1201, 1400]
 
@@ -200,12 +205,17 @@ def test_running_and_dead(tmp_path):
     path = Path(write_log(tmp_path, steps=30, status='running'))
     assert Run(path).status == 'running'
     log = json.loads(path.read_text())
-    for minutes, slowest_ms, status in ((9, 100, 'running'), (11, 100, 'died'), (11, 60_000, 'running'), (30, 60_000, 'died')):
+    cases = ((9, 100, 1, 'running'), (11, 100, 1, 'died'), (11, 60_000, 1, 'running'), (25, 10_000, 100, 'running'), (30, 60_000, 1, 'died'))
+    for minutes, slowest_ms, log_interval, status in cases:
+        log['config']['log_interval'] = log_interval
         log['run']['last_record_time'] = (datetime.now(UTC) - timedelta(minutes=minutes)).strftime('%Y-%m-%dT%H:%M:%SZ')
         log['iterations'][3]['time_ms'] = slowest_ms
         path.write_text(json.dumps(log))
         assert Run(path).status == status
     assert 'died, last record 30.0 min ago' in texts(axes_of(draw([Run(path)]))['facts'])
+    log['run']['last_record_time'] = '2999-01-01T00:00:00Z'  # by another machine's clock
+    path.write_text(json.dumps(log))
+    assert Run(path).silence == 'last record 0.0 s ago'
 
 
 def test_resumed_chain_is_one_run(tmp_path):
@@ -222,8 +232,25 @@ def test_resumed_chain_is_one_run(tmp_path):
     assert overlaps(draw(runs)) == []
     os.unlink(first)
     assert load_log(third)['iterations'][0]['iter'] == 100  # what there is
+    Path(first).write_text('{"run": ')
+    assert load_log(third)['iterations'][0]['iter'] == 100 and 'drawn without it' in Run(third).notes[0]
     nameless = write_log(tmp_path / 'other', start=100, resumed_from={'log': None, 'iter': 100})  # the checkpoint was one of upstream's
     assert load_log(nameless)['segments'] == [nameless]
+
+
+def test_a_resumed_run_has_speed_memory_and_tokens_of_its_own(tmp_path, capsys):
+    first = Path(write_log(tmp_path, steps=150, memory=2**32))
+    log = json.loads(first.read_text())
+    log['run'] |= {'tokens_per_iter': 1000, 'start_time': '2026-01-01T00:00:00Z'}
+    first.write_text(json.dumps(log))
+    second = write_log(tmp_path, start=140, speed=2e5, resumed_from={'log': first.name, 'iter': 140})
+    run = Run(second)
+    row = run.summary()
+    assert row['tokens_per_sec_median'] == pytest.approx(2e5) and row['time_ms_median'] == pytest.approx(81.92)
+    assert row['peak_memory_bytes'] == 2**31
+    assert run.x(np.array([0, 140, 141.0]), 'tokens').tolist() == [0, 140_000, 140_000 + 16384]
+    assert '2026-01-01 00:00 UTC, resumed 1×' in texts(axes_of(draw([run]))['facts'])
+    assert main([str(first), second]) == 0 and 'goes on from iteration 140' in capsys.readouterr().err  # 140 to 149 are not drawn
 
 
 def test_axes_smoothing_and_metrics(tmp_path):
@@ -244,6 +271,8 @@ def test_smoothing():
     assert smoothed(np.linspace(4, 1, 100), 20)[:80] == pytest.approx(np.linspace(4, 1, 100)[:80])  # no lag behind a falling loss
     assert np.isfinite(smoothed(values, 8)).all() and np.isnan(smoothed(np.full(20, math.nan), 8)).all()
     assert smoothed(np.full(50, 2.0), 9) == pytest.approx(np.full(50, 2.0))
+    spike = np.where(np.arange(100) == 20, 1e18, 1.0)
+    assert smoothed(spike, 6)[30:].tolist() == [1.0] * 70 and smoothed(spike, 10**30)[-1] > 1e16
     x, y = thin(np.arange(100_000.0), np.where(np.arange(100_000) == 77_777, 9.0, 1.0))
     assert len(x) < 5000 and y.max() == 9 and x[y == 9].tolist() == [77_777] and (x[0], x[-1]) == (0, 99_999)
 
@@ -264,12 +293,99 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert b'<svg' in Path('curve.svg').read_bytes() and not list(Path().glob('*.tmp*'))
 
 
+def test_output_without_ending_in_a_folder_and_of_two_processes(tmp_path, monkeypatch):
+    path, temporary = write_log(tmp_path / 'a', steps=2), []
+    replace = os.replace
+    monkeypatch.setattr(vis.os, 'replace', lambda a, b: temporary.append(a) or replace(a, b))
+    for pid in (1, 2):
+        monkeypatch.setattr(vis.os, 'getpid', lambda: pid)
+        for output in (tmp_path / 'curve', tmp_path):
+            assert main([path, '--metrics', 'loss', '--output', str(output)]) == 0
+    assert len(set(temporary)) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'curve.png', Path(path).stem + '_analysis.png']
+    monkeypatch.setattr(vis.os, 'replace', lambda a, b: os.stat('/no/where'))
+    assert main([path, '--output', str(tmp_path / 'b.png')]) == 2 and not list(tmp_path.glob('b*'))
+
+
+def test_newest_run_is_one_that_trained(tmp_path):
+    trained, evaluated = write_log(tmp_path, steps=2), write_log(tmp_path, steps=0, eval_only=True)
+    os.utime(trained, (1, 1))
+    assert vis.find_logs([str(tmp_path)]) == [trained] and vis.find_logs([evaluated]) == [evaluated]
+
+
+def test_follow_before_the_folder():
+    for argv in (['--follow', 'out'], ['out', '--follow'], ['--follow', '10', 'out']):
+        args = vis.parse_args(argv)
+        assert (args.logs, args.follow) == (['out'], 10)
+
+
+def test_names_that_matplotlib_and_terminals_would_trip_over(tmp_path):
+    name = r'_a$\frac$ü'
+    path = write_log(tmp_path / name, name, steps=3, dataset=name)
+    runs = [Run(path), Run(write_log(tmp_path / 'b', steps=3))]
+    for shown in (runs[:1], runs):
+        assert overlaps(draw(shown, title=name)) == []
+    assert len(axes_of(draw(runs))['loss'].get_legend().get_texts()) == 3
+    run = subprocess.run([sys.executable, SCRIPT, path], env=os.environ | {'PYTHONIOENCODING': 'ascii'}, capture_output=True, text=True)
+    assert run.returncode == 0 and 'xfc' in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize(('series', 'strange', 'top'), [('evaluations', 4e5, 6), ('iterations', 0.3, 4), ('evaluations', 1e308, 6)])
+def test_outliers_leave_the_loss_in_sight(tmp_path, series, strange, top):
+    """A validation loss that diverges at the end, or a first loss far below the rest."""
+    path = Path(write_log(tmp_path, start=0, steps=100))
+    log = json.loads(path.read_text())
+    for record in log['iterations']:
+        record['loss'] += 2 * (series == 'iterations')
+    if series == 'iterations':
+        log['evaluations'], log['iterations'][0]['loss'], log['iterations'][50]['grad_norm'] = [], strange, 1e308
+    else:
+        log['evaluations'][-1]['val_loss'] = strange
+    path.write_text(json.dumps(log))
+    figure = draw([Run(path)])
+    assert overlaps(figure) == []
+    low, high = axes_of(figure)['loss'].get_ylim()
+    assert low < 3 and (3 if series == 'iterations' else 4) < high < top + 2
+
+
+def test_long_names_and_large_losses_stay_legible(tmp_path):
+    paths = [write_log(tmp_path / str(i), steps=3, out_dir=f'out-{"gpt2-124M-" * 6}{i}') for i in range(8)]
+    log = json.loads(Path(paths[0]).read_text())
+    for record in log['iterations'] + log['evaluations']:
+        record |= {key: 1e30 for key in record if 'loss' in key}
+    Path(paths[0]).write_text(json.dumps(log))
+    log['iterations'] = [dict.fromkeys(record, None) | {'iter': record['iter']} for record in log['iterations']]
+    Path(paths[1]).write_text(json.dumps(log | {'evaluations': []}))
+    figure = draw(vis.load_runs(paths), title='A title of many words ' * 12)
+    assert overlaps(figure) == []
+    axes = axes_of(figure)
+    assert len(axes['loss'].get_legend().get_texts()) == 9 and axes['loss'].get_window_extent().width > 900
+    assert axes['loss'].get_legend().get_window_extent().x0 > axes['loss'].get_window_extent().x0
+    assert texts(axes['final_val_loss']).startswith('1e+30  baseline')
+    one = draw([Run(paths[0])], title='A title of many words ' * 12)
+    assert overlaps(one) == [] and 'bfloat16' in [text.get_text() for text in axes_of(one)['facts'].texts]
+
+
+def test_time_and_last_iteration_of_a_run_without_iterations(tmp_path):
+    log = TrainingLogger(tmp_path, {}, {'phase': 'nanoGPT', 'parameters': 'many', 'tokens_per_iter': '512'})
+    log.evaluation(0, train_loss=1.0, val_loss=1.0)
+    log.wait()
+    assert draw([Run(log.path)], x='time')
+    log.evaluation(20, train_loss=1.0, val_loss=1.0)
+    log.checkpoint(31, path='ckpt.pt', bytes=1)
+    log.close('completed')
+    assert Run(log.path).summary()['last_iter'] == 30 and draw([Run(log.path)])
+    with pytest.raises(LogError, match='--x time'):
+        draw([Run(log.path)], x='time')
+
+
 def document(**changes):
     return json.dumps({'run': {'start_time': '2026-01-01T00:00:00Z'}, 'config': {}, 'iterations': [], 'evaluations': [], 'checkpoints': []} | changes)
 
 
-NO_JSON = ('{"iterations": [', '', '\udcff\udcfe')
+NO_JSON = ('{"iterations": [', '', '\udcff\udcfe', '[' * 100_000)
 NO_LOG = ('[1, 2]', '{"model": 1}', document(iterations=[{'loss': 1}]), document(iterations=[{'iter': 0, 'loss': {}}]), document(evaluations=[3]))
+NO_LOG += (document(iterations=[{'iter': 0, 'loss': 10**400}]),)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +412,14 @@ def test_other_mistakes_get_one_message(tmp_path, monkeypatch, capsys):
         assert main(argv) == 2
         error = capsys.readouterr().err
         assert error.count('\n') == 1 and words in error
-    for argv in ([path, '--metrics', 'losses'], [path, '--smooth', '0'], [path, '--x', 'epochs'], [path, '--follow', '-1']):
+    for argv in (
+        [path, '--metrics', 'losses'],
+        [path, '--smooth', '0'],
+        [path, '--x', 'epochs'],
+        [path, '--follow', '-1'],
+        ['--follow', 'nan'],
+        ['--follow', 'inf'],
+    ):
         with pytest.raises(SystemExit, match='2'):
             main(argv)
     log = json.loads(Path(path).read_text())
