@@ -7,7 +7,6 @@ Parameter names, shapes and the order of random initialization are nanoGPT's, so
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -16,26 +15,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-from kernels import unavailable_reason
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.device import runs_on_triton
 from kernels.linear import autocast_dtype
 from kernels.modules import GELU, AddLayerNorm, Embedding, Linear
-
-answers = {}
-
-
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces, so neither the question nor the print breaks the graph
-def runs_on_triton(use_triton, device):
-    """Whether the model runs on Triton's kernels on this device; rank 0 prints each answer once, and why not if so."""
-    asked = use_triton, device
-    if asked not in answers:
-        reason = unavailable_reason(device) if use_triton else 'use_triton is off'
-        line = f'not using Triton-accelerated LayerNorm: {reason}' if reason else 'using Triton-accelerated LayerNorm'
-        line += '' if reason else ', GELU and cross-entropy'
-        if line not in answers.values() and os.environ.get('RANK', '0') == '0':
-            print(line)
-        answers[asked] = line
-    return answers[asked].startswith('using')
 
 
 class CausalSelfAttention(nn.Module):

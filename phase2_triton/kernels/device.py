@@ -4,6 +4,7 @@ Kernel files take `triton`, `tl` and `jit` from here: where Triton is not instal
 package still imports and its functional layer falls back to PyTorch.
 """
 
+import os
 from functools import cache
 from types import SimpleNamespace
 
@@ -73,3 +74,20 @@ def num_multiprocessors(device):
 def programmatic_launch(device):
     """Whether a kernel may start while the one before it drains: Hopper and later."""
     return not interpreted and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+answers = {}
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces, so neither the question nor the print breaks the graph
+def runs_on_triton(use_triton, device):
+    """Whether the model runs on Triton's kernels on this device; rank 0 prints each answer once, and why not if so."""
+    asked = use_triton, device
+    if asked not in answers:
+        reason = unavailable_reason(device) if use_triton else 'use_triton is off'
+        line = f'not using Triton-accelerated LayerNorm: {reason}' if reason else 'using Triton-accelerated LayerNorm'
+        line += '' if reason else ', GELU and cross-entropy'
+        if line not in answers.values() and os.environ.get('RANK', '0') == '0':
+            print(line)
+        answers[asked] = line
+    return answers[asked].startswith('using')
