@@ -44,9 +44,9 @@ from common import GIB, ROOT, facts, spread, torchrun, write_json
 
 TRITON = ['--model_dir=../phase2_triton']
 TRAINERS = {  # name: (folder of train.py, flags)
-    'ddp': ('nanoGPT', []),
+    'ddp': ('nanoGPT', ['--cuda_graph=False']),
     'zero1': ('phase1_zero1', []),
-    'triton': ('phase2_triton', []),
+    'triton': ('phase2_triton', ['--cuda_graph=False']),
     'fsdp': ('phase3_fsdp', []),
     'zero1+triton': ('phase1_zero1', TRITON),
     'fsdp+triton': ('phase3_fsdp', TRITON),

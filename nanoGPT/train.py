@@ -24,7 +24,7 @@ import hardware
 from checkpoint import find_checkpoint, load_checkpoint, load_model, load_optimizer, make_out_dir
 from checkpoint import rank_state, restore_rank_state, resume_model_args, write_checkpoint
 from configurator import configure
-from cuda_graph import MicroStepGraph, use_side_stream
+from cuda_graph import MicroStepGraph, use_cuda_graph
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
 from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
 from errors import UserError
@@ -80,7 +80,7 @@ dist_timeout = 600  # seconds that a rank waits for the others, which may be on 
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
-cuda_graph = False  # record a micro-step and replay it, so that the GPU never waits for the CPU
+cuda_graph = 'auto'  # record a micro-step and replay it, so that the GPU never waits for the CPU? auto: alone on a GPU
 peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
@@ -89,8 +89,7 @@ device, dtype, compile, backend = hardware.choose(device, dtype, compile, backen
 config.update(device=device, dtype=dtype, compile=compile, backend=backend)
 device_type = device.split(':')[0]
 rank, world_size = setup(backend, dist_timeout)
-if cuda_graph:
-    use_side_stream(device)
+cuda_graph = config['cuda_graph'] = use_cuda_graph(config, world_size)
 ddp = world_size > 1
 master_process = rank == 0
 stop_signal = StopSignal()  # from here on SIGTERM and Ctrl-C save a checkpoint first
@@ -199,6 +198,8 @@ graph = MicroStepGraph(forward_backward, raw_model) if cuda_graph else None  # o
 @torch.no_grad()
 def estimate_loss():
     out = {}
+    if graph:
+        graph.release()  # evaluation needs memory, too
     model.eval()
     for split in ['train', 'val']:
         losses = torch.zeros(eval_iters, device=device)

@@ -14,10 +14,30 @@ from errors import UserError
 WARMUP = 2  # iterations before the recording: libraries choose their kernels, torch.compile compiles, DDP orders its buckets in the second
 
 
-def use_side_stream(device):
-    """Call before anything is built that lasts, such as DDP: what is to be recorded may not touch the default stream."""
-    if not device.startswith('cuda'):
+def use_cuda_graph(config, world_size):
+    """
+    config's cuda_graph as True or False; 'auto' becomes True where this process is alone on a GPU and the model can be recorded. Call before
+    anything is built that lasts, such as DDP. Raises UserError where it cannot be.
+    """
+    wanted, device = config['cuda_graph'], config['device']
+    if wanted not in ('auto', True, False):
+        raise UserError(f"cuda_graph is '{wanted}', but it can be auto, True or False")
+    on_gpu = device.startswith('cuda')
+    # what is computed again in backward repeats its random numbers, for which PyTorch asks the generator where it is
+    draws_again = config.get('activation_checkpointing') and config['dropout'] > 0
+    if wanted is True and not on_gpu:
         raise UserError(f'cuda_graph=True needs a CUDA device, but device is {device}')
+    if wanted is True and draws_again:
+        raise UserError('cuda_graph=True cannot record dropout under activation_checkpointing: leave out one of the three')
+    several = world_size > 1
+    use = on_gpu and not several and not draws_again if wanted == 'auto' else wanted
+    if use:
+        use_side_stream(device)
+    return use
+
+
+def use_side_stream(device):
+    """What is to be recorded may not touch the default stream."""
     torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
@@ -56,7 +76,16 @@ class MicroStepGraph:
         graph = self.graphs[first] = torch.cuda.CUDAGraph()
         # the second may use the memory that the first uses in passing
         pool = None if first else self.graphs[True].pool()
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-            self.losses[first] = self.step(self.X, self.Y)
+        try:
+            # thread_local: NCCL's watchdog, in a thread of its own, may go on asking the GPU how far it is
+            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode='thread_local'):
+                self.losses[first] = self.step(self.X, self.Y)
+        except RuntimeError as error:
+            reason = str(error.__context__ or error).splitlines()[0]  # the end of the recording complains, too
+            raise UserError(f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without') from error
         if first:
             self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+
+    def release(self):
+        """Gives back the memory of the graphs, between two iterations; the next one records anew."""
+        self.graphs, self.losses, self.gradients = {}, {}, []

@@ -45,7 +45,7 @@ class CUDAGraph(TorchDispatchMode):
 
 
 @contextmanager
-def graph(graph, pool=None, stream=None):
+def graph(graph, pool=None, stream=None, capture_error_mode='global'):
     global recording
     recording = graph
     with graph:

@@ -1,5 +1,6 @@
 """The reference model: its parameters, their initialization, and what it computes."""
 
+import contextlib
 import math
 
 import pytest
@@ -175,3 +176,40 @@ def test_from_pretrained(monkeypatch):
     ours = F.log_softmax(model(idx, idx)[0], dim=-1)
     theirs = F.log_softmax(hf(idx).logits, dim=-1)
     assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
+    """By default what one process computes alone on a GPU, if it can be; a failure has a message that says what to do."""
+    import cuda_graph
+    from errors import UserError
+
+    monkeypatch.setattr(cuda_graph, 'use_side_stream', lambda device: None)
+
+    def use(wanted, world_size=1, device='cuda:0', **flags):
+        return cuda_graph.use_cuda_graph(dict(dict(cuda_graph=wanted, device=device, dropout=0.1), **flags), world_size)
+
+    assert use('auto') is True and use(False) is False and use(True, world_size=4) is True
+    assert use('auto', world_size=2) is False and use('auto', device='cpu') is False
+    assert use('auto', activation_checkpointing=True) is False and use('auto', activation_checkpointing=True, dropout=0.0) is True
+    for flags, message in ((dict(device='cpu'), 'needs a CUDA device'), (dict(activation_checkpointing=True), 'cannot record dropout')):
+        with pytest.raises(UserError, match=message):
+            use(True, **flags)
+    with pytest.raises(UserError, match="cuda_graph is 'maybe'"):
+        use('maybe')
+
+    @contextlib.contextmanager
+    def refuse(*args, **kwargs):
+        try:
+            yield
+        finally:
+            raise RuntimeError('capture was invalidated')
+
+    def reads_on_the_cpu(x, y):
+        raise RuntimeError('not permitted when stream is capturing\nand much more')
+
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'graph', refuse)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
+    monkeypatch.setattr(cuda_graph, 'WARMUP', 0)
+    with pytest.raises(UserError, match=r'\(not permitted when stream is capturing\): --cuda_graph=False trains without'):
+        cuda_graph.MicroStepGraph(reads_on_the_cpu, torch.nn.Linear(1, 1))(torch.zeros(1), torch.zeros(1))

@@ -326,14 +326,16 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU
 @pytest.mark.parametrize(
     'options',
     [
-        ['--compile=False'],
-        ['--compile=False', '--dtype=float16'],
+        ['--compile=False', '--cuda_graph=False'],
+        ['--compile=False', '--dtype=float16', '--cuda_graph=False'],
+        ['--compile', '--cuda_graph=False'],
         ['--compile'],
-        ['--compile=False', '--dtype=float32'],
-        ['--compile=False', '--cuda_graph'],
+        ['--compile=False', '--dtype=float32', '--dropout=0.05'],
+        ['--compile=False', '--dtype=float16', '--activation_checkpointing'],
+        ['--compile=False', '--activation_checkpointing', '--dropout=0.05'],
         ['--model_dir=../phase2_triton'],
-        ['--model_dir=../phase2_triton', '--cuda_graph'],
-        ['--model_dir=../phase2_triton', '--dtype=float16'],
+        ['--model_dir=../phase2_triton', '--cuda_graph=False'],
+        ['--model_dir=../phase2_triton', '--dtype=float16', '--dropout=0.05'],
     ],
 )
 def test_on_a_gpu(work, options):
@@ -349,6 +351,8 @@ def test_on_a_gpu(work, options):
     # atomics in the embedding's backward leave rounding noise, which 30 steps let grow
     assert len(b) == 31 and max(abs(x - y) for x, y in zip(a[30:], b, strict=True)) < 0.02
     assert a[-1] < 2.2 < 3.5 < a[0]
+    recorded = '--cuda_graph=False' not in options and not {'--activation_checkpointing', '--dropout=0.05'} <= set(options)
+    assert log_of('once')['config']['cuda_graph'] is recorded
 
 
 @pytest.mark.gpu
