@@ -34,6 +34,11 @@ def cpu_name():
     return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())
 
 
+def without_folder(argument):
+    """--out=/a/folder/of/this/machine/x.json as --out=x.json."""
+    return f'--out={Path(argument[6:]).name}' if argument.startswith('--out=') else argument
+
+
 def facts(cpu=False):
     """What a result file says about where it comes from. cpu: the benchmark ran on the CPU, whatever else there is."""
     gpu = torch.cuda.is_available() and not cpu
@@ -53,7 +58,7 @@ def facts(cpu=False):
         'driver': driver and driver.splitlines()[0],
         'versions': versions,
         'commit': commit and commit + ' and changes' * bool(changed),  # null where git does not know, as in a copy without .git
-        'command': shlex.join(['python', os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        'command': shlex.join(['python', os.path.relpath(sys.argv[0], ROOT), *map(without_folder, sys.argv[1:])]),
         'date': time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime()),
     }
 

@@ -78,17 +78,30 @@ def device_of(report):
     return f'{report["gpus"]} × {report["device"]}' if report.get('gpus', 1) > 1 else report['device']
 
 
+def reference_files():
+    """{short name of the GPU: name of its result file}."""
+    return {short(load(path.stem)): path.stem for path in sorted(RESULTS.glob('reference_h*.json'))}
+
+
+def short(report):
+    """'H100' of 'NVIDIA H100 80GB HBM3'."""
+    return report.get('facts', report)['device'].removeprefix('NVIDIA ').split()[0]
+
+
 @table
 def reference(document):
-    rows = load('reference_h200')['rows']
     names = {
         'train.py': '`nanoGPT/train.py`, everything on',
         'bench.py, data set': 'the bare step, batches from the data set',
         'bench.py, the same random tokens': 'the bare step, the same batch each time',
     }
-    cells = [(names[row['what']], f'{statistics.median(row["tokens_per_sec"]):,.0f}') for row in rows]
-    peak = gib(rows[0]['runs'][0]['peak_memory_bytes'], 1)
-    return markdown(['', 'tokens/s'], cells) + f'\n\nMemory of `train.py` at its peak: {peak} GiB ({cite("reference_h200", document)}).'
+    files = reference_files()
+    reports = {gpu: {row['what']: row for row in load(name)['rows']} for gpu, name in files.items()}
+    cells = [(text, *(f'{statistics.median(rows[what]["tokens_per_sec"]):,.0f}' for rows in reports.values())) for what, text in names.items()]
+    peaks = [gib(rows['train.py']['runs'][0]['peak_memory_bytes'], 1) for rows in reports.values()]
+    cells.append(('peak memory of `train.py`, GiB', *peaks))
+    cells.append(('result file', *(cite(name, document) for name in files.values())))
+    return markdown(['tokens/s', *(f'one {gpu}' for gpu in files)], cells)
 
 
 @table
@@ -173,7 +186,7 @@ def zero1_curves(document):
 @table
 def layer_norm(document):
     rows = []
-    for row in load('layer_norm_h200')['rows']:
+    for row in load('layer_norm_h100')['rows']:
         cells = []
         for name in ('eager', 'compiled', 'liger', 'ours'):
             its = row[name]
@@ -280,17 +293,23 @@ def memory_of_fsdp(document):
 def measured(document):
     """The README's: each row from the newest result file that has it."""
     rows = []
-    reference = load('reference_h200')
-    speed = statistics.median(reference['rows'][0]['tokens_per_sec'])
-    peak = gib(reference['rows'][0]['runs'][0]['peak_memory_bytes'], 1)
-    rows.append(('reference', '1 H200', '124M × 8', f'{speed:,.0f} tokens/s, {peak} GiB at the peak', cite('reference_h200', document)))
+    for gpu, name in reference_files().items():
+        its = load(name)['rows'][0]
+        speed, peak = statistics.median(its['tokens_per_sec']), gib(its['runs'][0]['peak_memory_bytes'], 1)
+        rows.append(('reference', f'1 {gpu}', '124M × 8', f'{speed:,.0f} tokens/s, {peak} GiB at the peak', cite(name, document)))
+    for path in sorted(RESULTS.glob('phase2_ladder_*.json')):
+        its = {row['name']: row for row in load(path.stem)['rows']}
+        for name, text in (('+ weights rounded once an iteration', 'phase 2, the step'), ('+ half_residual', 'with a 16-bit residual stream')):
+            row = its[name]
+            measured = f'{row["tokens_per_s"]:,.0f} tokens/s, {row["ratio"]:.2f} × the compiled reference, {gib(row["peak_memory_bytes"], 1)} GiB'
+            rows.append((text, f'1 {short(load(path.stem))}', '124M × 8', f'{measured} at the peak', cite(path.stem, document)))
     for size, its in load('zero1_h200x4')['speed'].items():
         for micro_steps, row in its.items():
             saved = f'{gib(row["ddp"]["at_rest_bytes"], 1)} (DDP) → {gib(row["zero1"]["at_rest_bytes"], 1)} GiB between steps'
             text = f'{row["zero1_of_ddp"]:.1%} of the speed of DDP, {saved}'
             rows.append(('phase 1', '4 H200', f'{size} × {micro_steps}', text, cite('zero1_h200x4', document)))
     for name in trainer_files():
-        its, device = load(name)['rows'], load(name)['sessions'][0]['device'].removeprefix('NVIDIA ').split()[0]
+        its, device = load(name)['rows'], short(load(name)['sessions'][0])
         for row in in_order(its):
             base = base_of(row, its)
             if 'error' in row or row['size'] not in ('124M', '1.5B') or row['trainer'] == 'hybrid':
