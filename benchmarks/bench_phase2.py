@@ -5,11 +5,13 @@ Phase 2's model against the reference's on one GPU, in one process: speed of tra
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
     python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json    # about 5 minutes; needs data/python_gpt2
     python benchmarks/bench_phase2.py largest --out=benchmarks/results/phase2_largest.json  # about 5 minutes
+    python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
 
 ladder: tokens/s of train.py's iteration (bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens, clipping, fused AdamW) with one change
 after the other. Each variant takes turns with the compiled reference, five times; its ratio is the median of those of the turns. Clock and
 power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better it is used.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s with them.
+profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
 curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and phase 2.
 """
 
@@ -267,6 +269,34 @@ def largest(args, rows, save):
     return f'{args.size}, {torch.cuda.get_device_name()}, {memory / 2**30:.1f} GiB\n' + '\n'.join(lines)
 
 
+def profile(args, rows, save):
+    use_side_stream('cuda')
+    tokens = torch.randint(50257, (16, args.batch_size, 1025), device='cuda')
+    batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+    lines = []
+    for name in args.only.split(';') if args.only else ('reference, compiled', '+ weights rounded once an iteration', '+ half_residual'):
+        variant = Variant(name, args.size, list(batches), args.micro_steps)
+        for _ in range(20):  # until the clock has settled
+            variant.iteration()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(args.iterations):
+                variant.iteration()
+            torch.cuda.synchronize()
+        kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        count, by_name = args.iterations * args.micro_steps, {}
+        for event in kernels:
+            by_name.setdefault(event.name, []).append(event.time_range.elapsed_us())
+        span = max(event.time_range.end for event in kernels) - min(event.time_range.start for event in kernels)
+        table = sorted(([sum(us) / count, len(us) / count, kernel] for kernel, us in by_name.items()), reverse=True)
+        rows.append(dict(name=name, ms=sum(us for us, _, _ in table) / 1e3, span_ms=span / count / 1e3, kernels=table))
+        lines.append(f'{name}: {rows[-1]["ms"]:.2f} ms of kernels in a micro-step of {rows[-1]["span_ms"]:.2f} ms')
+        lines += [f'{us:9.1f} us {times:6.1f} x  {kernel[:100]}' for us, times, kernel in table if us > 10]
+        save()
+        del variant
+    return '\n'.join(lines)
+
+
 def curves(args, rows, save):
     use_side_stream('cuda')
     data = torch.from_numpy(np.fromfile(root / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin', np.uint16).astype(np.int64)).cuda()
@@ -310,12 +340,12 @@ def curves(args, rows, save):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('mode', choices=['ladder', 'curves', 'largest'])
+    parser.add_argument('mode', choices=['ladder', 'curves', 'largest', 'profile'])
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
     parser.add_argument('--batch_size', type=int, default=12)
     parser.add_argument('--micro_steps', type=int, default=8)
     parser.add_argument('--size', choices=list(sizes), default='124M')
-    parser.add_argument('--iterations', type=int, default=3, help='timed together')
+    parser.add_argument('--iterations', type=int, default=3, help='timed or profiled together')
     parser.add_argument('--repetitions', type=int, default=5, help='turns of every variant')
     parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
     parser.add_argument('--seeds', type=int, default=3)
@@ -325,7 +355,7 @@ def main():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     report = {**facts(), 'rows': []}
-    text = dict(ladder=ladder, curves=curves, largest=largest)[args.mode](args, report['rows'], lambda: write_json(args.out, report))
+    text = dict(ladder=ladder, curves=curves, largest=largest, profile=profile)[args.mode](args, report['rows'], lambda: write_json(args.out, report))
     report['summary'] = text.splitlines()
     write_json(args.out, report)
     print(text)

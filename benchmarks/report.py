@@ -521,7 +521,15 @@ def overview_data():
             measured['phase 3\nFSDP'] = row['memory_bytes']['rest'] / GIB
     speed = {f'{size}, {micro} micro-step{"s" * (micro != "1")}': (100 * row['zero1_of_ddp'], [100 * r for r in row['zero1_of_ddp_by_round']])
              for size, its in zero1.items() for micro, row in its.items()}  # fmt: skip
-    return {'computed': computed, 'measured': measured, 'speed': speed}
+    names = {
+        'reference, eager': 'reference, eager',
+        'reference, compiled': 'reference, compiled',
+        '+ weights rounded once an iteration': 'phase 2, Triton',
+        '+ half_residual': 'phase 2, 16-bit, residual',
+    }
+    tokens_per_s = {row['name']: row['tokens_per_s'] for row in load('phase2_ladder_h100')['rows']}
+    ladder = {label: tokens_per_s[name] / 1000 for name, label in names.items()}
+    return {'computed': computed, 'measured': measured, 'speed': speed, 'ladder': ladder}
 
 
 def draw_overview(data, path, mark):
@@ -531,7 +539,7 @@ def draw_overview(data, path, mark):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({'font.size': 15, 'axes.spines.top': False, 'axes.spines.right': False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout='constrained', width_ratios=(1.1, 1))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.4), layout='constrained', width_ratios=(1.1, 1, 0.9))
     colors = {'parameters': '#0072B2', 'gradients': '#56B4E9', "AdamW's averages": '#E69F00'}
     names = list(data['computed'])
     bottom = [0.0] * len(names)
@@ -547,17 +555,23 @@ def draw_overview(data, path, mark):
     left.tick_params(axis='x', length=0)
     left.legend(frameon=False, loc='upper right', fontsize=14)
     labels = list(data['speed'])[::-1]
-    right.axvline(100, color='black', linewidth=1.5)
+    middle.axvline(100, color='black', linewidth=1.5)
     for i, label in enumerate(labels):
         median, rounds = data['speed'][label]
-        right.plot([min(rounds), max(rounds)], [i, i], color='#999999', linewidth=5, solid_capstyle='round', zorder=1)
-        right.scatter(median, i, s=120, color='#E69F00', edgecolor='black', zorder=3)
+        middle.plot([min(rounds), max(rounds)], [i, i], color='#999999', linewidth=5, solid_capstyle='round', zorder=1)
+        middle.scatter(median, i, s=120, color='#E69F00', edgecolor='black', zorder=3)
         box = dict(facecolor='white', edgecolor='none', pad=1)
-        right.text(median, i + 0.24, f'{median:.1f}%', ha='center', bbox=box, zorder=2)
-    right.text(100.3, len(labels) - 0.42, 'DDP')
-    right.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels])
-    right.set(xlabel='% of DDP, tokens/s (bar: single rounds)', xlim=(90, 110), ylim=(-0.5, len(labels) - 0.2), title='Speed: ZeRO-1 on 4 H200s')
-    right.tick_params(axis='y', length=0)
+        middle.text(median, i + 0.24, f'{median:.1f}%', ha='center', bbox=box, zorder=2)
+    middle.text(100.3, len(labels) - 0.42, 'DDP')
+    middle.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels])
+    middle.set(xlabel='% of DDP, tokens/s (bar: single rounds)', xlim=(90, 110), ylim=(-0.5, len(labels) - 0.2), title='Speed: ZeRO-1 on 4 H200s')
+    middle.tick_params(axis='y', length=0)
+    for i, (label, thousands) in enumerate(data['ladder'].items()):
+        right.bar(i, thousands, 0.62, color='#E69F00' if label.startswith('phase 2') else '#999999')
+        right.text(i, thousands + 8, f'{thousands:.0f}', ha='center')
+    right.set_xticks(range(len(data['ladder'])), [label.replace(', ', '\n') for label in data['ladder']], fontsize=12.5)
+    right.set(ylabel='thousand tokens/s', ylim=(0, 1.12 * max(data['ladder'].values())), title='Speed: GPT-2 124M on one H100')
+    right.tick_params(axis='x', length=0)
     figure.savefig(path, dpi=80, metadata={'Source-Data': mark})
     plt.close(figure)
 
