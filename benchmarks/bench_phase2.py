@@ -34,6 +34,7 @@ from torch.nn import functional as F
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'phase2_triton'))
 from cuda_graph import MicroStepGraph, use_side_stream
+from errors import UserError
 
 import kernels.cross_entropy
 import kernels.linear
@@ -197,7 +198,7 @@ def ladder(args, rows, save):
         try:
             variant = base if name == 'reference, compiled' else make(name)
             pairs = [(base.ms(args.iterations), variant.ms(args.iterations)) for _ in range(args.repetitions)]
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError):
             lines.append(f'{name:42s} out of memory')
             continue
         ms, ratios = [own for _, own in pairs], [ref / own for ref, own in pairs]
@@ -242,7 +243,7 @@ def largest(args, rows, save):
         try:
             variant = Variant(name, args.size, batches, 1)
             return batch_size * 1024 / variant.ms(args.iterations) * 1e3, variant.peak_bytes
-        except RuntimeError as error:  # out of memory, or that while a graph is recorded
+        except (RuntimeError, UserError) as error:  # out of memory, or that while a graph is recorded
             print(f'{name}, {batch_size} sequences: {str(error).splitlines()[0][:100]}')
             return None
 
