@@ -4,6 +4,7 @@ Kernel files take `triton`, `tl` and `jit` from here: where Triton is not instal
 package still imports and its functional layer falls back to PyTorch.
 """
 
+import math
 import os
 from functools import cache
 from types import SimpleNamespace
@@ -68,6 +69,12 @@ def _unavailable_reason(kind, index):
 def num_multiprocessors(device):
     """Streaming multiprocessors of a GPU; 2 in the interpreter, where programs run one after another and only cost time."""
     return 2 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def l2_bytes(device):
+    """L2 cache of a GPU in bytes; no limit in the interpreter."""
+    return math.inf if interpreted else torch.cuda.get_device_properties(device).L2_cache_size
 
 
 @cache
