@@ -34,7 +34,18 @@ POSITIVE = (
     'top_k',
     'dist_timeout',
 )
-NOT_NEGATIVE = ('max_iters', 'warmup_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'temperature', 'peak_tflops', 'warmup')
+NOT_NEGATIVE = (
+    'max_iters',
+    'warmup_iters',
+    'learning_rate',
+    'min_lr',
+    'weight_decay',
+    'grad_clip',
+    'temperature',
+    'peak_tflops',
+    'warmup',
+    'loss_rows',
+)
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 
 
@@ -88,7 +99,7 @@ def convert(key, value, default, where):
     words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
     text = str(value)
     if kind is str:
-        as_bool = {'true': True, 'false': False}.get(text.lower()) if default == 'auto' else None
+        as_bool = words.get(text.lower()) if default == 'auto' else None
         return text if as_bool is None else as_bool
     if kind is bool:
         if text.lower() in words:

@@ -52,6 +52,8 @@ def _excepthook(kind, error, trace):
             os._exit(141)
     if issubclass(kind, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
         kind, error = UserError, UserError(f'this needs the package {error.name}, which is not installed: pip install {error.name}')
+    if issubclass(kind, OSError) and 'huggingface.co' in str(error):  # transformers, about a model that it neither has nor can fetch
+        kind, error = UserError, UserError(f'the pretrained model could not be fetched: {str(error).splitlines()[0]}')
     speaks = _first_to_fail()
     rank = os.environ.get('RANK')
     if issubclass(kind, UserError):

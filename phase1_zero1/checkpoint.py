@@ -10,6 +10,7 @@ the lowest validation loss.
 
 import os
 import pickle
+import shutil
 import sys
 import time
 
@@ -21,8 +22,13 @@ from errors import UserError
 ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
 
 
-def make_out_dir(out_dir):
+not_ours = set()  # folders in which this run begins anew, and has not saved yet
+
+
+def make_out_dir(out_dir, init_from):
     """Creates the folder of checkpoints and logs. Raises UserError where that cannot be."""
+    if init_from != 'resume':
+        not_ours.add(os.path.abspath(out_dir))
     try:
         os.makedirs(out_dir, exist_ok=True)
         if not os.access(out_dir, os.W_OK):
@@ -39,6 +45,20 @@ def make_out_dir(out_dir):
         pass  # a file system, or a system, without such locks
 
 
+def set_aside(out_dir):
+    """Before a run that began anew saves for the first time: what another run has saved in out_dir is kept, once, as *_before."""
+    if os.path.abspath(out_dir) not in not_ours:
+        return
+    not_ours.discard(os.path.abspath(out_dir))
+    for name, before in (('ckpt.pt', 'ckpt_before.pt'), ('ckpt_best.pt', 'ckpt_best_before.pt'), ('ckpt_sharded', 'ckpt_sharded_before')):
+        old, new = os.path.join(out_dir, name), os.path.join(out_dir, before)
+        if os.path.exists(old):
+            if os.path.isdir(new):
+                shutil.rmtree(new)  # a folder does not replace a full one
+            os.replace(old, new)
+            print(f'{old} is of another run, and becomes {before}')
+
+
 def write_checkpoint(checkpoint, out_dir, best, required):
     """
     Writes out_dir/ckpt.pt, and ckpt_best.pt as another name of the same file if best. Returns its path, bytes and seconds
@@ -48,6 +68,7 @@ def write_checkpoint(checkpoint, out_dir, best, required):
     started = time.time()
     path = os.path.join(out_dir, 'ckpt.pt')
     try:
+        set_aside(out_dir)
         if os.path.exists(path + '.tmp'):
             os.remove(path + '.tmp')  # of a run that was killed; it may be another name of ckpt_best.pt, which must not be written to
         with open(path + '.tmp', 'wb') as f:
@@ -78,8 +99,6 @@ def _link(source, target):
     try:
         os.link(source, target + '.tmp')
     except OSError:
-        import shutil
-
         shutil.copyfile(source, target + '.tmp')
     os.replace(target + '.tmp', target)
 
@@ -108,7 +127,8 @@ def load_checkpoint(path):
     """
     if os.path.exists(os.path.join(path, 'rest.pt')):
         raise UserError(
-            f'{path} is sharded, and only phase 3 with FSDP resumes from that. It becomes a ckpt.pt, in the folder phase3_fsdp, by: '
+            f'{path} is sharded, and only phase 3 with FSDP, so with several processes, resumes from that. It becomes a ckpt.pt, in the folder '
+            'phase3_fsdp, by: '
             f'python sharded_checkpoint.py full {os.path.dirname(os.path.dirname(os.path.abspath(path)))}'
         )
     try:

@@ -16,7 +16,7 @@ WARMUP = 2  # iterations before the recording: libraries choose their kernels, t
 
 def use_cuda_graph(config, world_size):
     """
-    config's cuda_graph as True or False; 'auto' becomes True where this process is alone on a GPU and the model can be recorded. Call before
+    config's cuda_graph as True or False; 'auto' becomes True on a GPU if the run is a single process and can be recorded. Call before
     anything is built that lasts, such as DDP. Raises UserError where it cannot be.
     """
     wanted, device = config['cuda_graph'], config['device']

@@ -123,7 +123,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
         self.own = [piece for piece in self.zero.pieces if piece.owner == self.zero.rank]
 
     def state_bytes(self):
-        """Bytes of AdamW's two float32 averages: (on the rank with most, unsharded)."""
+        """Bytes of AdamW's two float32 moments: (on the rank with most, unsharded)."""
         sizes = [0] * self.zero.world_size
         for piece in self.zero.pieces:
             sizes[piece.owner] += 2 * piece.shard.numel() * piece.shard.element_size()

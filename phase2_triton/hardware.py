@@ -48,7 +48,7 @@ def choose(device, dtype, compile, backend):
     if compile == 'auto':  # Triton, which compiled code for a GPU is written in, needs compute capability 7
         compile = device_type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
     if not isinstance(compile, bool):
-        raise UserError(f"compile is '{compile}', but it can be True or False")
+        raise UserError(f"compile is '{compile}', but it can be auto, True or False")
 
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'

@@ -183,6 +183,7 @@ def prepare(folder):
     saving = os.path.join(folder, 'saving')
     shutil.rmtree(saving, ignore_errors=True)  # of a run that was killed
     with suppress(OSError):
+        full_checkpoint.set_aside(os.path.dirname(folder))
         os.makedirs(saving)
 
 

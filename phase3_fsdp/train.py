@@ -91,7 +91,7 @@ dist_timeout = 600  # seconds that a rank waits for the others, which may be on 
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
-cuda_graph = 'auto'  # record a micro-step and replay it, so that the GPU never waits for the CPU? auto: alone on a GPU
+cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them? auto: on a GPU, if the run is a single process
 peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
@@ -108,7 +108,7 @@ master_process = rank == 0
 stop_signal = StopSignal()  # from here on SIGTERM and Ctrl-C save a checkpoint first
 
 if gradient_accumulation_steps % world_size != 0:
-    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared out among {world_size} processes')
+    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes')
 gradient_accumulation_steps //= world_size
 tokens_per_iter = gradient_accumulation_steps * world_size * batch_size * block_size
 print(f'device {hardware.device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}' + f' over {backend}' * (world_size > 1))
@@ -220,7 +220,7 @@ def forward_backward(X, Y):
     return loss.detach()
 
 
-graph = MicroStepGraph(forward_backward, raw_model) if cuda_graph else None  # of micro-steps without communication
+graph = MicroStepGraph(forward_backward, raw_model) if cuda_graph else None  # not of a micro-step in which ranks communicate
 
 
 # mean losses over eval_iters batches of either split on every rank; None if a stop was requested meanwhile
@@ -228,7 +228,7 @@ graph = MicroStepGraph(forward_backward, raw_model) if cuda_graph else None  # o
 def estimate_loss():
     out = {}
     if graph:
-        graph.release()  # evaluation needs memory, too
+        graph.release()  # evaluation, which is not recorded, needs memory, too
     model.eval()
     for split in ['train', 'val']:
         losses = torch.zeros(eval_iters, device=device)
@@ -285,7 +285,7 @@ def save_checkpoint(best):
 
 # logging
 if master_process:
-    make_out_dir(out_dir)
+    make_out_dir(out_dir, init_from)
 resumed_from = {'log': checkpoint.get('resume', {}).get('log'), 'iter': iter_num} if init_from == 'resume' else None
 sharded_saver = ShardedSaver(out_dir, model, optimizer) if ckpt_format == 'sharded' else None
 facts = hardware.run_facts(__file__, model_dir, device, world_size, parameters=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter)
@@ -327,7 +327,7 @@ while True:
                 wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': (running_mfu or 0) * 100})
             best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
-            worth_it = best or (always_save_checkpoint and local_iter_num > 0)  # what was just resumed is saved, but maybe not yet as the best
+            worth_it = best or (always_save_checkpoint and local_iter_num > 0)  # what was just resumed is saved, but perhaps not as the best
             if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                 save_checkpoint(best)
     if done and local_iter_num > 0:
@@ -391,11 +391,11 @@ while True:
             peak_memory_bytes=hardware.peak_memory_bytes(device),
             skipped_steps=skipped_steps,
         )
-        step_guard.check(iter_num, lr, skipped_steps)  # behind the record of the step that it may end the run at
+        step_guard.check(iter_num, lr, skipped_steps)  # may end the run, so it comes after the step's record
     iter_num += 1
     local_iter_num += 1
 
 if sharded_saver:
     sharded_saver.wait()
-log.close('completed' if iter_num > max_iters or eval_only else 'stopped')
+log.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped')
 leave()

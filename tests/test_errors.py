@@ -121,7 +121,7 @@ def test_mistake(launch, work, checkpoint_bytes, name, nproc):
 def test_world_size_that_does_not_divide_the_accumulation(launch, work):
     run = launch(TRAIN, *TINY, '--gradient_accumulation_steps=3', nproc=2, check=False)
     assert run.returncode == 2 and run.stderr.count('error: ') == 1
-    assert 'gradient_accumulation_steps=3 cannot be shared out among 2 processes' in run.stderr
+    assert 'gradient_accumulation_steps=3 must be a multiple of the 2 processes' in run.stderr
 
 
 def test_mistake_on_one_rank_only_ends_all(work):

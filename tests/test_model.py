@@ -179,7 +179,7 @@ def test_from_pretrained(monkeypatch):
 
 
 def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
-    """By default what one process computes alone on a GPU, if it can be; a failure has a message that says what to do."""
+    """By default a run of a single process on a GPU, if it can be; a failure has a message that says what to do."""
     import cuda_graph
     from errors import UserError
 

@@ -141,6 +141,21 @@ def test_help_into_a_closed_pipe(work):
     assert run.stdout.count('\n') == 1 and run.stderr == ''
 
 
+def test_a_new_run_keeps_what_another_has_saved(launch, work):
+    """A forgotten --init_from=resume loses nothing, and neither does a resume after it."""
+    launch(TRAIN, *TINY, '--max_iters=10')
+    first = [open(f'out/{name}.pt', 'rb').read() for name in ('ckpt', 'ckpt_best')]
+    os.makedirs('out/ckpt_sharded/iter_0')
+    assert 'another run' not in launch(TRAIN, *TINY, '--init_from=resume', '--max_iters=11').stdout
+    second = open('out/ckpt.pt', 'rb').read()
+    out = launch(TRAIN, *TINY, '--n_layer=1', '--max_iters=10').stdout
+    assert out.count('is of another run') == 3 and load('out/ckpt.pt')['model_args']['n_layer'] == 1
+    assert open('out/ckpt_before.pt', 'rb').read() == second and open('out/ckpt_best_before.pt', 'rb').read() == first[1]
+    assert os.path.isdir('out/ckpt_sharded_before/iter_0') and not os.path.exists('out/ckpt_sharded')
+    assert 'iter 11:' in launch(TRAIN, *TINY, '--n_layer=1', '--init_from=auto', '--max_iters=11').stdout
+    assert open('out/ckpt_before.pt', 'rb').read() == second
+
+
 def test_best_that_a_resumed_run_finds_at_once(launch, work):
     """The first run saves iteration 10 without evaluating it, and afterwards the model is ruined."""
     launch(TRAIN, *TINY, '--max_iters=9')
