@@ -45,19 +45,24 @@ class MicroStepGraph:
     """
     step(X, Y) -> detached loss, a function that adds to the gradients of model's parameters, as two graphs: of the first micro-step of an
     iteration, which finds no gradients and makes them, and of those that add to them: so zero_grad must drop gradients, as set_to_none=True
-    does. X and Y: tensors of the same shapes and dtypes in each call. The returned loss is valid until the next call.
+    does. X and Y: tensors of the same shapes and dtypes in each call. What else step reads must stay where it is, and what it does in
+    Python, such as an if, is done while recording only. The returned loss is valid until the next call.
     """
 
     def __init__(self, step, model):
         self.step = step
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = list(model.parameters())
         self.iterations, self.graphs, self.losses, self.gradients = 0, {}, {}, []
 
     def __call__(self, X, Y):
         first = all(p.grad is None for p in self.parameters)
-        ours = bool(self.gradients) and all(p.grad is not None and p.grad.data_ptr() == grad.data_ptr() for p, grad in self.gradients)
         self.iterations += first
-        if self.iterations <= WARMUP or not (first or ours):
+        versions = [p._version for p in self.parameters]  # of the weights: they may not change within an iteration
+        if first:
+            self.versions = versions
+        ours = bool(self.gradients) and all(p.grad is not None and p.grad.data_ptr() == grad.data_ptr() for p, grad in self.gradients)
+        recordable = self.iterations > WARMUP and (first or (ours and versions == self.versions))
+        if not recordable or (self.graphs and X.shape != self.X.shape):
             return self.step(X, Y)
         if first not in self.graphs:
             self.record(first, X, Y)
@@ -73,19 +78,25 @@ class MicroStepGraph:
         """Computes nothing."""
         if first:
             self.X, self.Y = X.clone(), Y.clone()
-        graph = self.graphs[first] = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # the second may use the memory that the first uses in passing
         pool = None if first else self.graphs[True].pool()
         try:
             # thread_local: NCCL's watchdog, in a thread of its own, may go on asking the GPU how far it is
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode='thread_local'):
                 self.losses[first] = self.step(self.X, self.Y)
+                for p, grad in self.gradients:  # where a weight is used twice, autograd may have put the sum elsewhere
+                    if p.grad.data_ptr() != grad.data_ptr():
+                        p.grad = grad.copy_(p.grad).detach()
         except RuntimeError as error:
-            reason = str(error.__context__ or error).splitlines()[0]  # the end of the recording complains, too
+            reason = str(error.__context__ or error).split('\n')[0]  # the end of the recording complains, too
             raise UserError(f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without') from error
+        self.graphs[first] = graph
         if first:
             self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
 
     def release(self):
         """Gives back the memory of the graphs, between two iterations; the next one records anew."""
         self.graphs, self.losses, self.gradients = {}, {}, []
+        for p in self.parameters:
+            vars(p).pop('rounded', None)  # a weight in 16 bits, which phase 2's model keeps in a graph's memory for the next one

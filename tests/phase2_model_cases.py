@@ -252,8 +252,8 @@ def test_compiling_in_place_is_declined(capsys):
     assert model._compiled_call_impl is None and plain._compiled_call_impl is not None
 
 
-@pytest.mark.parametrize('folder', ['nanoGPT', 'phase2_triton'])
-def test_recorded_micro_steps(folder, monkeypatch):
+@pytest.mark.parametrize('folder, losses_of_one_backward', [('nanoGPT', 1), ('phase2_triton', 1), ('phase2_triton', 2)])
+def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
     """
     Replayed CUDA graphs make gradients and add to them as the micro-steps themselves would, of the weights that the optimizer has changed
     since; so does a micro-step behind them that is not replayed, as the last one under DDP. Where there is no GPU, by graphs that are faked.
@@ -263,6 +263,7 @@ def test_recorded_micro_steps(folder, monkeypatch):
     import kernels.cross_entropy
     import kernels.linear
 
+    as_on_a_gpu(monkeypatch)
     if not gpu:
         fake_cuda_graph.install(monkeypatch)
         monkeypatch.setattr(cuda_graph, 'WARMUP', 1)
@@ -273,15 +274,16 @@ def test_recorded_micro_steps(folder, monkeypatch):
 
         def micro_step(x, y):
             with autocast(bf16):
-                loss = model(x, y)[1]
+                loss = sum(model(x, y)[1] for _ in range(losses_of_one_backward))
             loss.backward()
             return loss.detach()
 
         step = cuda_graph.MicroStepGraph(micro_step, model) if recorded else micro_step
         with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
-            for i, count in enumerate((2, 2, 2, 3, 1) if gpu else (2, 2, 3)):
+            for i, count in enumerate((2, 2, 2, 2, 3, 1) if gpu else (2, 2, 2, 3)):
                 if recorded and i == 2:
                     step.release()  # as for an evaluation
+                    assert not any(hasattr(p, 'rounded') for p in model.parameters())
                 losses += [(micro_step if k == 2 else step)(x, y).item() for k, (x, y) in enumerate(batches(count))]
                 grads = [p.grad.clone() for p in model.parameters()]
                 optimizer.step()

@@ -197,6 +197,6 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     tied = tied and can_leave_gradient(weight)
     with torch.autocast(x.device.type, enabled=False):
-        if chunk_rows:
+        if chunk_rows > 0:
             return ChunkedLinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied, chunk_rows)
         return LinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied)

@@ -17,7 +17,7 @@ There are no atomics, and the grid depends on the shape and the GPU alone, so th
 
 Sources: Ba et al., Layer Normalization, 2016 (arXiv:1607.06450); the idea of partial sums per program without atomics as in Apex
 and Liger-Kernel's RMSNorm. Layers here: kernels; launchers and the autograd function (eager) or registered operator (torch.compile);
-the function layer_norm(). The module is LayerNorm in model.py.
+the function layer_norm(). The module is AddLayerNorm in modules.py.
 """
 
 from functools import cache

@@ -15,14 +15,17 @@ half_dtypes = (torch.bfloat16, torch.float16)
 
 
 def autocast_dtype(x):
-    """The 16-bit dtype in which autocast computes matmuls where x is, or None."""
+    """The 16-bit dtype in which autocast computes matmuls of x, or None."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return dtype if dtype in half_dtypes else None
+    return dtype if dtype in half_dtypes and x.dtype != torch.float64 else None
 
 
 def accumulates(weight):
-    """Whether the backward that runs adds to weight.grad, and nothing looks at the gradient before: not one of autograd.grad, say."""
+    """
+    Whether the backward that runs adds to weight.grad, and nothing looks at the gradient before: not one of autograd.grad, say. Prehooks on
+    the node that adds are not seen; they find the sum.
+    """
     if not weight.is_leaf or weight._backward_hooks:
         return False
     try:
