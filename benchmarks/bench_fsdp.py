@@ -27,7 +27,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import GIB, ROOT, facts, torchrun, write_json
+from common import GIB, ROOT, facts, out_of_memory, torchrun, write_json
 
 sys.path[:0] = [str(ROOT / 'phase3_fsdp'), str(ROOT / 'phase1_zero1')]  # what both have is the same in both
 import hardware
@@ -53,7 +53,7 @@ VARIANTS = {  # each changes one thing of the default
     'reshard after forward': dict(fsdp_reshard=True),
     'units of 2 blocks': dict(fsdp_min_num_params=14_000_000),
     'units of 6 blocks': dict(fsdp_min_num_params=42_000_000),
-    'one unit, one graph': dict(fsdp_min_num_params=10**12),
+    'one unit and graph': dict(fsdp_min_num_params=10**12),
     'head and loss not compiled': dict(eager_head=True),
     'AdamW over DTensors': dict(dtensor_adamw=True),
     'default again': {},
@@ -284,7 +284,7 @@ def curves(args, device, results):
 
 
 def attempt(args, device, results):
-    """One try of `largest`: three steps of a model of args.layers layers. Ends with rc 3 if it does not fit."""
+    """One try of `largest`: three steps of a model of args.layers layers. If it does not fit, it says so in args.out."""
     name, layers = args.attempt.rsplit(':', 1)
     kind, flags, checkpointing = LARGEST[name]
     width = (6144, 48) if not args.dry_run else (64, 2)
@@ -293,8 +293,10 @@ def attempt(args, device, results):
         trainer = Trainer(kind, size, device, False, flags, exact_init=False, activation_checkpointing=checkpointing)
         warm = warm_up(trainer, 1, steps=1)
         results.append(record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width[0]))
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        print(f'does not fit: {str(e).splitlines()[0]}', file=sys.stderr, flush=True)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        Path(args.out).write_text(json.dumps({'error': 'out of memory'}))  # by any rank: the others wait for it
         os._exit(3)
 
 
@@ -303,40 +305,61 @@ def largest(args, processes):
     For each trainer the largest model that trains, one sequence of 1024 tokens a GPU: models of width 6144 with more and more
     layers (453M parameters each), every try in processes of its own, first where two small ones say that the memory ends.
     """
-    results = []
+    results, attempts = [], {}
     for name in args.only.split(',') if args.only else LARGEST:
-        tried = {}
+        tried = attempts[name] = {}
 
         def fits(layers):
             if layers not in tried:
-                out = Path(tempfile.mkdtemp()) / 'out.json'
                 started = time.time()
-                run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], 100, quiet=True)
-                tried[layers] = json.loads(out.read_text())['results'][0] if out.exists() else None
-                print(f'{name}, {layers} layers: {"trains" if tried[layers] else f"does not ({run})"}, {time.time() - started:.0f} s', flush=True)
-            return tried[layers]
+                tried[layers] = run_attempt(args, processes, name, layers)
+                write(args, results, processes, tried=attempts)
+                print(f'{name}, {layers} layers: {tried[layers].get("error", "trains")}, {time.time() - started:.0f} s', flush=True)
+            error = tried[layers].get('error')
+            if error not in (None, 'out of memory'):  # this says nothing about memory, and ends the search
+                raise ChildProcessError
+            return None if error else tried[layers]
 
-        first, second = fits(4), fits(8)
-        guess = 9
-        if not args.dry_run and first and second:
-            total = torch.cuda.get_device_properties(0).total_memory * 0.96  # the rest is CUDA's and NCCL's
-            slope = (second['peak_bytes'] - first['peak_bytes']) / 4
-            guess = 4 + int((total - first['peak_bytes']) / slope)
-            if 'offload' in name:  # bounded by the CPU's memory; pinned tensors take up to twice their size
-                guess = int(0.75 * cpu_memory() / (22 * (second['parameters'] - first['parameters']) / 4))
-        step = max(1, guess // 25)
-        tries = 0
-        while not fits(guess) and guess > 8 and tries < 3:
-            guess, tries = guess - step, tries + 1
-        while fits(guess) and guess + step not in tried and tries < 2:
-            guess, tries = guess + step, tries + 1
-            fits(guess)
-        best = max((n for n, r in tried.items() if r), default=None)
-        failed = [n for n, r in tried.items() if not r and n > (best or 0)]
+        with suppress(ChildProcessError):
+            search(args, name, fits, tried)
+        best = max((n for n, r in tried.items() if 'error' not in r), default=None)
+        failed = [n for n, r in tried.items() if r.get('error') == 'out of memory' and n > (best or 0)]
         if best:
             results.append(tried[best] | dict(smallest_that_does_not_fit=min(failed, default=None)))
-            write(args, results, processes)
+            write(args, results, processes, tried=attempts)
     return results
+
+
+def run_attempt(args, processes, name, layers):
+    """What was measured, or {'error': 'out of memory'}, or another error, of which the last lines of stderr are shown."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, stderr = Path(folder, 'out.json'), Path(folder, 'stderr')
+        with stderr.open('w') as file:
+            run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], 100, file)
+        if out.exists():
+            result = json.loads(out.read_text())
+            return result if 'error' in result else result['results'][0]
+        print('\n'.join(stderr.read_text(errors='replace').splitlines()[-30:]), file=sys.stderr, flush=True)
+        return {'error': f'ended with {run}'}
+
+
+def search(args, name, fits, tried):
+    """Calls fits(layers) for the numbers of layers worth trying."""
+    first, second = fits(4), fits(8)
+    guess = 9
+    if not args.dry_run and first and second:
+        total = torch.cuda.get_device_properties(0).total_memory * 0.96  # the rest is CUDA's and NCCL's
+        slope = (second['peak_bytes'] - first['peak_bytes']) / 4
+        guess = 4 + int((total - first['peak_bytes']) / slope)
+        if 'offload' in name:  # bounded by the CPU's memory; pinned tensors take up to twice their size
+            guess = int(0.75 * cpu_memory() / (22 * (second['parameters'] - first['parameters']) / 4))
+    step = max(1, guess // 25)
+    tries = 0
+    while not fits(guess) and guess > 8 and tries < 3:
+        guess, tries = guess - step, tries + 1
+    while fits(guess) and guess + step not in tried and tries < 2:
+        guess, tries = guess + step, tries + 1
+        fits(guess)
 
 
 def cpu_memory():
@@ -347,11 +370,11 @@ def cpu_memory():
     return min(total, int(limit), 512 * GIB) if limit.isdigit() else min(total, 512 * GIB)
 
 
-def launch(processes, arguments, timeout, quiet=False):
+def launch(processes, arguments, timeout, stderr=None):
     """Runs this file under torchrun with the arguments. Returns the exit status, or 'timeout'."""
     env = dict(os.environ, PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
     env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // processes)))
-    run = subprocess.Popen(torchrun(processes, __file__, *arguments), env=env, stderr=subprocess.DEVNULL if quiet else None)
+    run = subprocess.Popen(torchrun(processes, __file__, *arguments), env=env, stderr=stderr)
     try:
         return run.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -365,10 +388,10 @@ def say(text):
         print(f'[{time.perf_counter() - STARTED:.0f} s] {text}', flush=True)
 
 
-def write(args, results, processes):
+def write(args, results, processes, **more):
     """The results so far, to the file args.out."""
     if args.out:
-        write_json(args.out, facts(cpu=args.dry_run) | dict(mode=args.mode, processes=processes, results=results))
+        write_json(args.out, facts(cpu=args.dry_run) | dict(mode=args.mode, processes=processes, results=results, **more))
 
 
 def keep(args, results):
@@ -405,6 +428,9 @@ def main():
     parser.add_argument('--attempt', default='', help=argparse.SUPPRESS)
     parser.add_argument('--dry-run', action='store_true')
     args = parser.parse_args()
+    known = dict(variants=VARIANTS, largest=LARGEST).get(args.mode, {})
+    if unknown := set(filter(None, args.only.split(','))) - set(known):
+        parser.error(f'--only: {", ".join(unknown)}; known are {", ".join(known)}')
     processes = int(os.environ.get('WORLD_SIZE', 0)) or (2 if args.dry_run else torch.cuda.device_count())
     if args.mode == 'largest' and not args.attempt:
         table(args, largest(args, processes), processes)

@@ -8,7 +8,8 @@ Timed like LayerNorm, by bench_layer_norm.py: CUDA-graph replays over rotating i
 with a loss, which take long, and in which Liger waits for the GPU, without a graph. Bytes count what must be moved if nothing is read
 twice. Sizes are those of a micro-step of 12 x 1024 tokens of GPT-2 124M, bfloat16 autocast. `loss` is the kernel alone, logits given, with
 their gradient; `head + loss` includes its three matmuls, and its row has peak memory. `linear` is a matmul with its two backward ones,
-the weight's gradient added to weight.grad.
+the weight's gradient added to weight.grad; in the captured graph ours rounds the weight in its first call alone, as in an iteration of
+micro-steps, the others in each.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 
 import torch
 from bench_layer_norm import copy_gb_per_s, graph_us
-from common import facts, spread, write_json
+from common import facts, first_line, spread, write_json
 from torch.nn import functional as F
 
 from kernels.add_layer_norm import add_layer_norm
@@ -191,7 +192,7 @@ def measure(each, roof, gpu):
         try:
             us, between = (wall_us if not gpu else graph_us if each['graph'] else launched_us)(calls)
         except Exception as error:
-            row[name] = dict(error=f'{type(error).__name__}: {str(error).splitlines()[0][:100]}')
+            row[name] = dict(error=f'{type(error).__name__}: {first_line(error)[:100]}')
             continue
         row[name] = dict(us=us, between=between)
         if each['bytes_moved'] and gpu:

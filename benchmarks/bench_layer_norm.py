@@ -23,7 +23,7 @@ import torch
 import torch._functorch.config
 from torch.nn import functional as F
 
-from common import facts, write_json
+from common import facts, first_line, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'phase2_triton'))
 import kernels
@@ -110,7 +110,7 @@ def measure(mix, M, N, only):
             both = graph_us([lambda x=x, dy=dy: torch.autograd.grad(f(x, w, b), (x, w, b), dy) for x, dy in zip(xs, dys)])
             row[name] = dict(forward_us=forward, both_us=both)
         except Exception as error:  # eager CUDA refuses bfloat16 x with float32 weights
-            row[name] = dict(error=str(error).splitlines()[0][:100])
+            row[name] = dict(error=first_line(error)[:100])
     return row
 
 
@@ -209,7 +209,7 @@ def compile_all(pool, jobs):
     return failed
 
 
-def tune(results, seconds, only):
+def tune(results, seconds, only, save):
     deadline = time.time() + seconds
     cases = [(M, N, mix, backward) for mix in mixes[:2] for M, N in shapes for backward in (False, True)]
     cases = [c for c in cases if re.search(only, f'{"backward" if c[3] else "forward"} {c[2][0]} {c[1]}')]
@@ -251,6 +251,7 @@ def tune(results, seconds, only):
                     todo = [c for c in todo if str((N, mix)) + str(c._replace(programs=0)) not in failed]
                     tried = sorted((us(**{name[backward]: c}), c) for c in todo)
                     results.append(dict(backward=backward, M=M, N=N, mix=mix, gb=needed, default=us(), tried=tried))
+                    save()
                 else:
                     r = results[i]
                     r['pdl'] = sorted((us(**{name[backward]: c._replace(pdl=True)}), c._replace(pdl=True)) for _, c in r['tried'][:3])
@@ -285,19 +286,20 @@ def main():
         report['versions']['liger'] = version('liger_kernel')
     except PackageNotFoundError:
         report['versions']['liger'] = None
-    rows = []
+    rows = report['rows'] = []
+    save = lambda: write_json(args.out, report)  # after every row: one that is killed loses only the percentages
     if args.tune:
-        text = tune(rows, args.tune_seconds, args.tune_only)
+        text = tune(rows, args.tune_seconds, args.tune_only, save)
     else:
         for mix in [mixes[int(i)] for i in args.mixes.split(',')]:
             for M, N in shapes:
                 rows.append(measure(mix, M, N, args.only.split(',') if args.only else None))
+                save()
     roofs = [roof, copy_gb_per_s()]
     report['copy_gb_per_s'] = roofs
     if not args.tune:
         text = table(rows, max(roofs))
-    report['rows'] = rows
-    write_json(args.out, report)
+    save()
     print(f'copy {roofs[0]:.0f} and {roofs[1]:.0f} GB/s; us and % of copy bandwidth: forward, forward + backward\n{text}')
 
 

@@ -22,7 +22,7 @@ import time
 
 import torch
 from bench_layer_norm import graph_us
-from common import facts, write_json
+from common import facts, first_line, write_json
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import gelu as gelu_kernels
@@ -137,7 +137,7 @@ def measure(M, C, args, row):
             except Exception as error:  # too much shared memory for this GPU, for instance
                 if args.dry_run:
                     raise
-                print(f'{direction} {tiles}: {str(error).splitlines()[0][:100]}')
+                print(f'{direction} {tiles}: {first_line(error)[:100]}')
                 continue
             result = act if mode == FORWARD else dpre
             ways[direction, f'fused {tiles}'] = lambda a=a, b=b, result=result, mode=mode, tiles=tiles: fused(a, b, pre, result, mode, tiles)

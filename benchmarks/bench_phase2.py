@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import facts, write_json
+from common import facts, out_of_memory, write_json
 from torch.nn import functional as F
 
 root = Path(__file__).resolve().parent.parent
@@ -100,7 +100,7 @@ class Sensors:
     """Samples of the GPU's clock (MHz) and power (W) while the benchmark runs, ten a second."""
 
     def __init__(self):
-        command = ['nvidia-smi', '--query-gpu=clocks.sm,power.draw', '--format=csv,noheader,nounits', '-lms', '100']
+        command = ['nvidia-smi', '-i', '0', '--query-gpu=clocks.sm,power.draw', '--format=csv,noheader,nounits', '-lms', '100']
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.samples = []
         threading.Thread(target=self.read, daemon=True).start()
@@ -181,8 +181,15 @@ class Variant:
 def replaced(module, name, function):
     before = getattr(module, name)
     setattr(module, name, function)
-    yield
-    setattr(module, name, before)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def chosen(args, names):
+    """The names, with --only those that have one of its parts."""
+    return [name for name in names if not args.only or any(part in name for part in args.only.split(';'))]
 
 
 def ladder(args, rows, save):
@@ -192,13 +199,14 @@ def ladder(args, rows, save):
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
     base, lines, sensors = make('reference, compiled'), [], Sensors()
-    for name in variants:
-        if args.only and not any(part in name for part in args.only.split(';')):
-            continue
+    for name in chosen(args, variants):
+        variant = None  # the one before goes, however it has ended, and with it its memory
         try:
             variant = base if name == 'reference, compiled' else make(name)
             pairs = [(base.ms(args.iterations), variant.ms(args.iterations)) for _ in range(args.repetitions)]
-        except (torch.OutOfMemoryError, UserError):
+        except (RuntimeError, UserError) as error:
+            if not out_of_memory(error):
+                raise
             lines.append(f'{name:42s} out of memory')
             continue
         ms, ratios = [own for _, own in pairs], [ref / own for ref, own in pairs]
@@ -226,7 +234,6 @@ def ladder(args, rows, save):
         )
         print(lines[-1], flush=True)
         save()
-        del variant
     sensors.process.kill()
     return f'{args.size}, {args.micro_steps} micro-steps of {args.batch_size} x 1024, {torch.cuda.get_device_name()}\n' + '\n'.join(lines)
 
@@ -235,30 +242,41 @@ def largest(args, rows, save):
     """Peaks at two batch sizes give a guess, which is then corrected until one fits and the next does not."""
     use_side_stream('cuda')
     memory = torch.cuda.get_device_properties(0).total_memory
-    tokens = torch.randint(50257, (512, 1025), device='cuda')
 
     def tokens_per_s(name, batch_size):
         """And the peak in bytes; None if it does not fit."""
-        batches = [(tokens[:batch_size, :-1].contiguous(), tokens[:batch_size, 1:].contiguous())]
+        tokens = torch.randint(50257, (batch_size, 1025), device='cuda')
+        batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
         try:
             variant = Variant(name, args.size, batches, 1)
             return batch_size * 1024 / variant.ms(args.iterations) * 1e3, variant.peak_bytes
-        except (RuntimeError, UserError) as error:  # out of memory, or that while a graph is recorded
-            print(f'{name}, {batch_size} sequences: {str(error).splitlines()[0][:100]}')
+        except (RuntimeError, UserError) as error:
+            if not out_of_memory(error):
+                raise
+            print(f'{name}, {batch_size} sequences: out of memory', flush=True)
             return None
 
     lines = []
-    for name in ('reference, eager', 'reference, compiled', '+ weights rounded once an iteration', '+ half_residual', 'loss_rows=4096'):
-        if args.only and not any(part in name for part in args.only.split(';')):
-            continue
-        (_, small), (_, double) = (tokens_per_s(name, batch_size) for batch_size in (8, 16))
-        per_sequence = (double - small) / 8
-        batch_size = int((0.97 * memory - small) / per_sequence) + 8
+    names = ('reference, eager', 'reference, compiled', '+ weights rounded once an iteration', '+ half_residual', 'loss_rows=4096')
+    for name in chosen(args, names):
         tried = {}
+        for double in (16, 8, 4, 2):  # the smaller ones where the others do not fit
+            tried[double] = tokens_per_s(name, double)
+            if tried[double]:
+                break
+        few = double // 2
+        tried[few] = tried[double] and tokens_per_s(name, few)
+        if not tried[few]:
+            lines.append(f'{name:42s} not even 2 x 1024')
+            print(lines[-1], flush=True)
+            continue
+        per_sequence = (tried[double][1] - tried[few][1]) / few
+        batch_size = max(1, int((0.97 * memory - tried[few][1]) / per_sequence) + few)
         while True:
-            tried[batch_size] = tokens_per_s(name, batch_size)
+            if batch_size not in tried:
+                tried[batch_size] = tokens_per_s(name, batch_size)
             step = 1 if tried[batch_size] else -1
-            if batch_size + step in tried:
+            if batch_size + step in tried or batch_size + step < 1:
                 break
             batch_size += step
         fits = max(size for size, result in tried.items() if result)
@@ -275,7 +293,8 @@ def profile(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, 1025), device='cuda')
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     lines = []
-    for name in args.only.split(';') if args.only else ('reference, compiled', '+ weights rounded once an iteration', '+ half_residual'):
+    three = ('reference, compiled', '+ weights rounded once an iteration', '+ half_residual')
+    for name in chosen(args, variants if args.only else three):
         variant = Variant(name, args.size, list(batches), args.micro_steps)
         for _ in range(20):  # until the clock has settled
             variant.iteration()
@@ -355,7 +374,7 @@ def main():
     if not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
-    report = {**facts(), 'rows': []}
+    report = {**facts(), **{key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps')}, 'rows': []}
     text = dict(ladder=ladder, curves=curves, largest=largest, profile=profile)[args.mode](args, report['rows'], lambda: write_json(args.out, report))
     report['summary'] = text.splitlines()
     write_json(args.out, report)

@@ -48,7 +48,7 @@ def bench_ms(*flags):
 
 
 def on_gpu(repeats, dry):
-    shape = ['--batch_size=12', '--block_size=1024', '--dataset=python_gpt2']
+    shape = ['--batch_size=12', '--block_size=1024', '--dataset=python_gpt2', '--cuda_graph=False']
     if dry:
         shape += ['--n_layer=1', '--n_head=1', '--n_embd=16', '--device=cpu', '--compile=False', '--block_size=32', '--dtype=float32']
     micro_steps = 8
@@ -58,7 +58,6 @@ def on_gpu(repeats, dry):
         for name in results:
             results[name].append(bench_ms(*shape, f'--real_data={name == "real"}', f'--gradient_accumulation_steps={micro_steps}', '--steps=20'))
     flags = ['--max_iters=40', '--eval_interval=1000', '--eval_iters=1', '--warmup_iters=100', f'--gradient_accumulation_steps={micro_steps}']
-    flags += ['--cuda_graph=False']  # bench.py records none
     train = [train_ms(10, *shape, *flags) for _ in range(repeats)]
     rows = [
         {'what': 'train.py', 'tokens_per_sec': [tokens / t['ms'] * 1000 for t in train], 'runs': train},

@@ -2,8 +2,8 @@
 Speed and memory of the trainers as they are: the train.py of every phase on this machine, by itself and on all GPUs.
 
     python benchmarks/bench_trainers.py --out=FILE                       # everything this machine can do; make bench
-    python benchmarks/bench_trainers.py --nproc=4 --sizes=1.5B --trainers=ddp,zero1,fsdp --minutes=9 --out=FILE
-    python benchmarks/bench_trainers.py --onto=FILE --out=FILE ...       # adds to the runs in FILE
+    python benchmarks/bench_trainers.py --nproc=4 --sizes=1.5B --trainers=ddp,fsdp,zero1 --minutes=9 --out=FILE
+    python benchmarks/bench_trainers.py --onto=FILE --out=FILE ...       # adds to the runs in FILE, which are of such a machine
     python benchmarks/bench_trainers.py --plan                           # says what would run, and about how long
     python benchmarks/bench_trainers.py --device=cpu                     # a tiny model, 1 and 2 processes: 3 minutes
 
@@ -40,22 +40,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import GIB, ROOT, facts, spread, torchrun, write_json
+from common import GIB, ROOT, facts, first_line, spread, torchrun, write_json
 
-TRITON = ['--model_dir=../phase2_triton']
+LAUNCHED = ['--cuda_graph=False']  # kernel by kernel; by default train.py records graphs where a single process has a GPU
+TRITON = ['--model_dir=../phase2_triton', *LAUNCHED]
 TRAINERS = {  # name: (folder of train.py, flags)
-    'ddp': ('nanoGPT', ['--cuda_graph=False']),
-    'zero1': ('phase1_zero1', []),
-    'triton': ('phase2_triton', ['--cuda_graph=False']),
-    'fsdp': ('phase3_fsdp', []),
+    'ddp': ('nanoGPT', LAUNCHED),
+    'zero1': ('phase1_zero1', LAUNCHED),
+    'triton': ('phase2_triton', LAUNCHED),
+    'fsdp': ('phase3_fsdp', LAUNCHED),
     'zero1+triton': ('phase1_zero1', TRITON),
     'fsdp+triton': ('phase3_fsdp', TRITON),
     'ddp+graph': ('nanoGPT', ['--cuda_graph']),
     'triton+graph': ('phase2_triton', ['--cuda_graph']),
-    'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}']),
+    'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}', *LAUNCHED]),
 }
 # Alone a process shards nothing: phases 1 and 3 are the reference then
-DEFAULT = {'one': ['ddp', 'triton', 'triton+graph'], 'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton']}
+DEFAULT = {
+    'one': ['ddp+graph', 'triton+graph', 'ddp', 'triton'],  # first what train.py does by default
+    'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton'],
+}
 SIZES = {  # shape; iterations in an interval of the log; intervals that count; seconds that a run takes: the first, later ones
     '124M': (dict(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024), 10, 5, (60, 25)),
     '350M': (dict(n_layer=24, n_head=16, n_embd=1024, batch_size=12, block_size=1024), 6, 4, (90, 40)),
@@ -77,7 +81,8 @@ class Probe:
     def __init__(self, run):
         self.run, self.cuda = run, run['device'] == 'cuda'
         self.interval, self.intervals = run['interval'], run['intervals'] + 1  # the first of each number of micro-steps is a warm-up
-        self.steps, self.results, self.blocks = 0, {}, []
+        self.steps, self.blocks = 0, []
+        self.results = {'blocks': self.blocks}
         self.started = time.perf_counter()
 
     def since_start(self):
@@ -167,15 +172,17 @@ class Probe:
             log.close('stopped')
             raise Enough
         block, place = divmod(iter_num, self.interval * self.intervals)
-        if place == self.interval and self.cuda:  # the warm-up is over
+        # The warm-up is over. Where graphs are recorded its peak counts: they were in its third iteration, and a replay allocates nothing
+        if place == self.interval and self.cuda and '--cuda_graph' not in self.run['flags']:
             torch.cuda.reset_peak_memory_stats()
         if iter_num and place == 0:
             block_results = {'micro_steps': self.run['micro_steps'][block - 1], **self.memory, 'peak': None, 'peak_reserved': None}
             if self.cuda:
                 block_results.update(peak=torch.cuda.max_memory_allocated() - self.run['base_bytes'], peak_reserved=torch.cuda.max_memory_reserved())
             self.blocks.append(block_results)
-            self.ended = time.perf_counter()
             if block == len(self.run['micro_steps']):
+                self.collect(log)
+                self.ended = time.perf_counter()
                 if not self.run['save']:
                     log.close('stopped')
                     raise Enough
@@ -183,6 +190,25 @@ class Probe:
         if place == 0:
             micro_steps, tokens = self.run['micro_steps'][block], train['batch_size'] * train['block_size'] * train['world_size']
             train.update(gradient_accumulation_steps=micro_steps, tokens_per_iter=micro_steps * tokens)
+
+    def collect(self, log):
+        """All is measured: on every rank the numbers of bytes become those of the rank with most, on rank 0 the log's speeds join them."""
+        everyone = [self.blocks]
+        if dist.is_initialized():
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, self.blocks)
+        for i, block in enumerate(self.blocks):
+            for key in block:
+                block[key] = max(blocks[i][key] for blocks in everyone) if block[key] is not None else None
+        if int(os.environ['RANK']) == 0:
+            log.wait()
+            iterations = {record['iter']: record for record in json.loads(Path(log.path).read_text())['iterations']}
+            length = self.interval * self.intervals
+            for i, block in enumerate(self.blocks):
+                counted = [iterations[i * length + n * self.interval] for n in range(2, self.intervals + 1)]
+                block.update({key: [record[key] for record in counted] for key in ('tokens_per_sec', 'time_ms', 'mfu')})
+            if self.run['save']:  # which may fail
+                write_json(Path(self.run['out_dir'], 'measured.json'), self.results)
 
 
 def own_bytes(tensors, device_type):
@@ -214,8 +240,7 @@ def run_trainer(run):
     folder = ROOT / run['folder']
     sys.path[0] = str(folder)
     sys.argv = [str(folder / 'train.py'), *run['flags']]
-    if run['cache']:
-        os.environ.update(TORCHINDUCTOR_CACHE_DIR=run['cache'])
+    os.environ.update(TORCHINDUCTOR_CACHE_DIR=run['cache'], TRITON_CACHE_DIR=f'{run["cache"]}/triton')
     torch._dynamo.utils.counters.clear()
     run['base_bytes'] = 0
     if run['device'] == 'cuda':
@@ -232,30 +257,18 @@ def run_trainer(run):
     if run['save']:
         results['save_seconds'] = probe.closed - probe.ended  # from the last iteration to the end
     results['base_bytes'] = run['base_bytes']
-    everyone = [probe.blocks]
     gc.collect()  # DDP, before its process group
     if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, probe.blocks)
+        dist.barrier()  # one of them may still be saving
         dist.destroy_process_group()
-    for i, block in enumerate(probe.blocks):
-        for key in block:
-            block[key] = max(blocks[i][key] for blocks in everyone) if block[key] is not None else None
     counters = torch._dynamo.utils.counters
     results['graphs'] = counters['stats']['unique_graphs']
     results['graphs_from_cache'] = counters['inductor']['fxgraph_cache_hit']
     words = ('using', 'wrapping', 'units', 'each rank', 'compil')
     results['said'] = [line for line in printed.getvalue().splitlines() if any(word in line.lower() for word in words)]
-    if int(os.environ['RANK']) == 0:
-        log = json.loads(Path(results.pop('log')).read_text())
-        iterations = {record['iter']: record for record in log['iterations']}
-        length = probe.interval * probe.intervals
-        for i, block in enumerate(probe.blocks):
-            counted = [iterations[i * length + n * probe.interval] for n in range(2, probe.intervals + 1)]
-            block.update({key: [record[key] for record in counted] for key in ('tokens_per_sec', 'time_ms', 'mfu')})
-        if run['save']:
-            results['checkpoint'] = {key: log['checkpoints'][-1][key] for key in ('bytes', 'seconds')}
-        results['blocks'] = probe.blocks
+    log = results.pop('log')
+    if run['save'] and int(os.environ['RANK']) == 0:
+        results['checkpoint'] = {key: json.loads(Path(log).read_text())['checkpoints'][-1][key] for key in ('bytes', 'seconds')}
     sys.argv = argv
     del probe
     clean_up(path)
@@ -282,13 +295,15 @@ def work(spec_file):
             Path(spec['folder'], 'running').write_text(str(i))
             store.set(f'go {i}', str(int(go)))
         if store.get(f'go {i}') == b'0':
+            if rank == 0:
+                shutil.rmtree(run['out_dir'], ignore_errors=True)
             continue
         started = time.perf_counter()
         try:
             results = run_trainer(run)
         except BaseException as error:
             # the other ranks wait for this one: all end, and the rest of the list gets processes of its own
-            Path(spec['folder'], f'error_{rank}').write_text(f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
+            Path(spec['folder'], f'error_{rank}').write_text(f'{type(error).__name__}: {first_line(error)}')
             if not isinstance(error, torch.OutOfMemoryError):
                 sys.stdout = sys.__stdout__
                 sys.__excepthook__(*sys.exc_info())
@@ -297,6 +312,8 @@ def work(spec_file):
         took[run['trainer'], run['size']] = seconds
         if rank == 0:
             add(spec, run, {**results, 'seconds': seconds})
+            if not run['save']:  # else the next one resumes from there
+                shutil.rmtree(run['out_dir'], ignore_errors=True)
     sys.stdout.flush()
     os._exit(0)  # as leave() in distributed.py
 
@@ -319,6 +336,8 @@ def add(spec, run, results):
                 line += f' {block["rest"] / GIB:.2f} GiB at rest (tensors {parts / GIB:.2f}), peak {block["peak"] / GIB:.2f}'
         if 'save_seconds' in results:
             line += f', saved in {results["save_seconds"]:.1f} s'
+        if 'save_error' in results:
+            line += f', not saved: {results["save_error"]}'
     print(f'{run["name"]:<44} {results.get("seconds", 0):4.0f} s  {line}', flush=True)
 
 
@@ -332,13 +351,14 @@ def rows_of(runs):
             continue
         for block in run.get('blocks', [{'micro_steps': None, 'error': run.get('error')}]):
             rows.setdefault((*cell, block['micro_steps']), []).append((run, block))
-    result = []
+    result, measured = [], {key[:3] for key in rows if key[3]}
     for (trainer, size, processes, micro_steps), its in rows.items():
         run, block = its[-1]
         row = dict(trainer=trainer, size=size, processes=processes, micro_steps=micro_steps)
         row.update({key: run[key] for key in ('batch_size', 'block_size')})
         if 'error' in block:
-            result.append(row | {'error': block['error']})
+            if (trainer, size, processes) not in measured:
+                result.append(row | {'error': block['error']})
             continue
         row.update(parameters=run['parameters'], rounds=len(its))
         for key in ('tokens_per_sec', 'time_ms'):
@@ -352,7 +372,7 @@ def rows_of(runs):
             memory['activations'] = memory['peak'] - memory['rest']
         row['memory_bytes'] = memory
         for key in ('first_step_seconds', 'ready_seconds', 'graphs', 'graphs_from_cache'):
-            row[key] = [r[key] for r, _ in its]  # by round
+            row[key] = [r.get(key) for r, _ in its]  # by round
         saves = [r for r, _ in its if 'checkpoint' in r]
         if saves:
             load = loads.get((trainer, size, processes), [])
@@ -398,8 +418,8 @@ def plan(args, processes, folder):
                 save = args.save and i == 0
                 run = dict(trainer=name, size=size, processes=processes, round=i, folder=script, device=args.device, init=args.init)
                 run.update(batch_size=shape['batch_size'], block_size=shape['block_size'], interval=interval, intervals=intervals)
-                cache = str(folder / f'cache-{name}-{size}') if args.cold and i == 0 else ''
-                run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache)
+                cache = str(folder / (f'cache-{name}-{size}' if args.cold and i == 0 else 'cache'))
+                run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache, out_dir=str(out))
                 run.update(name=f'{name}, {size}, {processes} processes, round {i + 1}', expected_seconds=first if i == 0 else later)
                 own = [f'--gradient_accumulation_steps={micro_steps[0] * processes}', f'--log_interval={interval}', f'--max_iters={last}']
                 runs.append(run | {'flags': flags + own})
@@ -419,7 +439,7 @@ def main():
     parser.add_argument('--nproc', type=words, default=[], help='numbers of processes, such as 1,4 (default: all GPUs, and 1; on a CPU 2 and 1)')
     parser.add_argument('--sizes', type=words, default=[], help=f'of {",".join(SIZES)} (default: 124M,1.5B,350M; on a CPU tiny)')
     parser.add_argument('--trainers', type=words, default=[], help=f'of {",".join(TRAINERS)}')
-    parser.add_argument('--micro_steps', type=lambda text: [int(n) for n in words(text)], default=[], help='of each process, such as 1,5 (default)')
+    parser.add_argument('--micro_steps', type=lambda text: [int(n) for n in words(text)], default=[], help='of each process (default: 5,1)')
     parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument('--save', action='store_true', help='also save a checkpoint, and resume from it, in the first round')
     parser.add_argument('--cold', action='store_true', help='each first round compiles everything itself')
@@ -437,38 +457,57 @@ def main():
     for given, known in ((args.sizes, SIZES), (args.trainers, TRAINERS)):
         if set(given) - set(known):
             parser.error(f'{", ".join(set(given) - set(known))}: known are {", ".join(known)}')
-    folder = Path(tempfile.mkdtemp(prefix='bench-'))
+    report = json.loads(Path(args.onto).read_text()) if args.onto else {'sessions': [], 'runs': [], 'rows': []}
+    session = facts(cpu=args.device == 'cpu') | {'init': args.init, 'flag': args.flag}
+    if report['sessions']:
+        last = {'init': 'gpu', 'flag': []} | report['sessions'][-1]
+        for key in ('device', 'versions', 'init', 'flag'):  # what has run with another one would share its rows
+            if last[key] != session[key]:
+                sys.exit(f'bench_trainers.py: --onto={args.onto} has runs with {key} {last[key]}, here it is {session[key]}: use a file of its own')
+    report['sessions'].append(session)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes, with what may be many GiB
+    with tempfile.TemporaryDirectory(prefix='bench-', ignore_cleanup_errors=True) as folder:
+        measure(args, numbers, report, Path(folder))
+
+
+def measure(args, numbers, report, folder):
+    """Everything, by way of files in the folder."""
     runs = {n: plan(args, n, folder) for n in numbers}
     expected = sum(run['expected_seconds'] for its in runs.values() for run in its)
     limit = f', of which {args.minutes:g} will be used' * bool(args.minutes)
-    print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}')
+    print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}', flush=True)
     if args.plan:
         print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4} s' for its in runs.values() for run in its))
         return
     make_data(folder / 'gpt2', None)
     make_data(folder / 'tiny', 512)
     out = args.out or str(folder / 'results.json')
-    report = json.loads(Path(args.onto).read_text()) if args.onto else {'sessions': [], 'runs': [], 'rows': []}
-    report['sessions'].append(facts(cpu=args.device == 'cpu'))
     write_json(out, report)
     deadline = time.time() + (args.minutes or 10**6) * 60
-    env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(folder / 'cache'))
     for processes, todo in runs.items():
-        env['OMP_NUM_THREADS'] = '1' if args.device == 'cpu' else str(max(1, (os.cpu_count() or 1) // processes))
+        env = dict(os.environ, OMP_NUM_THREADS='1' if args.device == 'cpu' else str(max(1, (os.cpu_count() or 1) // processes)))
         while todo:
             spec = dict(runs=todo, out=str(Path(out).resolve()), folder=str(folder), deadline=deadline, device=args.device)
             (folder / 'spec.json').write_text(json.dumps(spec))
             for file in folder.glob('error_*'):
                 file.unlink()
             (folder / 'running').write_text('0')
-            if subprocess.call(torchrun(processes, __file__, f'--worker={folder / "spec.json"}'), env=env) == 0:
-                break
+            group = subprocess.Popen(torchrun(processes, __file__, f'--worker={folder / "spec.json"}'), env=env)
+            try:
+                if group.wait() == 0:
+                    break
+            finally:
+                group.terminate()  # does nothing if it has ended; else torchrun ends its ranks
+                group.wait()
             failed = todo[int((folder / 'running').read_text())]
-            errors = sorted((file.read_text() for file in folder.glob('error_*')), key=lambda text: 'OutOfMemory' not in text)
-            add(spec, failed, {'error': errors[0] if errors else 'a process ended'})
-            rest = todo[todo.index(failed) + 1 :]
-            todo = [run for run in rest if (run['trainer'], run['size']) != (failed['trainer'], failed['size'])]  # it would fail again
-    shutil.rmtree(folder, ignore_errors=True)
+            files = sorted(folder.glob('error_*'), key=lambda file: file.stat().st_mtime_ns)  # the first is why the others have ended
+            errors = sorted((file.read_text() for file in files), key=lambda text: 'OutOfMemory' not in text)
+            error, measured = errors[0] if errors else 'a process ended', Path(failed['out_dir'], 'measured.json')
+            saving = failed['save'] and measured.exists()  # only that has failed
+            add(spec, failed, json.loads(measured.read_text()) | {'save_error': error} if saving else {'error': error})
+            shutil.rmtree(failed['out_dir'], ignore_errors=True)
+            rest, same = todo[todo.index(failed) + 1 :], (failed['trainer'], failed['size'])
+            todo = [run for run in rest if (run['trainer'], run['size']) != same or (saving and not run['resume'])]  # it would fail again
 
 
 if __name__ == '__main__':

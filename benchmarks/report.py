@@ -91,7 +91,7 @@ def short(report):
 @table
 def reference(document):
     names = {
-        'train.py': '`nanoGPT/train.py`, everything on',
+        'train.py': '`nanoGPT/train.py`, without CUDA graphs',
         'bench.py, data set': 'the bare step, batches from the data set',
         'bench.py, the same random tokens': 'the bare step, the same batch each time',
     }
@@ -205,11 +205,17 @@ def measured_by(report, name, document):
     return f'{where} ({cite(name, document)}, by `{report["command"]}`)'
 
 
+def work_of(report):
+    """Size, sequences in a micro-step and micro-steps of a result file of bench_phase2.py; the first ones say nothing."""
+    return report.get('size', '124M'), report.get('batch_size', 12), report.get('micro_steps', 8)
+
+
 @table
 def phase2_ladder(document):
     blocks = []
     for path in sorted(RESULTS.glob('phase2_ladder_*.json')):
         cells = []
+        size, batch_size, micro_steps = work_of(load(path.stem))
         for row in load(path.stem)['rows']:
             ms, ratios = row['ms'], row['ratios']
             cells.append((
@@ -217,7 +223,29 @@ def phase2_ladder(document):
                 f'**{row["ratio"]:.3f}** ({min(ratios):.3f} to {max(ratios):.3f})', gib(row['peak_memory_bytes']),
             ))  # fmt: skip
         header = ['', 'ms of an iteration', 'tokens/s', 'of the compiled reference in the same turns', 'peak, GiB']
-        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}:\n\n{markdown(header, cells)}')
+        caption = f'{size}, {micro_steps} micro-steps of {batch_size} × 1024 tokens: {measured_by(load(path.stem), path.stem, document)}'
+        blocks.append(f'{caption}:\n\n{markdown(header, cells)}')
+    return '\n\n'.join(blocks)
+
+
+@table
+def phase2_curves(document):
+    reports = {path.stem: load(path.stem) for path in sorted(RESULTS.glob('phase2_curves_*.json'))}
+    blocks = [(measured_by(its, name, document), '\n'.join(its['summary'])) for name, its in reports.items() if 'summary' in its]
+    return '\n\n'.join(f'{caption}:\n\n```\n{text}\n```' for caption, text in blocks)
+
+
+@table
+def phase2_profile(document):
+    """The kernels that take more than 0.1 ms of a micro-step."""
+    blocks = []
+    for path in sorted(RESULTS.glob('phase2_profile_*.json')):
+        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}:')
+        for row in load(path.stem)['rows']:
+            # in a table | ends a cell
+            cells = [(f'{us / 1e3:.2f}', f'{times:.1f}', f'`{kernel[:60].replace("|", "/")}`') for us, times, kernel in row['kernels'] if us > 100]
+            blocks.append(f'{row["name"]}, {row["ms"]:.2f} ms of kernels in a micro-step of {row["span_ms"]:.2f} ms:')
+            blocks.append(markdown(['ms', 'times', 'kernel'], cells))
     return '\n\n'.join(blocks)
 
 
@@ -296,13 +324,21 @@ def measured(document):
     for gpu, name in reference_files().items():
         its = load(name)['rows'][0]
         speed, peak = statistics.median(its['tokens_per_sec']), gib(its['runs'][0]['peak_memory_bytes'], 1)
-        rows.append(('reference', f'1 {gpu}', '124M × 8', f'{speed:,.0f} tokens/s, {peak} GiB at the peak', cite(name, document)))
+        text = f'compiled, without CUDA graphs: {speed:,.0f} tokens/s, {peak} GiB at the peak'
+        rows.append(('reference', f'1 {gpu}', '124M × 8', text, cite(name, document)))
     for path in sorted(RESULTS.glob('phase2_ladder_*.json')):
+        if work_of(load(path.stem)) != ('124M', 12, 8):
+            continue
         its = {row['name']: row for row in load(path.stem)['rows']}
+        recorded = its.get('reference, compiled, cuda_graph')
         for name, text in (('+ weights rounded once an iteration', 'phase 2, the step'), ('+ half_residual', 'with a 16-bit residual stream')):
+            if name not in its:
+                continue
             row = its[name]
-            measured = f'{row["tokens_per_s"]:,.0f} tokens/s, {row["ratio"]:.2f} × the compiled reference, {gib(row["peak_memory_bytes"], 1)} GiB'
-            rows.append((text, f'1 {short(load(path.stem))}', '124M × 8', f'{measured} at the peak', cite(path.stem, document)))
+            measured = f'{row["tokens_per_s"]:,.0f} tokens/s, {row["ratio"]:.2f} × the compiled reference'
+            measured += f', {row["tokens_per_s"] / recorded["tokens_per_s"]:.2f} × with CUDA graphs too' if recorded else ''
+            measured += f', {gib(row["peak_memory_bytes"], 1)} GiB at the peak'
+            rows.append((text, f'1 {short(load(path.stem))}', '124M × 8', measured, cite(path.stem, document)))
     for size, its in load('zero1_h200x4')['speed'].items():
         for micro_steps, row in its.items():
             saved = f'{gib(row["ddp"]["at_rest_bytes"], 1)} (DDP) → {gib(row["zero1"]["at_rest_bytes"], 1)} GiB between steps'
@@ -388,6 +424,15 @@ def in_order(rows):
     return sorted(rows, key=place)
 
 
+def with_fewest_micro_steps(rows):
+    """One row of each trainer, size and number of processes, without failures: what does not depend on the micro-steps."""
+    found = {}
+    for row in in_order(rows):
+        if 'error' not in row:
+            found.setdefault((row['size'], row['processes'], row['trainer']), row)
+    return found.values()
+
+
 def base_of(row, rows):
     """The reference's row for the same work, or None."""
     same = ('size', 'processes', 'micro_steps')
@@ -431,9 +476,7 @@ def trainers_memory(document):
     blocks = []
     for name in trainer_files():
         cells = []
-        for row in in_order(load(name)['rows']):
-            if 'error' in row or 'rest' not in row['memory_bytes'] or row['micro_steps'] != min(r['micro_steps'] or 99 for r in load(name)['rows']):
-                continue
+        for row in with_fewest_micro_steps(load(name)['rows']):
             m = row['memory_bytes']
             parts = ('parameters', 'gradients', 'optimizer', 'not_accounted_for', 'rest', 'activations', 'peak')
             cells.append((row['processes'], row['size'], NAMES[row['trainer']], *(gib(m[key]) for key in parts)))
@@ -447,9 +490,8 @@ def trainers_checkpoint(document):
     blocks = []
     for name in trainer_files():
         cells = []
-        for row in in_order(load(name)['rows']):
-            if row.get('checkpoint') and row['micro_steps'] == min(r['micro_steps'] or 99 for r in load(name)['rows']):
-                c = row['checkpoint']
+        for row in with_fewest_micro_steps(load(name)['rows']):
+            if c := row.get('checkpoint'):
                 cells.append((row['processes'], row['size'], NAMES[row['trainer']], gib(c['bytes']), f'{statistics.median(c["save_seconds"]):.1f}',
                               f'{statistics.median(c["ready_seconds_resumed"]):.1f}' if c['ready_seconds_resumed'] else ''))  # fmt: skip
         if cells:
@@ -524,11 +566,12 @@ def overview_data():
     names = {
         'reference, eager': 'reference, eager',
         'reference, compiled': 'reference, compiled',
+        'reference, compiled, cuda_graph': 'reference, compiled, CUDA graph',
         '+ weights rounded once an iteration': 'phase 2, Triton',
         '+ half_residual': 'phase 2, 16-bit, residual',
     }
     tokens_per_s = {row['name']: row['tokens_per_s'] for row in load('phase2_ladder_h100')['rows']}
-    ladder = {label: tokens_per_s[name] / 1000 for name, label in names.items()}
+    ladder = {label: tokens_per_s[name] / 1000 for name, label in names.items() if name in tokens_per_s}
     return {'computed': computed, 'measured': measured, 'speed': speed, 'ladder': ladder}
 
 
@@ -539,8 +582,8 @@ def draw_overview(data, path, mark):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({'font.size': 15, 'axes.spines.top': False, 'axes.spines.right': False})
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.4), layout='constrained', width_ratios=(1.1, 1, 0.9))
-    colors = {'parameters': '#0072B2', 'gradients': '#56B4E9', "AdamW's averages": '#E69F00'}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.4), layout='constrained', width_ratios=(1, 0.9, 1.2))
+    colors = {'parameters': '#0072B2', 'gradients': '#56B4E9', "AdamW's moments": '#E69F00'}
     names = list(data['computed'])
     bottom = [0.0] * len(names)
     for i, (part, color) in enumerate(colors.items()):
@@ -569,8 +612,8 @@ def draw_overview(data, path, mark):
     for i, (label, thousands) in enumerate(data['ladder'].items()):
         right.bar(i, thousands, 0.62, color='#E69F00' if label.startswith('phase 2') else '#999999')
         right.text(i, thousands + 8, f'{thousands:.0f}', ha='center')
-    right.set_xticks(range(len(data['ladder'])), [label.replace(', ', '\n') for label in data['ladder']], fontsize=12.5)
-    right.set(ylabel='thousand tokens/s', ylim=(0, 1.12 * max(data['ladder'].values())), title='Speed: GPT-2 124M on one H100')
+    right.set_xticks(range(len(data['ladder'])), [label.replace(', ', '\n') for label in data['ladder']], fontsize=11.5)
+    right.set(ylabel='thousand tokens/s', ylim=(0, 1.12 * max(data['ladder'].values(), default=1)), title='Speed: GPT-2 124M on one H100')
     right.tick_params(axis='x', length=0)
     figure.savefig(path, dpi=80, metadata={'Source-Data': mark})
     plt.close(figure)

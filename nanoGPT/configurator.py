@@ -185,7 +185,7 @@ def print_help(script, defaults, model_dir, doc):
                 match = re.match(r'\s*(\w+)(?:: \w+)? = [^#]*# (.*)', line)
                 if match and match[1] in defaults:
                     comments.setdefault(match[1], match[2])
-    print((doc or '').strip() + '\n\nFlags, written --key=value, with their defaults:')
+    print((doc or '').strip() + '\n\nFlags, written --key=value, with their defaults. What comes later wins: put them behind a config file.')
     for key, value in defaults.items():
         value = repr(value) if '\n' in str(value) else value
         print(f'  {f"--{key}={value}":<40} {comments.get(key, "")}'.rstrip())

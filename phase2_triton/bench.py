@@ -14,6 +14,7 @@ import torch
 
 import hardware
 from configurator import configure
+from cuda_graph import MicroStepGraph, use_cuda_graph
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
 
 # -----------------------------------------------------------------------------
@@ -32,6 +33,7 @@ model_dir = ''  # folder of the model.py to time, such as ../phase2_triton; empt
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
 dtype = 'auto'  # float32, bfloat16 or float16
 compile = 'auto'  # use torch.compile?
+cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them?
 peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
 warmup = 10  # iterations before the timed ones
 steps = 20  # timed iterations
@@ -41,6 +43,7 @@ config, given = configure(globals())  # overrides from the command line and conf
 
 device, dtype, compile, _ = hardware.choose(device, dtype, compile, backend='auto')
 device_type = device.split(':')[0]
+cuda_graph = use_cuda_graph(config | {'device': device}, world_size=1)
 torch.manual_seed(seed)
 ctx = hardware.autocast(device, dtype)
 
@@ -81,16 +84,24 @@ if compile:
     print('compiling the model... (takes a ~minute)')
     model.compile()
 
+
+def forward_backward(X, Y):
+    with ctx:
+        loss = model(X, Y)[1] / gradient_accumulation_steps
+    scaler.scale(loss).backward()
+    return loss.detach()
+
+
+if cuda_graph:
+    forward_backward = MicroStepGraph(forward_backward, model)
 X, Y = get_batch()
 
 
 def step():
     global X, Y
     for micro_step in range(gradient_accumulation_steps):
-        with ctx:
-            loss = model(X, Y)[1] / gradient_accumulation_steps
+        loss = forward_backward(X, Y)
         X, Y = get_batch()
-        scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     scaler.step(optimizer)
@@ -128,7 +139,8 @@ for k in range(steps):
 dt = statistics.median(times)
 mfu = model.estimate_mfu(batch_size * gradient_accumulation_steps, dt, hardware.peak_flops(device, dtype, peak_tflops))
 print(
-    f'{hardware.device_name(device)}, {dtype}, compile {compile}, {batch_size} x {block_size} tokens x {gradient_accumulation_steps} micro-steps, '
+    f'{hardware.device_name(device)}, {dtype}, compile {compile}, cuda_graph {cuda_graph}, '
+    f'{batch_size} x {block_size} tokens x {gradient_accumulation_steps} micro-steps, '
     f'{"data set " + dataset if real_data else "random tokens"}'
 )
 print(

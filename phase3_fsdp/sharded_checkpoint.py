@@ -330,10 +330,26 @@ def own_part(checkpoint, model, optimizer):
     return {**checkpoint, 'model': saved}
 
 
+def as_full(path):
+    """The sharded checkpoint at path with whole tensors, in CPU memory."""
+    checkpoint = load_checkpoint(path, fsdp=True)
+    reader, metadata = open_sharded(checkpoint.pop('folder'))
+    tensors = {name: torch.empty(record.size) for name, record in metadata.state_dict_metadata.items()}
+    read_tensors(tensors, reader, no_dist=True)
+    state = {i: dict(s) for i, s in checkpoint['optimizer']['state'].items()}
+    for name, tensor in tensors.items():
+        if name.startswith('optimizer.'):
+            _, i, k = name.split('.')
+            state[int(i)][k] = tensor
+    checkpoint['model'] = {name: tensors[f'model.{first}'] for name, first in checkpoint['model'].items()}
+    checkpoint['optimizer'] = {**checkpoint['optimizer'], 'state': state}
+    return checkpoint
+
+
 def convert(to, out_dir):
     """
-    Writes the checkpoint in out_dir in the other format: to='full' or 'sharded'. Needs the CPU memory for all of it. Raises UserError, also
-    where it would replace one of a later iteration.
+    Writes the checkpoint in out_dir in the other format: to='full', the best too, or 'sharded'. Needs the CPU memory for all of it. Raises
+    UserError, also where it would replace one of a later iteration.
     """
     folder, full = os.path.join(out_dir, FOLDER), os.path.join(out_dir, 'ckpt.pt')
     latest = named_by('latest', folder)
@@ -351,18 +367,12 @@ def convert(to, out_dir):
         return write_sharded(tensors, rest, folder, best=False, group=None)[0]
     if not latest:
         raise UserError(f'there is no sharded checkpoint in {out_dir}')
-    checkpoint = load_checkpoint(latest, fsdp=True)
-    reader, metadata = open_sharded(checkpoint.pop('folder'))
-    tensors = {name: torch.empty(record.size) for name, record in metadata.state_dict_metadata.items()}
-    read_tensors(tensors, reader, no_dist=True)
-    state = {i: dict(s) for i, s in checkpoint['optimizer']['state'].items()}
-    for name, tensor in tensors.items():
-        if name.startswith('optimizer.'):
-            _, i, k = name.split('.')
-            state[int(i)][k] = tensor
-    checkpoint['model'] = {name: tensors[f'model.{first}'] for name, first in checkpoint['model'].items()}
-    checkpoint['optimizer'] = {**checkpoint['optimizer'], 'state': state}
-    return full_checkpoint.write_checkpoint(checkpoint, out_dir, best=False, required=True)['path']
+    best, best_full = named_by('best', folder), os.path.join(out_dir, 'ckpt_best.pt')
+    if best and best != latest:
+        there = os.path.exists(best_full) and full_checkpoint.load_checkpoint(best_full)['iter_num']
+        if there is False or there < load_checkpoint(best, fsdp=True)['iter_num']:
+            full_checkpoint.write_checkpoint(as_full(best), out_dir, best=True, required=True)
+    return full_checkpoint.write_checkpoint(as_full(latest), out_dir, best=best == latest, required=True)['path']
 
 
 if __name__ == '__main__':

@@ -206,6 +206,8 @@ def test_latest_and_best_are_both_kept(launch, work):
     assert sorted(os.listdir('out/ckpt_sharded')) == sorted([latest, best, 'latest', 'best'])
     record = log_of('out')['checkpoints'][-1]
     assert record['path'].endswith(latest) and record['bytes'] > 100_000 and record['stall_seconds'] <= record['seconds']
+    launch(CONVERT, 'full', 'out')
+    assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'ckpt_best')] == [21, 10]
 
 
 def test_mistakes_end_with_one_message(launch, work):
@@ -227,6 +229,7 @@ def test_mistakes_end_with_one_message(launch, work):
         assert run.returncode == 2 and 'is sharded' in run.stderr and f'python sharded_checkpoint.py full {work}/out' in run.stderr
     assert 'iter 1:' in launch(FSDP, *TINY, '--max_iters=1', '--out_dir=out').stdout  # nothing is to be resumed
     os.remove('out/ckpt.pt')
+    os.rename('out/ckpt_sharded_before', 'out/ckpt_sharded')  # where the new run has put it
     assert 'trained with n_embd=32, but n_embd=64' in message(RESUME, '--n_embd=64')
     rest = load(f'{folder}/rest.pt')
     torch.save({**rest, 'model_args': {**rest['model_args'], 'bias': True}}, f'{folder}/rest.pt')

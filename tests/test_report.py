@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT / 'benchmarks'))
+import bench_trainers
+import common
 import report
 
 
@@ -86,6 +89,84 @@ def test_results_of_bench_trainers_become_tables(results):
     assert '| 4 | 124M | DDP | 0.46 | 0.46 | 0.93 | 0.00 | 2.00 | 8.00 | 10.00 |' in report.trainers_memory('README.md')
     assert '| 4 | 124M | phase 1 | 1.00 | 2.0 | 3.0 |' in report.trainers_checkpoint('README.md')
     assert 'phase 1 | 4 H200 | 124M × 1 | 1,250,000 tokens/s, 125.0% of the speed of DDP, 2.0 GiB at rest' in report.measured('README.md')
+
+
+def test_memory_and_checkpoints_are_those_of_each_trainers_fewest_micro_steps(results):
+    """One trainer has run with 1 and 5, the other with 5 alone."""
+    memory = dict.fromkeys(('parameters', 'gradients', 'optimizer', 'not_accounted_for', 'rest', 'activations', 'peak'), 2**30)
+    checkpoint = dict(bytes=2**30, save_seconds=[2.0], ready_seconds_resumed=[3.0])
+    row = dict(trainer='ddp', size='124M', processes=4, micro_steps=1, memory_bytes=memory, checkpoint=checkpoint)
+    rows = [row, row | dict(micro_steps=5), row | dict(trainer='zero1', micro_steps=5)]
+    session = dict(device='NVIDIA H200', device_type='cuda', driver='580', versions=dict(torch='2.11'), date='2026-01-01 00:00:00 UTC')
+    report.write_json(results / 'trainers_h200x4.json', dict(sessions=[session], rows=rows))
+    for table in (report.trainers_memory, report.trainers_checkpoint):
+        lines = table('README.md').splitlines()
+        assert [line.split(' | ')[2] for line in lines if line.startswith('| 4 |')] == ['DDP', 'phase 1']
+
+
+def test_a_failure_is_a_row_only_where_nothing_was_measured():
+    block = dict(micro_steps=1, tokens_per_sec=[1.0], time_ms=[1.0], mfu=[None], parameters=4)
+    run = dict(trainer='ddp', size='tiny', processes=2, batch_size=8, block_size=64, resume=False)
+    done = run | dict(parameters=1, first_step_seconds=1.0, ready_seconds=1.0, blocks=[block])
+    failed = run | dict(error='OutOfMemoryError')
+    rows = bench_trainers.rows_of([done, failed, failed | dict(trainer='fsdp')])
+    assert [(row['trainer'], row.get('error')) for row in rows] == [('ddp', None), ('fsdp', 'OutOfMemoryError')]
+
+
+@pytest.mark.parametrize('change', [dict(device='NVIDIA H200'), dict(flag=['--bias=True']), dict(init='cpu')])
+def test_runs_of_another_kind_get_a_file_of_their_own(tmp_path, change):
+    session = bench_trainers.facts(cpu=True) | dict(init='gpu', flag=[]) | change
+    report.write_json(tmp_path / 'of_another.json', dict(sessions=[session], runs=[], rows=[]))
+    flags = ['--device=cpu', '--plan', f'--onto={tmp_path / "of_another.json"}']
+    done = subprocess.run([sys.executable, ROOT / 'benchmarks' / 'bench_trainers.py', *flags], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and not done.stdout
+    assert f'has runs with {next(iter(change))} ' in done.stderr
+
+
+def test_a_ladder_of_other_work_is_not_in_the_readme_and_says_what_it_is(results):
+    ladder = report.load('phase2_ladder_h100')
+    assert ', 1.17 × the compiled reference, 1.13 × with CUDA graphs too, 7.2 GiB at the peak' in report.measured('README.md')
+    report.write_json(results / 'phase2_ladder_h200.json', ladder | dict(size='350M', batch_size=4, micro_steps=2))
+    assert 'phase2_ladder_h200' not in report.measured('README.md')
+    assert '350M, 2 micro-steps of 4 × 1024 tokens: NVIDIA' in report.phase2_ladder('README.md')
+
+
+def test_a_part_of_a_ladder_is_enough(results):
+    ladder = report.load('phase2_ladder_h100')
+    rows = [row for row in ladder['rows'] if row['name'] in ('reference, compiled', '+ half_residual')]
+    report.write_json(results / 'phase2_ladder_h100.json', ladder | dict(rows=rows))
+    report.load.cache_clear()
+    measured = report.measured('README.md')
+    assert 'with a 16-bit residual stream' in measured and 'phase 2, the step' not in measured and 'with CUDA graphs too' not in measured
+    assert list(report.overview_data()['ladder']) == ['reference, compiled', 'phase 2, 16-bit, residual']
+
+
+def test_curves_and_profiles_become_tables(results):
+    versions = dict(torch='2.11', triton='3.6')
+    facts = dict(device='NVIDIA H100', versions=versions, command='x', date='2026-01-01 00:00:00 UTC')
+    assert report.phase2_curves('README.md') == ''  # the old file has no summary
+    rows = [dict(kind='reference', seed=0, losses=[2.0, 1.0])]
+    report.write_json(results / 'phase2_curves_h100.json', facts | dict(rows=rows, summary=['between seeds: 0.1', 'phase 2: 0.01']))
+    curves = report.phase2_curves('README.md')
+    assert curves.startswith('NVIDIA H100, torch 2.11') and curves.endswith(':\n\n```\nbetween seeds: 0.1\nphase 2: 0.01\n```')
+    kernels = [[1500.0, 12.0, 'k' * 70], [90.0, 1.0, 'short']]
+    report.write_json(results / 'phase2_profile_h100.json', facts | dict(rows=[dict(name='a', ms=1.6, span_ms=2.0, kernels=kernels)]))
+    profile = report.phase2_profile('README.md')
+    assert 'a, 1.60 ms of kernels in a micro-step of 2.00 ms:' in profile and f'| 1.50 | 12.0 | `{"k" * 60}` |' in profile and 'short' not in profile
+
+
+def test_out_of_memory_is_found_in_what_an_error_comes_from():
+    def error():
+        try:
+            try:
+                raise torch.OutOfMemoryError('CUDA out of memory')
+            except RuntimeError:
+                raise RuntimeError('capture failed')  # noqa: B904
+        except RuntimeError as e:
+            return e
+
+    assert bench_trainers.first_line(ValueError()) == ''
+    assert common.out_of_memory(error()) and not common.out_of_memory(RuntimeError('an illegal memory access'))
 
 
 @pytest.mark.full
