@@ -21,7 +21,7 @@ OUT = ROOT / 'out-demo'
 TRITON = '--model_dir=../phase2_triton'
 EACH_BLOCK = '--fsdp_min_num_params=1'  # by default all of so small a model would be one unit
 
-from visualize_training import load_runs, summarize
+from run_logs import load_runs, summarize
 
 RUNS = {  # name: (folder of the trainer, further flags)
     'reference': ('nanoGPT', []),

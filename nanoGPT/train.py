@@ -98,7 +98,7 @@ if gradient_accumulation_steps % world_size != 0:
     raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes')
 gradient_accumulation_steps //= world_size
 tokens_per_iter = gradient_accumulation_steps * world_size * batch_size * block_size
-print(f'device {hardware.device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}' + f' over {backend}' * ddp)
+print(f'device {hardware.device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}' + f' over {backend}' * (world_size > 1))
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 
 torch.manual_seed(1337 + rank)

@@ -100,7 +100,7 @@ if gradient_accumulation_steps % world_size != 0:
     raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes')
 gradient_accumulation_steps //= world_size
 tokens_per_iter = gradient_accumulation_steps * world_size * batch_size * block_size
-print(f'device {hardware.device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}' + f' over {backend}' * ddp)
+print(f'device {hardware.device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}' + f' over {backend}' * (world_size > 1))
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 
 torch.manual_seed(1337 + rank)
@@ -172,7 +172,7 @@ scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
 
 # optimizer
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
-# ZeRO-1: a parameter takes 16 bytes, of which 8 are AdamW's two averages, and these are needed only where it is updated.
+# ZeRO-1: a parameter takes 16 bytes, of which 8 are AdamW's two moments, and these are needed only where it is updated.
 # So each rank updates its share of the parameters, and has this state for its share alone
 if use_zero1 and ddp:
     optimizer = Zero1Optimizer(optimizer)

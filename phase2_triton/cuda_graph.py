@@ -23,12 +23,12 @@ def use_cuda_graph(config, world_size):
     if wanted not in ('auto', True, False):
         raise UserError(f"cuda_graph is '{wanted}', but it can be auto, True or False")
     on_gpu = device.startswith('cuda')
-    # what is computed again in backward repeats its random numbers, for which PyTorch asks the generator where it is
+    # what is computed again in backward repeats its random numbers, by questions to the generator that a recording may refuse: pytorch #162504
     draws_again = config.get('activation_checkpointing') and config['dropout'] > 0
     if wanted is True and not on_gpu:
         raise UserError(f'cuda_graph=True needs a CUDA device, but device is {device}')
     if wanted is True and draws_again:
-        raise UserError('cuda_graph=True cannot record dropout under activation_checkpointing: leave out one of the three')
+        raise UserError('cuda_graph=True with dropout under activation_checkpointing is not supported: leave out one of the three')
     several = world_size > 1
     use = on_gpu and not several and not draws_again if wanted == 'auto' else wanted
     if use:

@@ -1,5 +1,5 @@
 """
-Draws the JSON logs of training runs (training_logger.py writes them; LOGGING_GUIDE.md has the schema).
+Draws the JSON logs of training runs (training_logger.py writes them, run_logs.py reads them; LOGGING_GUIDE.md has the schema).
 
     python visualize_training.py                             # the newest run under out*/
     python visualize_training.py out/run_20260102_030405.json
@@ -11,7 +11,6 @@ resumed is drawn with its predecessors as one. Exit status 2, with one message, 
 """
 
 import argparse
-import glob
 import json
 import math
 import os
@@ -19,13 +18,14 @@ import sys
 import textwrap
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from run_logs import LogError, duration, load_runs, positive, summarize
 
 # Okabe and Ito's colours, which people with any colour blindness can tell apart
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#777777'
@@ -35,7 +35,6 @@ MARKERS = 'osD^vP'
 STYLE = {'font.size': 13, 'axes.titlesize': 14, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.fontsize': 12}
 STYLE |= {'axes.grid': True, 'grid.color': '#e4e4e4', 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False}
 STYLE |= {'legend.edgecolor': 'none', 'legend.framealpha': 0.8, 'text.parse_math': False}  # a $ in a name is a $
-DEAD_AFTER_S = 600  # a 'running' log without a new record for this long (and for 20 of its slowest steps, and 3 records) is of a process that died
 TITLES = {
     'loss': ('Loss', 'cross-entropy (nats/token)'),
     'lr': ('Learning rate', 'learning rate'),
@@ -49,168 +48,6 @@ BARS = {
     'peak_memory_bytes': ('Peak memory', 'GiB on rank 0'),
     'final_val_loss': ('Final validation loss', 'nats/token'),
 }
-LISTS = {'iterations': list, 'evaluations': list, 'checkpoints': list}
-
-
-class LogError(ValueError):
-    """What is wrong with a log, an argument or an output, for the user to read."""
-
-
-def load_log(path):
-    """The log at `path` as a dict, with the records of the runs it was resumed from before its own; `segments` are all the paths, oldest
-    first, and `parts` the first iteration and the `run` of each. What a predecessor did at or after the iteration of the resume is
-    dropped. `notes` say what could not be read. Raises LogError."""
-    log = part = _read(path)
-    log |= {'segments': [path], 'parts': [], 'notes': []}
-    while True:
-        origin = part['run'].get('resumed_from') or {'iter': 0, 'log': None}
-        log['parts'].insert(0, (origin['iter'], part['run']))
-        before = os.path.join(os.path.dirname(path), os.path.basename(origin['log'] or 'none'))
-        if before in log['segments'] or not os.path.isfile(before):
-            break  # a log that was copied without its predecessor is still worth a picture
-        try:
-            part = _read(before)
-        except LogError as error:
-            log['notes'].append(f'{error}; {path} is drawn without it')
-            break
-        log['segments'].insert(0, before)
-        for name in LISTS:
-            end = origin['iter'] + (name == 'checkpoints')  # the checkpoint of that very iteration is the one resumed from
-            log[name] = [record for record in part[name] if record['iter'] < end] + log[name]
-    return log
-
-
-def _read(path):
-    for attempt in range(5):
-        try:
-            with open(path, 'rb') as file:
-                log = json.loads(file.read())
-            break
-        except OSError as error:
-            raise LogError(f'{path}: {error.strerror}') from error
-        except (ValueError, RecursionError) as error:  # it may be that a record was just being written
-            if attempt == 4:
-                raise LogError(f'{path} is not a JSON document: {error}') from error
-            time.sleep(0.05)
-    if not isinstance(log, dict) or not all(isinstance(log.get(key), kind) for key, kind in {'run': dict, 'config': dict, **LISTS}.items()):
-        raise LogError(f'{path} is not a training log: it has no run, config, {", ".join(LISTS)} as training_logger.py writes them')
-    if not all(isinstance(record, dict) and isinstance(record.get('iter'), (int, float)) for name in LISTS for record in log[name]):
-        raise LogError(f'{path} is not a training log as training_logger.py writes them: it has a record without iter')
-    return log
-
-
-def _column(records, key):
-    """A field as floats; NaN for null, and for what is too large for an axis."""
-    values = np.array([record.get(key) for record in records], float)
-    return np.where(np.abs(values) < 1e100, values, math.nan)
-
-
-def _positive(fact):
-    return fact if isinstance(fact, (int, float)) and 0 < fact < 1e100 else None
-
-
-class Run:
-    """A log as numpy columns: `iterations` and `evaluations` map a field to a float array, with NaN for null. Raises LogError."""
-
-    def __init__(self, path):
-        try:
-            log = load_log(path)
-            self.path, self.segments, self.run, self.config = path, log['segments'], log['run'], log['config']
-            self.parts, self.notes = log['parts'], log['notes']
-            self.iterations = {key: _column(log['iterations'], key) for key in ('iter', *TITLES, 'mfu')}
-            self.evaluations = {key: _column(log['evaluations'], key) for key in ('iter', 'train_loss', 'val_loss')}
-            self.checkpoints = _column([r for r in log['checkpoints'] if r.get('bytes', 0) is not None], 'iter')  # null: it failed
-            if np.isnan(np.concatenate((self.iterations['iter'], self.evaluations['iter'], self.checkpoints))).any():
-                raise ValueError('a record without iter')
-            last = datetime.fromisoformat(self.run.get('last_record_time') or self.run['start_time'])
-            silent_s = (datetime.now(UTC) - last).total_seconds()
-        except LogError:
-            raise
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise LogError(f'{path} is not a training log as training_logger.py writes them: {error!r}') from error
-        phase, model = str(self.run.get('phase', 'run')), str(self.run.get('model') or self.config.get('model_dir') or '.')
-        model = os.path.basename(os.path.normpath(model))
-        self.label = self.phase = phase if model in ('.', phase) else f'{phase} with {model}'
-        times = np.nan_to_num(self.iterations['time_ms'])  # of one step each; the steps between two records took about as long
-        self.seconds = np.cumsum(times * np.diff(self.iterations['iter'], prepend=self.iterations['iter'][:1] - 1)) / 1e3
-        tokens = self.iterations['tokens_per_sec'] * self.iterations['time_ms'] / 1e3
-        tokens = np.median(tokens[np.isfinite(tokens)]) if np.isfinite(tokens).any() else 0
-        self.tokens = [_positive(run.get('tokens_per_iter')) or round(float(tokens)) for _, run in self.parts]  # per step
-        own = self.iterations['iter'] >= self.parts[-1][0]
-        self.own = own if own.any() else np.full(len(own), True)  # records of a resumed run itself, which may be on other devices
-        self.status, self.silence = str(self.run.get('status')), f'last record {duration(max(0, silent_s))} ago'
-        spacing = _positive(self.config.get('log_interval')) or np.diff(self.iterations['iter']).max(initial=1)  # of the records, in steps
-        if self.status == 'running' and silent_s > max(DEAD_AFTER_S, max(20, 3 * spacing) * times.max(initial=0) / 1e3):
-            self.status = 'died'
-
-    def x(self, iters, axis):
-        """Iteration numbers as positions on the x axis: 'iter', 'tokens' or 'time' (seconds of training steps)."""
-        if axis == 'tokens':
-            if not all(self.tokens):
-                raise LogError(f'{self.path} does not say how many tokens a step has, so --x tokens cannot be drawn')
-            starts = np.array([0, *(start for start, _ in self.parts[1:])])
-            before = np.cumsum([0, *np.diff(starts) * self.tokens[:-1]])  # a resumed run may have batches of another size
-            part = np.searchsorted(starts, iters, side='right') - 1
-            return before[part] + (iters - starts[part]) * np.array(self.tokens)[part]
-        if axis == 'time' and iters.any():
-            if not len(self.seconds):
-                raise LogError(f'{self.path} has no records of iterations, so --x time cannot be drawn')
-            return np.interp(iters, self.iterations['iter'], self.seconds)
-        return iters
-
-    def summary(self):
-        """One row of the table. Medians and memory are those of the run's own records, without its predecessors'; the medians leave out
-        the first 5 of more than 10, like the log's own summary."""
-        iters, val = self.evaluations['iter'], self.evaluations['val_loss']
-
-        def pick(function, values):
-            return float(function(values[np.isfinite(values)])) if np.isfinite(values).any() else None
-
-        def last(values):
-            return pick(np.max, values[-1:])
-
-        def median(key):
-            return pick(np.median, self.iterations[key][self.own][5 if self.own.sum() > 10 else 0 :])
-
-        return {
-            'label': self.label,
-            'path': self.path,
-            'phase': self.run.get('phase'),
-            'status': self.status,
-            'world_size': self.run.get('world_size'),
-            'last_iter': int(max(x.max(initial=0) for x in (self.iterations['iter'], iters, self.checkpoints - 1))),  # a save comes behind its step
-            'final_loss': last(self.iterations['loss']),
-            'final_train_loss': last(self.evaluations['train_loss']),
-            'final_val_loss': last(val),
-            'best_val_loss': pick(np.min, val),
-            'best_val_loss_iter': int(iters[np.nanargmin(val)]) if np.isfinite(val).any() else None,
-            'time_ms_median': median('time_ms'),
-            'tokens_per_sec_median': median('tokens_per_sec'),
-            'mfu_median': median('mfu'),
-            'peak_memory_bytes': pick(np.max, self.iterations['peak_memory_bytes'][self.own]),
-        }
-
-
-def label_runs(runs):
-    """Label every run by its phase; where that is ambiguous also by its world size, out_dir, file and path, as far as they tell runs apart."""
-    for extra in (
-        lambda run: f'{run.run.get("world_size")} ranks',
-        lambda run: os.path.basename(os.path.normpath(str(run.config.get('out_dir')))),
-        lambda run: os.path.basename(run.path),
-        lambda run: run.path,
-    ):
-        labels = [run.label for run in runs]
-        for run, label in zip(runs, labels):
-            alike = {extra(other) for other, same in zip(runs, labels) if same == label}
-            run.label += f', {extra(run)}' if len(alike) > 1 else ''
-
-
-def summarize(runs):
-    """The rows of all runs, with ratios to the first one."""
-    rows = [run.summary() for run in runs]
-    for row in rows[: len(rows) if len(rows) > 1 else 0]:
-        row.update({f'{key}_ratio': row[key] / rows[0][key] if row[key] is not None and rows[0][key] else None for key in BARS})
-    return rows
 
 
 def smoothed(values, records):
@@ -245,13 +82,6 @@ def thin(x, y, pieces=1000):
     index = np.concatenate([[a + np.argmin(part), a + np.argmax(part)] for a, part in zip(starts, np.split(y, starts[1:]))])
     index = np.unique(np.concatenate(([0], index, [len(y) - 1])))
     return x[index], y[index]
-
-
-def duration(seconds):
-    for size, unit in ((86400, 'd'), (3600, 'h'), (60, 'min')):
-        if seconds >= 2 * size:
-            return f'{seconds / size:.1f} {unit}'
-    return f'{seconds:.1f} s' if math.isfinite(seconds) else 'never'
 
 
 def short(value, digits=3):
@@ -453,7 +283,7 @@ def _facts(ax, run, row):
     lines = {
         'status': f'{run.status}, {run.silence}' if run.status in ('running', 'died') else run.status,
         'phase': run.phase,
-        'model': f'{short(parameters)} parameters' if (parameters := _positive(facts.get('parameters'))) else '',
+        'model': f'{short(parameters)} parameters' if (parameters := positive(facts.get('parameters'))) else '',
         'shape': ', '.join(f'{config[key]} {name}' for key, name in shape if key in config),
         'data': str(config.get('dataset') or ''),
         'batch': f'{run.tokens[-1]:,} tokens per step' if run.tokens[-1] else '',
@@ -492,49 +322,6 @@ def _bars(ax, runs, key, table, named):
     ax.set_yticks(range(len(runs)), [clip(run.label, 34) for run in runs] if named else [''] * len(runs))
     ax.tick_params(axis='y', length=0)
     ax.invert_yaxis()
-
-
-def find_logs(paths):
-    """Log files for files, folders (their newest run) and globs; without any, the newest run under out*/."""
-
-    def newest(logs, where):
-        if not logs:
-            raise LogError(f'no run_*.json in {where}: train with --json_log=True, or name a log')
-        logs = sorted(logs, key=os.path.getmtime, reverse=True)
-        return next((log for log in logs if not _only_evaluates(log)), logs[0])
-
-    found = []
-    for path in paths:
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        if not matches:
-            raise LogError(f'{path}: no such file or folder')
-        found += [
-            newest(glob.glob(os.path.join(glob.escape(match), '**', 'run_*.json'), recursive=True), match) if os.path.isdir(match) else match
-            for match in matches
-        ]
-    found = found or [newest(glob.glob('out*/**/run_*.json', recursive=True), f'out*/ of {os.getcwd()}')]
-    return list({os.path.realpath(path): path for path in found}.values())
-
-
-def _only_evaluates(path):
-    """Is it of an --eval_only run, which trained nothing? Such logs are short: of the others it is enough to look at the start."""
-    with open(path, 'rb') as file:
-        return b'"eval_only": true' in file.read(2**16) and not _read(path)['iterations']
-
-
-def load_runs(paths):
-    runs = [Run(path) for path in find_logs(paths)]
-    drawn = []
-    for run in runs:  # without those that are drawn as the first part of a resumed run
-        after = [(one, i) for one in runs for i, path in enumerate(one.segments[:-1], 1) if os.path.realpath(path) == os.path.realpath(run.path)]
-        drawn += [] if after else [run]
-        last = run.summary()['last_iter']
-        if after and all(one.parts[i][0] <= last for one, i in after):
-            one, i = after[0]
-            one.notes.append(f'{one.path} goes on from iteration {one.parts[i][0]} of {run.path}, whose own up to {last} are left out')
-    runs = drawn
-    label_runs(runs)
-    return runs
 
 
 def parse_args(argv):

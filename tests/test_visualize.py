@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import visualize_training as vis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from run_logs import LogError, Run, find_logs, label_runs, load_log
 from training_logger import TrainingLogger
-from visualize_training import LogError, Run, draw, label_runs, load_log, main, smoothed, thin
+from visualize_training import draw, main, smoothed, thin
 
 SCRIPT = Path(vis.__file__)
 
@@ -310,7 +311,7 @@ def test_output_without_ending_in_a_folder_and_of_two_processes(tmp_path, monkey
 def test_newest_run_is_one_that_trained(tmp_path):
     trained, evaluated = write_log(tmp_path, steps=2), write_log(tmp_path, steps=0, eval_only=True)
     os.utime(trained, (1, 1))
-    assert vis.find_logs([str(tmp_path)]) == [trained] and vis.find_logs([evaluated]) == [evaluated]
+    assert find_logs([str(tmp_path)]) == [trained] and find_logs([evaluated]) == [evaluated]
 
 
 def test_follow_before_the_folder():
