@@ -44,9 +44,10 @@ def use_side_stream(device):
 class MicroStepGraph:
     """
     step(X, Y) -> detached loss, a function that adds to the gradients of model's parameters, as two graphs: of the first micro-step of an
-    iteration, which finds no gradients and makes them, and of those that add to them: so zero_grad must drop gradients, as set_to_none=True
-    does. X and Y: tensors of the same shapes and dtypes in each call. What else step reads must stay where it is, and what it does in
-    Python, such as an if, is done while recording only. The returned loss is valid until the next call.
+    iteration, which finds no gradients and makes them, and of those that add to them. So zero_grad must drop gradients, as set_to_none=True
+    does, whenever weights change: fused optimizers leave no trace by which that could be noticed here. X and Y: tensors of the same shapes
+    and dtypes in each call. What else step reads must stay where it is, and what it does in Python, such as an if, is done while recording
+    only. The returned loss is valid until the next call.
     """
 
     def __init__(self, step, model):
@@ -57,11 +58,8 @@ class MicroStepGraph:
     def __call__(self, X, Y):
         first = all(p.grad is None for p in self.parameters)
         self.iterations += first
-        versions = [p._version for p in self.parameters]  # of the weights: they may not change within an iteration
-        if first:
-            self.versions = versions
         ours = bool(self.gradients) and all(p.grad is not None and p.grad.data_ptr() == grad.data_ptr() for p, grad in self.gradients)
-        recordable = self.iterations > WARMUP and (first or (ours and versions == self.versions))
+        recordable = self.iterations > WARMUP and (first or ours)
         if not recordable or (self.graphs and X.shape != self.X.shape):
             return self.step(X, Y)
         if first not in self.graphs:
