@@ -275,7 +275,7 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_resumes(launch, work):
     launch(TRAIN, *TINY, '--init_from=resume', f'--max_iters={reached + 2}', '--lr_decay_iters=100000')
 
 
-def test_sigterm_saves_the_current_step(work):
+def test_sigterm_saves_the_current_step(launch, work):
     """Under the real torchrun. The stopped and resumed run equals one that was never stopped."""
     env = dict(os.environ, PYTHONUNBUFFERED='1')
     flags = [*TINY, '--max_iters=1000000', '--eval_interval=1000000', '--lr_decay_iters=100']
@@ -293,7 +293,7 @@ def test_sigterm_saves_the_current_step(work):
     assert stopped['iter_num'] == int(losses(''.join(printed))[-1].split()[1].rstrip(':')) + 1
     last = f'--max_iters={stopped["iter_num"] + 9}'
     resumed = subprocess.run([*TORCHRUN, TRAIN, *flags, last, '--init_from=resume'], capture_output=True, text=True)
-    straight = subprocess.run([*TORCHRUN, TRAIN, *flags, last, '--out_dir=straight'], capture_output=True, text=True)
+    straight = launch(TRAIN, *flags, last, '--out_dir=straight', nproc=2)
     assert len(losses(resumed.stdout)) == 10
     assert losses(straight.stdout) == losses(''.join(printed)) + losses(resumed.stdout)
     assert_same_state(load('out/ckpt.pt'), load('straight/ckpt.pt'))
