@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import gc
 import importlib.util
+import json
 import statistics
 import subprocess
 import sys
@@ -325,12 +326,11 @@ def curves(args, rows, save):
         'phase 2': '+ weights rounded once an iteration',  # with all of its kernels
         'phase 2, half_residual': '+ half_residual',
     }
-    curves = {}
-    for seed in range(args.seeds):
-        for kind, variant in kinds.items():
+    for seed in args.seeds:
+        for kind in chosen(args, kinds):
             torch.manual_seed(seed)
             starts = torch.randint(len(data) - 1025, (args.curve_steps, args.batch_size, 1), device='cuda')
-            train = Variant(variant, args.size, [(data[:1024].expand(args.batch_size, -1).contiguous(),) * 2], 1, seed, warm=False)
+            train = Variant(kinds[kind], args.size, [(data[:1024].expand(args.batch_size, -1).contiguous(),) * 2], 1, seed, warm=False)
             losses = []
             for i, start in enumerate(starts):
                 batch = data[start + torch.arange(1025, device='cuda')]
@@ -338,24 +338,43 @@ def curves(args, rows, save):
                 for group in train.optimizer.param_groups:
                     group['lr'] = 6e-4 * min(1.0, (i + 1) / 100)
                 losses.append(train.iteration())
-            curves[kind, seed] = torch.stack(losses).tolist()
-            rows.append(dict(kind=kind, seed=seed, losses=curves[kind, seed]))
+            rows.append(dict(kind=kind, seed=seed, losses=torch.stack(losses).tolist()))
             save()
-            print(f'{kind}, seed {seed}: last 100 steps {statistics.fmean(curves[kind, seed][-100:]):.4f}', flush=True)
+            print(f'{kind}, seed {seed}: last 100 steps {statistics.fmean(rows[-1]["losses"][-100:]):.4f}', flush=True)
             del train
+    return compared(rows)
+
+
+def compared(rows):
+    """What curves say: how far phase 2 is from the reference at the same seed, beside how far the reference's own seeds are apart."""
+    curves = {(row['kind'], row['seed']): row['losses'] for row in rows}
     # means of 25 steps, so that batches do not hide the models; each seed has its own batches, the same for all kinds
     smooth = {key: torch.tensor(losses).unfold(0, 25, 25).mean(-1) for key, losses in curves.items()}
-    seeds = range(args.seeds)
-    noise = torch.stack([smooth['reference', a] - smooth['reference', b] for a in seeds for b in range(a)]).abs()
-    lines = [f'between seeds of the reference: mean {noise.mean():.4f}, largest {noise.max():.4f}']
-    for kind in list(kinds)[1:]:
-        apart = torch.stack([smooth[kind, seed] - smooth['reference', seed] for seed in seeds])
-        last = [statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves['reference', s][-100:]) for s in seeds]
-        lines.append(
-            f'{kind} - reference at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, largest {apart.abs().max():.4f}; '
-            f'last 100 steps: {", ".join(f"{d:+.4f}" for d in last)}'
-        )
+    seeds = sorted(seed for kind, seed in curves if kind == 'reference')
+    lines = []
+    if len(seeds) > 1:
+        noise = torch.stack([smooth['reference', a] - smooth['reference', b] for a in seeds for b in seeds if b < a]).abs()
+        lines.append(f'between seeds of the reference: mean {noise.mean():.4f}, largest {noise.max():.4f}')
+    for kind in sorted({kind for kind, _ in curves} - {'reference'}):
+        both = [seed for seed in seeds if (kind, seed) in curves]
+        if both:
+            apart = torch.stack([smooth[kind, seed] - smooth['reference', seed] for seed in both])
+            last = [statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves['reference', s][-100:]) for s in both]
+            lines.append(
+                f'{kind} - reference at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, '
+                f'largest {apart.abs().max():.4f}; last 100 steps: {", ".join(f"{d:+.4f}" for d in last)}'
+            )
     return '\n'.join(lines)
+
+
+def join(names):
+    """One report of the curves in several files, such as those of two GPUs that have shared the work."""
+    reports = [json.loads(Path(name).read_text()) for name in names]
+    for key in ('device', 'versions', 'size', 'batch_size', 'micro_steps'):
+        if any(report.get(key) != reports[0].get(key) for report in reports):
+            sys.exit(f'bench_phase2.py: --join: the files differ in {key}')
+    command = ' & '.join(report['command'] for report in reports)
+    return {**reports[0], 'command': command, 'rows': [row for report in reports for row in report['rows']]}
 
 
 def main():
@@ -368,9 +387,16 @@ def main():
     parser.add_argument('--iterations', type=int, default=3, help='timed or profiled together')
     parser.add_argument('--repetitions', type=int, default=5, help='turns of every variant')
     parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
-    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--seeds', type=lambda text: [int(seed) for seed in text.split(',')], default=[0, 1, 2], help='of the curves: 0,1,2')
+    parser.add_argument('--join', default='', help='curves: run nothing, but join these comma-separated result files')
     parser.add_argument('--curve_steps', type=int, default=1000)
     args = parser.parse_args()
+    if args.join:
+        report = join(args.join.split(','))
+        report['summary'] = compared(report['rows']).splitlines()
+        write_json(args.out, report)
+        print('\n'.join(report['summary']))
+        return
     if not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py

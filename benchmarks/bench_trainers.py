@@ -53,6 +53,7 @@ TRAINERS = {  # name: (folder of train.py, flags)
     'fsdp+triton': ('phase3_fsdp', TRITON),
     'ddp+graph': ('nanoGPT', ['--cuda_graph']),
     'triton+graph': ('phase2_triton', ['--cuda_graph']),
+    'zero1+triton+graph': ('phase1_zero1', ['--model_dir=../phase2_triton', '--cuda_graph']),
     'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}', *LAUNCHED]),
 }
 # Alone a process shards nothing: phases 1 and 3 are the reference then
@@ -80,7 +81,8 @@ class Probe:
 
     def __init__(self, run):
         self.run, self.cuda = run, run['device'] == 'cuda'
-        self.interval, self.intervals = run['interval'], run['intervals'] + 1  # the first of each number of micro-steps is a warm-up
+        # each number of micro-steps begins with intervals of warm-up
+        self.interval, self.warmup, self.intervals = run['interval'], run['warmup'], run['warmup'] + run['intervals']
         self.steps, self.blocks = 0, []
         self.results = {'blocks': self.blocks}
         self.started = time.perf_counter()
@@ -126,7 +128,7 @@ class Probe:
                 probe.closed = time.perf_counter()
 
         step_guard.StepGuard, training_logger.TrainingLogger = Guard, Logger
-        distributed.leave = lambda: None  # it ends the process
+        distributed.leave = lambda graph: None  # it ends the process
         if self.run['init'] == 'gpu' and self.cuda:
             build = model.GPT.__init__
 
@@ -149,7 +151,7 @@ class Probe:
 
     def after_step(self, optimizer):
         """In the last iteration of a warm-up: gradients are still there, and so is AdamW's state."""
-        if self.steps and self.steps % (self.interval * self.intervals) == self.interval:
+        if self.steps and self.steps % (self.interval * self.intervals) == self.interval * self.warmup:
             parameters = [p for group in optimizer.param_groups for p in group['params']]
             gradients = [p.grad for p in parameters if p.grad is not None]
             inner = getattr(getattr(optimizer, 'zero', optimizer), 'optim', optimizer)  # ZeRO-1's share
@@ -172,8 +174,8 @@ class Probe:
             log.close('stopped')
             raise Enough
         block, place = divmod(iter_num, self.interval * self.intervals)
-        # The warm-up is over. Where graphs are recorded its peak counts: they were in its third iteration, and a replay allocates nothing
-        if place == self.interval and self.cuda and '--cuda_graph' not in self.run['flags']:
+        # The warm-up is over. Where graphs are recorded its peak counts: they were in there, and a replay allocates nothing
+        if place == self.interval * self.warmup and self.cuda and '--cuda_graph' not in self.run['flags']:
             torch.cuda.reset_peak_memory_stats()
         if iter_num and place == 0:
             block_results = {'micro_steps': self.run['micro_steps'][block - 1], **self.memory, 'peak': None, 'peak_reserved': None}
@@ -205,7 +207,7 @@ class Probe:
             iterations = {record['iter']: record for record in json.loads(Path(log.path).read_text())['iterations']}
             length = self.interval * self.intervals
             for i, block in enumerate(self.blocks):
-                counted = [iterations[i * length + n * self.interval] for n in range(2, self.intervals + 1)]
+                counted = [iterations[i * length + n * self.interval] for n in range(self.warmup + 1, self.intervals + 1)]
                 block.update({key: [record[key] for record in counted] for key in ('tokens_per_sec', 'time_ms', 'mfu')})
             if self.run['save']:  # which may fail
                 write_json(Path(self.run['out_dir'], 'measured.json'), self.results)
@@ -404,10 +406,12 @@ def plan(args, processes, folder):
     for size in args.sizes:
         shape, interval, intervals, (first, later) = SIZES[size]
         micro_steps = args.micro_steps or ([5, 1] if size != 'tiny' else [3, 1])  # this order: a CUDA graph keeps the loss's factor of its first
-        last = interval * (intervals + 1) * len(micro_steps)
         for i in range(args.rounds):
             for name in names:
                 script, flags = TRAINERS[name]
+                # graphs are recorded in the third iteration, under DDP in the twelfth
+                warmup = -(-12 // interval) if processes > 1 and '--cuda_graph' in flags else 1
+                last = interval * (intervals + warmup) * len(micro_steps)
                 if (args.device == 'cpu' and '--cuda_graph' in flags) or (name == 'hybrid' and processes < 4):
                     continue
                 flags = [flag.format(half=processes // 2) for flag in flags]
@@ -417,7 +421,8 @@ def plan(args, processes, folder):
                 flags += ['--eval_interval=1000000000', '--eval_iters=1', '--warmup_iters=1000', *args.flag]
                 save = args.save and i == 0
                 run = dict(trainer=name, size=size, processes=processes, round=i, folder=script, device=args.device, init=args.init)
-                run.update(batch_size=shape['batch_size'], block_size=shape['block_size'], interval=interval, intervals=intervals)
+                run.update(batch_size=shape['batch_size'], block_size=shape['block_size'], interval=interval)
+                run.update(warmup=warmup, intervals=intervals)
                 cache = str(folder / (f'cache-{name}-{size}' if args.cold and i == 0 else 'cache'))
                 run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache, out_dir=str(out))
                 run.update(name=f'{name}, {size}, {processes} processes, round {i + 1}', expected_seconds=first if i == 0 else later)

@@ -121,9 +121,14 @@ class StopSignal:
         return bool(flag)
 
 
-def leave():
-    """Leaves the process group, and ends this process with status 0 if it had joined one: call it last."""
+def leave(graph=None):
+    """
+    Leaves the process group, and ends this process with status 0 if it had joined one: call it last. graph: a MicroStepGraph, which
+    lets its recordings go: NCCL waits until nothing holds what it sends, for ever if need be (pytorch #115388).
+    """
     if dist.is_initialized():
+        if graph:
+            graph.release()
         dist.destroy_process_group()
         # A thread of gloo may still be about to drop a tensor. It would need the interpreter for that, and if that is being taken
         # down already, the process is aborted (1 run of 5). So it is not taken down.

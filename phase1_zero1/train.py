@@ -82,7 +82,7 @@ dist_timeout = 600  # seconds that a rank waits for the others, which may be on 
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
-cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them? auto: on a GPU, if the run is a single process
+cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them? auto: on a GPU
 peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def forward_backward(X, Y):
     return loss.detach()
 
 
-graph = MicroStepGraph(forward_backward, raw_model) if cuda_graph else None  # not of a micro-step in which ranks communicate
+graph = MicroStepGraph(forward_backward, model) if cuda_graph else None
 
 
 # mean losses over eval_iters batches of either split on every rank; None if a stop was requested meanwhile
@@ -321,8 +321,7 @@ while True:
         if ddp:
             # the ranks' gradients are averaged once, in the last backward
             model.require_backward_grad_sync = last
-        step = graph if graph and not (ddp and last) else forward_backward
-        loss_sum += step(X, Y)
+        loss_sum += (graph or forward_backward)(X, Y)
         # draw the next batch while the GPU is busy
         X, Y = get_batch('train')
     log.flush()  # the last record is written while the GPU works
@@ -363,4 +362,4 @@ while True:
     local_iter_num += 1
 
 log.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped')
-leave()
+leave(graph)

@@ -8,16 +8,18 @@ Source: docs.pytorch.org, CUDA semantics, "CUDA Graphs".
 """
 
 import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from errors import UserError
 
-WARMUP = 2  # iterations before the recording: libraries choose their kernels, torch.compile compiles, DDP orders its buckets in the second
+WARMUP = 2  # iterations before the recording: libraries choose their kernels, torch.compile compiles
+WARMUP_DDP = 11  # DDP orders its buckets in the second iteration, and in the first ten its logger asks the GPU for times
 
 
 def use_cuda_graph(config, world_size):
     """
-    config's cuda_graph as True or False; 'auto' becomes True on a GPU if the run is a single process and can be recorded. Call before
-    anything is built that lasts, such as DDP. Raises UserError where it cannot be.
+    config's cuda_graph as True or False; 'auto' becomes True on a GPU, except where a recording is not possible. Call before anything is
+    built that lasts, such as DDP. Raises UserError where it cannot be.
     """
     wanted, device = config['cuda_graph'], config['device']
     if wanted not in ('auto', True, False):
@@ -29,8 +31,8 @@ def use_cuda_graph(config, world_size):
         raise UserError(f'cuda_graph=True needs a CUDA device, but device is {device}')
     if wanted is True and draws_again:
         raise UserError('cuda_graph=True with dropout under activation_checkpointing is not supported: leave out one of the three')
-    several = world_size > 1
-    use = on_gpu and not several and not draws_again if wanted == 'auto' else wanted
+    fsdp = config.get('use_fsdp') and world_size > 1  # gathers weights into other memory each time
+    use = on_gpu and not fsdp and not draws_again if wanted == 'auto' else wanted
     if use:
         use_side_stream(device)
     return use
@@ -43,58 +45,67 @@ def use_side_stream(device):
 
 class MicroStepGraph:
     """
-    step(X, Y) -> detached loss, a function that adds to the gradients of model's parameters, as two graphs: of the first micro-step of an
-    iteration, which finds no gradients and makes them, and of those that add to them. So zero_grad must drop gradients, as set_to_none=True
-    does, whenever weights change: fused optimizers leave no trace by which that could be noticed here. X and Y: tensors of the same shapes
-    and dtypes in each call. What else step reads must stay where it is, and what it does in Python, such as an if, is done while recording
-    only. The returned loss is valid until the next call.
+    step(X, Y) -> detached loss, a function that adds to the gradients of model's parameters, as graphs: of the first micro-step of an
+    iteration, which finds no gradients and makes them; of those that add to them; and under DDP of the last, which averages them over the
+    ranks. So zero_grad must drop gradients, as set_to_none=True does, whenever weights change: fused optimizers leave no trace by which that
+    could be noticed here. X and Y: tensors of the same shapes and dtypes in each call. What else step reads must stay where it is, and what
+    it does in Python, such as an if, is done while recording only. The returned loss is valid until the next call.
     """
 
     def __init__(self, step, model):
-        self.step = step
+        self.step, self.model = step, model
         self.parameters = list(model.parameters())
+        self.ddp = isinstance(model, DDP)
         self.iterations, self.graphs, self.losses, self.gradients = 0, {}, {}, []
+        if self.ddp:
+            model._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # no more times after the first ten iterations
 
     def __call__(self, X, Y):
         first = all(p.grad is None for p in self.parameters)
+        last = self.ddp and self.model.require_backward_grad_sync
         self.iterations += first
         ours = bool(self.gradients) and all(p.grad is not None and p.grad.data_ptr() == grad.data_ptr() for p, grad in self.gradients)
-        recordable = self.iterations > WARMUP and (first or ours)
+        recordable = self.iterations > (WARMUP_DDP if self.ddp else WARMUP) and (first or ours)
         if not recordable or (self.graphs and X.shape != self.X.shape):
-            return self.step(X, Y)
-        if first not in self.graphs:
-            self.record(first, X, Y)
+            loss = self.step(X, Y)
+            if last:  # now gradients are in DDP's buckets: that is where the graphs' are to be
+                self.gradients = [(p, p.grad.detach()) for p in self.parameters if p.grad is not None]
+            return loss
+        if (first, last) not in self.graphs:
+            self.record(first, last, X, Y)
         self.X.copy_(X)
         self.Y.copy_(Y)
-        self.graphs[first].replay()
+        self.graphs[first, last].replay()
         if first:
             for p, grad in self.gradients:
                 p.grad = grad.detach()  # a tensor of its own with the same memory: autograd would copy one that is also held here
-        return self.losses[first]
+        return self.losses[first, last]
 
-    def record(self, first, X, Y):
+    def record(self, first, last, X, Y):
         """Computes nothing."""
-        if first:
+        if not self.graphs:
             self.X, self.Y = X.clone(), Y.clone()
         graph = torch.cuda.CUDAGraph()
-        # the second may use the memory that the first uses in passing
-        pool = None if first else self.graphs[True].pool()
+        # each may use the memory that the others use in passing
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         try:
             # thread_local: NCCL's watchdog, in a thread of its own, may go on asking the GPU how far it is
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode='thread_local'):
-                self.losses[first] = self.step(self.X, self.Y)
-                for p, grad in self.gradients:  # where a weight is used twice, autograd may have put the sum elsewhere
+                self.losses[first, last] = self.step(self.X, self.Y)
+                for p, grad in self.gradients:  # where a weight is used twice, or DDP has buckets, autograd may have put the sum elsewhere
                     if p.grad.data_ptr() != grad.data_ptr():
                         p.grad = grad.copy_(p.grad).detach()
         except RuntimeError as error:
             reason = str(error.__context__ or error).split('\n')[0]  # the end of the recording complains, too
             raise UserError(f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without') from error
-        self.graphs[first] = graph
-        if first:
+        self.graphs[first, last] = graph
+        if not self.gradients:
             self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
 
     def release(self):
         """Gives back the memory of the graphs, between two iterations; the next one records anew."""
-        self.graphs, self.losses, self.gradients = {}, {}, []
+        self.graphs, self.losses = {}, {}
+        if not self.ddp:  # whose buckets stay
+            self.gradients = []
         for p in self.parameters:
             vars(p).pop('rounded', None)  # a weight in 16 bits, which phase 2's model keeps in a graph's memory for the next one

@@ -21,8 +21,8 @@ class CUDAGraph(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for argument, value in zip(function._schema.arguments, args):
-            if argument.alias_info is not None and argument.alias_info.is_write and value.numel():
-                self.before.append((value, value.clone()))
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before += [(tensor, tensor.clone()) for tensor in (value if isinstance(value, list) else [value]) if tensor.numel()]
         result = function(*args, **kwargs)
         outputs = result if isinstance(result, (tuple, list)) else [result]
 

@@ -304,11 +304,11 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
         assert results[0][0] == results[1][0] and all(map(torch.equal, results[0][1], results[1][1]))
 
 
-@pytest.mark.parametrize('micro_steps', [2, 5])
+@pytest.mark.parametrize('micro_steps', [1, 2, 5])
 def test_recorded_under_ddp(micro_steps, monkeypatch):
     """
-    As in train.py, the last micro-step, in which DDP communicates, is not recorded. In the iteration after the first DDP orders its buckets
-    anew, which talks to the other ranks and waits for the GPU: no graph may hold that.
+    All micro-steps are recorded, also the last, in which DDP communicates: the gradients are then in its buckets, as they are without graphs.
+    In the iteration after the first DDP orders its buckets anew, which talks to the other ranks and waits for the GPU: no graph may hold that.
     """
     import cuda_graph
 
@@ -316,27 +316,38 @@ def test_recorded_under_ddp(micro_steps, monkeypatch):
     if not gpu:
         fake_cuda_graph.install(monkeypatch)
         capturing = lambda: fake_cuda_graph.recording is not None
+        monkeypatch.setattr(cuda_graph, 'WARMUP_DDP', 2)
     monkeypatch.setattr(torch.nn.parallel.distributed.logger, 'info', lambda message, *_: ordered.append((message, capturing())))
     with process_group(), torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
         model, plain = (small(load_model('nanoGPT')) for _ in range(2))
         ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        ddp_calls = []
+        ddp.register_forward_pre_hook(lambda *_: ddp_calls.append(capturing()))
 
         def micro_step(x, y):
             loss = ddp(x, y)[1]
             loss.backward()
             return loss.detach()
 
-        graph = cuda_graph.MicroStepGraph(micro_step, model)
-        for _ in range(5):
+        graph, buckets = cuda_graph.MicroStepGraph(micro_step, ddp), set()
+        for i in range(cuda_graph.WARMUP_DDP + 4):
+            if i == cuda_graph.WARMUP_DDP + 2:
+                graph.release()  # as for an evaluation
             for k, (x, y) in enumerate(batches(micro_steps)):
                 ddp.require_backward_grad_sync = k == micro_steps - 1
-                (micro_step if ddp.require_backward_grad_sync else graph)(x, y)
+                graph(x, y)
                 plain(x, y)[1].backward()
             for ours, theirs in zip(model.parameters(), plain.parameters()):
                 torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)  # on a GPU the embedding adds up with atomics
-                ours.grad = theirs.grad = None
+            if i > 0:
+                buckets.add(tuple(p.grad.data_ptr() for p in model.parameters()))
+            for p in (*model.parameters(), *plain.parameters()):
+                p.grad = None
     assert [during for message, during in ordered if 'rebuilt' in message] == [False]
-    assert len(graph.graphs) == min(2, micro_steps - 1)
+    assert len(buckets) == 1
+    assert len(graph.graphs) == min(3, micro_steps)
+    # launched before the recordings only, of which there were two; all else is replayed
+    assert ddp_calls == [False] * (cuda_graph.WARMUP_DDP * micro_steps) + [True] * (2 * min(3, micro_steps))
 
 
 def test_kernels_run_here():

@@ -179,7 +179,7 @@ def test_from_pretrained(monkeypatch):
 
 
 def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
-    """By default a run of a single process on a GPU, if it can be; a failure has a message that says what to do."""
+    """By default a run on GPUs, if it can be; a failure has a message that says what to do."""
     import cuda_graph
     from errors import UserError
 
@@ -189,7 +189,8 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
         return cuda_graph.use_cuda_graph(dict(dict(cuda_graph=wanted, device=device, dropout=0.1), **flags), world_size)
 
     assert use('auto') is True and use(False) is False and use(True, world_size=4) is True
-    assert use('auto', world_size=2) is False and use('auto', device='cpu') is False
+    assert use('auto', world_size=2) is True and use('auto', device='cpu') is False
+    assert use('auto', world_size=2, use_fsdp=True) is False and use('auto', world_size=1, use_fsdp=True) is True
     assert use('auto', activation_checkpointing=True) is False and use('auto', activation_checkpointing=True, dropout=0.0) is True
     for flags, message in (
         (dict(device='cpu'), 'needs a CUDA device'),

@@ -371,6 +371,33 @@ def test_on_a_gpu(work, options):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize('folder', ['nanoGPT', 'phase1_zero1'])
+@pytest.mark.parametrize(
+    'options',
+    [
+        ['--compile=False', '--gradient_accumulation_steps=2'],
+        ['--compile', '--gradient_accumulation_steps=8'],
+        ['--model_dir=../phase2_triton', '--gradient_accumulation_steps=4'],
+        ['--compile=False', '--gradient_accumulation_steps=8', '--dtype=float16'],
+    ],
+    ids=['one micro-step', 'compiled', 'triton', 'float16'],
+)
+def test_graphs_on_two_gpus(launch, work, folder, options):
+    """By default all micro-steps are replayed, with what DDP sends; the losses are those without graphs. An evaluation lets the graphs go."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip('needs 2 CUDA GPUs')
+    flags = [arg for arg in TINY if not arg.startswith('--device')] + ['--max_iters=40', '--eval_interval=15', *options]
+
+    def run(*more):
+        out = launch(NANOGPT.parent / folder / 'train.py', *flags, *more, nproc=2).stdout
+        return [float(re.search(r'loss (\d\.\d+)$', line)[1]) for line in losses(out) if line.startswith('iter')]
+
+    ours, theirs = run('--out_dir=graph'), run('--cuda_graph=False', '--out_dir=launched')
+    assert log_of('graph')['config']['cuda_graph'] is True
+    assert len(ours) == 41 and ours[0] > 3.5 and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.02  # as above
+
+
+@pytest.mark.gpu
 @gpu
 def test_skips_a_step_on_the_gpu(work):
     launch_flags = [arg for arg in TINY if not arg.startswith('--device')] + [
