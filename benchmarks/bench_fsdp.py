@@ -53,7 +53,7 @@ VARIANTS = {  # each changes one thing of the default
     'reshard after forward': dict(fsdp_reshard=True),
     'units of 2 blocks': dict(fsdp_min_num_params=14_000_000),
     'units of 6 blocks': dict(fsdp_min_num_params=42_000_000),
-    'one unit and graph': dict(fsdp_min_num_params=10**12),
+    'one unit and graph': dict(fsdp_min_num_params=1_000_000_000),
     'head and loss not compiled': dict(eager_head=True),
     'AdamW over DTensors': dict(dtensor_adamw=True),
     'default again': {},

@@ -338,7 +338,7 @@ def curves(args, rows, save):
                 for group in train.optimizer.param_groups:
                     group['lr'] = 6e-4 * min(1.0, (i + 1) / 100)
                 losses.append(train.iteration())
-            rows.append(dict(kind=kind, seed=seed, losses=torch.stack(losses).tolist()))
+            rows.append(dict(kind=kind, seed=seed, losses=[round(loss, 5) for loss in torch.stack(losses).tolist()]))
             save()
             print(f'{kind}, seed {seed}: last 100 steps {statistics.fmean(rows[-1]["losses"][-100:]):.4f}', flush=True)
             del train
@@ -400,6 +400,7 @@ def main():
     if not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
+    args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
     report = {**facts(), **{key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps')}, 'rows': []}
     text = dict(ladder=ladder, curves=curves, largest=largest, profile=profile)[args.mode](args, report['rows'], lambda: write_json(args.out, report))
     report['summary'] = text.splitlines()

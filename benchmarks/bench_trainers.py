@@ -42,24 +42,25 @@ import torch.distributed as dist
 
 from common import GIB, ROOT, facts, first_line, spread, torchrun, write_json
 
-LAUNCHED = ['--cuda_graph=False']  # kernel by kernel; by default train.py records graphs where a single process has a GPU
-TRITON = ['--model_dir=../phase2_triton', *LAUNCHED]
+TRITON, LAUNCHED = '--model_dir=../phase2_triton', '--cuda_graph=False'
 TRAINERS = {  # name: (folder of train.py, flags)
-    'ddp': ('nanoGPT', LAUNCHED),
-    'zero1': ('phase1_zero1', LAUNCHED),
-    'triton': ('phase2_triton', LAUNCHED),
-    'fsdp': ('phase3_fsdp', LAUNCHED),
-    'zero1+triton': ('phase1_zero1', TRITON),
-    'fsdp+triton': ('phase3_fsdp', TRITON),
-    'ddp+graph': ('nanoGPT', ['--cuda_graph']),
-    'triton+graph': ('phase2_triton', ['--cuda_graph']),
-    'zero1+triton+graph': ('phase1_zero1', ['--model_dir=../phase2_triton', '--cuda_graph']),
-    'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}', *LAUNCHED]),
+    'ddp': ('nanoGPT', []),
+    'zero1': ('phase1_zero1', []),
+    'triton': ('phase2_triton', []),
+    'fsdp': ('phase3_fsdp', []),
+    'zero1+triton': ('phase1_zero1', [TRITON]),
+    'fsdp+triton': ('phase3_fsdp', [TRITON]),
+    'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}']),
+    'fsdp+one_unit': ('phase3_fsdp', ['--fsdp_min_num_params=1000000000000']),
+    # by default train.py records CUDA graphs, but not under FSDP; these go kernel by kernel
+    'ddp+launched': ('nanoGPT', [LAUNCHED]),
+    'zero1+launched': ('phase1_zero1', [LAUNCHED]),
+    'triton+launched': ('phase2_triton', [LAUNCHED]),
 }
 # Alone a process shards nothing: phases 1 and 3 are the reference then
 DEFAULT = {
-    'one': ['ddp+graph', 'triton+graph', 'ddp', 'triton'],  # first what train.py does by default
-    'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton'],
+    'one': ['ddp', 'triton', 'ddp+launched', 'triton+launched'],
+    'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton', 'ddp+launched'],
 }
 SIZES = {  # shape; iterations in an interval of the log; intervals that count; seconds that a run takes: the first, later ones
     '124M': (dict(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024), 10, 5, (60, 25)),
@@ -98,7 +99,7 @@ class Probe:
         import step_guard
         import training_logger
 
-        if '--model_dir=../phase2_triton' in self.run['flags']:  # this comes from there, and everything else from the trainer's folder
+        if TRITON in self.run['flags']:  # this comes from there, and everything else from the trainer's folder
             sys.path.insert(0, str(ROOT / 'phase2_triton'))
             import model
 
@@ -175,7 +176,7 @@ class Probe:
             raise Enough
         block, place = divmod(iter_num, self.interval * self.intervals)
         # The warm-up is over. Where graphs are recorded its peak counts: they were in there, and a replay allocates nothing
-        if place == self.interval * self.warmup and self.cuda and '--cuda_graph' not in self.run['flags']:
+        if place == self.interval * self.warmup and self.cuda and not self.run['recorded']:
             torch.cuda.reset_peak_memory_stats()
         if iter_num and place == 0:
             block_results = {'micro_steps': self.run['micro_steps'][block - 1], **self.memory, 'peak': None, 'peak_reserved': None}
@@ -409,10 +410,10 @@ def plan(args, processes, folder):
         for i in range(args.rounds):
             for name in names:
                 script, flags = TRAINERS[name]
-                # graphs are recorded in the third iteration, under DDP in the twelfth
-                warmup = -(-12 // interval) if processes > 1 and '--cuda_graph' in flags else 1
+                recorded = args.device == 'cuda' and LAUNCHED not in flags and (processes == 1 or script != 'phase3_fsdp')
+                warmup = -(-12 // interval) if recorded and processes > 1 else 1  # recorded in the third iteration, under DDP in the twelfth
                 last = interval * (intervals + warmup) * len(micro_steps)
-                if (args.device == 'cpu' and '--cuda_graph' in flags) or (name == 'hybrid' and processes < 4):
+                if (args.device == 'cpu' and LAUNCHED in flags) or (name == 'hybrid' and processes < 4):
                     continue
                 flags = [flag.format(half=processes // 2) for flag in flags]
                 out = folder / f'{name}-{size}-{processes}'
@@ -422,7 +423,7 @@ def plan(args, processes, folder):
                 save = args.save and i == 0
                 run = dict(trainer=name, size=size, processes=processes, round=i, folder=script, device=args.device, init=args.init)
                 run.update(batch_size=shape['batch_size'], block_size=shape['block_size'], interval=interval)
-                run.update(warmup=warmup, intervals=intervals)
+                run.update(warmup=warmup, intervals=intervals, recorded=recorded)
                 cache = str(folder / (f'cache-{name}-{size}' if args.cold and i == 0 else 'cache'))
                 run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache, out_dir=str(out))
                 run.update(name=f'{name}, {size}, {processes} processes, round {i + 1}', expected_seconds=first if i == 0 else later)

@@ -28,7 +28,8 @@ PHASES = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp'
 SHAPES = {'124M': (12, 768), '350M': (24, 1024), '1.5B': (48, 1600)}  # n_layer, n_embd
 NAMES = {
     'ddp': 'DDP', 'zero1': 'phase 1', 'triton': 'phase 2', 'fsdp': 'phase 3', 'zero1+triton': 'phases 1 + 2', 'fsdp+triton': 'phases 2 + 3',
-    'ddp+graph': 'DDP with CUDA graph', 'triton+graph': 'phase 2 with CUDA graph', 'hybrid': 'phase 3 hybrid',
+    'hybrid': 'phase 3 hybrid', 'fsdp+one_unit': 'phase 3, one unit', 'ddp+launched': 'DDP without CUDA graphs',
+    'zero1+launched': 'phase 1 without CUDA graphs', 'triton+launched': 'phase 2 without CUDA graphs',
 }  # fmt: skip
 TRY = 'nanoGPT/config/train_python_char.py --max_iters=20 --eval_interval=20 --eval_iters=2 --log_interval=20 --always_save_checkpoint=True'
 TRY_2 = 'torchrun --standalone --nproc_per_node=2'
@@ -347,16 +348,48 @@ def measured(document):
     for name in trainer_files():
         its, device = load(name)['rows'], short(load(name)['sessions'][0])
         for row in in_order(its):
-            base = base_of(row, its)
+            base, same = base_of(row, its), [r for r in its if all(r[key] == row[key] for key in ('size', 'processes'))]
             if 'error' in row or row['size'] not in ('124M', '1.5B') or row['trainer'] == 'hybrid':
+                continue
+            if row['micro_steps'] < max(r['micro_steps'] or 0 for r in same):
+                continue
+            if row['trainer'].endswith('+launched') and (row['trainer'] != 'ddp+launched' or any(r['trainer'] == 'ddp' for r in same)):
                 continue
             text = f'{row["tokens_per_sec"]["median"]:,.0f} tokens/s'
             if base and base is not row:
-                text += f', {row["tokens_per_sec"]["median"] / base["tokens_per_sec"]["median"]:.1%} of the speed of DDP'
+                text += f', {row["tokens_per_sec"]["median"] / base["tokens_per_sec"]["median"]:.1%} of the speed of {NAMES[base["trainer"]]}'
             text += f', {gib(row["memory_bytes"]["rest"], 1)} GiB at rest, {gib(row["memory_bytes"]["peak"], 1)} at the peak'
             where = f'{row["processes"]} {device}'
             rows.append((NAMES[row['trainer']], where, f'{row["size"]} × {row["micro_steps"]}', text, cite(name, document)))
+    for path in sorted(RESULTS.glob('fsdp_variants_*.json')):
+        its = [r for r in load(path.stem)['results'] if r['name'] == 'one unit and graph']
+        row = max(its, key=lambda r: r['micro_steps'])
+        where = f'{load(path.stem)["processes"]} {short(load(path.stem))}', f'124M × {row["micro_steps"]}'
+        text = f'{row["tokens_per_sec"]["median"]:,.0f} tokens/s, {gib(row["peak_bytes"], 1)} GiB at the peak'
+        rows.append(('phase 3, `--fsdp_min_num_params=1_000_000_000`', *where, text, cite(path.stem, document)))
     return markdown(['', 'GPUs', 'model × micro-steps', 'measured', 'result file'], rows)
+
+
+@table
+def fsdp_variants(document):
+    """What single choices of phase 3 are worth, GPT-2 124M."""
+    blocks = []
+    for path in sorted(RESULTS.glob('fsdp_variants_*.json')):
+        report, found = load(path.stem), {}
+        for row in report['results']:
+            found.setdefault(row['name'], {})[row['micro_steps']] = row
+        counts = sorted({row['micro_steps'] for row in report['results']})
+        cells = [
+            (
+                name,
+                *('{median:,.0f} ({p10:,.0f} to {p90:,.0f})'.format(**its[n]['tokens_per_sec']) for n in counts),
+                *(gib(its[counts[-1]][key]) for key in ('rest_bytes', 'peak_bytes')),
+            )
+            for name, its in found.items()
+        ]
+        header = ['', *(f'{n} micro-step{"s" * (n > 1)}: tokens/s (10th to 90th percentile)' for n in counts), 'at rest, GiB', 'peak, GiB']
+        blocks.append(f'{report["processes"]} × {measured_by(report, path.stem, document)}:\n\n{markdown(header, cells)}')
+    return '\n\n'.join(blocks)
 
 
 @table
@@ -434,9 +467,11 @@ def with_fewest_micro_steps(rows):
 
 
 def base_of(row, rows):
-    """The reference's row for the same work, or None."""
+    """DDP's row for the same work, or None: without CUDA graphs where the row's trainer has none either, else as it is by default."""
     same = ('size', 'processes', 'micro_steps')
-    return next((r for r in rows if r['trainer'] == 'ddp' and 'error' not in r and all(r[key] == row[key] for key in same)), None)
+    found = {r['trainer']: r for r in rows if 'error' not in r and all(r[key] == row[key] for key in same)}
+    names = ('ddp+launched', 'ddp') if row['trainer'].endswith('+launched') or row['trainer'].startswith(('fsdp', 'hybrid')) else ('ddp',)
+    return next((found[name] for name in names if name in found), None)
 
 
 @table

@@ -31,8 +31,12 @@ def use_cuda_graph(config, world_size):
         raise UserError(f'cuda_graph=True needs a CUDA device, but device is {device}')
     if wanted is True and draws_again:
         raise UserError('cuda_graph=True with dropout under activation_checkpointing is not supported: leave out one of the three')
-    fsdp = config.get('use_fsdp') and world_size > 1  # gathers weights into other memory each time
-    use = on_gpu and not fsdp and not draws_again if wanted == 'auto' else wanted
+    several = world_size > 1
+    over_cpu = several and config['backend'] != 'nccl'
+    if wanted is True and over_cpu:
+        raise UserError(f'cuda_graph=True works over NCCL only, but backend is {config["backend"]}: leave out one of the two')
+    fsdp = several and config.get('use_fsdp')  # gathers weights into other memory each time
+    use = on_gpu and not (fsdp or over_cpu or draws_again) if wanted == 'auto' else wanted
     if use:
         use_side_stream(device)
     return use

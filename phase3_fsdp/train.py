@@ -68,7 +68,7 @@ dropout = 0.0  # 0 is good for pretraining; for finetuning try 0.1 and more
 bias = False  # biases in Linear and LayerNorm layers?
 # sharding
 use_fsdp = True  # shard parameters, gradients and AdamW's state over the ranks; False: each has all of them (DDP), as in nanoGPT/
-fsdp_min_num_params = 1_000_000  # consecutive blocks are gathered together until they have this many parameters
+fsdp_min_num_params = 1_000_000  # consecutive blocks are gathered together until they have this many parameters; a small model: 10**9
 fsdp_shard_size = 0  # ranks that hold one copy together; 0: all; k: shard among k, replicate across groups (hybrid sharding)
 fsdp_reshard = 'auto'  # free whole parameters after each forward (least memory), or keep them for an iteration (least traffic)
 fsdp_cpu_offload = False  # keep the shards in the CPU's memory, and run AdamW there

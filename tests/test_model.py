@@ -186,15 +186,17 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(cuda_graph, 'use_side_stream', lambda device: None)
 
     def use(wanted, world_size=1, device='cuda:0', **flags):
-        return cuda_graph.use_cuda_graph(dict(dict(cuda_graph=wanted, device=device, dropout=0.1), **flags), world_size)
+        return cuda_graph.use_cuda_graph(dict(dict(cuda_graph=wanted, device=device, dropout=0.1, backend='nccl'), **flags), world_size)
 
     assert use('auto') is True and use(False) is False and use(True, world_size=4) is True
     assert use('auto', world_size=2) is True and use('auto', device='cpu') is False
     assert use('auto', world_size=2, use_fsdp=True) is False and use('auto', world_size=1, use_fsdp=True) is True
+    assert use('auto', world_size=2, backend='gloo') is False and use('auto', backend='gloo') is True
     assert use('auto', activation_checkpointing=True) is False and use('auto', activation_checkpointing=True, dropout=0.0) is True
     for flags, message in (
         (dict(device='cpu'), 'needs a CUDA device'),
         (dict(activation_checkpointing=True), 'dropout under activation_checkpointing is not supported'),
+        (dict(world_size=2, backend='gloo'), 'over NCCL only'),
     ):
         with pytest.raises(UserError, match=message):
             use(True, **flags)

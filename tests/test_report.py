@@ -144,6 +144,7 @@ def test_a_part_of_a_ladder_is_enough(results):
 def test_curves_and_profiles_become_tables(results):
     versions = dict(torch='2.11', triton='3.6')
     facts = dict(device='NVIDIA H100', versions=versions, command='x', date='2026-01-01 00:00:00 UTC')
+    (results / 'phase2_curves_h100.json').unlink()
     assert report.phase2_curves('README.md') == ''  # the old file has no summary
     rows = [dict(kind='reference', seed=0, losses=[2.0, 1.0])]
     report.write_json(results / 'phase2_curves_h100.json', facts | dict(rows=rows, summary=['between seeds: 0.1', 'phase 2: 0.01']))
@@ -182,3 +183,22 @@ def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
         assert memory['parameters'] == memory['gradients'] == 2 * n
         assert 4 * n <= memory['optimizer'] < 4.01 * n  # and a step count for each tensor
         assert row['checkpoint']['bytes'] > 12 * n and len(row['checkpoint']['ready_seconds_resumed']) == 1
+
+
+def test_curves_of_two_gpus_become_one_report(tmp_path):
+    facts = dict(device='NVIDIA H100', versions={}, size='124M', batch_size=12, micro_steps=1)
+    curve = lambda kind, seed, loss: dict(kind=kind, seed=seed, losses=[loss] * 100)
+    report.write_json(tmp_path / 'a.json', facts | dict(command='a', rows=[curve('reference', 0, 2.0), curve('reference', 1, 2.5)]))
+    report.write_json(tmp_path / 'b.json', facts | dict(command='b', rows=[curve('phase 2', 1, 2.4)]))
+    report.write_json(tmp_path / 'c.json', facts | dict(command='c', rows=[], device='NVIDIA H200'))
+
+    def join(*names):
+        files = ','.join(str(tmp_path / f'{name}.json') for name in names)
+        command = [sys.executable, ROOT / 'benchmarks' / 'bench_phase2.py', 'curves', f'--join={files}', f'--out={tmp_path / "out.json"}']
+        return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+    done = join('a', 'b')
+    assert 'between seeds of the reference: mean 0.5000, largest 0.5000' in done.stdout
+    assert 'phase 2 - reference at the same seed: mean -0.1000, mean size 0.1000' in done.stdout
+    assert report.json.loads((tmp_path / 'out.json').read_text())['command'] == 'a & b'
+    assert 'the files differ in device' in join('a', 'c').stderr
