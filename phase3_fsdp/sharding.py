@@ -158,7 +158,7 @@ def shard(model, config, recipe=None):
         model.to_empty(device='cpu' if cpu_offload else config['device'])
         if recipe:
             initialize(model, recipe, names)
-    model.reshard_after_step = not reshard  # for set_last_micro_step()
+    model.reshard_after_step, model.last_micro_step = not reshard, None  # for set_last_micro_step()
 
     sizes = [sum(p.numel() for block in unit for p in block.parameters()) for unit in units]
     kinds = [f'{sizes.count(size)} of {size:,} parameters' for size in dict.fromkeys(sizes)]
@@ -175,6 +175,9 @@ def shard(model, config, recipe=None):
 
 def set_last_micro_step(model, last):
     """Call before each micro-step; last: it completes the gradients of the iteration."""
+    if last == model.last_micro_step:  # what follows goes through all modules
+        return
+    model.last_micro_step = last
     if model.reshard_after_step:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
