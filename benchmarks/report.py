@@ -371,6 +371,25 @@ def measured(document):
 
 
 @table
+def fsdp_of_ddp(document):
+    """Phase 3 against DDP with whole trainers, and in one unit."""
+    rows, variants = load('trainers_h100x2')['rows'], load('fsdp_variants_h100x2')['results']
+
+    def of_ddp(size):
+        row = next(r for r in rows if r['trainer'] == 'fsdp' and (r['size'], r['micro_steps']) == (size, 5))
+        return row['tokens_per_sec']['median'] / base_of(row, rows)['tokens_per_sec']['median']
+
+    ddp = next(r for r in rows if r['trainer'] == 'ddp+launched' and (r['size'], r['micro_steps']) == ('124M', 5))['tokens_per_sec']['median']
+    one = max(r['tokens_per_sec']['median'] for r in variants if r['name'] == 'one unit and graph')
+    return (
+        f'at 1.5B phase 3 has {of_ddp("1.5B"):.1%} of the speed of DDP without CUDA graphs (two H100s, 5 micro-steps). At 124M it depends: '
+        f'{of_ddp("124M"):.1%} with default flags, where the CPU cannot keep up with 13 units; as a single unit '
+        f'(`--fsdp_min_num_params=1_000_000_000`) {one:,.0f} tokens/s, where DDP has {ddp:,.0f} '
+        f'({cite("trainers_h100x2", document)}, {cite("fsdp_variants_h100x2", document)})'
+    )
+
+
+@table
 def fsdp_variants(document):
     """What single choices of phase 3 are worth, GPT-2 124M."""
     blocks = []
