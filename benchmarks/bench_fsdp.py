@@ -11,9 +11,9 @@ What is special to phase 3 (FSDP), on all GPUs of one machine. Its speed and mem
 On a single GPU it works too, in a group of one rank: FSDP without the sending.
 
 It starts its own processes (torchrun), or runs in those that torchrun has started. The code under test is that of the phases:
-sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py, which reads the loss after each. Memory is that of
-rank 0, as torch allocates it: at rest after a step, when gradients are freed, and the peak. `x of 16N/k`: what rests, against 16
-bytes for each of N parameters over k ranks, of which 4 are for gradients, which rest nowhere here.
+sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py without CUDA graphs, which reads the loss after
+each. Memory is that of rank 0, as torch allocates it: at rest after a step, when gradients are freed, and the peak. `x of 16N/k`:
+what rests, against 16 bytes for each of N parameters over k ranks, of which 4 are for gradients, which rest nowhere here.
 """
 
 import argparse
@@ -53,7 +53,7 @@ VARIANTS = {  # each changes one thing of the default
     'reshard after forward': dict(fsdp_reshard=True),
     'units of 2 blocks': dict(fsdp_min_num_params=14_000_000),
     'units of 6 blocks': dict(fsdp_min_num_params=42_000_000),
-    'one unit and graph': dict(fsdp_min_num_params=1_000_000_000),
+    'one unit, compiled as one': dict(fsdp_min_num_params=1_000_000_000),
     'head and loss not compiled': dict(eager_head=True),
     'AdamW over DTensors': dict(dtensor_adamw=True),
     'default again': {},

@@ -176,7 +176,7 @@ class Probe:
             raise Enough
         block, place = divmod(iter_num, self.interval * self.intervals)
         # The warm-up is over. Where graphs are recorded its peak counts: they were in there, and a replay allocates nothing
-        if place == self.interval * self.warmup and self.cuda and not self.run['recorded']:
+        if place == self.interval * self.warmup and self.cuda and not train['cuda_graph']:
             torch.cuda.reset_peak_memory_stats()
         if iter_num and place == 0:
             block_results = {'micro_steps': self.run['micro_steps'][block - 1], **self.memory, 'peak': None, 'peak_reserved': None}
@@ -190,6 +190,8 @@ class Probe:
                     log.close('stopped')
                     raise Enough
                 return
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
         if place == 0:
             micro_steps, tokens = self.run['micro_steps'][block], train['batch_size'] * train['block_size'] * train['world_size']
             train.update(gradient_accumulation_steps=micro_steps, tokens_per_iter=micro_steps * tokens)
@@ -410,8 +412,7 @@ def plan(args, processes, folder):
         for i in range(args.rounds):
             for name in names:
                 script, flags = TRAINERS[name]
-                recorded = args.device == 'cuda' and LAUNCHED not in flags and (processes == 1 or script != 'phase3_fsdp')
-                warmup = -(-12 // interval) if recorded and processes > 1 else 1  # recorded in the third iteration, under DDP in the twelfth
+                warmup = -(-12 // interval) if args.device == 'cuda' and processes > 1 else 1  # under DDP graphs are recorded in the 12th iteration
                 last = interval * (intervals + warmup) * len(micro_steps)
                 if (args.device == 'cpu' and LAUNCHED in flags) or (name == 'hybrid' and processes < 4):
                     continue
@@ -423,7 +424,7 @@ def plan(args, processes, folder):
                 save = args.save and i == 0
                 run = dict(trainer=name, size=size, processes=processes, round=i, folder=script, device=args.device, init=args.init)
                 run.update(batch_size=shape['batch_size'], block_size=shape['block_size'], interval=interval)
-                run.update(warmup=warmup, intervals=intervals, recorded=recorded)
+                run.update(warmup=warmup, intervals=intervals)
                 cache = str(folder / (f'cache-{name}-{size}' if args.cold and i == 0 else 'cache'))
                 run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache, out_dir=str(out))
                 run.update(name=f'{name}, {size}, {processes} processes, round {i + 1}', expected_seconds=first if i == 0 else later)

@@ -8,8 +8,8 @@ Phase 1 (ZeRO-1) against the reference (DDP) on all GPUs of one machine, in one 
     python benchmarks/bench_zero1.py --dry-run                                        # tiny, 2 processes, on a CPU
 
 It starts its own processes (torchrun). Both trainers use the same model under the same DDP and torch.compile; only the
-optimizer is exchanged, back and forth, so that neither gets the warmer GPU. The steps are those of train.py, which reads the
-loss after each. Memory is that of the rank with most, without what the CUDA driver and NCCL take.
+optimizer is exchanged, back and forth, so that neither gets the warmer GPU. The steps are those of train.py --cuda_graph=False,
+which reads the loss after each. Memory is that of the rank with most, without what the CUDA driver and NCCL take.
 """
 
 import argparse

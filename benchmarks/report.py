@@ -31,6 +31,7 @@ NAMES = {
     'hybrid': 'phase 3 hybrid', 'fsdp+one_unit': 'phase 3, one unit', 'ddp+launched': 'DDP without CUDA graphs',
     'zero1+launched': 'phase 1 without CUDA graphs', 'triton+launched': 'phase 2 without CUDA graphs',
 }  # fmt: skip
+ONE_UNIT = 'one unit, compiled as one'  # of bench_fsdp.py
 TRY = 'nanoGPT/config/train_python_char.py --max_iters=20 --eval_interval=20 --eval_iters=2 --log_interval=20 --always_save_checkpoint=True'
 TRY_2 = 'torchrun --standalone --nproc_per_node=2'
 CHECKS = [  # what the summary shows with its output
@@ -147,7 +148,7 @@ def zero1_parts(document):
 def zero1_saved(document):
     one = [load('zero1_h200x4')['speed'][size]['1'] for size in ('124M', '1.5B')]
     measured, expected = (' and '.join(gib(row[key]) for row in one) for key in ('saved_bytes', 'saved_bytes_expected'))
-    return f'{measured} GiB measured, {expected} expected'
+    return f'{measured} GiB measured, {expected} computed'
 
 
 @table
@@ -337,13 +338,13 @@ def measured(document):
                 continue
             row = its[name]
             measured = f'{row["tokens_per_s"]:,.0f} tokens/s, {row["ratio"]:.2f} × the compiled reference'
-            measured += f', {row["tokens_per_s"] / recorded["tokens_per_s"]:.2f} × with CUDA graphs too' if recorded else ''
+            measured += f', {row["ratio"] / recorded["ratio"]:.2f} × with CUDA graphs too' if recorded else ''
             measured += f', {gib(row["peak_memory_bytes"], 1)} GiB at the peak'
             rows.append((text, f'1 {short(load(path.stem))}', '124M × 8', measured, cite(path.stem, document)))
     for size, its in load('zero1_h200x4')['speed'].items():
         for micro_steps, row in its.items():
-            saved = f'{gib(row["ddp"]["at_rest_bytes"], 1)} (DDP) → {gib(row["zero1"]["at_rest_bytes"], 1)} GiB between steps'
-            text = f'{row["zero1_of_ddp"]:.1%} of the speed of DDP, {saved}'
+            saved = f'{gib(row["ddp"]["at_rest_bytes"], 1)} (DDP) → {gib(row["zero1"]["at_rest_bytes"], 1)} GiB at rest'
+            text = f'{row["zero1_of_ddp"]:.1%} of the speed of DDP, both without CUDA graphs, {saved}'
             rows.append(('phase 1', '4 H200', f'{size} × {micro_steps}', text, cite('zero1_h200x4', document)))
     for name in trainer_files():
         its, device = load(name)['rows'], short(load(name)['sessions'][0])
@@ -362,7 +363,7 @@ def measured(document):
             where = f'{row["processes"]} {device}'
             rows.append((NAMES[row['trainer']], where, f'{row["size"]} × {row["micro_steps"]}', text, cite(name, document)))
     for path in sorted(RESULTS.glob('fsdp_variants_*.json')):
-        its = [r for r in load(path.stem)['results'] if r['name'] == 'one unit and graph']
+        its = [r for r in load(path.stem)['results'] if r['name'] == ONE_UNIT]
         row = max(its, key=lambda r: r['micro_steps'])
         where = f'{load(path.stem)["processes"]} {short(load(path.stem))}', f'124M × {row["micro_steps"]}'
         text = f'{row["tokens_per_sec"]["median"]:,.0f} tokens/s, {gib(row["peak_bytes"], 1)} GiB at the peak'
@@ -375,16 +376,20 @@ def fsdp_of_ddp(document):
     """Phase 3 against DDP with whole trainers, and in one unit."""
     rows, variants = load('trainers_h100x2')['rows'], load('fsdp_variants_h100x2')['results']
 
-    def of_ddp(size):
-        row = next(r for r in rows if r['trainer'] == 'fsdp' and (r['size'], r['micro_steps']) == (size, 5))
-        return row['tokens_per_sec']['median'] / base_of(row, rows)['tokens_per_sec']['median']
+    def speed(trainer, size, micro_steps):
+        cell = trainer, size, micro_steps
+        return next(r for r in rows if (r['trainer'], r['size'], r['micro_steps']) == cell)['tokens_per_sec']['median']
 
-    ddp = next(r for r in rows if r['trainer'] == 'ddp+launched' and (r['size'], r['micro_steps']) == ('124M', 5))['tokens_per_sec']['median']
-    one = max(r['tokens_per_sec']['median'] for r in variants if r['name'] == 'one unit and graph')
+    def of_ddp(size):
+        return speed('fsdp', size, 5) / speed('ddp+launched', size, 5)
+
+    one = {r['micro_steps']: f'{r["tokens_per_sec"]["median"]:,.0f}' for r in variants if r['name'] == ONE_UNIT}
+    ddp = {n: f'{speed("ddp", "124M", n):,.0f}' for n in (1, 5)}
     return (
-        f'at 1.5B phase 3 has {of_ddp("1.5B"):.1%} of the speed of DDP without CUDA graphs (two H100s, 5 micro-steps). At 124M it depends: '
-        f'{of_ddp("124M"):.1%} with default flags, where the CPU cannot keep up with 13 units; as a single unit '
-        f'(`--fsdp_min_num_params=1_000_000_000`) {one:,.0f} tokens/s, where DDP has {ddp:,.0f} '
+        f'at 1.5B phase 3 has {of_ddp("1.5B"):.1%} of the speed of DDP without CUDA graphs (two H100s, 5 micro-steps; part of it is that '
+        f'phase 3 writes no logits and has a residual stream of 16 bits). At 124M it depends: {of_ddp("124M"):.1%} with default flags, where '
+        f'the CPU cannot keep up with 13 units; as a single unit (`--fsdp_min_num_params=1_000_000_000`) {one[1]} tokens/s at 1 micro-step, '
+        f'where DDP with its CUDA graphs has {ddp[1]}, and {one[10]} at 10 (DDP at 5: {ddp[5]}) '
         f'({cite("trainers_h100x2", document)}, {cite("fsdp_variants_h100x2", document)})'
     )
 
@@ -413,12 +418,14 @@ def fsdp_variants(document):
 
 @table
 def not_measured(document):
-    """What has no result file yet, in one sentence."""
-    names = set()
-    for name in trainer_files():
-        names |= {row['trainer'] for row in load(name)['rows'] if 'error' not in row and (row['processes'] > 1 or 'triton' in row['trainer'])}
-    missing = [NAMES[trainer] for trainer in ('triton', 'fsdp', 'zero1+triton', 'fsdp+triton', 'hybrid') if trainer not in names]
-    return f'Not measured on GPUs yet, as whole trainers: {", ".join(missing)}.' if missing else 'All of them are measured.'
+    """Which train.py has no result file yet, as it runs by default on several GPUs, in one sentence."""
+    rows = [row for name in trainer_files() for row in load(name)['rows'] if 'error' not in row and row['processes'] > 1]
+    parts = []
+    for size in ('124M', '1.5B'):
+        there = {row['trainer'] for row in rows if row['size'] == size}
+        missing = [NAMES[name] for name in ('ddp', 'zero1', 'triton', 'fsdp', 'zero1+triton', 'fsdp+triton', 'hybrid') if name not in there]
+        parts += [f'at {size} {", ".join(missing)}'] if missing else []
+    return f'Not measured yet on several GPUs, as whole trainers with their defaults: {"; ".join(parts)}.' if parts else 'All of them are measured.'
 
 
 @table
@@ -476,20 +483,17 @@ def in_order(rows):
     return sorted(rows, key=place)
 
 
-def with_fewest_micro_steps(rows):
-    """One row of each trainer, size and number of processes, without failures: what does not depend on the micro-steps."""
-    found = {}
-    for row in in_order(rows):
-        if 'error' not in row:
-            found.setdefault((row['size'], row['processes'], row['trainer']), row)
-    return found.values()
+def one_of_each(rows):
+    """The row with the most micro-steps of each trainer, size and number of processes, without failures."""
+    return {(row['processes'], row['size'], row['trainer']): row for row in in_order(rows) if 'error' not in row}.values()
 
 
 def base_of(row, rows):
     """DDP's row for the same work, or None: without CUDA graphs where the row's trainer has none either, else as it is by default."""
     same = ('size', 'processes', 'micro_steps')
     found = {r['trainer']: r for r in rows if 'error' not in r and all(r[key] == row[key] for key in same)}
-    names = ('ddp+launched', 'ddp') if row['trainer'].endswith('+launched') or row['trainer'].startswith(('fsdp', 'hybrid')) else ('ddp',)
+    launched = row['trainer'].endswith('+launched') or (row['trainer'].startswith(('fsdp', 'hybrid')) and row['processes'] > 1)
+    names = ('ddp+launched', 'ddp') if launched else ('ddp',)
     return next((found[name] for name in names if name in found), None)
 
 
@@ -530,11 +534,12 @@ def trainers_memory(document):
     blocks = []
     for name in trainer_files():
         cells = []
-        for row in with_fewest_micro_steps(load(name)['rows']):
+        for row in one_of_each(load(name)['rows']):
             m = row['memory_bytes']
             parts = ('parameters', 'gradients', 'optimizer', 'not_accounted_for', 'rest', 'activations', 'peak')
-            cells.append((row['processes'], row['size'], NAMES[row['trainer']], *(gib(m[key]) for key in parts)))
-        header = ['GPUs', 'model', 'trainer', 'parameters', 'gradients', 'AdamW', 'else', 'at rest', 'activations at the peak', 'peak, GiB']
+            where = f'{row["size"]} × {row["micro_steps"]}'
+            cells.append((row['processes'], where, NAMES[row['trainer']], *(gib(m[key]) for key in parts)))
+        header = ['GPUs', 'model × micro-steps', 'trainer', 'parameters', 'gradients', 'AdamW', 'else', 'at rest', 'more at the peak', 'peak, GiB']
         blocks.append(f'{origin(name, document)}:\n\n{markdown(header, cells)}')
     return '\n\n'.join(blocks)
 
@@ -544,7 +549,7 @@ def trainers_checkpoint(document):
     blocks = []
     for name in trainer_files():
         cells = []
-        for row in with_fewest_micro_steps(load(name)['rows']):
+        for row in one_of_each(load(name)['rows']):
             if c := row.get('checkpoint'):
                 cells.append((row['processes'], row['size'], NAMES[row['trainer']], gib(c['bytes']), f'{statistics.median(c["save_seconds"]):.1f}',
                               f'{statistics.median(c["ready_seconds_resumed"]):.1f}' if c['ready_seconds_resumed'] else ''))  # fmt: skip

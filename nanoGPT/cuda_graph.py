@@ -72,7 +72,7 @@ class MicroStepGraph:
         recordable = self.iterations > (WARMUP_DDP if self.ddp else WARMUP) and (first or ours)
         if not recordable or (self.graphs and X.shape != self.X.shape):
             loss = self.step(X, Y)
-            if last:  # now gradients are in DDP's buckets: that is where the graphs' are to be
+            if last and self.iterations >= WARMUP_DDP:  # gradients are in DDP's last buckets: that is where the graphs' are to be
                 self.gradients = [(p, p.grad.detach()) for p in self.parameters if p.grad is not None]
             return loss
         if (first, last) not in self.graphs:

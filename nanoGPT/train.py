@@ -80,7 +80,7 @@ dist_timeout = 600  # seconds that a rank waits for the others, which may be on 
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
-cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them? auto: on a GPU
+cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them? auto: on GPUs, where possible
 peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
@@ -295,7 +295,7 @@ while True:
                 save_checkpoint(best)
     if done and local_iter_num > 0:
         # the last state is always saved, unless it is worthless
-        if math.isfinite(mean_over_ranks(loss_sum).item()):
+        if math.isfinite(loss_sum.item()):
             save_checkpoint(best=False)
         else:
             print(f'not saving: the loss of iteration {iter_num - 1} is not finite')
@@ -320,12 +320,13 @@ while True:
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     step_guard.step(optimizer, grad_norm)
     optimizer.zero_grad(set_to_none=True)  # frees their memory, except DDP's buckets
+    loss_sum = mean_over_ranks(loss_sum)  # has a time limit, dist_timeout; what ranks send in CUDA graphs, before this, has none
 
     # timing and logging
     timed_iters += 1
     if iter_num % log_interval == 0:
         # the CPU waits for the GPU here, and nowhere else
-        lossf, normf, skipped_steps = step_guard.read(mean_over_ranks(loss_sum), grad_norm)
+        lossf, normf, skipped_steps = step_guard.read(loss_sum, grad_norm)
         t1 = time.perf_counter()
         dt = (t1 - t0) / timed_iters
         t0, timed_iters = t1, 0

@@ -44,6 +44,8 @@ def _excepthook(kind, error, trace):
     # to sys.__stderr__, because init_process_group puts a hook around this one that holds sys.stderr back until it returns
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            os._exit(130)  # as at the end of this function
         return
     if issubclass(kind, BrokenPipeError):
         poll = select.poll()

@@ -127,7 +127,7 @@ def shard(model, config, recipe=None):
     """
     if config['cuda_graph']:
         raise UserError(
-            'cuda_graph=True records one process, but FSDP gathers parameters from all in every micro-step: --cuda_graph=False or --use_fsdp=False'
+            'cuda_graph=True does not work with FSDP, which gathers weights into other memory each time: --cuda_graph=False or --use_fsdp=False'
         )
     print('Wrapping model with FSDP...')
     num_params = sum(p.numel() for p in model.parameters())

@@ -68,7 +68,7 @@ dropout = 0.0  # 0 is good for pretraining; for finetuning try 0.1 and more
 bias = False  # biases in Linear and LayerNorm layers?
 # sharding
 use_fsdp = True  # shard parameters, gradients and AdamW's state over the ranks; False: each has all of them (DDP), as in nanoGPT/
-fsdp_min_num_params = 1_000_000  # consecutive blocks are gathered together until they have this many parameters; a small model: 10**9
+fsdp_min_num_params = 1_000_000  # consecutive blocks are gathered together until they have this many parameters; a small model: 1e9
 fsdp_shard_size = 0  # ranks that hold one copy together; 0: all; k: shard among k, replicate across groups (hybrid sharding)
 fsdp_reshard = 'auto'  # free whole parameters after each forward (least memory), or keep them for an iteration (least traffic)
 fsdp_cpu_offload = False  # keep the shards in the CPU's memory, and run AdamW there
@@ -91,7 +91,7 @@ dist_timeout = 600  # seconds that a rank waits for the others, which may be on 
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
-cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them? auto: on a GPU
+cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them? auto: on GPUs, where possible
 peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
@@ -332,7 +332,7 @@ while True:
                 save_checkpoint(best)
     if done and local_iter_num > 0:
         # the last state is always saved, unless it is worthless
-        if math.isfinite(mean_over_ranks(loss_sum).item()):
+        if math.isfinite(loss_sum.item()):
             save_checkpoint(best=False)
         else:
             print(f'not saving: the loss of iteration {iter_num - 1} is not finite')
@@ -363,12 +363,13 @@ while True:
     grad_norm = optimizer.clip_grad_norm_(max_norm) if fsdp else torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     step_guard.step(optimizer, grad_norm)
     optimizer.zero_grad(set_to_none=True)  # frees their memory, except DDP's buckets
+    loss_sum = mean_over_ranks(loss_sum)  # has a time limit, dist_timeout; what ranks send in CUDA graphs, before this, has none
 
     # timing and logging
     timed_iters += 1
     if iter_num % log_interval == 0:
         # the CPU waits for the GPU here, and nowhere else
-        lossf, normf, skipped_steps = step_guard.read(mean_over_ranks(loss_sum), grad_norm)
+        lossf, normf, skipped_steps = step_guard.read(loss_sum, grad_norm)
         t1 = time.perf_counter()
         dt = (t1 - t0) / timed_iters
         t0, timed_iters = t1, 0

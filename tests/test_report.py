@@ -86,12 +86,12 @@ def test_results_of_bench_trainers_become_tables(results):
     speed = report.trainers_speed('README.md')
     assert '| 4 | 124M × 1 | phase 1 | 1,250,000 (1,200,000 to 1,300,000) | 312,500 | 125.0% |' in speed
     assert '| 4 | 124M | phase 3 | OutOfMemoryError |' in speed
-    assert '| 4 | 124M | DDP | 0.46 | 0.46 | 0.93 | 0.00 | 2.00 | 8.00 | 10.00 |' in report.trainers_memory('README.md')
+    assert '| 4 | 124M × 1 | DDP | 0.46 | 0.46 | 0.93 | 0.00 | 2.00 | 8.00 | 10.00 |' in report.trainers_memory('README.md')
     assert '| 4 | 124M | phase 1 | 1.00 | 2.0 | 3.0 |' in report.trainers_checkpoint('README.md')
     assert 'phase 1 | 4 H200 | 124M × 1 | 1,250,000 tokens/s, 125.0% of the speed of DDP, 2.0 GiB at rest' in report.measured('README.md')
 
 
-def test_memory_and_checkpoints_are_those_of_each_trainers_fewest_micro_steps(results):
+def test_memory_and_checkpoints_have_one_row_of_each_trainer(results):
     """One trainer has run with 1 and 5, the other with 5 alone."""
     memory = dict.fromkeys(('parameters', 'gradients', 'optimizer', 'not_accounted_for', 'rest', 'activations', 'peak'), 2**30)
     checkpoint = dict(bytes=2**30, save_seconds=[2.0], ready_seconds_resumed=[3.0])

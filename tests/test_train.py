@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -393,7 +394,10 @@ def test_graphs_on_two_gpus(launch, work, folder, options):
         return [float(re.search(r'loss (\d\.\d+)$', line)[1]) for line in losses(out) if line.startswith('iter')]
 
     ours, theirs = run('--out_dir=graph'), run('--cuda_graph=False', '--out_dir=launched')
+    norms = [[record['grad_norm'] for record in log_of(out_dir)['iterations'][12:]] for out_dir in ('graph', 'launched')]
     assert log_of('graph')['config']['cuda_graph'] is True
+    # the losses alone would hide a gradient of the wrong scale, which clipping and AdamW undo
+    assert 0.9 < statistics.median(a / b for a, b in zip(*norms, strict=True)) < 1.1
     assert len(ours) == 41 and ours[0] > 3.5 and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.02  # as above
 
 
