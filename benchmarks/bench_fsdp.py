@@ -226,28 +226,29 @@ def checkpoint(args, device, results):
     """How long a save at 1.5B holds up the training, and takes."""
     trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '1.5B'], device, not args.dry_run, exact_init=False)
 
-    def timed_step():
+    def timed_step(micro_steps):
         started = time.perf_counter()
-        trainer.step(random_batch, 1)
+        trainer.step(random_batch, micro_steps)
         return time.perf_counter() - started
 
-    times = [timed_step() for _ in range(10)][5:]  # the first compiles
+    [timed_step(n) for n in (1, 10)]  # compiles
     folder = [tempfile.mkdtemp(dir=args.tmp) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     model, optimizer = trainer.raw_model, trainer.optimizer
     started = time.perf_counter()
     saver, saved = ShardedSaver(folder[0], model, optimizer), []
-    result = dict(name='sharded', parameters=trainer.num_params, step_seconds=statistics.median(times), prepare_seconds=time.perf_counter() - started)
-    for i in range(2):
-        state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': i}
+    result = dict(name='sharded', parameters=trainer.num_params, prepare_seconds=time.perf_counter() - started, steps=[])
+    for micro_steps in (1, 10):
+        before = [timed_step(micro_steps) for _ in range(5)]
+        state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': micro_steps}
         saver.save(state, model, best=False, required=False, on_saved=lambda iter_num, **facts: saved.append(facts))
         during = []  # the steps of all ranks, as long as rank 0 saves
         going_on = torch.ones(1, device=device)
         while going_on.item():
-            during.append(timed_step())
+            during.append(timed_step(micro_steps))
             going_on.fill_(dist.get_rank() == 0 and not saver.running[0].done())
             dist.all_reduce(going_on)
-        result[f'step_seconds_while_saving_{i}'] = during
+        result['steps'].append(dict(micro_steps=micro_steps, seconds=statistics.median(before), seconds_while_saving=during))
         saver.wait()
     result['saves'] = [{k: v for k, v in facts.items() if k != 'path'} for facts in saved]
     results.append(result)
@@ -341,7 +342,7 @@ def run_attempt(args, processes, name, layers):
     with tempfile.TemporaryDirectory() as folder:
         out, stderr = Path(folder, 'out.json'), Path(folder, 'stderr')
         with stderr.open('w') as file:
-            run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], 100, file)
+            run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], 150, file)
         if out.exists():
             result = json.loads(out.read_text())
             return result if 'error' in result else result['results'][0]
@@ -438,6 +439,8 @@ def main():
     if unknown := set(filter(None, args.only.split(','))) - set(known):
         parser.error(f'--only: {", ".join(unknown)}; known are {", ".join(known)}')
     processes = int(os.environ.get('WORLD_SIZE', 0)) or (2 if args.dry_run else torch.cuda.device_count())
+    if not processes:
+        sys.exit('bench_fsdp.py: needs a CUDA GPU; --dry-run tries it without')
     if args.mode == 'largest' and not args.attempt:
         table(args, largest(args, processes), processes)
         return

@@ -33,7 +33,7 @@ SHRINK = {  # added to every command that runs this script; the last flag of a n
     'prepare.py': [],
     'report.py': ['--check'],
     'bench_trainers.py': ['--plan'],
-    'bench_fsdp.py': [],
+    'bench_fsdp.py': ['--dry-run'],
 }  # fmt: skip
 # names of what a run makes, and of what is the reader's
 MADE = re.compile(r'^\.\w+$|^(/|out|OUT_DIR|FILE|FOLDER|YOUR|run_|\.\.\._|ckpt|iter_|__RANK|\.venv|data/<)|\.(bin|pkl|distcp|jsonl|parquet)$')
