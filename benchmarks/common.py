@@ -35,8 +35,9 @@ def cpu_name():
 
 
 def without_folder(argument):
-    """--out=/a/folder/of/this/machine/x.json as --out=x.json."""
-    return f'--out={Path(argument[6:]).name}' if argument.startswith('--out=') else argument
+    """--out=/a/folder/of/this/machine/x.json as --out=x.json, and --onto too."""
+    flag, _, path = argument.partition('=')
+    return f'{flag}={Path(path).name}' if flag in ('--out', '--onto') else argument
 
 
 def facts(cpu=False):

@@ -28,10 +28,10 @@ PHASES = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp'
 SHAPES = {'124M': (12, 768), '350M': (24, 1024), '1.5B': (48, 1600)}  # n_layer, n_embd
 NAMES = {
     'ddp': 'DDP', 'zero1': 'phase 1', 'triton': 'phase 2', 'fsdp': 'phase 3', 'zero1+triton': 'phases 1 + 2', 'fsdp+triton': 'phases 2 + 3',
-    'hybrid': 'phase 3 hybrid', 'fsdp+one_unit': 'phase 3, one unit', 'ddp+launched': 'DDP without CUDA graphs',
+    'hybrid': 'phase 3 hybrid', 'fsdp+one_unit': 'phase 3 as one unit', 'ddp+launched': 'DDP without CUDA graphs',
     'zero1+launched': 'phase 1 without CUDA graphs', 'triton+launched': 'phase 2 without CUDA graphs',
 }  # fmt: skip
-ONE_UNIT = 'one unit, compiled as one'  # of bench_fsdp.py
+ON_4_GPUS = 'trainers_h100x4'
 TRY = 'nanoGPT/config/train_python_char.py --max_iters=20 --eval_interval=20 --eval_iters=2 --log_interval=20 --always_save_checkpoint=True'
 TRY_2 = 'torchrun --standalone --nproc_per_node=2'
 CHECKS = [  # what the summary shows with its output
@@ -149,6 +149,18 @@ def zero1_saved(document):
     one = [load('zero1_h200x4')['speed'][size]['1'] for size in ('124M', '1.5B')]
     measured, expected = (' and '.join(gib(row[key]) for row in one) for key in ('saved_bytes', 'saved_bytes_expected'))
     return f'{measured} GiB measured, {expected} computed'
+
+
+@table
+def zero1_trainers(document):
+    """The whole train.py against DDP's."""
+    sizes = [
+        f'{of_ddp("zero1", size, 10):.1%} of the speed of DDP at {size} with 10 micro-steps and {of_ddp("zero1", size, 1):.1%} with 1'
+        for size in ('124M', '1.5B')
+    ]
+    rows = {(row['trainer'], row['size']): row for row in load(ON_4_GPUS)['rows']}
+    rest = ' → '.join(gib(rows[trainer, '1.5B']['memory_bytes']['rest'], 1) for trainer in ('ddp', 'zero1'))
+    return f'{", ".join(sizes)}, where {rest} GiB are taken at rest ({cite(ON_4_GPUS, document)})'
 
 
 @table
@@ -346,52 +358,97 @@ def measured(document):
             saved = f'{gib(row["ddp"]["at_rest_bytes"], 1)} (DDP) → {gib(row["zero1"]["at_rest_bytes"], 1)} GiB at rest'
             text = f'{row["zero1_of_ddp"]:.1%} of the speed of DDP, both without CUDA graphs, {saved}'
             rows.append(('phase 1', '4 H200', f'{size} × {micro_steps}', text, cite('zero1_h200x4', document)))
+    newest = {}  # of each trainer and size on a kind of GPU, the row with most GPUs
     for name in trainer_files():
         its, device = load(name)['rows'], short(load(name)['sessions'][0])
-        for row in in_order(its):
-            base, same = base_of(row, its), [r for r in its if all(r[key] == row[key] for key in ('size', 'processes'))]
-            if 'error' in row or row['size'] not in ('124M', '1.5B') or row['trainer'] == 'hybrid':
-                continue
-            if row['micro_steps'] < max(r['micro_steps'] or 0 for r in same):
-                continue
-            if row['trainer'].endswith('+launched') and (row['trainer'] != 'ddp+launched' or any(r['trainer'] == 'ddp' for r in same)):
-                continue
-            text = f'{row["tokens_per_sec"]["median"]:,.0f} tokens/s'
-            if base and base is not row:
-                text += f', {row["tokens_per_sec"]["median"] / base["tokens_per_sec"]["median"]:.1%} of the speed of {NAMES[base["trainer"]]}'
-            text += f', {gib(row["memory_bytes"]["rest"], 1)} GiB at rest, {gib(row["memory_bytes"]["peak"], 1)} at the peak'
-            where = f'{row["processes"]} {device}'
-            rows.append((NAMES[row['trainer']], where, f'{row["size"]} × {row["micro_steps"]}', text, cite(name, document)))
-    for path in sorted(RESULTS.glob('fsdp_variants_*.json')):
-        its = [r for r in load(path.stem)['results'] if r['name'] == ONE_UNIT]
-        row = max(its, key=lambda r: r['micro_steps'])
-        where = f'{load(path.stem)["processes"]} {short(load(path.stem))}', f'124M × {row["micro_steps"]}'
-        text = f'{row["tokens_per_sec"]["median"]:,.0f} tokens/s, {gib(row["peak_bytes"], 1)} GiB at the peak'
-        rows.append(('phase 3, `--fsdp_min_num_params=1_000_000_000`', *where, text, cite(path.stem, document)))
+        for row in one_of_each(its):
+            kind = device, row['size'], row['trainer']
+            skip = row['size'] not in ('124M', '1.5B') or row['trainer'] == 'hybrid' or row['trainer'].endswith('+launched')
+            if not skip and row['processes'] >= newest.get(kind, row)['processes']:
+                newest[kind] = row | {'device': device, 'base': base_of(row, its), 'file': name}
+    for row in in_order(newest.values()):
+        text, base = f'{row["tokens_per_sec"]["median"]:,.0f} tokens/s', row['base']
+        if base and base['trainer'] != row['trainer']:
+            text += f', {row["tokens_per_sec"]["median"] / base["tokens_per_sec"]["median"]:.1%} of the speed of {NAMES[base["trainer"]]}'
+        text += f', {gib(row["memory_bytes"]["rest"], 1)} GiB at rest, {gib(row["memory_bytes"]["peak"], 1)} at the peak'
+        where = f'{row["processes"]} {row["device"]}', f'{row["size"]} × {row["micro_steps"]}'
+        rows.append((NAMES[row['trainer']], *where, text, cite(row['file'], document)))
     return markdown(['', 'GPUs', 'model × micro-steps', 'measured', 'result file'], rows)
+
+
+def of_ddp(trainer, size, micro_steps, base='ddp'):
+    """The speed of a trainer on four GPUs, DDP's being 1."""
+    found = {r['trainer']: r for r in load(ON_4_GPUS)['rows'] if (r['size'], r['micro_steps']) == (size, micro_steps)}
+    return found[trainer]['tokens_per_sec']['median'] / found[base]['tokens_per_sec']['median']
 
 
 @table
 def fsdp_of_ddp(document):
-    """Phase 3 against DDP with whole trainers, and in one unit."""
-    rows, variants = load('trainers_h100x2')['rows'], load('fsdp_variants_h100x2')['results']
-
-    def speed(trainer, size, micro_steps):
-        cell = trainer, size, micro_steps
-        return next(r for r in rows if (r['trainer'], r['size'], r['micro_steps']) == cell)['tokens_per_sec']['median']
-
-    def of_ddp(size):
-        return speed('fsdp', size, 5) / speed('ddp+launched', size, 5)
-
-    one = {r['micro_steps']: f'{r["tokens_per_sec"]["median"]:,.0f}' for r in variants if r['name'] == ONE_UNIT}
-    ddp = {n: f'{speed("ddp", "124M", n):,.0f}' for n in (1, 5)}
+    """Phase 3 against DDP, both as their train.py runs them by default, and in one unit."""
     return (
-        f'at 1.5B phase 3 has {of_ddp("1.5B"):.1%} of the speed of DDP without CUDA graphs (two H100s, 5 micro-steps; part of it is that '
-        f'phase 3 writes no logits and has a residual stream of 16 bits). At 124M it depends: {of_ddp("124M"):.1%} with default flags, where '
-        f'the CPU cannot keep up with 13 units; as a single unit (`--fsdp_min_num_params=1_000_000_000`) {one[1]} tokens/s at 1 micro-step, '
-        f'where DDP with its CUDA graphs has {ddp[1]}, and {one[10]} at 10 (DDP at 5: {ddp[5]}) '
-        f'({cite("trainers_h100x2", document)}, {cite("fsdp_variants_h100x2", document)})'
+        f'on four H100s phase 3 has {of_ddp("fsdp", "1.5B", 10):.1%} of the speed of DDP at 1.5B with 10 micro-steps and '
+        f'{of_ddp("fsdp", "1.5B", 1):.1%} with 1. At 124M it is {of_ddp("fsdp", "124M", 10):.1%} and {of_ddp("fsdp", "124M", 1):.1%}, because '
+        f'the CPU cannot keep up with 13 units; as a single unit (`--fsdp_min_num_params=1_000_000_000`) '
+        f'{of_ddp("fsdp+one_unit", "124M", 10):.1%} and {of_ddp("fsdp+one_unit", "124M", 1):.1%} ({cite(ON_4_GPUS, document)}). DDP has its CUDA '
+        'graphs there; part of the difference is that phase 3 writes no logits and has a residual stream of 16 bits'
     )
+
+
+@table
+def fsdp_checkpoint(document):
+    """What saves at 1.5B cost the training."""
+    rows = []
+    report = load('fsdp_checkpoint_h100x4')
+    sharded, full = report['results']
+    for its, save in zip(sharded['steps'], sharded['saves']):
+        usual, during = its['seconds'], its['seconds_while_saving']
+        rows.append((
+            its['micro_steps'], f'{usual:.2f}', f'{save["stall_seconds"]:.2f}', f'{during[0]:.2f}', f'{statistics.median(during[1:]):.2f}',
+            f'{save["seconds"]:.0f}', f'**{save["stall_seconds"] + during[0] - usual:.2f}**',
+        ))  # fmt: skip
+    header = ['micro-steps', 'a step', 'copying', 'the step after that', 'the steps until all is on the disk', 'until then', 'training has lost']
+    text = (
+        f'`full`: {full["gather_seconds"]:.1f} s to collect {gib(full["bytes"])} GiB on rank 0, {full["seconds"]:.1f} s until they are on the disk.'
+    )
+    return f'{report["processes"]} × {measured_by(report, "fsdp_checkpoint_h100x4", document)}, seconds:\n\n{markdown(header, rows)}\n\n{text}'
+
+
+@table
+def fsdp_curves(document):
+    """The second half of 200 steps, against other seeds."""
+    summary = load('fsdp_curves_h100x4')['results'][-1]
+    means, apart = summary['mean_of_second_half'], ' and '.join(f'{d:+.3f}' for d in summary['fsdp_minus_ddp'])
+    ddp, fsdp = ([mean for name, mean in means.items() if name.startswith(kind)] for kind in ('ddp', 'fsdp'))
+    ddp_text, fsdp_text = (', '.join(f'{mean:.3f}' for mean in its) for its in (ddp, fsdp))
+    return (
+        f'DDP {ddp_text} with three seeds, FSDP {fsdp_text} with the first two of them, {apart} from DDP with the same seed; '
+        f"DDP's seeds are up to {max(ddp) - min(ddp):.3f} apart ({cite('fsdp_curves_h100x4', document)})"
+    )
+
+
+@table
+def fsdp_largest(document):
+    """The largest model that trains."""
+    names = {
+        'ddp': 'DDP',
+        'zero1': 'phase 1',
+        'fsdp': 'phase 3, `--fsdp_reshard=True`',
+        'fsdp+ac': '+ `--activation_checkpointing`',
+        'fsdp+ac+offload': '+ `--fsdp_cpu_offload`',
+    }
+    reports = {path.stem: load(path.stem) for path in sorted(RESULTS.glob('fsdp_largest_*.json'))}
+    found = {row['name']: (row, report, name) for name, report in reports.items() for row in report['results']}
+    rows = []
+    for key, text in names.items():
+        if key in found:
+            row, report, name = found[key]
+            rows.append((
+                text, f'**{row["parameters"] / 1e9:.1f} billion**', row['n_layer'], row['smallest_that_does_not_fit'] or '',
+                f'{row["tokens_per_sec"]["median"]:,.0f}', gib(row['rest_bytes'], 1), gib(row['peak_bytes'], 1), cite(name, document),
+            ))  # fmt: skip
+    header = ['', 'parameters', 'layers', 'does not fit', 'tokens/s', 'at rest, GiB', 'peak, GiB', 'result file']
+    where = f'{report["processes"]} × {report["device"]}, torch {report["versions"]["torch"]}, {report["date"][:10]}'
+    return f'{where}, by `python benchmarks/bench_fsdp.py largest`:\n\n{markdown(header, rows)}'
 
 
 @table
@@ -489,11 +546,10 @@ def one_of_each(rows):
 
 
 def base_of(row, rows):
-    """DDP's row for the same work, or None: without CUDA graphs where the row's trainer has none either, else as it is by default."""
+    """DDP's row for the same work, or None: without CUDA graphs for what says so, else as it is by default, or what there is."""
     same = ('size', 'processes', 'micro_steps')
     found = {r['trainer']: r for r in rows if 'error' not in r and all(r[key] == row[key] for key in same)}
-    launched = row['trainer'].endswith('+launched') or (row['trainer'].startswith(('fsdp', 'hybrid')) and row['processes'] > 1)
-    names = ('ddp+launched', 'ddp') if launched else ('ddp',)
+    names = ('ddp+launched', 'ddp') if row['trainer'].endswith('+launched') else ('ddp', 'ddp+launched')
     return next((found[name] for name in names if name in found), None)
 
 
@@ -615,13 +671,19 @@ def overview_data():
         'phase 1\nZeRO-1': [4 * n / GIB, 4 * n / GIB, 8 * n / 4 / GIB],
         'phase 3\nFSDP': [4 * n / 4 / GIB, 4 * n / 4 / GIB, 8 * n / 4 / GIB],
     }
-    zero1 = load('zero1_h200x4')['speed']
-    measured = {'DDP': zero1['1.5B']['1']['ddp']['at_rest_bytes'] / GIB, 'phase 1\nZeRO-1': zero1['1.5B']['1']['zero1']['at_rest_bytes'] / GIB}
-    for row in (load('trainers_h200x4') or {'rows': []})['rows']:
-        if row['trainer'] == 'fsdp' and row['size'] == '1.5B' and row['processes'] == 4 and 'error' not in row:
-            measured['phase 3\nFSDP'] = row['memory_bytes']['rest'] / GIB
-    speed = {f'{size}, {micro} micro-step{"s" * (micro != "1")}': (100 * row['zero1_of_ddp'], [100 * r for r in row['zero1_of_ddp_by_round']])
-             for size, its in zero1.items() for micro, row in its.items()}  # fmt: skip
+    rows = {(r['trainer'], r['size'], r['micro_steps']): r for r in load(ON_4_GPUS)['rows'] if 'error' not in r}
+    measured = {name: rows[trainer, '1.5B', 10]['memory_bytes']['rest'] / GIB for name, trainer in zip(computed, ('ddp', 'zero1', 'fsdp'))}
+    speed = {
+        f'{label}, {size}': 100 * of_ddp(trainer, size, 10)
+        for size, trainer, label in (
+            ('124M', 'zero1', 'phase 1'),
+            ('124M', 'triton', 'phase 2'),
+            ('124M', 'fsdp', 'phase 3'),
+            ('124M', 'fsdp+one_unit', 'phase 3 as one unit'),
+            ('1.5B', 'zero1', 'phase 1'),
+            ('1.5B', 'fsdp', 'phase 3'),
+        )
+    }
     names = {
         'reference, eager': 'reference, eager',
         'reference, compiled': 'reference, compiled',
@@ -652,21 +714,19 @@ def draw_overview(data, path, mark):
     for i, (name, total) in enumerate(zip(names, bottom)):
         left.text(i, max(total, data['measured'].get(name, 0)) + 0.7, f'{total:.1f}', ha='center')
     at = [names.index(name) for name in data['measured']]
-    left.scatter(at, data['measured'].values(), s=110, facecolor='white', edgecolor='black', linewidth=2, zorder=3, label='measured at rest, H200')
+    left.scatter(at, data['measured'].values(), s=110, facecolor='white', edgecolor='black', linewidth=2, zorder=3, label='measured at rest')
     left.set(ylabel='GiB on each GPU', ylim=(0, 1.22 * max(bottom)), title='Memory: GPT-2 1.5B on 4 GPUs, computed')
     left.tick_params(axis='x', length=0)
     left.legend(frameon=False, loc='upper right', fontsize=14)
     labels = list(data['speed'])[::-1]
-    middle.axvline(100, color='black', linewidth=1.5)
     for i, label in enumerate(labels):
-        median, rounds = data['speed'][label]
-        middle.plot([min(rounds), max(rounds)], [i, i], color='#999999', linewidth=5, solid_capstyle='round', zorder=1)
-        middle.scatter(median, i, s=120, color='#E69F00', edgecolor='black', zorder=3)
-        box = dict(facecolor='white', edgecolor='none', pad=1)
-        middle.text(median, i + 0.24, f'{median:.1f}%', ha='center', bbox=box, zorder=2)
-    middle.text(100.3, len(labels) - 0.42, 'DDP')
-    middle.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels])
-    middle.set(xlabel='% of DDP, tokens/s (bar: single rounds)', xlim=(90, 110), ylim=(-0.5, len(labels) - 0.2), title='Speed: ZeRO-1 on 4 H200s')
+        percent = data['speed'][label]
+        middle.barh(i, percent, 0.62, color='#E69F00' if percent >= 99 else '#999999')
+        middle.text(percent + 2, i, f'{percent:.0f}%', va='center')
+    middle.axvline(100, color='black', linewidth=1.5)
+    middle.text(100, len(labels) - 0.5, 'DDP', ha='center')
+    middle.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels], fontsize=12.5)
+    middle.set(xlabel="% of DDP's tokens/s, 10 micro-steps", xlim=(0, 135), ylim=(-0.5, len(labels) - 0.1), title='Speed: four H100s')
     middle.tick_params(axis='y', length=0)
     for i, (label, thousands) in enumerate(data['ladder'].items()):
         right.bar(i, thousands, 0.62, color='#E69F00' if label.startswith('phase 2') else '#999999')
