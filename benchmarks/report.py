@@ -333,13 +333,12 @@ def memory_of_fsdp(document):
 
 @table
 def measured(document):
-    """The README's: each row from the newest result file that has it."""
+    """The README's."""
     rows = []
     for gpu, name in reference_files().items():
         its = load(name)['rows'][0]
-        speed, peak = statistics.median(its['tokens_per_sec']), gib(its['runs'][0]['peak_memory_bytes'], 1)
-        text = f'compiled, without CUDA graphs: {speed:,.0f} tokens/s, {peak} GiB at the peak'
-        rows.append(('reference', f'1 {gpu}', '124M × 8', text, cite(name, document)))
+        speed, peak = statistics.median(its['tokens_per_sec']), its['runs'][0]['peak_memory_bytes']
+        rows.append(('reference, without CUDA graphs', f'1 {gpu}', '124M × 8', f'{speed:,.0f}', '', '', gib(peak, 1), cite(name, document)))
     for path in sorted(RESULTS.glob('phase2_ladder_*.json')):
         if work_of(load(path.stem)) != ('124M', 12, 8):
             continue
@@ -349,15 +348,9 @@ def measured(document):
             if name not in its:
                 continue
             row = its[name]
-            measured = f'{row["tokens_per_s"]:,.0f} tokens/s, {row["ratio"]:.2f} × the compiled reference'
-            measured += f', {row["ratio"] / recorded["ratio"]:.2f} × with CUDA graphs too' if recorded else ''
-            measured += f', {gib(row["peak_memory_bytes"], 1)} GiB at the peak'
-            rows.append((text, f'1 {short(load(path.stem))}', '124M × 8', measured, cite(path.stem, document)))
-    for size, its in load('zero1_h200x4')['speed'].items():
-        for micro_steps, row in its.items():
-            saved = f'{gib(row["ddp"]["at_rest_bytes"], 1)} (DDP) → {gib(row["zero1"]["at_rest_bytes"], 1)} GiB at rest'
-            text = f'{row["zero1_of_ddp"]:.1%} of the speed of DDP, both without CUDA graphs, {saved}'
-            rows.append(('phase 1', '4 H200', f'{size} × {micro_steps}', text, cite('zero1_h200x4', document)))
+            than = f'{row["ratio"]:.2f} × the reference' + (f', {row["ratio"] / recorded["ratio"]:.2f} × with CUDA graphs too' if recorded else '')
+            where = f'1 {short(load(path.stem))}', '124M × 8'
+            rows.append((text, *where, f'{row["tokens_per_s"]:,.0f}', than, '', gib(row['peak_memory_bytes'], 1), cite(path.stem, document)))
     newest = {}  # of each trainer and size on a kind of GPU, the row with most GPUs
     for name in trainer_files():
         its, device = load(name)['rows'], short(load(name)['sessions'][0])
@@ -367,19 +360,19 @@ def measured(document):
             if not skip and row['processes'] >= newest.get(kind, row)['processes']:
                 newest[kind] = row | {'device': device, 'base': base_of(row, its), 'file': name}
     for row in in_order(newest.values()):
-        text, base = f'{row["tokens_per_sec"]["median"]:,.0f} tokens/s', row['base']
-        if base and base['trainer'] != row['trainer']:
-            text += f', {row["tokens_per_sec"]["median"] / base["tokens_per_sec"]["median"]:.1%} of the speed of {NAMES[base["trainer"]]}'
-        text += f', {gib(row["memory_bytes"]["rest"], 1)} GiB at rest, {gib(row["memory_bytes"]["peak"], 1)} at the peak'
-        where = f'{row["processes"]} {row["device"]}', f'{row["size"]} × {row["micro_steps"]}'
-        rows.append((NAMES[row['trainer']], *where, text, cite(row['file'], document)))
-    return markdown(['', 'GPUs', 'model × micro-steps', 'measured', 'result file'], rows)
+        speed, base = row['tokens_per_sec']['median'], row['base']
+        than = f'{speed / base["tokens_per_sec"]["median"]:.1%} of {NAMES[base["trainer"]]}' if base and base['trainer'] != row['trainer'] else ''
+        where, memory = (f'{row["processes"]} {row["device"]}', f'{row["size"]} × {row["micro_steps"]}'), row['memory_bytes']
+        rows.append((
+            NAMES[row['trainer']], *where, f'{speed:,.0f}', than, gib(memory['rest'], 1), gib(memory['peak'], 1), cite(row['file'], document),
+        ))  # fmt: skip
+    return markdown(['', 'GPUs', 'model × micro-steps', 'tokens/s', 'that is', 'at rest, GiB', 'peak, GiB', 'result file'], rows)
 
 
-def of_ddp(trainer, size, micro_steps, base='ddp'):
+def of_ddp(trainer, size, micro_steps):
     """The speed of a trainer on four GPUs, DDP's being 1."""
     found = {r['trainer']: r for r in load(ON_4_GPUS)['rows'] if (r['size'], r['micro_steps']) == (size, micro_steps)}
-    return found[trainer]['tokens_per_sec']['median'] / found[base]['tokens_per_sec']['median']
+    return found[trainer]['tokens_per_sec']['median'] / found['ddp']['tokens_per_sec']['median']
 
 
 @table
