@@ -96,7 +96,7 @@ class Trainer:
                 )
                 if not exact_init:
                     for p in model.parameters():
-                        torch.nn.init.normal_(p.to_local().detach(), 0, 0.02)
+                        draw(p.to_local())
                 optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type)
                 optimizer = optimizer if dtensor_adamw else sharding.ShardedAdamW(optimizer)
                 self.raw_model = self.model = model
@@ -107,7 +107,7 @@ class Trainer:
                     model.to_empty(device=device)
                     model.transformer.wte.weight = model.lm_head.weight  # to_empty() parts them
                     for p in model.parameters():
-                        torch.nn.init.normal_(p, 0, 0.02)
+                        draw(p)
                 self.raw_model = model.to(device)
                 optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type)
                 if kind == 'zero1':
@@ -153,6 +153,14 @@ class Trainer:
             self.step(random_batch, micro_steps)
             result.append(self.batch_size * self.block_size * micro_steps * dist.get_world_size() / (time.perf_counter() - started))
         return result
+
+
+@torch.no_grad()
+def draw(p):
+    """Random weights, the same million again and again: a CPU would take a minute for billions of them."""
+    some = torch.randn(2**20, device=p.device) * 0.02
+    for part in p.view(-1).split(2**20):
+        part.copy_(some[: len(part)])
 
 
 def memory(device):

@@ -376,6 +376,16 @@ def of_ddp(trainer, size, micro_steps):
 
 
 @table
+def triton_of_ddp(document):
+    """The kernels on several GPUs, alone and under phase 1."""
+    alone, with_zero1 = ([f'{of_ddp(trainer, "124M", n):.1%}' for n in (10, 1)] for trainer in ('triton', 'zero1+triton'))
+    return (
+        f'{alone[0]} of the speed of the reference with 10 micro-steps and {alone[1]} with 1, and with phase 1 at {with_zero1[0]} and '
+        f'{with_zero1[1]}, all with CUDA graphs ({cite(ON_4_GPUS, document)})'
+    )
+
+
+@table
 def fsdp_of_ddp(document):
     """Phase 3 against DDP, both as their train.py runs them by default, and in one unit."""
     return (
