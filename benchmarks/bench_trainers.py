@@ -51,6 +51,7 @@ TRAINERS = {  # name: (folder of train.py, flags)
     'zero1+triton': ('phase1_zero1', [TRITON]),
     'fsdp+triton': ('phase3_fsdp', [TRITON]),
     'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}']),
+    'fsdp+large_units': ('phase3_fsdp', ['--fsdp_min_num_params=100000000']),  # at 1.5B of 4 blocks
     'fsdp+one_unit': ('phase3_fsdp', ['--fsdp_min_num_params=1000000000000']),
     # by default train.py records CUDA graphs, but not under FSDP; these go kernel by kernel
     'ddp+launched': ('nanoGPT', [LAUNCHED]),

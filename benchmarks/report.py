@@ -28,8 +28,8 @@ PHASES = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp'
 SHAPES = {'124M': (12, 768), '350M': (24, 1024), '1.5B': (48, 1600)}  # n_layer, n_embd
 NAMES = {
     'ddp': 'DDP', 'zero1': 'phase 1', 'triton': 'phase 2', 'fsdp': 'phase 3', 'zero1+triton': 'phases 1 + 2', 'fsdp+triton': 'phases 2 + 3',
-    'hybrid': 'phase 3 hybrid', 'fsdp+one_unit': 'phase 3 as one unit', 'ddp+launched': 'DDP without CUDA graphs',
-    'zero1+launched': 'phase 1 without CUDA graphs', 'triton+launched': 'phase 2 without CUDA graphs',
+    'hybrid': 'phase 3 hybrid', 'fsdp+large_units': 'phase 3, units of 100 million', 'fsdp+one_unit': 'phase 3 as one unit',
+    'ddp+launched': 'DDP without CUDA graphs', 'zero1+launched': 'phase 1 without CUDA graphs', 'triton+launched': 'phase 2 without CUDA graphs',
 }  # fmt: skip
 ON_4_GPUS = 'trainers_h100x4'
 TRY = 'nanoGPT/config/train_python_char.py --max_iters=20 --eval_interval=20 --eval_iters=2 --log_interval=20 --always_save_checkpoint=True'
