@@ -13,7 +13,7 @@ On a single GPU it works too, in a group of one rank: FSDP without the sending.
 It starts its own processes (torchrun), or runs in those that torchrun has started. The code under test is that of the phases:
 sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py without CUDA graphs, which reads the loss after
 each. Memory is that of rank 0, as torch allocates it: at rest after a step, when gradients are freed, and the peak. `x of 16N/k`:
-what rests, against 16 bytes for each of N parameters over k ranks, of which 4 are for gradients, which rest nowhere here.
+what rests, against 16 bytes for each of N parameters over k ranks, of which 4 are for gradients: DDP's buckets keep them, FSDP frees them.
 """
 
 import argparse
@@ -299,7 +299,7 @@ def curves(args, device, results):
 
 
 def attempt(args, device, results):
-    """One try of `largest`: three steps of a model of args.layers layers. If it does not fit, it says so in args.out."""
+    """One try of `largest`: four steps, of which two are timed, of a model of args.layers layers. If it does not fit, it says so in args.out."""
     name, layers = args.attempt.rsplit(':', 1)
     kind, flags, checkpointing = LARGEST[name]
     width = (6144, 48) if not args.dry_run else (64, 2)

@@ -176,9 +176,6 @@ class Probe:
             log.close('stopped')
             raise Enough
         block, place = divmod(iter_num, self.interval * self.intervals)
-        # The warm-up is over. Where graphs are recorded its peak counts: they were in there, and a replay allocates nothing
-        if place == self.interval * self.warmup and self.cuda and not train['cuda_graph']:
-            torch.cuda.reset_peak_memory_stats()
         if iter_num and place == 0:
             block_results = {'micro_steps': self.run['micro_steps'][block - 1], **self.memory, 'peak': None, 'peak_reserved': None}
             if self.cuda:
@@ -191,8 +188,11 @@ class Probe:
                     log.close('stopped')
                     raise Enough
                 return
-            if self.cuda:
-                torch.cuda.reset_peak_memory_stats()
+        # The peak is counted behind the warm-up; but what CUDA graphs need shows while they are recorded, which is in the last part of the
+        # first warm-up (DDP has its last buckets by then) and, of those that a later number of micro-steps adds, right at its start
+        recorded = bool(train['cuda_graph'])
+        if self.cuda and place in (0, 0 if recorded and block else self.interval * (self.warmup - recorded)):
+            torch.cuda.reset_peak_memory_stats()
         if place == 0:
             micro_steps, tokens = self.run['micro_steps'][block], train['batch_size'] * train['block_size'] * train['world_size']
             train.update(gradient_accumulation_steps=micro_steps, tokens_per_iter=micro_steps * tokens)

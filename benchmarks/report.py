@@ -6,7 +6,7 @@ by the function of that name below, from the files in benchmarks/results/; so ar
     python benchmarks/report.py --check    # fails if one of them is not what the result files say; a test runs this
     python benchmarks/report.py --run      # runs the verification commands on this machine, keeps what they print, then as above
 
-A table of a result file that is not there is empty.
+Tables of all files of a kind are empty where there is none; the others need theirs.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def zero1_parts(document):
         'step: all-gather in place': 'all-gather in place',
         'instead: one all-gather of a buffer': 'instead: one all-gather of a buffer, with copies',
         'instead: an all-gather for each parameter': 'instead: an all-gather for each parameter',
-        "instead: ZeroRedundancyOptimizer's broadcasts": "instead: ZeroRedundancyOptimizer's broadcasts",
+        "instead: ZeroRedundancyOptimizer's broadcasts": "instead: a broadcast for each piece, by ZeroRedundancyOptimizer's own function",
     }
     return markdown(['the optimizer step, ms', *parts], [(text, *(f'{its[name]:.2f}' for its in parts.values())) for name, text in names.items()])
 
@@ -410,9 +410,8 @@ def fsdp_checkpoint(document):
             f'{save["seconds"]:.0f}', f'**{save["stall_seconds"] + during[0] - usual:.2f}**',
         ))  # fmt: skip
     header = ['micro-steps', 'a step', 'copying', 'the step after that', 'the steps until all is on the disk', 'until then', 'training has lost']
-    text = (
-        f'`full`: {full["gather_seconds"]:.1f} s to collect {gib(full["bytes"])} GiB on rank 0, {full["seconds"]:.1f} s until they are on the disk.'
-    )
+    seconds = f'{full["gather_seconds"]:.1f} s to collect {gib(full["bytes"])} GiB on rank 0, {full["seconds"]:.1f} s until they are written'
+    text = f'`full`: {seconds} (without the fsync that train.py adds).'
     return f'{report["processes"]} × {measured_by(report, "fsdp_checkpoint_h100x4", document)}, seconds:\n\n{markdown(header, rows)}\n\n{text}'
 
 

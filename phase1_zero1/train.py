@@ -77,7 +77,7 @@ warmup_iters = 2000  # iterations of linear warmup
 lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (Hoffmann et al. 2022)
 min_lr = 6e-5  # learning rate from there on; about learning_rate / 10
 # system; auto is the best that this machine has
-backend = 'auto'  # nccl, gloo, ...
+backend = 'auto'  # nccl or gloo
 dist_timeout = 600  # seconds that a rank waits for the others, which may be on a machine that is gone, before the run ends
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
