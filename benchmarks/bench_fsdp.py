@@ -362,7 +362,9 @@ def search(args, name, fits, tried):
     """Calls fits(layers) for the numbers of layers worth trying."""
     first, second = fits(4), fits(8)
     guess = 9
-    if not args.dry_run and first and second:
+    if args.dry_run:
+        return
+    if first and second:
         total = torch.cuda.get_device_properties(0).total_memory * 0.96  # the rest is CUDA's and NCCL's
         slope = (second['peak_bytes'] - first['peak_bytes']) / 4
         guess = 4 + int((total - first['peak_bytes']) / slope)

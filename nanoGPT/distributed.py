@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import errors
 from errors import UserError
 
 
@@ -54,7 +55,7 @@ def rendezvous(rank, world_size, timeout):
     me = uuid.uuid4().hex
     if rank > 0:
         store.set(f'hello/{rank}', me)
-        name = store.get(f'welcome/{me}').decode()
+        errors.start = name = store.get(f'welcome/{me}').decode()
         store.set(f'{name}/joined/{rank}', '')
         return dist.PrefixStore(name, store)
     deadline = time.monotonic() + timeout.total_seconds()
@@ -64,6 +65,7 @@ def rendezvous(rank, world_size, timeout):
             if time.monotonic() > deadline:
                 raise RuntimeError(f'timed out waiting for rank {other} to start')
             time.sleep(0.01)
+    errors.start = me
     return dist.PrefixStore(me, store)
 
 

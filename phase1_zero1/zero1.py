@@ -9,6 +9,7 @@ GPT-2's token embedding alone is 31% of the model: 2.5 times the share of one ra
 pieces, which are views of the parameters' own memory.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -93,7 +94,8 @@ class EvenZero(ZeroRedundancyOptimizer):
     def _sync_params(self):
         """The last part of step(): every rank gets the pieces that the others updated."""
         if self.in_place:
-            with _coalescing_manager():
+            # gloo takes several at once of the CPU's memory only (pytorch #152645)
+            with nullcontext() if self.buffer.is_cuda and dist.get_backend() == 'gloo' else _coalescing_manager():
                 for whole, own in self.in_place:
                     all_gather(whole, own)
         if self.buffer.numel():

@@ -112,12 +112,31 @@ def _sync_folder(folder):
 
 
 def find_checkpoint(out_dir):
-    """The path of what was saved last in out_dir: ckpt.pt, or a folder of phase 3's with the shards of all ranks; ckpt.pt if there is nothing."""
+    """
+    The path of the checkpoint in out_dir: ckpt.pt, or a folder of phase 3's with the shards of all ranks; where there are both the one of the
+    later iteration, of equals the newer one; ckpt.pt if there is nothing.
+    """
     full, latest = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_sharded', 'latest')
-    if not os.path.exists(latest) or (os.path.exists(full) and os.path.getmtime(full) >= os.path.getmtime(latest)):
+    if not os.path.exists(latest):
         return full
     with open(latest) as f:
-        return os.path.join(os.path.dirname(latest), os.path.basename(f.read().strip()))
+        sharded = os.path.join(os.path.dirname(latest), os.path.basename(f.read().strip()))
+    if not os.path.exists(full):
+        return sharded
+    # not by time alone: whoever has copied out_dir may have lost the times of its files
+    newer = os.path.getmtime(full) >= os.path.getmtime(latest)
+    ours, theirs = _iteration(full), _iteration(os.path.join(sharded, 'rest.pt'))
+    if newer and ours < theirs:
+        print(f'{full} is newer than {sharded}, but of an earlier iteration ({ours} of {theirs}): the latter counts')
+    return full if (ours, newer) >= (theirs, not newer) else sharded
+
+
+def _iteration(path):
+    """Of the checkpoint at path; -1 if that cannot be read."""
+    try:
+        return load_checkpoint(path)['iter_num']
+    except UserError:
+        return -1
 
 
 def load_checkpoint(path):
@@ -226,6 +245,8 @@ def rank_state(device, X, Y):
     state = {'rng': torch.get_rng_state(), 'X': X, 'Y': Y}
     if device.startswith('cuda'):
         state['cuda_rng'] = torch.cuda.get_rng_state(device)
+    if device == 'mps':
+        state['mps_rng'] = torch.mps.get_rng_state()
     return state
 
 
@@ -245,4 +266,6 @@ def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shap
     torch.set_rng_state(state['rng'])
     if device.startswith('cuda') and 'cuda_rng' in state:
         torch.cuda.set_rng_state(state['cuda_rng'], device)
+    if device == 'mps' and 'mps_rng' in state:
+        torch.mps.set_rng_state(state['mps_rng'])
     return state['X'].clone(), state['Y'].clone()

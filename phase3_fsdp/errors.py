@@ -20,12 +20,15 @@ OPTIONAL_PACKAGES = ('wandb', 'transformers', 'datasets', 'tqdm', 'pyarrow')
 LOST = re.compile(r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|time[d-]? ?out', re.I)
 
 
+start = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')  # which start of the ranks this is; from rendezvous() on a name that all know it by
+
+
 class UserError(Exception):
     """What was wrong, where, and what to do about it."""
 
 
 def _first_to_fail():
-    """True on the first rank that asks; where there is no torchrun to ask, or it no longer answers, on one rank of each machine."""
+    """True on the first rank that asks torchrun; where there is none to ask on every rank, and where it no longer answers on one of each machine."""
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         return True
     host, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
@@ -35,7 +38,7 @@ def _first_to_fail():
 
         socket.create_connection((host, port), timeout=5).close()  # TCPStore would try for long, and print every attempt
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
-        return store.add(f'speaker/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', 1) == 1
+        return store.add(f'speaker/{start}', 1) == 1
     except Exception:
         return os.environ.get('LOCAL_RANK') == '0'
 

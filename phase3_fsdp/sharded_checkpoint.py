@@ -18,6 +18,7 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,15 @@ class ShardedSaver:
         self.group = dist.new_group(backend='gloo')  # what runs in the background must not share one with the training
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.running = None
+        hook = sys.excepthook
+
+        def finish(kind, error, trace):
+            if issubclass(kind, UserError):  # the process ends, but first the save: the other ranks' part of it goes on, too
+                with suppress(Exception):
+                    self.wait()
+            hook(kind, error, trace)
+
+        sys.excepthook = finish
         # what is written is a copy in CPU memory; that is pinned, which is fast to copy to but slow to allocate, so it is done once
         shards = {f'model.{name}': p.to_local() for name, p in model.named_parameters()}
         shards |= {f'optimizer.{i}.{k}': p.to_local() for i, p in enumerate(optimizer.sharded) for k in ('exp_avg', 'exp_avg_sq')}
@@ -360,6 +370,8 @@ def convert(to, out_dir):
             raise UserError(f'{kept} is of iteration {found[1]}, and what would replace it of {found[0]}: move away the one that is not wanted')
     if to == 'sharded':
         checkpoint = full_checkpoint.load_checkpoint(full)
+        if not isinstance(checkpoint.get('optimizer'), dict):
+            raise UserError(f'{full} has no optimizer state, so no training can go on from it')
         first = {}
         names = {name: first.setdefault(v.data_ptr(), name) for name, v in checkpoint['model'].items()}
         tensors, rest = split(checkpoint, names)
@@ -371,7 +383,9 @@ def convert(to, out_dir):
     if best and best != latest:
         there = os.path.exists(best_full) and full_checkpoint.load_checkpoint(best_full)['iter_num']
         if there is False or there < load_checkpoint(best, fsdp=True)['iter_num']:
-            full_checkpoint.write_checkpoint(as_full(best), out_dir, best=True, required=True)
+            with tempfile.TemporaryDirectory(dir=out_dir) as folder:  # ckpt.pt stays what it is until the last one is written
+                full_checkpoint.write_checkpoint(as_full(best), folder, best=False, required=True)
+                os.replace(os.path.join(folder, 'ckpt.pt'), best_full)
     return full_checkpoint.write_checkpoint(as_full(latest), out_dir, best=best == latest, required=True)['path']
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -226,6 +227,14 @@ def compile_parts(model, units):
         for block in transformer.h:
             block.forward = torch.compile(block.forward)
     model.forward = in_parts if units else torch.compile(whole)
+
+
+class GradScaler(ShardedGradScaler):
+    """PyTorch's, in which what overflows on one rank counts on all; for offloaded gradients it would not wait for its numbers (pytorch #176429)."""
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16=True):
+        device = optimizer.shards[0].device
+        return super()._unscale_grads_(optimizer, inv_scale.to(device), found_inf.to(device), allow_fp16)
 
 
 class ShardedAdamW(torch.optim.AdamW):

@@ -19,7 +19,6 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
@@ -31,7 +30,7 @@ from dataset import check_tokens, find_data_dir, load_meta, open_tokens
 from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
 from errors import UserError
 from sharded_checkpoint import ShardedSaver, check_format, gather_full, load_checkpoint, own_part
-from sharding import OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
+from sharding import GradScaler, OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
 from step_guard import StepGuard
 from training_logger import TrainingLogger
 
@@ -189,8 +188,7 @@ else:
 raw_model = model  # without the wrappers below
 
 # in float16 small gradients would vanish, so the loss is scaled up; in other dtypes the scaler does nothing
-GradScaler = ShardedGradScaler if fsdp else torch.amp.GradScaler  # what overflows on one rank counts on all
-scaler = GradScaler(device_type, enabled=(dtype == 'float16'))
+scaler = (GradScaler if fsdp else torch.amp.GradScaler)(device_type, enabled=(dtype == 'float16'))
 
 # optimizer
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)

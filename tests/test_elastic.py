@@ -141,3 +141,13 @@ raise RuntimeError('enough')
     run = launch(script, nproc=2, check=False, timeout=60)
     waited = [float(line.split()[0]) for line in run.stdout.splitlines()]
     assert len(waited) == 2 and max(waited) < 10
+
+
+def test_each_start_has_a_name(launch, work):
+    """Who may speak of a failure is decided anew in each; how often torchrun has started the ranks each machine counts for itself."""
+    script = work / 'names.py'
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(NANOGPT)!r})\nimport distributed, errors\ndistributed.setup('gloo', 60)\nprint(errors.start)"
+    )
+    names = [launch(script, nproc=2).stdout.split() for _ in range(2)]
+    assert [len(its) for its in names] == [2, 2] and len({name for its in names for name in its}) == 2

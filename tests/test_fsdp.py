@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from checkpoint import find_checkpoint
 from conftest import NANOGPT, ROOT, TINY, assert_same, load, log_of, losses
 
 TRAIN = NANOGPT / 'train.py'
@@ -177,6 +178,22 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     assert best['iter_num'] == 20 and {int(s['step']) for s in best['optimizer']['state'].values()} == {20}
 
 
+def test_a_run_that_diverges_finishes_its_save(launch, work):
+    slow = script(work, 'diverges', f"""
+import itertools, runpy, time
+import torch.distributed.checkpoint as dcp
+from step_guard import StepGuard
+save, step, steps = dcp.save, StepGuard.step, itertools.count()
+dcp.save = lambda *args, **kwargs: (time.sleep(2), save(*args, **kwargs))
+StepGuard.step = lambda self, optimizer, norm: step(self, optimizer, norm if next(steps) < 5 else norm * float('nan'))
+sys.argv[0] = {str(FSDP)!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")  # fmt: skip
+    run = launch(slow, *TINY, SHARDED, '--eval_interval=5', nproc=2, check=False)
+    assert run.returncode == 2 and 'training diverged' in run.stderr and 'Traceback' not in run.stderr
+    assert open('out/ckpt_sharded/latest').read().startswith('iter_0000005') and log_of('out')['run']['status'] == 'failed'
+
+
 def test_parts_on_different_disks_are_no_checkpoint(launch, work):
     """out_dir is not shared, so that each machine has its own part: said at the first save, not when it is needed."""
     apart = script(work, 'apart', f"""
@@ -194,6 +211,8 @@ def test_conversion_replaces_nothing_that_is_newer(launch, work):
     launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
     run = launch(CONVERT, 'sharded', 'out', check=False)
     assert run.returncode == 2 and 'is of iteration 6, and what would replace it of 4' in run.stderr
+    os.utime('out/ckpt.pt')  # a copy may have lost the times
+    assert 'iter_0000006' in find_checkpoint('out')
     assert launch(CONVERT, 'full', 'out').stdout == 'wrote out/ckpt.pt\n' and load('out/ckpt.pt')['iter_num'] == 6
 
 
@@ -206,8 +225,26 @@ def test_latest_and_best_are_both_kept(launch, work):
     assert sorted(os.listdir('out/ckpt_sharded')) == sorted([latest, best, 'latest', 'best'])
     record = log_of('out')['checkpoints'][-1]
     assert record['path'].endswith(latest) and record['bytes'] > 100_000 and record['stall_seconds'] <= record['seconds']
+    full_disk = script(work, 'full_disk', f"""
+import itertools, runpy, torch
+save, saves = torch.save, itertools.count()
+def save_once(*args):
+    if next(saves):
+        raise OSError(28, 'No space left on device')
+    save(*args)
+torch.save = save_once
+sys.argv[0] = {str(CONVERT)!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")  # fmt: skip
+    run = launch(full_disk, 'full', 'out', check=False)
+    assert run.returncode == 2 and 'ckpt.pt could not be saved' in run.stderr and not os.path.exists('out/ckpt.pt')
+    assert load('out/ckpt_best.pt')['iter_num'] == 10
     launch(CONVERT, 'full', 'out')
     assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'ckpt_best')] == [21, 10]
+    state = load('out/ckpt.pt')
+    os.mkdir('weights')
+    torch.save({key: state[key] for key in ('model', 'model_args', 'iter_num')}, 'weights/ckpt.pt')
+    assert 'error: weights/ckpt.pt has no optimizer state' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
 
 
 def test_mistakes_end_with_one_message(launch, work):
