@@ -12,7 +12,7 @@ COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distri
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test]'
 	touch $@
 

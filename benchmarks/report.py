@@ -371,7 +371,7 @@ def measured(document):
 
 def of_ddp(trainer, size, micro_steps):
     """The speed of a trainer on four GPUs, DDP's being 1."""
-    found = {r['trainer']: r for r in load(ON_4_GPUS)['rows'] if (r['size'], r['micro_steps']) == (size, micro_steps)}
+    found = {r['trainer']: r for r in load(ON_4_GPUS)['rows'] if (r['processes'], r['size'], r['micro_steps']) == (4, size, micro_steps)}
     return found[trainer]['tokens_per_sec']['median'] / found['ddp']['tokens_per_sec']['median']
 
 

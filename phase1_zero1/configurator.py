@@ -108,6 +108,8 @@ def convert(key, value, default, where):
     try:
         number = float(text.replace('_', '')) if not isinstance(value, bool) else None
         if kind is int and re.fullmatch(r'[+-]?[\d_]+', text):
+            if abs(int(text)) >= 2**63:
+                raise UserError(f'{where}: {key} is a whole number below 2**63')
             return int(text)  # exactly, beyond 2**53 too
         if kind is float or number == int(number):
             return kind(number)
@@ -135,18 +137,26 @@ def run_config_file(path, config, script):
     found = [p for p in (path, os.path.join(os.path.dirname(os.path.abspath(script)), path)) if os.path.isfile(p)]
     if not found:
         raise UserError(f'{path}: no such config file (flags are written --key=value)')
-    variables = dict(config)
+    variables = {**config, '__file__': os.path.abspath(found[0])}
     try:
-        with open(found[0], encoding='utf-8') as f:
+        with open(found[0], encoding='utf-8-sig') as f:
             tree = ast.parse(f.read(), found[0])
         exec(compile(tree, found[0], 'exec'), variables)
     except Exception as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == found[0]]
         lines += [e.lineno] if isinstance(e, SyntaxError) and e.filename == found[0] else []
         raise UserError(f'{found[0]}{f", line {lines[-1]}" if lines else ""}: {type(e).__name__}: {e}') from None
-    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assigned = {node.id for node in module_level(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     assigned |= {k for k in config if variables.get(k) is not config[k]}  # or imports, say
     return {k: variables[k] for k in assigned if k in variables and not k.startswith('_') and not callable(variables[k])}
+
+
+def module_level(node):
+    """The nodes below `node`, without what is inside functions, classes and comprehensions, whose names are their own."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            yield child
+            yield from module_level(child)
 
 
 def find_model_dir(model_dir, script):

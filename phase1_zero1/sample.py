@@ -68,7 +68,8 @@ if dataset:
     except UserError:
         if vocab_size < 50257 or 'dataset' in given:  # then it was not GPT-2's encoding
             raise
-if vocab_size < meta.get('vocab_size', 50257) or ('stoi' in meta and vocab_size != meta['vocab_size']):
+own = meta and meta.get('encoding') != 'gpt2'  # GPT-2's vocabulary may be padded in the model
+if vocab_size < meta.get('vocab_size', 50257) or (own and vocab_size != meta['vocab_size']):
     raise UserError(
         f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has {meta.get("vocab_size", 50257)}: name the data '
         'set that it was trained on with --dataset'
@@ -85,6 +86,7 @@ if not start:
 x = torch.tensor(encoding.encode(start), dtype=torch.long, device=device)[None, :]  # (1, T)
 
 # generation
+sys.stdout.reconfigure(errors='backslashreplace')  # characters that a terminal cannot show
 with torch.no_grad(), ctx:
     for k in range(num_samples):
         y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k)

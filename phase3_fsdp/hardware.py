@@ -103,6 +103,8 @@ def peak_flops(device, dtype, peak_tflops=0.0):
     """Peak FLOP/s of the device in this dtype; peak_tflops overrides it where it is not 0. None: unknown, never a guess."""
     if peak_tflops:
         return peak_tflops * 1e12
+    if ' MIG ' in device_name(device):
+        return None  # a slice of a GPU
     for name, half, tf32 in PEAK_TFLOPS:
         if re.fullmatch(name, device_name(device)):
             if dtype == 'bfloat16' and torch.cuda.get_device_capability(device) < (8, 0):
@@ -124,6 +126,8 @@ def now(device):
     """Seconds on a steady clock, once the device has done all that it was given so far."""
     if device.startswith('cuda'):
         torch.cuda.synchronize(device)
+    if device == 'mps':
+        torch.mps.synchronize()
     return time.perf_counter()
 
 

@@ -183,9 +183,11 @@ def find_logs(paths):
     """Log files for files, folders (their newest run) and globs; without any, the newest run under out*/."""
 
     def newest(logs, where):
+        logs = [log for log in logs if os.path.isfile(log)]  # not a link to nowhere
         if not logs:
             raise LogError(f'no run_*.json in {where}: train with --json_log=True, or name a log')
-        logs = sorted(logs, key=os.path.getmtime, reverse=True)
+        # by the time of their start, which is in their names: a copy may have lost the files' own
+        logs = sorted(logs, key=lambda log: (os.path.basename(log), os.path.getmtime(log)), reverse=True)
         return next((log for log in logs if not _only_evaluates(log)), logs[0])
 
     found = []

@@ -120,7 +120,7 @@ if fsdp:
 
 # data: files of token ids, of which each batch takes pieces at random positions
 data_dir = find_data_dir(dataset)
-meta = load_meta(data_dir)
+meta = load_meta(data_dir, pretrained=init_from.startswith('gpt2'))
 tokens = {split: open_tokens(data_dir, split, block_size, meta) for split in ('train', 'val')}
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
@@ -334,12 +335,13 @@ def parse_args(argv):
     parser.add_argument('--metrics', metavar='A,B', help=f'panels to draw, of {",".join(TITLES)}; default: all, or for several runs the loss')
     parser.add_argument('--title', help='title of the picture')
     parser.add_argument('--json', action='store_true', help='print the summary table as JSON')
-    parser.add_argument('--follow', nargs='?', const='10', metavar='SECONDS', help='redraw until the runs end, every 10 s')
-    args = parser.parse_args(argv)
-    try:
-        args.follow = args.follow and float(args.follow)
-    except ValueError:  # a log behind the bare flag
-        args.logs, args.follow = [args.follow, *args.logs], 10.0
+    parser.add_argument('--follow', type=float, metavar='SECONDS', help='redraw until the runs end; without SECONDS every 10 s')
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for i, word in enumerate(argv):
+        behind = argv[i + 1 : i + 2]
+        if word == '--follow' and (not behind or os.path.exists(behind[0]) or not re.fullmatch(r'-?([\d.]+|nan|inf)', behind[0])):
+            argv[i] = '--follow=10'  # what is behind it is no number of seconds, but a log
+    args = parser.parse_intermixed_args(argv)  # logs before and behind
     args.metrics = args.metrics.split(',') if args.metrics else None
     for name in args.metrics or ():
         if name not in TITLES:

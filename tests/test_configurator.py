@@ -71,6 +71,7 @@ def test_values_have_the_type_of_their_default(script, argument, value):
         (['missing.py'], 'missing.py: no such config file'),
         (['--n_layer=3'], 'no flag n_layer'),  # of this script's model, but architecture: the script has no such flag
         (['--model_dir=nowhere'], 'there is no nowhere/model.py'),
+        (['--max_iters=99999999999999999999'], 'max_iters is a whole number below 2**63'),
     ],
 )
 def test_mistakes(script, arguments, message):
@@ -83,6 +84,13 @@ def test_config_files_and_flags_apply_from_left_to_right(script, tmp_path):
     assert script('--max_iters=5', 'a.py')[0]['max_iters'] == 50
     config, given = script('a.py', '--max_iters=5')
     assert config['max_iters'] == 5 and config['learning_rate'] == 1.0 and given == {'max_iters', 'learning_rate'}
+
+
+def test_only_what_a_config_file_assigns_is_given(script, tmp_path):
+    text = '\ufeffdef f():\n    max_iters = 1\n[max_iters for max_iters in (2, 3)]\nout_dir = __file__\n'  # with the mark that Windows puts in front
+    (tmp_path / 'a.py').write_text(text, encoding='utf-8')
+    config, given = script('a.py')
+    assert given == {'out_dir'} and config['max_iters'] == 100 and config['out_dir'] == str(tmp_path / 'a.py')
 
 
 @pytest.mark.parametrize(

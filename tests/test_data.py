@@ -5,6 +5,7 @@ The scripts run in a copy of nanoGPT/, so that they never touch data in the chec
 """
 
 import contextlib
+import errno
 import hashlib
 import http.server
 import itertools
@@ -256,10 +257,13 @@ def test_text_documents(prepare, tmp_path):
     documents = [f'document {i} <|endoftext|>{" word" * (i % 5)}' for i in range(90)]
     folder = tmp_path / 'corpus' / 'deep'
     folder.mkdir(parents=True)
-    (folder / 'a.jsonl').write_text('\n\n'.join(json.dumps({'body': text}) for text in documents[:40]) + '\n{"body": ""}')
+    (folder / 'a.jsonl').write_text('\n\n'.join(json.dumps({'body': text}) for text in documents[:40]) + '\n{"body": ""}\n{"body": null}')
     pq.write_table(pa.table({'body': [*documents[40:80], None], 'n': range(41)}), folder / 'b.parquet')
+    (tmp_path / 'elsewhere').mkdir()
+    (folder / 'link').symlink_to(tmp_path / 'elsewhere')
+    (folder / 'round').symlink_to(tmp_path / 'corpus')  # to where it is itself
     for i, text in enumerate(documents[80:]):
-        (folder.parent / f'{i}.txt').write_text(text)
+        ((tmp_path / 'elsewhere' if i % 2 else folder.parent) / f'{i}.txt').write_text(text)
     (folder / 'ignored.md').write_text('ignored')
     train, val, _ = read(prepare('text', tmp_path / 'corpus', folder / 'a.jsonl', '--field', 'body'))  # a.jsonl counts once
     bpe = dataset.gpt2_encoding()
@@ -405,6 +409,14 @@ def test_two_preparations_at_once(tmp_path):
 # reading
 
 
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr(prepare_common.fcntl, 'flock', flock)
+    assert read(write(tmp_path / 'set', range(9), range(3)))[0].tolist() == list(range(9))
+
+
 def test_find_data_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert dataset.find_data_dir('python_char') == str(ROOT / 'nanoGPT/data/python_char')  # beside dataset.py, from anywhere
@@ -445,6 +457,12 @@ def test_bad_meta(tmp_path, monkeypatch, content, message):
         dataset.load_meta(str(tmp_path))
     assert str(tmp_path / 'meta.pkl') in str(error.value)
     assert os.listdir(tmp_path) == ['meta.pkl']  # nothing was executed
+
+
+def test_pretrained_models_want_their_own_tokens(tmp_path):
+    folder = write(tmp_path / 'set', range(9), range(3), {'vocab_size': 96})
+    with pytest.raises(UserError, match='set has 96 tokens of its own'):
+        dataset.load_meta(folder, pretrained=True)
 
 
 def test_open_tokens(tmp_path):
@@ -525,3 +543,9 @@ def test_gpt2_offline(tmp_path, monkeypatch):
     load()
     monkeypatch.setattr(dataset.importlib.util, 'find_spec', lambda name: None)
     assert load().n_vocab == 50257  # from the cache alone
+    monkeypatch.undo()
+    monkeypatch.delenv('TIKTOKEN_CACHE_DIR')
+    monkeypatch.setattr(dataset.tempfile, 'gettempdir', lambda: str(tmp_path))
+    (tmp_path / 'data-gym-cache').mkdir()
+    monkeypatch.setattr(dataset.os, 'access', lambda path, mode: not path.endswith('data-gym-cache'))  # another user's
+    assert load().n_vocab == 50257 and not list((tmp_path / 'data-gym-cache').iterdir())

@@ -129,6 +129,13 @@ def test_crop_block_size():
         model(torch.zeros(1, 9, dtype=torch.long))
 
 
+def test_samples_in_float16_at_any_temperature():
+    model = GPT(GPTConfig(**TINY, bias=True)).half().eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 100  # logits as large as a trained model's
+    assert model.generate(torch.zeros(1, 1, dtype=torch.long), 3, temperature=1e-4).shape == (1, 4)
+
+
 def test_mfu_counts_flops_as_palm_does():
     with torch.device('meta'):
         model = GPT(GPTConfig(bias=False))
@@ -150,7 +157,8 @@ def test_peak_flops(monkeypatch):
     ]:
         monkeypatch.setattr(hardware, 'device_name', lambda device: name)
         assert hardware.peak_flops('cuda', dtype) == tflops * 1e12
-    for name in ('NVIDIA H100', 'NVIDIA GeForce RTX 4090 Laptop GPU', 'cpu', 'NVIDIA A1000'):  # near to names in the table
+    # near to names in the table, and a slice of a GPU
+    for name in ('NVIDIA H100', 'NVIDIA GeForce RTX 4090 Laptop GPU', 'cpu', 'NVIDIA A1000', 'NVIDIA A100-SXM4-40GB MIG 1g.5gb'):
         monkeypatch.setattr(hardware, 'device_name', lambda device: name)
         assert hardware.peak_flops('cuda', 'bfloat16') is None
     assert hardware.peak_flops('cpu', 'bfloat16', peak_tflops=2) == 2e12

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 import re
 
 import pytest
@@ -60,6 +61,11 @@ def test_gpt2_encoding(launch, work):
     torch.save({'model': model, 'model_args': args, 'iter_num': 1, 'best_val_loss': 9.9, 'config': {'dataset': 'elsewhere'}}, 'out/ckpt.pt')
     out = launch(SAMPLE, '--start=<|endoftext|>Hello world', '--num_samples=1', '--max_new_tokens=20').stdout
     assert '<|endoftext|>Hello world' in out
+    os.makedirs('data/bytes')
+    with open('data/bytes/meta.pkl', 'wb') as f:
+        pickle.dump({'vocab_size': 256, 'encoding': 'byte'}, f)
+    run = launch(SAMPLE, '--start=a', '--dataset=bytes', check=False)
+    assert run.returncode == 2 and 'the model has 50304 tokens, but the encoding of bytes has 256' in run.stderr
 
 
 def test_bench(launch, work):

@@ -312,12 +312,17 @@ def test_newest_run_is_one_that_trained(tmp_path):
     trained, evaluated = write_log(tmp_path, steps=2), write_log(tmp_path, steps=0, eval_only=True)
     os.utime(trained, (1, 1))
     assert find_logs([str(tmp_path)]) == [trained] and find_logs([evaluated]) == [evaluated]
+    earlier = Path(trained).with_name('run_20200101_000000.json')
+    earlier.write_bytes(Path(trained).read_bytes())  # a copy has lost the times
+    (tmp_path / 'run_latest.json').symlink_to('nowhere')
+    assert find_logs([str(tmp_path)]) == [trained]
 
 
 def test_follow_before_the_folder():
     for argv in (['--follow', 'out'], ['out', '--follow'], ['--follow', '10', 'out']):
         args = vis.parse_args(argv)
         assert (args.logs, args.follow) == (['out'], 10)
+    assert vis.parse_args(['a', '--follow', 'b']).logs == ['a', 'b']  # the first is what the others are compared with
 
 
 def test_names_that_matplotlib_and_terminals_would_trip_over(tmp_path):

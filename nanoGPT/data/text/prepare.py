@@ -38,7 +38,7 @@ def find_files(inputs):
     paths = []
     for name in inputs:
         if os.path.isdir(name):
-            paths += [os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files if _kind(file)]
+            paths += files_below(name)
         elif not os.path.exists(name):
             raise UserError(f'{name} does not exist')
         elif not _kind(name):
@@ -48,6 +48,19 @@ def find_files(inputs):
     if not paths:
         raise UserError(f'there are no .txt, .jsonl or .parquet files in {", ".join(inputs)}')
     return sorted({os.path.realpath(path): path for path in paths}.values())
+
+
+def files_below(top):
+    """Links to folders are followed, each folder once."""
+    seen = set()
+    for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in seen]
+        seen.update(os.path.realpath(os.path.join(folder, name)) for name in folders)
+        yield from (os.path.join(folder, file) for file in files if _kind(file))
+
+
+def unreadable(error):
+    raise UserError(f'cannot read {error.filename}: {error.strerror}')
 
 
 def _kind(path):
@@ -113,6 +126,8 @@ def read_jsonl(path, field, update):
                 raise UserError(f'{path}, line {number}: not UTF-8 text: byte {error.start:,} of the line is 0x{line[error.start]:02x}') from None
             except (ValueError, RecursionError) as error:
                 raise UserError(f'{path}, line {number}: not JSON: {error}') from None
+            if isinstance(record, dict) and field in record and record[field] is None:
+                continue
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 has = f'the fields {", ".join(record)}' if isinstance(record, dict) else f'a {type(record).__name__}'
                 raise UserError(f'{path}, line {number}: there is no text in the field {field!r}, only {has}. Name another with --field')
