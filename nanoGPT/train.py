@@ -25,7 +25,7 @@ from checkpoint import find_checkpoint, load_checkpoint, load_model, load_optimi
 from checkpoint import rank_state, restore_rank_state, resume_model_args, write_checkpoint
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_cuda_graph
-from dataset import check_tokens, find_data_dir, load_meta, open_tokens
+from dataset import check_encoding, check_tokens, find_data_dir, load_meta, open_tokens
 from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
 from errors import UserError
 from step_guard import StepGuard
@@ -106,7 +106,7 @@ ctx = hardware.autocast(device, dtype)  # matmuls in dtype; the weights stay flo
 
 # data: files of token ids, of which each batch takes pieces at random positions
 data_dir = find_data_dir(dataset)
-meta = load_meta(data_dir, pretrained=init_from.startswith('gpt2'))
+meta = load_meta(data_dir)
 tokens = {split: open_tokens(data_dir, split, block_size, meta) for split in ('train', 'val')}
 
 
@@ -153,6 +153,7 @@ elif init_from == 'resume':
         print(f'nothing is left to do: iteration {iter_num} comes next, and max_iters={max_iters} is the last')
 elif init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
     print(f'Initializing from OpenAI GPT-2 weights: {init_from}')
+    check_encoding(meta, data_dir)
     model = GPT.from_pretrained(init_from, dict(dropout=dropout, **model_options))
     model_args.update({k: getattr(model.config, k) for k in model_args})
 else:

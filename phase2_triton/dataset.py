@@ -73,11 +73,8 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'it wants to import {module}.{name}, which could run code')
 
 
-def load_meta(data_dir, pretrained=False):
-    """
-    meta.pkl of data_dir as a dict, {} where there is none. Executes nothing; UserError for a file that is not a plain meta, or is not of GPT-2's
-    tokens though a pretrained model is to be trained on.
-    """
+def load_meta(data_dir):
+    """meta.pkl of data_dir as a dict, {} where there is none. Executes nothing; UserError for a file that is not a plain meta."""
     path = os.path.join(data_dir, 'meta.pkl')
     if not os.path.exists(path):
         return {}
@@ -92,11 +89,15 @@ def load_meta(data_dir, pretrained=False):
             raise ValueError(f'its dtype is {meta["dtype"]!r}, not uint16 or uint32')
     except Exception as error:  # a corrupt pickle can raise nearly anything
         raise UserError(f'{path} is not a usable meta.pkl: {error}. Prepare the data again: {prepare_command(data_dir)}') from error
-    if pretrained and meta['vocab_size'] < 50257:
+    return meta
+
+
+def check_encoding(meta, data_dir):
+    """Raises UserError if the data set's tokens are not GPT-2's, which is what the pretrained models know."""
+    if meta.get('vocab_size', 50257) < 50257:
         raise UserError(
             f"{data_dir} has {meta['vocab_size']} tokens of its own, but the pretrained models know GPT-2's: use a data set with its encoding"
         )
-    return meta
 
 
 def open_tokens(data_dir, split, block_size, meta):

@@ -459,10 +459,11 @@ def test_bad_meta(tmp_path, monkeypatch, content, message):
     assert os.listdir(tmp_path) == ['meta.pkl']  # nothing was executed
 
 
-def test_pretrained_models_want_their_own_tokens(tmp_path):
-    folder = write(tmp_path / 'set', range(9), range(3), {'vocab_size': 96})
+def test_pretrained_models_want_their_own_tokens():
     with pytest.raises(UserError, match='set has 96 tokens of its own'):
-        dataset.load_meta(folder, pretrained=True)
+        dataset.check_encoding({'vocab_size': 96}, 'set')
+    for meta in ({}, {'vocab_size': 50257, 'encoding': 'gpt2'}):
+        dataset.check_encoding(meta, 'set')
 
 
 def test_open_tokens(tmp_path):

@@ -82,6 +82,7 @@ MISTAKES = {
     'nccl without a GPU': (None, ['--backend=nccl'], 'backend=nccl works between GPUs only'),
     'backend': (None, ['--backend=smoke'], "backend is 'smoke'"),
     'pretrained': (None, ['--init_from=gpt2-tiny'], "init_from is 'gpt2-tiny'"),
+    'pretrained on other tokens': (None, ['--init_from=gpt2'], "letters has 40 tokens of its own, but the pretrained models know GPT-2's"),
     'init_from': (None, ['--init_from=somewhere'], "init_from is 'somewhere'"),
     'package missing': (lambda: open('wandb.py', 'w').write('raise ModuleNotFoundError(name="wandb")'), ['--wandb_log'], 'pip install wandb'),
 }  # fmt: skip
