@@ -3,8 +3,9 @@
 #
 #     sbatch slurm.sh phase1_zero1/train.py nanoGPT/config/train_gpt2.py --out_dir=/shared/gpt2
 #
-# --init_from=auto is added: without a checkpoint in out_dir it starts from scratch. To finetune, make that first checkpoint by hand, with
-# the same flags and --max_iters=0. Adapt the lines below to your cluster. The repository, the data and out_dir must be on a file system that all machines see.
+# --init_from=auto is added: without a checkpoint in out_dir it starts from scratch. To finetune, make that first checkpoint by hand,
+# with the same flags and --max_iters=0.
+# Adapt the lines below to your cluster. The repository, the data and out_dir must be on a file system that all machines see.
 #SBATCH --job-name=gpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -361,9 +361,9 @@ def run_attempt(args, processes, name, layers):
 def search(args, name, fits, tried):
     """Calls fits(layers) for the numbers of layers worth trying."""
     first, second = fits(4), fits(8)
-    guess = 9
     if args.dry_run:
         return
+    guess = 9
     if first and second:
         total = torch.cuda.get_device_properties(0).total_memory * 0.96  # the rest is CUDA's and NCCL's
         slope = (second['peak_bytes'] - first['peak_bytes']) / 4

@@ -59,14 +59,14 @@ def set_aside(out_dir):
             print(f'{old} is of another run, and becomes {before}')
 
 
-def write_checkpoint(checkpoint, out_dir, best, required):
+def write_checkpoint(checkpoint, out_dir, best, required, name='ckpt.pt'):
     """
-    Writes out_dir/ckpt.pt, and ckpt_best.pt as another name of the same file if best. Returns its path, bytes and seconds
+    Writes out_dir/ckpt.pt, or of another name, and ckpt_best.pt as another name of the same file if best. Returns its path, bytes and seconds
     as a dict. Where it cannot be written (a full disk, say) what was there stays, and this raises UserError if the
     checkpoint is required; otherwise it warns, and bytes is None: training goes on.
     """
     started = time.time()
-    path = os.path.join(out_dir, 'ckpt.pt')
+    path = os.path.join(out_dir, name)
     try:
         set_aside(out_dir)
         if os.path.exists(path + '.tmp'):

@@ -18,7 +18,6 @@ import os
 import pickle
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -383,9 +382,7 @@ def convert(to, out_dir):
     if best and best != latest:
         there = os.path.exists(best_full) and full_checkpoint.load_checkpoint(best_full)['iter_num']
         if there is False or there < load_checkpoint(best, fsdp=True)['iter_num']:
-            with tempfile.TemporaryDirectory(dir=out_dir) as folder:  # ckpt.pt stays what it is until the last one is written
-                full_checkpoint.write_checkpoint(as_full(best), folder, best=False, required=True)
-                os.replace(os.path.join(folder, 'ckpt.pt'), best_full)
+            full_checkpoint.write_checkpoint(as_full(best), out_dir, best=False, required=True, name='ckpt_best.pt')
     return full_checkpoint.write_checkpoint(as_full(latest), out_dir, best=best == latest, required=True)['path']
 
 

@@ -172,8 +172,6 @@ def shard(model, config, recipe=None):
         + f'; {copies} groups of ranks hold all of them' * (copies > 1)
     )
     print(f'whole parameters are freed after {"each forward" if reshard else "the last backward of an iteration"}')
-    if device_type == 'cuda' and len(units) > 1 and max(sizes) < 10_000_000:
-        print('a GPU has computed units this small before the CPU can launch the next: one unit, --fsdp_min_num_params=1_000_000_000, may be faster')
 
 
 def set_last_micro_step(model, last):

@@ -87,7 +87,7 @@ class DatasetWriter:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
                 self.files[split] = os.fdopen(descriptor, 'r+b')
                 if fcntl:  # the temporary file is its own lock, which ends with its process
-                    self.lock(descriptor)
+                    _lock(descriptor)
                     if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
                         raise BlockingIOError  # the other process committed between our open and our lock: this is its train.bin now
                 self.files[split].truncate(0)
@@ -96,14 +96,6 @@ class DatasetWriter:
         except OSError as error:
             raise UserError(f'cannot write to {self.out_dir}: {error.strerror}') from error
         return self
-
-    def lock(self, descriptor):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass  # a file system without such locks
 
     def write(self, split, ids):
         self.files[split].write(np.ascontiguousarray(ids, dtype=self.dtype).data)
@@ -159,6 +151,15 @@ class DatasetWriter:
             file.close()
         if isinstance(error, OSError):
             raise UserError(f'cannot prepare {self.out_dir}: {error}') from error
+
+
+def _lock(descriptor):
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # a file system without such locks
 
 
 def _remove(path):
