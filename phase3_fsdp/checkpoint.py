@@ -127,7 +127,8 @@ def find_checkpoint(out_dir):
     newer = os.path.getmtime(full) >= os.path.getmtime(latest)
     ours, theirs = _iteration(full), _iteration(os.path.join(sharded, 'rest.pt'))
     if newer and ours < theirs:
-        print(f'{full} is newer than {sharded}, but of an earlier iteration ({ours} of {theirs}): the latter counts')
+        what = f'of an earlier iteration ({ours} of {theirs})' if ours >= 0 else 'cannot be read'
+        print(f'{full} is newer than {sharded}, but {what}: the latter counts')
     return full if (ours, newer) >= (theirs, not newer) else sharded
 
 

@@ -206,13 +206,17 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     assert run.stderr.count('Do all machines see the same out_dir?') > 1 and not os.path.exists('out0/ckpt_sharded/latest')
 
 
-def test_conversion_replaces_nothing_that_is_newer(launch, work):
+def test_conversion_replaces_nothing_that_is_newer(launch, work, capsys):
     launch(FSDP, *TINY, '--max_iters=3', nproc=2)
     launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
     run = launch(CONVERT, 'sharded', 'out', check=False)
     assert run.returncode == 2 and 'is of iteration 6, and what would replace it of 4' in run.stderr
     os.utime('out/ckpt.pt')  # a copy may have lost the times
-    assert 'iter_0000006' in find_checkpoint('out')
+    assert 'iter_0000006' in find_checkpoint('out') and 'of an earlier iteration (4 of 6)' in capsys.readouterr().out
+    with open('out/ckpt.pt', 'r+b') as f:
+        f.truncate(1000)
+    assert 'iter_0000006' in find_checkpoint('out') and 'cannot be read' in capsys.readouterr().out
+    os.remove('out/ckpt.pt')
     assert launch(CONVERT, 'full', 'out').stdout == 'wrote out/ckpt.pt\n' and load('out/ckpt.pt')['iter_num'] == 6
 
 
