@@ -11,9 +11,10 @@ What is special to phase 3 (FSDP), on all GPUs of one machine. Its speed and mem
 On a single GPU it works too, in a group of one rank: FSDP without the sending.
 
 It starts its own processes (torchrun), or runs in those that torchrun has started. The code under test is that of the phases:
-sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py without CUDA graphs, which reads the loss after
-each. Memory is that of rank 0, as torch allocates it: at rest after a step, when gradients are freed, and the peak. `x of 16N/k`:
-what rests, against 16 bytes for each of N parameters over k ranks, of which 4 are for gradients: DDP's buckets keep them, FSDP frees them.
+sharding.py, sharded_checkpoint.py and zero1.py; a step is that of their train.py, which reads the loss after each, on a GPU with CUDA
+graphs in `variants` and `checkpoint` and without elsewhere. Memory is that of rank 0, as torch allocates it: at rest after a step, and the
+peak. `x of 16N/k`: what rests, against 16 bytes for each of N parameters over k ranks, of which 4 are for gradients: DDP's buckets and CUDA
+graphs keep them, FSDP without graphs frees them.
 """
 
 import argparse
@@ -40,16 +41,19 @@ from common import GIB, ROOT, facts, out_of_memory, torchrun, write_json
 sys.path[:0] = [str(ROOT / 'phase3_fsdp'), str(ROOT / 'phase1_zero1')]  # what both have is the same in both
 import hardware
 import sharding
+from cuda_graph import use_side_stream
 from distributed import setup
 from model import GPT, GPTConfig
 from sharded_checkpoint import ShardedSaver, gather_full
+from sharded_cuda_graph import ShardedMicroStepGraph
 from step_guard import StepGuard
 
-FLAGS = dict(fsdp_min_num_params=1_000_000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False, cuda_graph=False)
+FLAGS = dict(fsdp_min_num_params=1_000_000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False)
 # n_layer, n_head, n_embd, batch_size, block_size
 SIZES = {'124M': (12, 12, 768, 12, 1024), '1.5B': (48, 25, 1600, 8, 1024), 'tiny': (3, 2, 64, 2, 32)}
 VARIANTS = {  # each changes one thing of the default
     'default': {},
+    'without CUDA graphs': dict(cuda_graph=False),
     'reshard after forward': dict(fsdp_reshard=True),
     'units of 2 blocks': dict(fsdp_min_num_params=14_000_000),
     'units of 6 blocks': dict(fsdp_min_num_params=42_000_000),
@@ -74,6 +78,9 @@ class Trainer:
         n_layer, n_head, n_embd, self.batch_size, self.block_size = size
         self.kind, self.device, self.flags = kind, device, {**FLAGS, **(flags or {})}
         device_type = device.split(':')[0]
+        cuda_graph = self.flags.pop('cuda_graph', False) and device_type == 'cuda'
+        if cuda_graph:
+            use_side_stream(device)
         eager_head, dtensor_adamw = self.flags.pop('eager_head', False), self.flags.pop('dtensor_adamw', False)
         rank = dist.get_rank()
         dtype = 'bfloat16' if device_type == 'cuda' else 'float32'
@@ -118,11 +125,21 @@ class Trainer:
                 self.model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
         self.optimizer, self.step_guard = optimizer, StepGuard(device, torch.amp.GradScaler(device_type, enabled=False))
         self.sharded = isinstance(optimizer, sharding.ShardedAdamW)
+        self.graph, self.micro_steps = ShardedMicroStepGraph(self.forward_backward, model) if cuda_graph else None, None
         self.num_params = sum(p.numel() for p in model.parameters())
         self.init_seconds = time.perf_counter() - started
 
+    def forward_backward(self, X, Y):
+        with self.context:
+            loss = self.model(X, Y)[1] / self.micro_steps
+        loss.backward()
+        return loss.detach()
+
     def step(self, get_batch, micro_steps):
         """One training step. Returns its mean loss on this rank, a float: the CPU waits for the GPU, as where train.py logs."""
+        if self.graph and micro_steps != self.micro_steps:
+            self.graph.release()  # the factor of the loss is recorded
+        self.micro_steps = micro_steps
         loss_sum = torch.zeros((), device=self.device)
         for micro_step in range(micro_steps):
             last = micro_step == micro_steps - 1
@@ -130,10 +147,7 @@ class Trainer:
                 sharding.set_last_micro_step(self.model, last)
             else:
                 self.model.require_backward_grad_sync = last
-            with self.context:
-                loss = self.model(*get_batch(self))[1] / micro_steps
-            loss.backward()
-            loss_sum += loss.detach()
+            loss_sum += (self.graph or self.forward_backward)(*get_batch(self))
         if self.sharded:
             self.optimizer.collect_gradients()
             grad_norm = self.optimizer.clip_grad_norm_(1.0)
@@ -221,7 +235,7 @@ def variants(args, device, results):
     """What each choice is worth, at 124M."""
     for name in args.only.split(',') if args.only else VARIANTS:
         torch._dynamo.reset()
-        trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '124M'], device, not args.dry_run, VARIANTS[name])
+        trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '124M'], device, not args.dry_run, dict(cuda_graph=True) | VARIANTS[name])
         for micro_steps, n in {1: 30, 10: 8}.items() if not args.dry_run else {1: 2, 3: 1}.items():
             warm = warm_up(trainer, micro_steps)
             results.append(record(name, trainer, micro_steps, trainer.tokens_per_sec(micro_steps, n), *warm))
@@ -232,14 +246,13 @@ def variants(args, device, results):
 
 def checkpoint(args, device, results):
     """How long a save at 1.5B holds up the training, and takes."""
-    trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '1.5B'], device, not args.dry_run, exact_init=False)
+    trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '1.5B'], device, not args.dry_run, dict(cuda_graph=True), exact_init=False)
 
     def timed_step(micro_steps):
         started = time.perf_counter()
         trainer.step(random_batch, micro_steps)
         return time.perf_counter() - started
 
-    [timed_step(n) for n in (1, 10)]  # compiles
     folder = [tempfile.mkdtemp(dir=args.tmp) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     model, optimizer = trainer.raw_model, trainer.optimizer
@@ -247,6 +260,7 @@ def checkpoint(args, device, results):
     saver, saved = ShardedSaver(folder[0], model, optimizer), []
     result = dict(name='sharded', parameters=trainer.num_params, prepare_seconds=time.perf_counter() - started, steps=[])
     for micro_steps in (1, 10):
+        [timed_step(micro_steps) for _ in range(4)]  # compiles and records
         before = [timed_step(micro_steps) for _ in range(5)]
         state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': micro_steps}
         saver.save(state, model, best=False, required=False, on_saved=lambda iter_num, **facts: saved.append(facts))
@@ -270,6 +284,8 @@ def checkpoint(args, device, results):
         size = os.path.getsize(f'{folder[0]}/ckpt.pt')
         shutil.rmtree(folder[0])
         results.append(dict(name='full', gather_seconds=gathered, seconds=time.perf_counter() - started, bytes=size))
+    del model, optimizer, state, saver
+    free(trainer)  # NCCL would wait for its graphs
 
 
 def curves(args, device, results):

@@ -51,9 +51,9 @@ TRAINERS = {  # name: (folder of train.py, flags)
     'zero1+triton': ('phase1_zero1', [TRITON]),
     'fsdp+triton': ('phase3_fsdp', [TRITON]),
     'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}']),
-    'fsdp+large_units': ('phase3_fsdp', ['--fsdp_min_num_params=100000000']),  # at 1.5B of 4 blocks
     'fsdp+one_unit': ('phase3_fsdp', ['--fsdp_min_num_params=1000000000000']),
-    # by default train.py records CUDA graphs, but not under FSDP; these go kernel by kernel
+    # by default train.py records CUDA graphs; these go kernel by kernel
+    'fsdp+launched': ('phase3_fsdp', [LAUNCHED]),
     'ddp+launched': ('nanoGPT', [LAUNCHED]),
     'zero1+launched': ('phase1_zero1', [LAUNCHED]),
     'triton+launched': ('phase2_triton', [LAUNCHED]),
@@ -188,10 +188,11 @@ class Probe:
                     log.close('stopped')
                     raise Enough
                 return
-        # The peak is counted behind the warm-up; but what CUDA graphs need shows while they are recorded, which is in the last part of the
-        # first warm-up (DDP has its last buckets by then) and, of those that a later number of micro-steps adds, right at its start
+        # The peak is counted behind the warm-up; but what CUDA graphs need shows while they are recorded, which is at the start or, under DDP,
+        # in the last part of the first warm-up (when it has its last buckets). One process records nothing for later numbers of micro-steps
         recorded = bool(train['cuda_graph'])
-        if self.cuda and place in (0, 0 if recorded and block else self.interval * (self.warmup - recorded)):
+        begins = 0 if recorded and (block or not train['ddp']) else self.interval * (self.warmup - recorded)
+        if self.cuda and place in (0, begins) and not (recorded and block and train['world_size'] == 1):
             torch.cuda.reset_peak_memory_stats()
         if place == 0:
             micro_steps, tokens = self.run['micro_steps'][block], train['batch_size'] * train['block_size'] * train['world_size']

@@ -35,8 +35,10 @@ def use_cuda_graph(config, world_size):
     over_cpu = several and config['backend'] != 'nccl'
     if wanted is True and over_cpu:
         raise UserError(f'cuda_graph=True works over NCCL only, but backend is {config["backend"]}: leave out one of the two')
-    fsdp = several and config.get('use_fsdp')  # gathers weights into other memory each time
-    use = on_gpu and not (fsdp or over_cpu or draws_again) if wanted == 'auto' else wanted
+    offload = several and config.get('use_fsdp') and config.get('fsdp_cpu_offload')
+    if wanted is True and offload:
+        raise UserError('cuda_graph=True with fsdp_cpu_offload is not supported, in which the CPU takes part: leave out one of the two')
+    use = on_gpu and not (over_cpu or offload or draws_again) if wanted == 'auto' else wanted
     if use:
         use_side_stream(device)
     return use
@@ -75,17 +77,21 @@ class MicroStepGraph:
             if last and self.iterations >= WARMUP_DDP:  # gradients are in DDP's last buckets: that is where the graphs' are to be
                 self.gradients = [(p, p.grad.detach()) for p in self.parameters if p.grad is not None]
             return loss
-        if (first, last) not in self.graphs:
-            self.record(first, last, X, Y)
-        self.X.copy_(X)
-        self.Y.copy_(Y)
-        self.graphs[first, last].replay()
+        loss = self.replay((first, last), X, Y)
         if first:
             for p, grad in self.gradients:
                 p.grad = grad.detach()  # a tensor of its own with the same memory: autograd would copy one that is also held here
-        return self.losses[first, last]
+        return loss
 
-    def record(self, first, last, X, Y):
+    def replay(self, kind, X, Y):
+        if kind not in self.graphs:
+            self.record(kind, X, Y)
+        self.X.copy_(X)
+        self.Y.copy_(Y)
+        self.graphs[kind].replay()
+        return self.losses[kind]
+
+    def record(self, kind, X, Y):
         """Computes nothing."""
         if not self.graphs:
             self.X, self.Y = X.clone(), Y.clone()
@@ -95,14 +101,18 @@ class MicroStepGraph:
         try:
             # thread_local: NCCL's watchdog, in a thread of its own, may go on asking the GPU how far it is
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode='thread_local'):
-                self.losses[first, last] = self.step(self.X, self.Y)
-                for p, grad in self.gradients:  # where a weight is used twice, or DDP has buckets, autograd may have put the sum elsewhere
-                    if p.grad.data_ptr() != grad.data_ptr():
-                        p.grad = grad.copy_(p.grad).detach()
+                self.losses[kind] = self.step(self.X, self.Y)
+                self.settle_gradients()
         except RuntimeError as error:
             reason = str(error.__context__ or error).split('\n')[0]  # the end of the recording complains, too
             raise UserError(f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without') from error
-        self.graphs[first, last] = graph
+        self.graphs[kind] = graph
+
+    def settle_gradients(self):
+        """Where a weight is used twice, or DDP has buckets, autograd may have put the sum elsewhere."""
+        for p, grad in self.gradients:
+            if p.grad.data_ptr() != grad.data_ptr():
+                p.grad = grad.copy_(p.grad).detach()
         if not self.gradients:
             self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
 

@@ -126,10 +126,6 @@ def shard(model, config, recipe=None):
     memory); without, it is gathered once and reduced once in an iteration (least traffic). A model built inside OnMeta is
     initialized as that recipe says; without a recipe its weights are left to be loaded. Raises UserError for wrong flags.
     """
-    if config['cuda_graph']:
-        raise UserError(
-            'cuda_graph=True does not work with FSDP, which gathers weights into other memory each time: --cuda_graph=False or --use_fsdp=False'
-        )
     print('Wrapping model with FSDP...')
     num_params = sum(p.numel() for p in model.parameters())
     names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}

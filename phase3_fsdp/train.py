@@ -30,6 +30,7 @@ from dataset import check_encoding, check_tokens, find_data_dir, load_meta, open
 from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
 from errors import UserError
 from sharded_checkpoint import ShardedSaver, check_format, gather_full, load_checkpoint, own_part
+from sharded_cuda_graph import ShardedMicroStepGraph
 from sharding import GradScaler, OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
 from step_guard import StepGuard
 from training_logger import TrainingLogger
@@ -67,7 +68,7 @@ dropout = 0.0  # 0 is good for pretraining; for finetuning try 0.1 and more
 bias = False  # biases in Linear and LayerNorm layers?
 # sharding
 use_fsdp = True  # shard parameters, gradients and AdamW's state over the ranks; False: each has all of them (DDP), as in nanoGPT/
-fsdp_min_num_params = 1_000_000  # consecutive blocks are gathered together until they have this many parameters; a small model: 1e9
+fsdp_min_num_params = 1_000_000  # consecutive blocks are gathered together until they have this many parameters
 fsdp_shard_size = 0  # ranks that hold one copy together; 0: all; k: shard among k, replicate across groups (hybrid sharding)
 fsdp_reshard = 'auto'  # free whole parameters after each forward (least memory), or keep them for an iteration (least traffic)
 fsdp_cpu_offload = False  # keep the shards in the CPU's memory, and run AdamW there
@@ -219,7 +220,7 @@ def forward_backward(X, Y):
     return loss.detach()
 
 
-graph = MicroStepGraph(forward_backward, model) if cuda_graph else None
+graph = (ShardedMicroStepGraph if fsdp else MicroStepGraph)(forward_backward, model) if cuda_graph else None
 
 
 # mean losses over eval_iters batches of either split on every rank; None if a stop was requested meanwhile

@@ -57,11 +57,11 @@ def graph(graph, pool=None, stream=None, capture_error_mode='global'):
 
 
 def noted(launch):
-    def launch_and_note(*args):
-        with _disable_current_modes():  # the interpreter is made of PyTorch's operations, too
-            launch(*args)
+    def launch_and_note(*args, **kwargs):
+        with _disable_current_modes():  # Triton's interpreter is made of PyTorch's operations, too, and so is gloo
+            launch(*args, **kwargs)
         if recording is not None:
-            recording.calls.append(lambda: launch(*args))
+            recording.calls.append(lambda: launch(*args, **kwargs))
 
     return launch_and_note
 
@@ -73,6 +73,10 @@ def install(monkeypatch):
         monkeypatch.setattr(module, 'launch', noted(module.launch))
     linear = importlib.import_module('kernels.linear')
     monkeypatch.setattr(linear, 'capturing', lambda weight: recording is not None)
+    install_in_torch(monkeypatch)
+
+
+def install_in_torch(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', CUDAGraph)
     monkeypatch.setattr(torch.cuda, 'graph', graph)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)

@@ -90,7 +90,7 @@ with OnMeta() as recipe:
     model = GPT(config)
 assert all(p.is_meta for p in model.parameters())
 flags = dict(fsdp_min_num_params=20000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False)
-shard(model, dict(device='cpu', dtype='float32', compile=False, cuda_graph=False, **flags), recipe)
+shard(model, dict(device='cpu', dtype='float32', compile=False, **flags), recipe)
 assert torch.equal(torch.get_rng_state(), state)
 full = gather_full({'model': model.state_dict(), 'optimizer': {'state': {}}}, model)
 if rank == 0:
@@ -100,6 +100,72 @@ if rank == 0:
     print('equal')
 dist.destroy_process_group()
 """), nproc=3).stdout  # fmt: skip
+    assert out.endswith('equal\n')
+
+
+@pytest.mark.parametrize('nproc', [2, pytest.param(4, marks=pytest.mark.full)])
+def test_recorded_micro_steps(launch, work, nproc):
+    """
+    An iteration replayed as CUDA graphs, which are faked here, is the iteration itself to the bit: of several micro-steps and of one, behind an
+    evaluation, released and recorded anew, with all units kept and with each freed, and in hybrid sharding on 4 ranks.
+    """
+    out = launch(script(work, 'recorded', f"""
+import pytest, torch, torch.distributed as dist
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from model import GPT, GPTConfig
+from sharded_cuda_graph import ShardedMicroStepGraph
+from sharding import OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
+sys.path.append({str(ROOT / 'tests')!r})
+import fake_cuda_graph
+
+dist.init_process_group('gloo')
+fake_cuda_graph.install_in_torch(pytest.MonkeyPatch())
+for name in ('all_gather_single', 'all_gather_into_tensor', 'reduce_scatter_single', 'reduce_scatter_tensor', 'all_reduce'):
+    if hasattr(dist, name):  # they have been renamed in torch 2.13
+        setattr(dist, name, fake_cuda_graph.noted(getattr(dist, name)))
+_fsdp_param.free_storage = lambda tensor: None  # graphs have memory of their own
+
+def train(recorded, **flags):
+    torch.manual_seed(0)
+    with OnMeta() as recipe:
+        model = GPT(GPTConfig(vocab_size=40, n_layer=2, n_head=2, n_embd=32, block_size=16))
+    flags = dict(fsdp_min_num_params=1, fsdp_shard_size=0, fsdp_reshard=False, fsdp_cpu_offload=False) | flags
+    shard(model, dict(device='cpu', dtype='bfloat16', compile=False, **flags), recipe)
+    optimizer = ShardedAdamW(model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu'))
+    forwards, numbers = [], []
+
+    def step(x, y):
+        forwards.append(1)
+        loss = model(x, y)[1]
+        loss.backward()
+        return loss.detach()
+
+    graph = ShardedMicroStepGraph(step, model) if recorded else step
+    torch.manual_seed(dist.get_rank())
+    for i, count in enumerate((3, 3, 3, 4, 1, 1, 3, 2)):
+        if i == 3:
+            with torch.no_grad():
+                model(torch.zeros(1, 8, dtype=torch.long))
+            reshard(model)
+        if i == 6 and recorded:
+            graph.release()
+        for k in range(count):
+            set_last_micro_step(model, k == count - 1)
+            x = torch.randint(40, (2, 17))
+            numbers.append(graph(x[:, :-1].contiguous(), x[:, 1:].contiguous()).item())
+        optimizer.collect_gradients()
+        numbers.append(optimizer.clip_grad_norm_(1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(forwards) == (13 if recorded else 20)  # 2 x 3 of warm-up; 3 recorded, 1, and 3 again
+    return numbers
+
+hybrid = dict(fsdp_shard_size=2) if dist.get_world_size() == 4 else dict()
+for flags in (hybrid, hybrid | dict(fsdp_reshard=True)):
+    assert train(True, **flags) == train(False, **flags)
+print('equal')
+dist.destroy_process_group()
+"""), nproc=nproc).stdout  # fmt: skip
     assert out.endswith('equal\n')
 
 

@@ -198,13 +198,15 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
 
     assert use('auto') is True and use(False) is False and use(True, world_size=4) is True
     assert use('auto', world_size=2) is True and use('auto', device='cpu') is False
-    assert use('auto', world_size=2, use_fsdp=True) is False and use('auto', world_size=1, use_fsdp=True) is True
+    assert use('auto', world_size=2, use_fsdp=True) is True
+    assert use('auto', world_size=2, use_fsdp=True, fsdp_cpu_offload=True) is False and use('auto', use_fsdp=True, fsdp_cpu_offload=True) is True
     assert use('auto', world_size=2, backend='gloo') is False and use('auto', backend='gloo') is True
     assert use('auto', activation_checkpointing=True) is False and use('auto', activation_checkpointing=True, dropout=0.0) is True
     for flags, message in (
         (dict(device='cpu'), 'needs a CUDA device'),
         (dict(activation_checkpointing=True), 'dropout under activation_checkpointing is not supported'),
         (dict(world_size=2, backend='gloo'), 'over NCCL only'),
+        (dict(world_size=2, use_fsdp=True, fsdp_cpu_offload=True), 'cuda_graph=True with fsdp_cpu_offload is not supported'),
     ):
         with pytest.raises(UserError, match=message):
             use(True, **flags)
