@@ -240,7 +240,7 @@ def ladder(args, rows, save):
 
 
 def largest(args, rows, save):
-    """Peaks at two batch sizes give a guess, which is then corrected until one fits and the next does not."""
+    """Peaks at two batch sizes give a guess, from which bisection finds one that fits while the next does not."""
     use_side_stream('cuda')
     memory = torch.cuda.get_device_properties(0).total_memory
 
@@ -272,15 +272,15 @@ def largest(args, rows, save):
             print(lines[-1], flush=True)
             continue
         per_sequence = (tried[double][1] - tried[few][1]) / few
-        batch_size = max(1, int((0.97 * memory - tried[few][1]) / per_sequence) + few)
-        while True:
-            if batch_size not in tried:
-                tried[batch_size] = tokens_per_s(name, batch_size)
-            step = 1 if tried[batch_size] else -1
-            if batch_size + step in tried or batch_size + step < 1:
-                break
-            batch_size += step
-        fits = max(size for size, result in tried.items() if result)
+        fits, too_many = double, None
+        batch_size = max(double + 1, int((0.97 * memory - tried[few][1]) / per_sequence) + few)
+        while too_many != fits + 1:
+            tried[batch_size] = tokens_per_s(name, batch_size)
+            if tried[batch_size]:
+                fits = batch_size
+            else:
+                too_many = batch_size
+            batch_size = (fits + too_many) // 2 if too_many else fits + max(1, fits // 20)
         speed, peak = tried[fits]
         rows.append(dict(name=name, batch_size=fits, tokens_per_s=speed, peak_memory_bytes=peak, bytes_per_sequence=per_sequence))
         lines.append(f'{name:42s} {fits:4d} x 1024 {speed:9,.0f} tokens/s {peak / 2**30:6.2f} GiB, {per_sequence / 2**20:,.0f} MiB a sequence')

@@ -28,10 +28,10 @@ PHASES = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp'
 SHAPES = {'124M': (12, 768), '350M': (24, 1024), '1.5B': (48, 1600)}  # n_layer, n_embd
 NAMES = {
     'ddp': 'DDP', 'zero1': 'phase 1', 'triton': 'phase 2', 'fsdp': 'phase 3', 'zero1+triton': 'phases 1 + 2', 'fsdp+triton': 'phases 2 + 3',
-    'hybrid': 'phase 3 hybrid', 'fsdp+large_units': 'phase 3, units of 100 million', 'fsdp+one_unit': 'phase 3 as one unit',
-    'ddp+launched': 'DDP without CUDA graphs', 'zero1+launched': 'phase 1 without CUDA graphs', 'triton+launched': 'phase 2 without CUDA graphs',
+    'hybrid': 'phase 3 hybrid', 'fsdp+one_unit': 'phase 3 as one unit',
 }  # fmt: skip
-ON_4_GPUS = 'trainers_h100x4'
+NAMES |= {f'{key}+launched': f'{name} without CUDA graphs' for key, name in NAMES.items()}
+ON_4_GPUS, ZERO1_ON_4_GPUS = 'trainers_h200x4', 'trainers_h100x4'  # in the latter DDP and phase 1 took turns
 TRY = 'nanoGPT/config/train_python_char.py --max_iters=20 --eval_interval=20 --eval_iters=2 --log_interval=20 --always_save_checkpoint=True'
 TRY_2 = 'torchrun --standalone --nproc_per_node=2'
 CHECKS = [  # what the summary shows with its output
@@ -155,12 +155,13 @@ def zero1_saved(document):
 def zero1_trainers(document):
     """The whole train.py against DDP's."""
     sizes = [
-        f'{of_ddp("zero1", size, 10):.1%} of the speed of DDP at {size} with 10 micro-steps and {of_ddp("zero1", size, 1):.1%} with 1'
+        f'{of_ddp("zero1", size, 10, ZERO1_ON_4_GPUS):.1%} of the speed of DDP at {size} with 10 micro-steps and '
+        f'{of_ddp("zero1", size, 1, ZERO1_ON_4_GPUS):.1%} with 1'
         for size in ('124M', '1.5B')
     ]
-    rows = {(row['trainer'], row['size']): row for row in load(ON_4_GPUS)['rows']}
+    rows = {(row['trainer'], row['size']): row for row in load(ZERO1_ON_4_GPUS)['rows']}
     rest = ' → '.join(gib(rows[trainer, '1.5B']['memory_bytes']['rest'], 1) for trainer in ('ddp', 'zero1'))
-    return f'{", ".join(sizes)}, where {rest} GiB are taken at rest ({cite(ON_4_GPUS, document)})'
+    return f'{", ".join(sizes)}, where {rest} GiB are taken at rest ({cite(ZERO1_ON_4_GPUS, document)})'
 
 
 @table
@@ -351,12 +352,12 @@ def measured(document):
             than = f'{row["ratio"]:.2f} × the reference' + (f', {row["ratio"] / recorded["ratio"]:.2f} × with CUDA graphs too' if recorded else '')
             where = f'1 {short(load(path.stem))}', '124M × 8'
             rows.append((text, *where, f'{row["tokens_per_s"]:,.0f}', than, '', gib(row['peak_memory_bytes'], 1), cite(path.stem, document)))
-    newest = {}  # of each trainer and size on a kind of GPU, the row with most GPUs
-    for name in trainer_files():
+    newest = {}  # of each trainer and size, the row with most GPUs, and of those the last one measured
+    for name in sorted(trainer_files(), key=lambda name: load(name)['sessions'][0]['date']):
         its, device = load(name)['rows'], short(load(name)['sessions'][0])
         for row in one_of_each(its):
-            kind = device, row['size'], row['trainer']
-            skip = row['size'] not in ('124M', '1.5B') or row['trainer'] == 'hybrid' or row['trainer'].endswith('+launched')
+            kind = row['size'], row['trainer']
+            skip = row['size'] not in ('124M', '1.5B') or row['trainer'].split('+')[-1] in ('hybrid', 'one_unit', 'launched')
             if not skip and row['processes'] >= newest.get(kind, row)['processes']:
                 newest[kind] = row | {'device': device, 'base': base_of(row, its), 'file': name}
     for row in in_order(newest.values()):
@@ -369,31 +370,30 @@ def measured(document):
     return markdown(['', 'GPUs', 'model × micro-steps', 'tokens/s', 'that is', 'at rest, GiB', 'peak, GiB', 'result file'], rows)
 
 
-def of_ddp(trainer, size, micro_steps):
+def of_ddp(trainer, size, micro_steps, name=ON_4_GPUS):
     """The speed of a trainer on four GPUs, DDP's being 1."""
-    found = {r['trainer']: r for r in load(ON_4_GPUS)['rows'] if (r['processes'], r['size'], r['micro_steps']) == (4, size, micro_steps)}
+    found = {r['trainer']: r for r in load(name)['rows'] if (r['processes'], r['size'], r['micro_steps']) == (4, size, micro_steps)}
     return found[trainer]['tokens_per_sec']['median'] / found['ddp']['tokens_per_sec']['median']
 
 
 @table
 def triton_of_ddp(document):
-    """The kernels on several GPUs, alone and under phase 1."""
-    alone, with_zero1 = ([f'{of_ddp(trainer, "124M", n):.1%}' for n in (10, 1)] for trainer in ('triton', 'zero1+triton'))
-    return (
-        f'{alone[0]} of the speed of the reference with 10 micro-steps and {alone[1]} with 1, and with phase 1 at {with_zero1[0]} and '
-        f'{with_zero1[1]}, all with CUDA graphs ({cite(ON_4_GPUS, document)})'
-    )
+    """The kernels on several GPUs, alone and under phases 1 and 3."""
+    rows = []
+    for name, size in (('triton', '124M'), ('zero1+triton', '124M'), ('fsdp+triton', '124M'), ('triton', '1.5B'), ('fsdp+triton', '1.5B')):
+        rows.append((NAMES[name], size, *(f'{of_ddp(name, size, n):.1%}' for n in (10, 1))))
+    return markdown(['', 'model', 'of the speed of DDP, 10 micro-steps', '1 micro-step'], rows)
 
 
 @table
 def fsdp_of_ddp(document):
-    """Phase 3 against DDP, both as their train.py runs them by default, and in one unit."""
+    """Phase 3 against DDP, both as their train.py runs them by default, and without its CUDA graphs."""
     return (
-        f'on four H100s phase 3 has {of_ddp("fsdp", "1.5B", 10):.1%} of the speed of DDP at 1.5B with 10 micro-steps and '
-        f'{of_ddp("fsdp", "1.5B", 1):.1%} with 1. At 124M it is {of_ddp("fsdp", "124M", 10):.1%} and {of_ddp("fsdp", "124M", 1):.1%}, because '
-        f'the CPU cannot keep up with 13 units; as a single unit (`--fsdp_min_num_params=1_000_000_000`) '
-        f'{of_ddp("fsdp+one_unit", "124M", 10):.1%} and {of_ddp("fsdp+one_unit", "124M", 1):.1%} ({cite(ON_4_GPUS, document)}). DDP has its CUDA '
-        'graphs there; part of the difference is that phase 3 writes no logits and has a residual stream of 16 bits'
+        f'on four H200s phase 3 has {of_ddp("fsdp", "124M", 10):.1%} of the speed of DDP at 124M with 10 micro-steps and '
+        f'{of_ddp("fsdp", "124M", 1):.1%} with 1, and {of_ddp("fsdp", "1.5B", 10):.1%} and {of_ddp("fsdp", "1.5B", 1):.1%} at 1.5B '
+        f'({cite(ON_4_GPUS, document)}). All with CUDA graphs: without them phase 3 falls to {of_ddp("fsdp+launched", "124M", 10):.1%} and '
+        f'{of_ddp("fsdp+launched", "124M", 1):.1%} at 124M, because the CPU cannot keep up with 13 units. Part of what it is ahead of DDP is '
+        'that it writes no logits and has a residual stream of 16 bits'
     )
 
 
@@ -401,7 +401,7 @@ def fsdp_of_ddp(document):
 def fsdp_checkpoint(document):
     """What saves at 1.5B cost the training."""
     rows = []
-    report = load('fsdp_checkpoint_h100x4')
+    report = load('fsdp_checkpoint_h200x4')
     sharded, full = report['results']
     for its, save in zip(sharded['steps'], sharded['saves']):
         usual, during = its['seconds'], its['seconds_while_saving']
@@ -412,7 +412,7 @@ def fsdp_checkpoint(document):
     header = ['micro-steps', 'a step', 'copying', 'the step after that', 'the steps until all is on the disk', 'until then', 'training has lost']
     seconds = f'{full["gather_seconds"]:.1f} s to collect {gib(full["bytes"])} GiB on rank 0, {full["seconds"]:.1f} s until they are written'
     text = f'`full`: {seconds} (without the fsync that train.py adds).'
-    return f'{report["processes"]} × {measured_by(report, "fsdp_checkpoint_h100x4", document)}, seconds:\n\n{markdown(header, rows)}\n\n{text}'
+    return f'{report["processes"]} × {measured_by(report, "fsdp_checkpoint_h200x4", document)}, seconds:\n\n{markdown(header, rows)}\n\n{text}'
 
 
 @table
@@ -673,7 +673,8 @@ def overview_data():
         'phase 1\nZeRO-1': [4 * n / GIB, 4 * n / GIB, 8 * n / 4 / GIB],
         'phase 3\nFSDP': [4 * n / 4 / GIB, 4 * n / 4 / GIB, 8 * n / 4 / GIB],
     }
-    rows = {(r['trainer'], r['size'], r['micro_steps']): r for r in load(ON_4_GPUS)['rows'] if 'error' not in r}
+    both = [*load(ZERO1_ON_4_GPUS)['rows'], *load(ON_4_GPUS)['rows']]
+    rows = {(r['trainer'], r['size'], r['micro_steps']): r for r in both if 'error' not in r}
     measured = {name: rows[trainer, '1.5B', 10]['memory_bytes']['rest'] / GIB for name, trainer in zip(computed, ('ddp', 'zero1', 'fsdp'))}
     speed = {
         f'{label}, {size}': 100 * of_ddp(trainer, size, 10)
@@ -681,9 +682,10 @@ def overview_data():
             ('124M', 'zero1', 'phase 1'),
             ('124M', 'triton', 'phase 2'),
             ('124M', 'fsdp', 'phase 3'),
-            ('124M', 'fsdp+one_unit', 'phase 3 as one unit'),
-            ('1.5B', 'zero1', 'phase 1'),
+            ('124M', 'fsdp+triton', 'phases 2 + 3'),
+            ('1.5B', 'triton', 'phase 2'),
             ('1.5B', 'fsdp', 'phase 3'),
+            ('1.5B', 'fsdp+triton', 'phases 2 + 3'),
         )
     }
     names = {
@@ -728,7 +730,7 @@ def draw_overview(data, path, mark):
     middle.axvline(100, color='black', linewidth=1.5)
     middle.text(100, len(labels) - 0.5, 'DDP', ha='center')
     middle.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels], fontsize=12.5)
-    middle.set(xlabel="% of DDP's tokens/s, 10 micro-steps", xlim=(0, 135), ylim=(-0.5, len(labels) - 0.1), title='Speed: four H100s')
+    middle.set(xlabel="% of DDP's tokens/s, 10 micro-steps", xlim=(0, 135), ylim=(-0.5, len(labels) - 0.1), title='Speed: four H200s')
     middle.tick_params(axis='y', length=0)
     for i, (label, thousands) in enumerate(data['ladder'].items()):
         right.bar(i, thousands, 0.62, color='#E69F00' if label.startswith('phase 2') else '#999999')

@@ -83,7 +83,7 @@ def test_results_of_bench_trainers_become_tables(results):
     failed = dict(trainer='fsdp', size='124M', processes=4, micro_steps=None, batch_size=12, block_size=1024, error='OutOfMemoryError: of 80 GiB')
     versions = dict(python='3.12', torch='2.11', cuda='13.0', triton='3.6', nccl='2.28')
     session = dict(
-        device='NVIDIA H200', device_type='cuda', driver='580', versions=versions, commit=None, command='x', date='2026-01-01 00:00:00 UTC'
+        device='NVIDIA H200', device_type='cuda', driver='580', versions=versions, commit=None, command='x', date='2036-01-01 00:00:00 UTC'
     )
     report.write_json(results / 'trainers_h200x4.json', dict(sessions=[session], runs=[], rows=[failed, faster, row]))
     speed = report.trainers_speed('README.md')
@@ -132,6 +132,7 @@ def test_a_ladder_of_other_work_is_not_in_the_readme_and_says_what_it_is(results
     ladder = report.load('phase2_ladder_h100')
     assert '| 1.17 × the reference, 1.13 × with CUDA graphs too |  | 7.2 |' in report.measured('README.md')
     report.write_json(results / 'phase2_ladder_h200.json', ladder | dict(size='350M', batch_size=4, micro_steps=2))
+    report.load.cache_clear()
     assert 'phase2_ladder_h200' not in report.measured('README.md')
     assert '350M, 2 micro-steps of 4 × 1024 tokens: NVIDIA' in report.phase2_ladder('README.md')
 
@@ -140,6 +141,7 @@ def test_a_part_of_a_ladder_is_enough(results):
     ladder = report.load('phase2_ladder_h100')
     rows = [row for row in ladder['rows'] if row['name'] in ('reference, compiled', '+ half_residual')]
     report.write_json(results / 'phase2_ladder_h100.json', ladder | dict(rows=rows))
+    (results / 'phase2_ladder_h200.json').unlink()
     report.load.cache_clear()
     measured = report.measured('README.md')
     assert 'with a 16-bit residual stream' in measured and 'phase 2, the step' not in measured and 'with CUDA graphs too' not in measured
