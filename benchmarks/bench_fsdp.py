@@ -366,7 +366,8 @@ def run_attempt(args, processes, name, layers):
     with tempfile.TemporaryDirectory() as folder:
         out, stderr = Path(folder, 'out.json'), Path(folder, 'stderr')
         with stderr.open('w') as file:
-            run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], 150, file)
+            timeout = 300 if 'offload' in name else 150  # pinning CPU memory takes long
+            run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], timeout, file)
         if out.exists():
             result = json.loads(out.read_text())
             return result if 'error' in result else result['results'][0]
@@ -386,7 +387,7 @@ def search(args, name, fits, tried):
         guess = 4 + int((total - first['peak_bytes']) / slope)
         if 'offload' in name:  # bounded by the CPU's memory; pinned tensors take up to twice their size
             guess = int(0.75 * cpu_memory() / (22 * (second['parameters'] - first['parameters']) / 4))
-    step = max(1, guess // 25)
+    step = max(1, guess // (8 if 'offload' in name else 25))
     tries = 0
     while not fits(guess) and guess > 8 and tries < 3:
         guess, tries = guess - step, tries + 1

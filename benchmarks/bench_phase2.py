@@ -243,6 +243,9 @@ def largest(args, rows, save):
     """Peaks at two batch sizes give a guess, from which bisection finds one that fits while the next does not."""
     use_side_stream('cuda')
     memory = torch.cuda.get_device_properties(0).total_memory
+    if args.gib:
+        torch.cuda.set_per_process_memory_fraction(args.gib * 2**30 / memory)
+        memory = args.gib * 2**30
 
     def tokens_per_s(name, batch_size):
         """And the peak in bytes; None if it does not fit."""
@@ -390,6 +393,7 @@ def main():
     parser.add_argument('--seeds', type=lambda text: [int(seed) for seed in text.split(',')], default=[0, 1, 2], help='of the curves: 0,1,2')
     parser.add_argument('--join', default='', help='curves: run nothing, but join these comma-separated result files')
     parser.add_argument('--curve_steps', type=int, default=1000)
+    parser.add_argument('--gib', type=float, default=0, help='largest: of a GPU with this much memory for PyTorch; 78.5 is an H100 with 80 GB')
     args = parser.parse_args()
     if args.join:
         report = join(args.join.split(','))
@@ -401,7 +405,7 @@ def main():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
-    report = {**facts(), **{key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps')}, 'rows': []}
+    report = {**facts(), **{key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')}, 'rows': []}
     text = dict(ladder=ladder, curves=curves, largest=largest, profile=profile)[args.mode](args, report['rows'], lambda: write_json(args.out, report))
     report['summary'] = text.splitlines()
     write_json(args.out, report)

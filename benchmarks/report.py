@@ -278,7 +278,14 @@ def phase2_largest(document):
             )
             for row in load(path.stem)['rows']
         ]
-        header = ['the most that fits into a micro-step', 'sequences of 1024', 'tokens/s', 'peak, GiB', 'MiB a sequence']
+        limit = load(path.stem).get('gib')
+        header = [
+            f'the most that fits into a micro-step{f" in {limit:g} GiB" if limit else ""}',
+            'sequences of 1024',
+            'tokens/s',
+            'peak, GiB',
+            'MiB a sequence',
+        ]
         blocks.append(f'{measured_by(load(path.stem), path.stem, document)}:\n\n{markdown(header, cells)}')
     return '\n\n'.join(blocks)
 
