@@ -107,7 +107,8 @@ dist.destroy_process_group()
 def test_recorded_micro_steps(launch, work, nproc):
     """
     An iteration replayed as CUDA graphs, which are faked here, is the iteration itself to the bit: of several micro-steps and of one, behind an
-    evaluation, released and recorded anew, with all units kept and with each freed, and in hybrid sharding on 4 ranks.
+    evaluation, released and recorded anew, with all units kept and with each freed, and in hybrid sharding on 4 ranks. More micro-steps than were
+    recorded are an error.
     """
     out = launch(script(work, 'recorded', f"""
 import pytest, torch, torch.distributed as dist
@@ -158,6 +159,12 @@ def train(recorded, **flags):
         optimizer.step()
         optimizer.zero_grad()
     assert len(forwards) == (13 if recorded else 20)  # 2 x 3 of warm-up; 3 recorded, 1, and 3 again
+    if recorded:
+        graph.release()
+        with pytest.raises(RuntimeError, match='more micro-steps than were recorded'):
+            for last in (False, True, False, False):
+                set_last_micro_step(model, last)
+                graph(x[:, :-1].contiguous(), x[:, 1:].contiguous())
     return numbers
 
 hybrid = dict(fsdp_shard_size=2) if dist.get_world_size() == 4 else dict()
