@@ -1,7 +1,7 @@
 """
 What is special to phase 3 (FSDP), on all GPUs of one machine. Its speed and memory beside the other phases: bench_trainers.py.
 
-    python benchmarks/bench_fsdp.py variants --out=benchmarks/results/fsdp_variants.json       # what bounds 124M: 3 minutes
+    python benchmarks/bench_fsdp.py variants --out=benchmarks/results/fsdp_variants.json       # what each choice is worth at 124M: 3 minutes
     python benchmarks/bench_fsdp.py checkpoint --out=benchmarks/results/fsdp_checkpoint.json   # saves at 1.5B, both formats: 3 minutes
     python benchmarks/bench_fsdp.py curves --out=benchmarks/results/fsdp_curves.json           # 200 steps on real text: 2 minutes
     python benchmarks/bench_fsdp.py largest --only=ddp,zero1,fsdp --out=...                    # largest model, by trying: 3 to 4 minutes

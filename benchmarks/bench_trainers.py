@@ -189,7 +189,8 @@ class Probe:
                     raise Enough
                 return
         # The peak is counted behind the warm-up; but what CUDA graphs need shows while they are recorded, which is at the start or, under DDP,
-        # in the last part of the first warm-up (when it has its last buckets). One process records nothing for later numbers of micro-steps
+        # in the last part of the first warm-up (when it has its last buckets). One process records nothing for later numbers of micro-steps, FSDP
+        # records anew for each. So the peaks of FSDP and of one process include their warm-up, which is no higher: the same steps, launched
         recorded = bool(train['cuda_graph'])
         begins = 0 if recorded and (block or not train['ddp']) else self.interval * (self.warmup - recorded)
         if self.cuda and place in (0, begins) and not (recorded and block and train['world_size'] == 1):

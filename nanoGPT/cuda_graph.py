@@ -3,7 +3,8 @@ Forward and backward of a micro-step as CUDA graphs: recorded once, then replaye
 some 500 kernels in each micro-step, and a fast GPU waits for it.
 
 A replay repeats the recorded kernels on the recorded addresses, so what it reads and writes must stay where it is: the batch is
-copied into tensors of the graphs' own, and gradients lie where the first graph has made them, or under DDP in its buckets.
+copied into tensors of the graphs' own, and gradients lie where the first graph has made them, or under DDP in its buckets (under FSDP: see
+sharded_cuda_graph.py in phase3_fsdp/).
 Source: docs.pytorch.org, CUDA semantics, "CUDA Graphs".
 """
 

@@ -1,7 +1,7 @@
 """
 Fully sharded data parallelism (FSDP2, torch.distributed.fsdp.fully_shard) for a GPT, and AdamW over the shards.
 
-A rank keeps 1/k of the rows of every parameter, of its gradient and of AdamW's state, and nothing else between steps. The
+A rank keeps 1/k of the rows of every parameter, of its gradient and of AdamW's state, and nothing else between steps but CUDA graphs. The
 model is cut into units: before a unit computes, its parameters are gathered from the ranks (all-gather, in the compute
 dtype), and after its backward its gradients are averaged and each rank gets those of its own rows (reduce-scatter). Both
 run while the neighbouring units compute. The idea is ZeRO stage 3: Rajbhandari et al. 2020, arxiv.org/abs/1910.02054;

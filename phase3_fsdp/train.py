@@ -362,7 +362,7 @@ while True:
     max_norm = grad_clip or math.inf
     grad_norm = optimizer.clip_grad_norm_(max_norm) if fsdp else torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     step_guard.step(optimizer, grad_norm)
-    optimizer.zero_grad(set_to_none=True)  # frees their memory, except DDP's buckets
+    optimizer.zero_grad(set_to_none=True)  # frees their memory, except DDP's buckets and what CUDA graphs keep
     loss_sum = mean_over_ranks(loss_sum)  # has a time limit, dist_timeout; what ranks send in CUDA graphs, before this, has none
 
     # timing and logging
