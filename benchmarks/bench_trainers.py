@@ -189,13 +189,14 @@ class Probe:
                     raise Enough
                 return
         # The peak is counted behind the warm-up; but what CUDA graphs need shows while they are recorded, which is at the start or, under DDP,
-        # in the last part of the first warm-up (when it has its last buckets). One process records nothing for later numbers of micro-steps, FSDP
-        # records anew for each. So the peaks of FSDP and of one process include their warm-up, which is no higher: the same steps, launched
+        # in the last part of the first warm-up (when it has its last buckets). So without DDP the peak includes the warm-up: the same steps, launched
         recorded = bool(train['cuda_graph'])
         begins = 0 if recorded and (block or not train['ddp']) else self.interval * (self.warmup - recorded)
-        if self.cuda and place in (0, begins) and not (recorded and block and train['world_size'] == 1):
+        if self.cuda and place in (0, begins):
             torch.cuda.reset_peak_memory_stats()
         if place == 0:
+            if recorded and block:
+                train['graph'].release()  # the factor of the loss is recorded
             micro_steps, tokens = self.run['micro_steps'][block], train['batch_size'] * train['block_size'] * train['world_size']
             train.update(gradient_accumulation_steps=micro_steps, tokens_per_iter=micro_steps * tokens)
 
@@ -411,7 +412,7 @@ def plan(args, processes, folder):
     names = args.trainers or DEFAULT['one' if processes == 1 else 'several']
     for size in args.sizes:
         shape, interval, intervals, (first, later) = SIZES[size]
-        micro_steps = args.micro_steps or ([5, 1] if size != 'tiny' else [3, 1])  # this order: a CUDA graph keeps the loss's factor of its first
+        micro_steps = args.micro_steps or ([5, 1] if size != 'tiny' else [3, 1])
         for i in range(args.rounds):
             for name in names:
                 script, flags = TRAINERS[name]

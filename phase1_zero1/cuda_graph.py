@@ -105,6 +105,8 @@ class MicroStepGraph:
                 self.losses[kind] = self.step(self.X, self.Y)
                 self.settle_gradients()
         except RuntimeError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
             reason = str(error.__context__ or error).split('\n')[0]  # the end of the recording complains, too
             raise UserError(f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without') from error
         self.graphs[kind] = graph

@@ -1,6 +1,9 @@
 """Micro-steps under FSDP as CUDA graphs, with all that the ranks send: see cuda_graph.py."""
 
+import torch
+
 from cuda_graph import WARMUP, MicroStepGraph
+from distributed import mean_over_ranks
 
 
 class ShardedMicroStepGraph(MicroStepGraph):
@@ -33,6 +36,8 @@ class ShardedMicroStepGraph(MicroStepGraph):
         return loss
 
     def record(self, kind, X, Y):
+        if self.graphs:  # a recording waits for the replays before it, in which ranks wait for each other; only this has a time limit, dist_timeout
+            mean_over_ranks(torch.zeros((), device=X.device))
         before = [p for p in self.parameters if p.grad is None]
         super().record(kind, X, Y)
         self.made[kind] = [(p, p.grad) for p in before if p.grad is not None]

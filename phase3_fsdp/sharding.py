@@ -211,9 +211,9 @@ def compile_parts(model, units):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
 
     def in_parts(idx, targets):
-        x = (embed(idx),)
+        x, again = (embed(idx),), model.config.activation_checkpointing and model.training
         for block in transformer.h:
-            x = checkpoint(block, *x, use_reentrant=False) if model.config.activation_checkpointing and model.training else block(*x)
+            x = checkpoint(block, *x, use_reentrant=False, preserve_rng_state=model.config.dropout > 0) if again else block(*x)
             x = x if isinstance(x, tuple) else (x,)  # phase 2's blocks hand on a pair
         return None, loss_of(x, targets)
 

@@ -113,8 +113,8 @@ def test_recorded_micro_steps(launch, work, nproc):
     out = launch(script(work, 'recorded', f"""
 import pytest, torch, torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_param
+import sharded_cuda_graph
 from model import GPT, GPTConfig
-from sharded_cuda_graph import ShardedMicroStepGraph
 from sharding import OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
 sys.path.append({str(ROOT / 'tests')!r})
 import fake_cuda_graph
@@ -125,6 +125,8 @@ for name in ('all_gather_single', 'all_gather_into_tensor', 'reduce_scatter_sing
     if hasattr(dist, name):  # they have been renamed in torch 2.13
         setattr(dist, name, fake_cuda_graph.noted(getattr(dist, name)))
 _fsdp_param.free_storage = lambda tensor: None  # graphs have memory of their own
+mean_over_ranks, limits = sharded_cuda_graph.mean_over_ranks, []
+sharded_cuda_graph.mean_over_ranks = lambda x: limits.append(1) or mean_over_ranks(x)
 
 def train(recorded, **flags):
     torch.manual_seed(0)
@@ -141,7 +143,7 @@ def train(recorded, **flags):
         loss.backward()
         return loss.detach()
 
-    graph = ShardedMicroStepGraph(step, model) if recorded else step
+    graph = sharded_cuda_graph.ShardedMicroStepGraph(step, model) if recorded else step
     torch.manual_seed(dist.get_rank())
     for i, count in enumerate((3, 3, 3, 4, 1, 1, 3, 2)):
         if i == 3:
@@ -159,12 +161,15 @@ def train(recorded, **flags):
         optimizer.step()
         optimizer.zero_grad()
     assert len(forwards) == (13 if recorded else 20)  # 2 x 3 of warm-up; 3 recorded, 1, and 3 again
+    assert len(limits) == (4 if recorded else 0)  # before a recording that waits for a replay
+    limits.clear()
     if recorded:
         graph.release()
         with pytest.raises(RuntimeError, match='more micro-steps than were recorded'):
             for last in (False, True, False, False):
                 set_last_micro_step(model, last)
                 graph(x[:, :-1].contiguous(), x[:, 1:].contiguous())
+        limits.clear()
     return numbers
 
 hybrid = dict(fsdp_shard_size=2) if dist.get_world_size() == 4 else dict()
@@ -446,7 +451,7 @@ def test_alone_on_a_device(launch, work, device, options):
     A group of one rank: all of FSDP but the sending. The losses are the reference's, also across a stop and a resume, and the
     reference goes on from there. On a GPU what can be compiled is, here nothing.
     """
-    flags = [*(flag for flag in TINY if 'device' not in flag), f'--device={device}']
+    flags = [*(flag for flag in TINY if 'device' not in flag), f'--device={device}', '--gradient_accumulation_steps=4']
     plain, alone = ['--dtype=float32', '--compile=False'], ROOT / 'tests' / 'one_device.py'
 
     def numbers(scripts, *more):
@@ -477,6 +482,7 @@ def test_alone_on_a_device(launch, work, device, options):
         (2, ['--dtype=float16', '--fsdp_cpu_offload', '--compile=False']),
         (2, ['--dtype=float32', '--compile=False']),
         (4, ['--fsdp_shard_size=2', EACH_BLOCK, '--compile=False', SHARDED]),
+        (4, ['--fsdp_shard_size=2', '--fsdp_reshard=True', EACH_BLOCK, '--compile=False']),
         (4, ['--fsdp_shard_size=2', '--fsdp_cpu_offload', '--fsdp_reshard=True', EACH_BLOCK, '--compile=False']),
     ],
 )
@@ -484,7 +490,7 @@ def test_on_gpus(launch, work, nproc, options):
     """Learns like DDP in float32 does, resumes at two world sizes, and keeps its shards on the device they belong to."""
     if torch.cuda.device_count() < nproc:
         pytest.skip(f'needs {nproc} CUDA GPUs')
-    flags = [*(flag for flag in TINY if 'device' not in flag), '--gradient_accumulation_steps=4', '--max_iters=60', '--lr_decay_iters=60',
+    flags = [*(flag for flag in TINY if 'device' not in flag), '--gradient_accumulation_steps=12', '--max_iters=60', '--lr_decay_iters=60',
              '--eval_interval=30']  # fmt: skip
 
     def run(train, *more, nproc=nproc):

@@ -229,3 +229,9 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(cuda_graph, 'WARMUP', 0)
     with pytest.raises(UserError, match=r'\(not permitted when stream is capturing\): --cuda_graph=False trains without'):
         cuda_graph.MicroStepGraph(reads_on_the_cpu, torch.nn.Linear(1, 1))(torch.zeros(1), torch.zeros(1))
+
+    def interrupted(x, y):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cuda_graph.MicroStepGraph(interrupted, torch.nn.Linear(1, 1))(torch.zeros(1), torch.zeros(1))
