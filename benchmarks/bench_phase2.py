@@ -101,7 +101,8 @@ class Sensors:
     """Samples of the GPU's clock (MHz) and power (W) while the benchmark runs, ten a second."""
 
     def __init__(self):
-        command = ['nvidia-smi', '-i', '0', '--query-gpu=clocks.sm,power.draw', '--format=csv,noheader,nounits', '-lms', '100']
+        gpu = f'GPU-{torch.cuda.get_device_properties(0).uuid}'  # by number it would be another one under CUDA_VISIBLE_DEVICES
+        command = ['nvidia-smi', '-i', gpu, '--query-gpu=clocks.sm,power.draw', '--format=csv,noheader,nounits', '-lms', '100']
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.samples = []
         threading.Thread(target=self.read, daemon=True).start()
