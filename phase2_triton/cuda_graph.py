@@ -38,7 +38,7 @@ def use_cuda_graph(config, world_size):
         raise UserError(f'cuda_graph=True works over NCCL only, but backend is {config["backend"]}: leave out one of the two')
     offload = several and config.get('use_fsdp') and config.get('fsdp_cpu_offload')
     if wanted is True and offload:
-        raise UserError('cuda_graph=True with fsdp_cpu_offload is not supported, in which the CPU takes part: leave out one of the two')
+        raise UserError('cuda_graph=True with fsdp_cpu_offload, where the CPU takes part in backward, is not supported: leave out one of the two')
     use = on_gpu and not (over_cpu or offload or draws_again) if wanted == 'auto' else wanted
     if use:
         use_side_stream(device)
@@ -105,9 +105,10 @@ class MicroStepGraph:
                 self.losses[kind] = self.step(self.X, self.Y)
                 self.settle_gradients()
         except RuntimeError as error:
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise error.__context__ from None
-            reason = str(error.__context__ or error).split('\n')[0]  # the end of the recording complains, too
+            cause = error.__context__ or error  # the end of the recording complains, too
+            if not isinstance(cause, RuntimeError):  # Ctrl-C, say
+                raise cause from None
+            reason = str(cause).split('\n')[0]
             raise UserError(f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without') from error
         self.graphs[kind] = graph
 

@@ -372,7 +372,7 @@ def test_on_a_gpu(work, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('folder', ['nanoGPT', 'phase1_zero1'])
+@pytest.mark.parametrize('folder', ['nanoGPT', 'phase1_zero1', 'phase3_fsdp'])
 @pytest.mark.parametrize(
     'options',
     [
@@ -384,7 +384,7 @@ def test_on_a_gpu(work, options):
     ids=['one micro-step', 'compiled', 'triton', 'float16'],
 )
 def test_graphs_on_two_gpus(launch, work, folder, options):
-    """By default all micro-steps are replayed, with what DDP sends; the losses are those without graphs. An evaluation lets the graphs go."""
+    """By default all micro-steps are replayed, with what the ranks send; the losses are those without graphs. An evaluation lets the graphs go."""
     if torch.cuda.device_count() < 2:
         pytest.skip('needs 2 CUDA GPUs')
     flags = [arg for arg in TINY if not arg.startswith('--device')] + ['--max_iters=40', '--eval_interval=15', *options]
