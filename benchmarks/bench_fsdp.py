@@ -318,12 +318,13 @@ def attempt(args, device, results):
     """One try of `largest`: four steps, of which two are timed, of a model of args.layers layers. If it does not fit, it says so in args.out."""
     name, layers = args.attempt.rsplit(':', 1)
     kind, flags, checkpointing = LARGEST[name]
-    width = (6144, 48) if not args.dry_run else (64, 2)
-    size = (int(layers), width[1], width[0], 1, 1024 if not args.dry_run else 32)
+    # pinned tensors are rounded up to powers of two, which at the width of the others would take 1.6 times their size
+    width = 64 if args.dry_run else 8192 if 'offload' in name else 6144
+    size = (int(layers), width // 128 or 2, width, 1, 1024 if not args.dry_run else 32)
     try:
         trainer = Trainer(kind, size, device, False, flags, exact_init=False, activation_checkpointing=checkpointing)
         warm = warm_up(trainer, 1, steps=1)
-        results.append(record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width[0]))
+        results.append(record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -334,7 +335,8 @@ def attempt(args, device, results):
 def largest(args, processes):
     """
     For each trainer the largest model that trains, one sequence of 1024 tokens a GPU: models of width 6144 with more and more
-    layers (453M parameters each), every try in processes of its own, first where two small ones say that the memory ends.
+    layers (453M parameters each; with offload 8192 and 805M), every try in processes of its own, first where two small ones say
+    that the memory ends.
     """
     results, attempts = [], {}
     for name in args.only.split(',') if args.only else LARGEST:
@@ -371,7 +373,10 @@ def run_attempt(args, processes, name, layers):
         if out.exists():
             result = json.loads(out.read_text())
             return result if 'error' in result else result['results'][0]
-        print('\n'.join(stderr.read_text(errors='replace').splitlines()[-30:]), file=sys.stderr, flush=True)
+        lines = stderr.read_text(errors='replace').splitlines()
+        if any('SIGKILL' in line for line in lines):  # how Linux ends a process where the CPU's memory is full
+            return {'error': 'out of memory'}
+        print('\n'.join(lines[-30:]), file=sys.stderr, flush=True)
         return {'error': f'ended with {run}'}
 
 
@@ -385,8 +390,8 @@ def search(args, name, fits, tried):
         total = torch.cuda.get_device_properties(0).total_memory * 0.96  # the rest is CUDA's and NCCL's
         slope = (second['peak_bytes'] - first['peak_bytes']) / 4
         guess = 4 + int((total - first['peak_bytes']) / slope)
-        if 'offload' in name:  # bounded by the CPU's memory; pinned tensors take up to twice their size
-            guess = int(0.75 * cpu_memory() / (22 * (second['parameters'] - first['parameters']) / 4))
+        if 'offload' in name:  # bounded by the CPU's memory: parameters and gradients, pinned, and AdamW's two
+            guess = int(0.8 * cpu_memory() / (17 * (second['parameters'] - first['parameters']) / 4))
     step = max(1, guess // (8 if 'offload' in name else 25))
     tries = 0
     while not fits(guess) and guess > 8 and tries < 3:
