@@ -338,7 +338,7 @@ def largest(args, processes):
     layers (453M parameters each; with offload 8192 and 805M), every try in processes of its own, first where two small ones say
     that the memory ends.
     """
-    results, attempts = [], {}
+    attempts = {}  # {trainer: {number of layers: what was measured}}
     for name in args.only.split(',') if args.only else LARGEST:
         tried = attempts[name] = {}
 
@@ -346,7 +346,7 @@ def largest(args, processes):
             if layers not in tried:
                 started = time.time()
                 tried[layers] = run_attempt(args, processes, name, layers)
-                write(args, results, processes, tried=attempts)
+                write(args, best_of(attempts), processes, tried=attempts)
                 print(f'{name}, {layers} layers: {tried[layers].get("error", "trains")}, {time.time() - started:.0f} s', flush=True)
             error = tried[layers].get('error')
             if error not in (None, 'out of memory'):  # this says nothing about memory, and ends the search
@@ -355,11 +355,17 @@ def largest(args, processes):
 
         with suppress(ChildProcessError):
             search(args, name, fits, tried)
+    return best_of(attempts)
+
+
+def best_of(attempts):
+    """The largest of each trainer that trains, with the number of layers that is too many; None where nothing larger was tried."""
+    results = []
+    for tried in attempts.values():
         best = max((n for n, r in tried.items() if 'error' not in r), default=None)
         failed = [n for n, r in tried.items() if r.get('error') == 'out of memory' and n > (best or 0)]
         if best:
             results.append(tried[best] | dict(smallest_that_does_not_fit=min(failed, default=None)))
-            write(args, results, processes, tried=attempts)
     return results
 
 

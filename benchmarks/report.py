@@ -341,12 +341,12 @@ def memory_of_fsdp(document):
 
 @table
 def measured(document):
-    """The README's."""
+    """The README's, of one GPU."""
     rows = []
     for gpu, name in reference_files().items():
         its = load(name)['rows'][0]
         speed, peak = statistics.median(its['tokens_per_sec']), its['runs'][0]['peak_memory_bytes']
-        rows.append(('reference, without CUDA graphs', f'1 {gpu}', '124M × 8', f'{speed:,.0f}', '', '', gib(peak, 1), cite(name, document)))
+        rows.append(('reference, without CUDA graphs', gpu, f'{speed:,.0f}', '', gib(peak, 1), cite(name, document)))
     for path in sorted(RESULTS.glob('phase2_ladder_*.json')):
         if work_of(load(path.stem)) != ('124M', 12, 8):
             continue
@@ -357,24 +357,9 @@ def measured(document):
                 continue
             row = its[name]
             than = f'{row["ratio"]:.2f} × the reference' + (f', {row["ratio"] / recorded["ratio"]:.2f} × with CUDA graphs too' if recorded else '')
-            where = f'1 {short(load(path.stem))}', '124M × 8'
-            rows.append((text, *where, f'{row["tokens_per_s"]:,.0f}', than, '', gib(row['peak_memory_bytes'], 1), cite(path.stem, document)))
-    newest = {}  # of each trainer and size, the row with most GPUs, and of those the last one measured
-    for name in sorted(trainer_files(), key=lambda name: load(name)['sessions'][0]['date']):
-        its, device = load(name)['rows'], short(load(name)['sessions'][0])
-        for row in one_of_each(its):
-            kind = row['size'], row['trainer']
-            skip = row['size'] not in ('124M', '1.5B') or row['trainer'].split('+')[-1] in ('hybrid', 'one_unit', 'launched')
-            if not skip and row['processes'] >= newest.get(kind, row)['processes']:
-                newest[kind] = row | {'device': device, 'base': base_of(row, its), 'file': name}
-    for row in in_order(newest.values()):
-        speed, base = row['tokens_per_sec']['median'], row['base']
-        than = f'{speed / base["tokens_per_sec"]["median"]:.1%} of {NAMES[base["trainer"]]}' if base and base['trainer'] != row['trainer'] else ''
-        where, memory = (f'{row["processes"]} {row["device"]}', f'{row["size"]} × {row["micro_steps"]}'), row['memory_bytes']
-        rows.append((
-            NAMES[row['trainer']], *where, f'{speed:,.0f}', than, gib(memory['rest'], 1), gib(memory['peak'], 1), cite(row['file'], document),
-        ))  # fmt: skip
-    return markdown(['', 'GPUs', 'model × micro-steps', 'tokens/s', 'that is', 'at rest, GiB', 'peak, GiB', 'result file'], rows)
+            gpu, file = short(load(path.stem)), cite(path.stem, document)
+            rows.append((text, gpu, f'{row["tokens_per_s"]:,.0f}', than, gib(row['peak_memory_bytes'], 1), file))
+    return markdown(['', 'GPU', 'tokens/s', 'that is', 'peak, GiB', 'result file'], rows)
 
 
 def of_ddp(trainer, size, micro_steps, name=ON_4_GPUS):
@@ -454,19 +439,38 @@ def fsdp_largest(document):
         'fsdp+ac': '+ `--activation_checkpointing`',
         'fsdp+ac+offload': '+ `--fsdp_cpu_offload`',
     }
-    reports = {path.stem: load(path.stem) for path in sorted(RESULTS.glob('fsdp_largest_*.json'))}
-    found = {row['name']: (row, report, name) for name, report in reports.items() for row in report['results']}
-    rows = []
-    for key, text in names.items():
-        if key in found:
-            row, report, name = found[key]
+    blocks, by_device = [], {}
+    for path in sorted(RESULTS.glob('fsdp_largest_*.json')):
+        by_device.setdefault(load(path.stem)['device'], []).append(path.stem)
+    for files in by_device.values():
+        report, rows = load(files[0]), []
+        found = {row['name']: (row, name) for name in files for row in load(name)['results']}
+        for row, name in (found[key] for key in names if key in found):
             rows.append((
-                text, f'**{row["parameters"] / 1e9:.1f} billion**', row['n_layer'], row['smallest_that_does_not_fit'] or '',
-                f'{row["tokens_per_sec"]["median"]:,.0f}', gib(row['rest_bytes'], 1), gib(row['peak_bytes'], 1), cite(name, document),
+                names[row['name']], f'**{row["parameters"] / 1e9:.1f} billion**', f'{row["n_layer"]} of {row["n_embd"]}',
+                row['smallest_that_does_not_fit'] or 'not tried', f'{row["tokens_per_sec"]["median"]:,.0f}', gib(row['rest_bytes'], 1),
+                gib(row['peak_bytes'], 1), cite(name, document),
             ))  # fmt: skip
-    header = ['', 'parameters', 'layers', 'does not fit', 'tokens/s', 'at rest, GiB', 'peak, GiB', 'result file']
-    where = f'{report["processes"]} × {report["device"]}, torch {report["versions"]["torch"]}, {report["date"][:10]}'
-    return f'{where}, by `python benchmarks/bench_fsdp.py largest`:\n\n{markdown(header, rows)}'
+        header = ['', 'parameters', 'layers of width', 'do not fit', 'tokens/s', 'at rest, GiB', 'peak, GiB', 'result file']
+        where = f'{report["processes"]} × {report["device"]}, torch {report["versions"]["torch"]}, {report["date"][:10]}'
+        blocks.append(f'{where}, by `python benchmarks/bench_fsdp.py largest`:\n\n{markdown(header, rows)}')
+    return '\n\n'.join(blocks)
+
+
+@table
+def largest(document):
+    """What fits, in a sentence."""
+    billions = {name: load(f'fsdp_largest_{name}_h200x4')['results'][0]['parameters'] / 1e9 for name in ('ddp', 'fsdp')}
+    report = load('phase2_largest_h200')
+    most = {row['name']: row['batch_size'] for row in report['rows']}
+    names = ('reference, compiled', '+ weights rounded once an iteration', 'loss_rows=4096')
+    files = [cite(name, document) for name in ('fsdp_largest_ddp_h200x4', 'fsdp_largest_fsdp_h200x4', 'phase2_largest_h200')]
+    reference, phase2, rows = (most[name] for name in names)
+    return (
+        f'On four H200s DDP trains up to {billions["ddp"]:.1f} billion parameters, phase 3 up to {billions["fsdp"]:.1f} billion '
+        f'(one sequence of 1024 tokens a GPU; {files[0]}, {files[1]}). In {report["gib"]:g} GiB, which an H100 has for PyTorch, the reference '
+        f'fits {reference} sequences of 124M into a micro-step, phase 2 {phase2}, with `--half_residual --loss_rows=4096` {rows} ({files[2]})'
+    )
 
 
 @table
@@ -569,6 +573,38 @@ def base_of(row, rows):
     found = {r['trainer']: r for r in rows if 'error' not in r and all(r[key] == row[key] for key in same)}
     names = ('ddp+launched', 'ddp') if row['trainer'].endswith('+launched') else ('ddp', 'ddp+launched')
     return next((found[name] for name in names if name in found), None)
+
+
+def in_short(name, document):
+    """DDP's tokens/s by model and micro-steps, the others' in percent of it, and memory in GiB, from a result file of bench_trainers.py."""
+    rows = [row for row in in_order(load(name)['rows']) if 'error' not in row and not row['trainer'].endswith(('launched', 'one_unit'))]
+    works = list(dict.fromkeys((row['size'], row['micro_steps']) for row in rows))
+    sizes = list(dict.fromkeys(size for size, _ in works))
+    found = {(row['trainer'], row['size'], row['micro_steps']): row for row in rows}
+    memory = {(row['trainer'], row['size']): row['memory_bytes'] for row in one_of_each(rows)}
+    cells = []
+    for trainer in (key for key in NAMES if key in {row['trainer'] for row in rows}):
+        line = [NAMES[trainer]]
+        for work in works:
+            row = found.get((trainer, *work))
+            base = row and base_of(row, rows)
+            speed = row and row['tokens_per_sec']['median']
+            line.append('' if not row else f'{speed / base["tokens_per_sec"]["median"]:.1%}' if base and base is not row else f'{speed:,.0f}')
+        its = [memory.get((trainer, size)) for size in sizes]
+        cells.append([*line, *(f'{gib(m["rest"])}, {gib(m["peak"], 1)}' if m else '' for m in its)])
+    header = ['', *(f'{size} × {n}' for size, n in works), *(f'{size}: at rest, peak' for size in sizes)]
+    where = f'{rows[0]["processes"]} × {load(name)["sessions"][0]["device"]} ({cite(name, document)})'
+    return f'{where}:\n\n{markdown(header, cells)}'
+
+
+@table
+def trainers_on_4(document):
+    return in_short(ON_4_GPUS, document)
+
+
+@table
+def trainers_on_1(document):
+    return '\n\n'.join(in_short(name, document) for name in ('trainers_h200x1', 'trainers_h100x1'))
 
 
 @table
