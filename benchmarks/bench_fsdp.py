@@ -397,8 +397,8 @@ def search(args, name, fits, tried):
         slope = (second['peak_bytes'] - first['peak_bytes']) / 4
         guess = 4 + int((total - first['peak_bytes']) / slope)
         if 'offload' in name:  # bounded by the CPU's memory: parameters and gradients, pinned, and AdamW's two
-            guess = int(0.8 * cpu_memory() / (17 * (second['parameters'] - first['parameters']) / 4))
-    step = max(1, guess // (8 if 'offload' in name else 25))
+            guess = int(0.9 * cpu_memory() / (17 * (second['parameters'] - first['parameters']) / 4))
+    step = max(1, guess // (16 if 'offload' in name else 25))  # tries with offload take minutes
     tries = 0
     while not fits(guess) and guess > 8 and tries < 3:
         guess, tries = guess - step, tries + 1
