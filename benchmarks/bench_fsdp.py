@@ -4,8 +4,8 @@ What is special to phase 3 (FSDP), on all GPUs of one machine. Its speed and mem
     python benchmarks/bench_fsdp.py variants --out=benchmarks/results/fsdp_variants.json       # what each choice is worth at 124M: 3 minutes
     python benchmarks/bench_fsdp.py checkpoint --out=benchmarks/results/fsdp_checkpoint.json   # saves at 1.5B, both formats: 3 minutes
     python benchmarks/bench_fsdp.py curves --out=benchmarks/results/fsdp_curves.json           # 200 steps on real text: 2 minutes
-    python benchmarks/bench_fsdp.py largest --only=ddp,zero1,fsdp --out=...                    # largest model, by trying: 3 to 4 minutes
-    python benchmarks/bench_fsdp.py largest --only=fsdp+ac,fsdp+ac+offload --out=...           # 3 to 4 minutes
+    python benchmarks/bench_fsdp.py largest --only=ddp,zero1,fsdp,fsdp+ac --out=...            # largest model, by trying: 6 to 7 minutes
+    python benchmarks/bench_fsdp.py largest --only=fsdp+ac+offload --out=...                   # 8 to 10 minutes
     python benchmarks/bench_fsdp.py MODE --dry-run                                             # tiny, 2 processes, on a CPU
 
 On a single GPU it works too, in a group of one rank: FSDP without the sending.
