@@ -22,6 +22,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -423,9 +424,10 @@ def launch(processes, arguments, timeout, stderr=None):
     try:
         return run.wait(timeout)
     except subprocess.TimeoutExpired:
-        run.terminate()  # torchrun then ends the ranks, which are in sessions of their own and would keep their GPUs' memory
-        run.wait()
         return 'timeout'
+    finally:
+        run.terminate()  # if it has not ended: torchrun then ends the ranks, which are in sessions of their own and would keep GPU memory
+        run.wait()
 
 
 def say(text):
@@ -479,6 +481,8 @@ def main():
     processes = int(os.environ.get('WORLD_SIZE', 0)) or (2 if args.dry_run else torch.cuda.device_count())
     if not processes:
         sys.exit('bench_fsdp.py: needs a CUDA GPU; --dry-run tries it without')
+    if 'RANK' not in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it has started ends, too
     if args.mode == 'largest' and not args.attempt:
         table(args, largest(args, processes), processes)
         return
