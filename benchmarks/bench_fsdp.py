@@ -63,12 +63,13 @@ VARIANTS = {  # each changes one thing of the default
     'AdamW over DTensors': dict(dtensor_adamw=True),
     'default again': {},
 }
-LARGEST = {  # trainer, flags, activation checkpointing
-    'ddp': ('ddp', {}, False),
-    'zero1': ('zero1', {}, False),
-    'fsdp': ('fsdp', dict(fsdp_reshard=True), False),
-    'fsdp+ac': ('fsdp', dict(fsdp_reshard=True), True),
-    'fsdp+ac+offload': ('fsdp', dict(fsdp_reshard=True, fsdp_cpu_offload=True), True),
+LARGEST = {  # trainer, flags, activation checkpointing, width, seconds for a try
+    'ddp': ('ddp', {}, False, 6144, 150),
+    'zero1': ('zero1', {}, False, 6144, 150),
+    'fsdp': ('fsdp', dict(fsdp_reshard=True), False, 6144, 150),
+    'fsdp+ac': ('fsdp', dict(fsdp_reshard=True), True, 6144, 150),
+    # torch rounds pinned tensors up to powers of two, which at 6144 would take 1.6 times their size; and pinning takes long
+    'fsdp+ac+offload': ('fsdp', dict(fsdp_reshard=True, fsdp_cpu_offload=True), True, 8192, 300),
 }
 
 
@@ -318,9 +319,8 @@ def curves(args, device, results):
 def attempt(args, device, results):
     """One try of `largest`: four steps, of which two are timed, of a model of args.layers layers. If it does not fit, it says so in args.out."""
     name, layers = args.attempt.rsplit(':', 1)
-    kind, flags, checkpointing = LARGEST[name]
-    # pinned tensors are rounded up to powers of two, which at the width of the others would take 1.6 times their size
-    width = 64 if args.dry_run else 8192 if 'offload' in name else 6144
+    kind, flags, checkpointing, width, _ = LARGEST[name]
+    width = 64 if args.dry_run else width
     size = (int(layers), width // 128 or 2, width, 1, 1024 if not args.dry_run else 32)
     try:
         trainer = Trainer(kind, size, device, False, flags, exact_init=False, activation_checkpointing=checkpointing)
@@ -375,13 +375,12 @@ def run_attempt(args, processes, name, layers):
     with tempfile.TemporaryDirectory() as folder:
         out, stderr = Path(folder, 'out.json'), Path(folder, 'stderr')
         with stderr.open('w') as file:
-            timeout = 300 if 'offload' in name else 150  # pinning CPU memory takes long
-            run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], timeout, file)
+            run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], LARGEST[name][-1], file)
         if out.exists():
             result = json.loads(out.read_text())
             return result if 'error' in result else result['results'][0]
         lines = stderr.read_text(errors='replace').splitlines()
-        if any('SIGKILL' in line for line in lines):  # how Linux ends a process where the CPU's memory is full
+        if run != 'timeout' and any('Signal 9 (SIGKILL) received' in line for line in lines):  # so Linux ends a process where CPU memory is full
             return {'error': 'out of memory'}
         print('\n'.join(lines[-30:]), file=sys.stderr, flush=True)
         return {'error': f'ended with {run}'}
@@ -413,7 +412,7 @@ def cpu_memory():
     limit = Path('/sys/fs/cgroup/memory.max')
     limit = limit.read_text().strip() if limit.exists() else 'max'
     total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    return min(total, int(limit), 512 * GIB) if limit.isdigit() else min(total, 512 * GIB)
+    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def launch(processes, arguments, timeout, stderr=None):

@@ -394,7 +394,7 @@ def main():
     parser.add_argument('--seeds', type=lambda text: [int(seed) for seed in text.split(',')], default=[0, 1, 2], help='of the curves: 0,1,2')
     parser.add_argument('--join', default='', help='curves: run nothing, but join these comma-separated result files')
     parser.add_argument('--curve_steps', type=int, default=1000)
-    parser.add_argument('--gib', type=float, default=0, help='largest: of a GPU with this much memory for PyTorch; 78.5 is an H100 with 80 GB')
+    parser.add_argument('--gib', type=float, default=0, help='largest: of a GPU with this much memory for PyTorch, such as 78.5 for one of 80 GB')
     args = parser.parse_args()
     if args.join:
         report = join(args.join.split(','))

@@ -468,8 +468,9 @@ def largest(document):
     reference, phase2, rows = (most[name] for name in names)
     return (
         f'On four H200s DDP trains up to {billions["ddp"]:.1f} billion parameters, phase 3 up to {billions["fsdp"]:.1f} billion '
-        f'(one sequence of 1024 tokens a GPU; {files[0]}, {files[1]}). In {report["gib"]:g} GiB, which an H100 has for PyTorch, the reference '
-        f'fits {reference} sequences of 124M into a micro-step, phase 2 {phase2}, with `--half_residual --loss_rows=4096` {rows} ({files[2]})'
+        f'(one sequence of 1024 tokens a GPU; {files[0]}, {files[1]}). In {report["gib"]:g} GiB of an H200, about what a GPU of 80 GB has, '
+        f'the reference fits {reference} sequences of 124M into a micro-step, '
+        f'phase 2 {phase2}, with `--half_residual --loss_rows=4096` {rows} ({files[2]})'
     )
 
 
