@@ -106,7 +106,7 @@ class MicroStepGraph:
                 self.settle_gradients()
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of the recording complains, too
-            if not isinstance(cause, RuntimeError):  # Ctrl-C, say
+            if not isinstance(cause, RuntimeError) or isinstance(cause, torch.OutOfMemoryError):  # Ctrl-C, say
                 raise cause from None
             reason = str(cause).split('\n')[0]
             raise UserError(f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without') from error

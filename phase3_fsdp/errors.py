@@ -19,6 +19,8 @@ OPTIONAL_PACKAGES = ('wandb', 'transformers', 'datasets', 'tqdm', 'pyarrow')
 # what gloo, NCCL and the key-value store say where another rank is gone or cannot be reached
 LOST = re.compile(r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|time[d-]? ?out', re.I)
 
+MEMORY = re.compile(r"out of memory|can't allocate memory", re.I)  # a GPU's, a CPU's
+
 
 start = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')  # which start of the ranks this is; from rendezvous() on a name that all know it by
 
@@ -59,15 +61,25 @@ def _excepthook(kind, error, trace):
         kind, error = UserError, UserError(f'this needs the package {error.name}, which is not installed: pip install {error.name}')
     if issubclass(kind, OSError) and 'huggingface.co' in str(error):  # transformers, about a model that it neither has nor can fetch
         kind, error = UserError, UserError(f'the pretrained model could not be fetched: {str(error).splitlines()[0]}')
-    speaks = _first_to_fail()
     rank = os.environ.get('RANK')
+    here = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
+    if issubclass(kind, RuntimeError) and MEMORY.search(str(error)):
+        reason = re.sub(r'^\[.*?\] (err == 0. )?', '', str(error).splitlines()[0]).split(' Of the allocated')[0].rstrip('.')  # the numbers
+        kind, error = (
+            UserError,
+            UserError(
+                f'{here} ran out of memory: {reason}. What needs less: a smaller batch_size with more gradient_accumulation_steps, '
+                'activation_checkpointing, or phases 1 and 3, which shard over several GPUs'
+            ),
+        )
+    speaks = _first_to_fail()
     if issubclass(kind, UserError):
         if speaks:
             print(f'error: {error}', file=sys.__stderr__, flush=True)
     elif speaks and rank and issubclass(kind, RuntimeError) and LOST.search(str(error)):
         reason = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0])  # without the line of C++
         print(
-            f'error: rank {rank} on {socket.gethostname()} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
+            f'error: {here} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
             'reached. What was saved is whole: start all ranks again with --init_from=auto',
             file=sys.__stderr__,
             flush=True,

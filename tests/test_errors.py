@@ -52,6 +52,7 @@ MISTAKES = {
     'flag': (None, ['--batchsize=3'], 'did you mean batch_size?'),
     'value': (None, ['--batch_size=0'], 'batch_size=0'),
     'no GPU to record on': (None, ['--cuda_graph'], 'cuda_graph=True needs a CUDA device'),
+    'memory': (None, ['--batch_size=1000000000000000'], 'ran out of memory'),
     'heads': (None, ['--n_head=5'], 'n_embd=32 cannot be divided among n_head=5 heads'),
     'no such data set': (None, ['--dataset=leters'], "no data set 'leters'"),
     'data not prepared': (None, ['--dataset=shakespeare'], 'shakespeare/prepare.py'),

@@ -2,6 +2,9 @@
 
 import contextlib
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -162,6 +165,27 @@ def test_peak_flops(monkeypatch):
         monkeypatch.setattr(hardware, 'device_name', lambda device: name)
         assert hardware.peak_flops('cuda', 'bfloat16') is None
     assert hardware.peak_flops('cpu', 'bfloat16', peak_tflops=2) == 2e12
+
+
+@pytest.mark.parametrize('own', [{}, {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}, {'PYTORCH_ALLOC_CONF': 'max_split_size_mb:512'}])
+def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
+    """Unless the user has set it up otherwise. On a GPU, what the allocator makes of it."""
+    import hardware
+
+    environ = {name: value for name, value in os.environ.items() if not name.endswith('ALLOC_CONF')} | own
+    if torch.cuda.is_available():
+        code = 'import torch, hardware; hardware.choose("cuda", "auto", "auto", "auto"); torch.ones(1, device="cuda"); '
+        code += 'print(torch.cuda.memory_snapshot()[0]["is_expandable"])'
+        run = subprocess.run([sys.executable, '-c', code], env=environ, cwd=os.path.dirname(hardware.__file__), capture_output=True, text=True)
+        assert run.stdout == f'{not own}\n', run
+        return
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(os, 'environ', environ)
+    hardware.choose('cuda', 'float32', False, 'gloo')
+    set_up = {name: value for name, value in environ.items() if name.endswith('ALLOC_CONF')}
+    assert set_up == (own or {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True'})
 
 
 def test_from_pretrained(monkeypatch):
