@@ -417,8 +417,7 @@ def cpu_memory():
 
 def launch(processes, arguments, timeout, stderr=None):
     """Runs this file under torchrun with the arguments. Returns the exit status, or 'timeout'."""
-    env = dict(os.environ, PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
-    env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // processes)))
+    env = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes))} | os.environ
     run = subprocess.Popen(torchrun(processes, __file__, *arguments), env=env, stderr=stderr)
     try:
         return run.wait(timeout)

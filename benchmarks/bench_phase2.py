@@ -37,6 +37,7 @@ sys.path.insert(0, str(root / 'phase2_triton'))
 from cuda_graph import MicroStepGraph, use_side_stream
 from errors import UserError
 
+import hardware
 import kernels.cross_entropy
 import kernels.linear
 import kernels.modules
@@ -404,6 +405,7 @@ def main():
         return
     if not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
+    hardware.choose('cuda', 'auto', 'auto', 'auto')  # sets up the GPU's memory as train.py does
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
     report = {**facts(), **{key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')}, 'rows': []}

@@ -288,11 +288,14 @@ def work(spec_file):
     """What every rank of the torchrun group does: the runs of the list, one after the other."""
     spec = json.loads(Path(spec_file).read_text())
     rank = int(os.environ['RANK'])
-    sys.path.insert(0, '')  # the place of the trainer's folder
+    sys.path.insert(0, str(ROOT / 'nanoGPT'))  # the place of the trainer's folder
     if spec['device'] == 'cpu':
         torch.set_num_threads(1)
     else:
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        import hardware
+
+        hardware.choose('cuda', 'auto', 'auto', 'auto')  # this rank's GPU, and its memory as train.py sets it up, before anything asks for some
+        clean_up(list(sys.path))
     store = dist.PrefixStore('bench', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False))
     took = {}
     for i, run in enumerate(spec['runs']):

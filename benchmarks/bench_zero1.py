@@ -408,9 +408,7 @@ def main(args):
     started = time.perf_counter()
     cuda = not args.dry_run
     rank = int(os.environ['RANK'])
-    device = f'cuda:{os.environ["LOCAL_RANK"]}' if cuda else 'cpu'
-    if cuda:
-        torch.cuda.set_device(device)
+    device, *_ = hardware.choose('cuda' if cuda else 'cpu', 'auto', 'auto', 'auto')
     torch.set_num_threads(1 if not cuda else 8)
     distributed.setup('nccl' if cuda else 'gloo', 600)
     tokens, data = read_tokens()

@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
 GIB = 2**30
+MEMORY_SETUP = [f'{name}={value}' for name, value in os.environ.items() if name.endswith('ALLOC_CONF')]  # the user's, before hardware.choose()
 
 
 def output_of(*command):
@@ -59,7 +60,7 @@ def facts(cpu=False):
         'driver': driver and driver.splitlines()[0],
         'versions': versions,
         'commit': commit and commit + ' and changes' * bool(changed),  # null where git does not know, as in a copy without .git
-        'command': shlex.join(['python', os.path.relpath(sys.argv[0], ROOT), *map(without_folder, sys.argv[1:])]),
+        'command': shlex.join([*MEMORY_SETUP, 'python', os.path.relpath(sys.argv[0], ROOT), *map(without_folder, sys.argv[1:])]),
         'date': time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime()),
     }
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.device import runs_on_triton
 from kernels.linear import autocast_dtype
 from kernels.modules import GELU, AddLayerNorm, Embedding, Linear
@@ -160,7 +160,8 @@ class GPT(nn.Module):
             return None, linear_cross_entropy(x, self.lm_head.weight, targets, tied=tied, chunk_rows=self.config.loss_rows)
         if targets is not None:
             logits = self.lm_head(x)
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+            entropy = cross_entropy if self.config.use_triton else F.cross_entropy
+            loss = entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         else:
             logits = self.lm_head(x[:, [-1], :])  # [-1] as a list keeps the time dimension
             loss = None

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from kernels.add_layer_norm import add_layer_norm, add_layer_norm_backward_op, add_layer_norm_op
-from kernels.cross_entropy import launch_cross_entropy, linear_cross_entropy
+from kernels.cross_entropy import cross_entropy, launch_cross_entropy, linear_cross_entropy
 from kernels.gelu import gelu
 from kernels.launch import Config
 
@@ -507,6 +507,33 @@ def test_the_loss_of_another_backward_through_the_same_graph(chunk_rows):
     first = torch.autograd.grad(loss, (x, w), retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(loss, (x, w))):
         assert torch.equal(a, b)
+
+
+def test_cross_entropy_of_logits_that_stay():
+    """As in an evaluation: PyTorch's value, without its copies of the logits in float32. Where a gradient is wanted, by PyTorch."""
+    M, V = (4096, 50304) if gpu else (33, 65)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(M, V, device=device, generator=generator)
+    targets = torch.randint(V, (M,), device=device, generator=generator)
+    targets[::3] = -1
+    for a, b in ((logits, targets), (logits.t().contiguous().t(), targets.repeat_interleave(2)[::2])):
+        expected = F.cross_entropy(a, b, ignore_index=-1)
+        torch.testing.assert_close(cross_entropy(a, b), expected, rtol=1e-6, atol=0)  # float32, sums in another order
+    for ignore_index in (-1, 3):
+        narrow, b = logits.to(bf16), targets.clamp(min=ignore_index)
+        before = narrow.clone()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+            there = torch.cuda.memory_allocated()
+        loss = cross_entropy(narrow, b, ignore_index=ignore_index)
+        assert not gpu or torch.cuda.max_memory_allocated() - there < 2**20
+        torch.testing.assert_close(loss, F.cross_entropy(narrow.float(), b, ignore_index=ignore_index), rtol=1e-6, atol=0)
+        assert torch.equal(narrow, before)
+    ours, theirs = leaf(logits), leaf(logits)
+    cross_entropy(ours, targets).backward()
+    F.cross_entropy(theirs, targets, ignore_index=-1).backward()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert cross_entropy(logits, targets * 0 - 1).isnan()
 
 
 @pytest.mark.skipif(not gpu, reason='needs 13 GB')

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from kernels import cross_entropy
-from kernels import gelu as gelu_kernels  # below, on a GPU, gelu is the function
+from kernels import cross_entropy as cross_entropy_kernels
+from kernels import gelu as gelu_kernels  # below, on a GPU, gelu and cross_entropy are functions
 from kernels import device as kernel_device
 from kernels.launch import Config
 
@@ -37,9 +37,9 @@ def test_compiles_without_spilling_registers(capability):
     """As launched for GPT-2, without a GPU. Two programs of the loss share a multiprocessor, so each thread may have 32 registers."""
     from test_layer_norm import compile_offline
 
-    c = cross_entropy.cross_entropy_config(50304)
+    c = cross_entropy_kernels.cross_entropy_config(50304)
     launches = [
-        (cross_entropy.cross_entropy_kernel, dict(V=50304, LANES=c.rows, ITEMS=c.chunk, GRAD=True),
+        (cross_entropy_kernels.cross_entropy_kernel, dict(V=50304, LANES=c.rows, ITEMS=c.chunk, GRAD=True),
          {'logits_ptr': '*bf16', 'targets_ptr': '*i64', 'losses_ptr': '*fp32', 'M': 'i32', 'ignore_index': 'i32'}, c),
     ]  # fmt: skip
     for pointer in ('*bf16', '*fp32'):
@@ -49,5 +49,5 @@ def test_compiles_without_spilling_registers(capability):
     for kernel, *launch in launches:
         _, report = compile_offline(kernel, *launch, capability)
         assert '0 bytes spill stores, 0 bytes spill loads' in report, f'{kernel.fn.__name__} {launch}: {report}'
-        if kernel is cross_entropy.cross_entropy_kernel:
+        if kernel is cross_entropy_kernels.cross_entropy_kernel:
             assert 'Used 32 registers' in report, report

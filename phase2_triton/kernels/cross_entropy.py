@@ -200,3 +200,16 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_
         if chunk_rows > 0:
             return ChunkedLinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied, chunk_rows)
         return LinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied)
+
+
+def cross_entropy(logits, targets, ignore_index=-1):
+    """
+    F.cross_entropy of logits that stay as they are, for evaluation: mean in nats, float32. logits: (M, V); targets: int64 (M,). PyTorch makes
+    one or two copies of the logits in float32 for it, more than all else that evaluation needs; here they are read once. By PyTorch where Triton
+    cannot run and where logits want a gradient.
+    """
+    plain = type(logits) is torch.Tensor and not torch.compiler.is_compiling()
+    if logits.requires_grad or not (plain and logits.dtype in float_dtypes and available(logits.device)):
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index)
+    losses = launch_cross_entropy(logits.contiguous(), targets.contiguous(), ignore_index, False)
+    return losses.sum() / (targets != ignore_index).sum()
