@@ -324,6 +324,19 @@ def memory(document):
 
 
 @table
+def shards_on_8(document):
+    """The fullest of 8 processes, in a sentence."""
+    rows = load('shards_cpu_x8')['rows']
+    parts = []
+    for row in in_order(rows):
+        held = {key: row['memory_bytes'][key] for key in ('parameters', 'gradients', 'optimizer')}
+        parts.append(
+            f'under {NAMES[row["trainer"]]} {sum(held.values()) / row["parameters"]:.2f} bytes a parameter, AdamW {gib(held["optimizer"], 3)} GiB'
+        )
+    return f'{"; ".join(parts)} ({cite("shards_cpu_x8", document)})'
+
+
+@table
 def memory_of_zero1(document):
     rows = [('bytes per parameter', '16', '12', '10', '9', '8 + 8 / W')]
     for size in ('124M', '1.5B'):
