@@ -263,7 +263,14 @@ def largest(args, rows, save):
             return None
 
     lines = []
-    names = ('reference, eager', 'reference, compiled', '+ weights rounded once an iteration', '+ half_residual', 'loss_rows=4096')
+    names = (
+        'reference, eager',
+        'reference, compiled',
+        'reference, compiled, cuda_graph',
+        '+ weights rounded once an iteration',
+        '+ half_residual',
+        'loss_rows=4096',
+    )
     for name in chosen(args, names):
         tried = {}
         for double in (16, 8, 4, 2):  # the smaller ones where the others do not fit
