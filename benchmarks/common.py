@@ -16,7 +16,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
 GIB = 2**30
-MEMORY_SETUP = [f'{name}={value}' for name, value in os.environ.items() if name.endswith('ALLOC_CONF')]  # the user's, before hardware.choose()
+MEMORY_SETUP = [
+    f'{name}={value}' for name, value in os.environ.items() if name.startswith('PYTORCH') and name.endswith('ALLOC_CONF')
+]  # the user's, before hardware.choose()
 
 
 def output_of(*command):

@@ -19,7 +19,8 @@ OPTIONAL_PACKAGES = ('wandb', 'transformers', 'datasets', 'tqdm', 'pyarrow')
 # what gloo, NCCL and the key-value store say where another rank is gone or cannot be reached
 LOST = re.compile(r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|time[d-]? ?out', re.I)
 
-MEMORY = re.compile(r"out of memory|can't allocate memory", re.I)  # a GPU's, a CPU's
+# what CUDA, cuBLAS, PyTorch and NumPy say where memory has run out
+MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory|cannot allocate memory|unable to allocate", re.I)
 
 
 start = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')  # which start of the ranks this is; from rendezvous() on a name that all know it by
@@ -45,6 +46,18 @@ def _first_to_fail():
         return os.environ.get('LOCAL_RANK') == '0'
 
 
+def _too_little_memory(error, trace):
+    """What happened where, by the error's own numbers, and what helps."""
+    lines = [frame.lineno for frame in traceback.extract_tb(trace) if os.path.basename(frame.filename) == os.path.basename(sys.argv[0])]
+    place = f' in line {lines[-1]} of {sys.argv[0]}' if lines else ''
+    reason = next(line for line in str(error).splitlines() if MEMORY.search(line))
+    reason = re.sub(r'^\[.*?\] (err == 0. )?', '', reason).split(' Of the allocated')[0].rstrip('.')
+    return (
+        f'ran out of memory{place}: {reason}. Training needs less with a smaller batch_size and more gradient_accumulation_steps, '
+        'with activation_checkpointing, with the kernels of phase 2 and its loss_rows, and sharded, as in phases 1 and 3'
+    )
+
+
 def _excepthook(kind, error, trace):
     # to sys.__stderr__, because init_process_group puts a hook around this one that holds sys.stderr back until it returns
     if issubclass(kind, KeyboardInterrupt):
@@ -63,15 +76,12 @@ def _excepthook(kind, error, trace):
         kind, error = UserError, UserError(f'the pretrained model could not be fetched: {str(error).splitlines()[0]}')
     rank = os.environ.get('RANK')
     here = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
-    if issubclass(kind, RuntimeError) and MEMORY.search(str(error)):
-        reason = re.sub(r'^\[.*?\] (err == 0. )?', '', str(error).splitlines()[0]).split(' Of the allocated')[0].rstrip('.')  # the numbers
-        kind, error = (
-            UserError,
-            UserError(
-                f'{here} ran out of memory: {reason}. What needs less: a smaller batch_size with more gradient_accumulation_steps, '
-                'activation_checkpointing, or phases 1 and 3, which shard over several GPUs'
-            ),
-        )
+    if issubclass(kind, (RuntimeError, MemoryError)) and MEMORY.search(str(error)):
+        kind, error = UserError, UserError(f'{here} {_too_little_memory(error, trace)}')
+    setup = os.environ.get('PYTORCH_CUDA_ALLOC_CONF', '')
+    if issubclass(kind, RuntimeError) and 'operation not supported' in str(error) and 'expandable_segments:True' in setup:  # see hardware.py
+        what = str(error).splitlines()[0]
+        kind, error = UserError, UserError(f'{what}. On a GPU without virtual memory set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False')
     speaks = _first_to_fail()
     if issubclass(kind, UserError):
         if speaks:

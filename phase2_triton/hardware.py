@@ -37,10 +37,9 @@ def choose(device, dtype, compile, backend):
             device = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU a process
         if ':' in device and not (device[5:].isdigit() and int(device[5:]) < count):
             raise UserError(f'device={device}, but this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}')
-        if 'PYTORCH_ALLOC_CONF' not in os.environ:
-            # memory in segments that grow, not in many of fixed sizes with holes that nothing fits: larger batches at the same speed
-            # (by its older name, because some versions of torch do not heed the other: pytorch #183387)
-            os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')
+        if not any(re.fullmatch('PYTORCH_(CUDA_|HIP_)?ALLOC_CONF', name) for name in os.environ):
+            # memory in segments that grow, not in many of fixed sizes with holes that nothing fits: larger batches
+            os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'expandable_segments:True'
         torch.cuda.set_device(device if ':' in device else 'cuda:0')
     if device_type == 'mps' and not (mps and mps.is_available()):
         raise UserError('device=mps, but torch sees no Apple GPU here; leave the flag out or use --device=cpu')

@@ -209,7 +209,7 @@ def estimate_loss():
                 return None
             X, Y = get_batch(split)
             with ctx:
-                logits, loss = model(X, Y)
+                loss = model(X, Y)[1]
             losses[k] = loss
         out[split] = mean_over_ranks(losses.mean()).item()
     model.train()

@@ -534,6 +534,9 @@ def test_cross_entropy_of_logits_that_stay():
     F.cross_entropy(theirs, targets, ignore_index=-1).backward()
     assert torch.equal(ours.grad, theirs.grad)
     assert cross_entropy(logits, targets * 0 - 1).isnan()
+    for wrong in (targets[1:], targets.repeat(2)):
+        with pytest.raises(ValueError, match='targets have shape'):
+            cross_entropy(logits, wrong)
 
 
 @pytest.mark.skipif(not gpu, reason='needs 13 GB')

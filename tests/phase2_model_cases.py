@@ -304,6 +304,26 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
         assert results[0][0] == results[1][0] and all(map(torch.equal, results[0][1], results[1][1]))
 
 
+def test_too_little_memory_for_a_recording(monkeypatch):
+    """It says so itself, and is no operation that cannot be recorded."""
+    import cuda_graph
+
+    as_on_a_gpu(monkeypatch)
+    if not gpu:
+        fake_cuda_graph.install(monkeypatch)
+    monkeypatch.setattr(cuda_graph, 'WARMUP', 0)
+    raised = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.'), RuntimeError('CUBLAS_STATUS_ALLOC_FAILED')
+    for error, expected in (*((e, type(e)) for e in raised), (RuntimeError('operation not permitted'), cuda_graph.UserError)):
+
+        def micro_step(x, y, error=error):
+            raise error
+
+        step = cuda_graph.MicroStepGraph(micro_step, small(load_model('nanoGPT'), n_layer=1))
+        with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext(), pytest.raises(expected) as caught:
+            step(*batches(1)[0])
+        assert type(caught.value) is expected
+
+
 class OneOfTwoRanks(torch.distributed.ProcessGroup):
     """For DDP: the other rank's gradients are zeros, so the mean is half of this one's."""
 

@@ -205,9 +205,12 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_
 def cross_entropy(logits, targets, ignore_index=-1):
     """
     F.cross_entropy of logits that stay as they are, for evaluation: mean in nats, float32. logits: (M, V); targets: int64 (M,). PyTorch makes
-    one or two copies of the logits in float32 for it, more than all else that evaluation needs; here they are read once. By PyTorch where Triton
-    cannot run and where logits want a gradient.
+    one or two copies of the logits in float32 for it, more than all else that evaluation needs; here they are read once. By PyTorch, and in its
+    dtype, where Triton cannot run and where logits want a gradient. A target outside the vocabulary other than ignore_index makes the loss NaN.
+    Raises ValueError for targets of another shape than the logits' rows.
     """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f'cross_entropy: targets have shape {tuple(targets.shape)}, but logits {tuple(logits.shape)}')
     plain = type(logits) is torch.Tensor and not torch.compiler.is_compiling()
     if logits.requires_grad or not (plain and logits.dtype in float_dtypes and available(logits.device)):
         return F.cross_entropy(logits, targets, ignore_index=ignore_index)
