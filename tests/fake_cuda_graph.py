@@ -48,9 +48,11 @@ class CUDAGraph(TorchDispatchMode):
 def graph(graph, pool=None, stream=None, capture_error_mode='global'):
     global recording
     recording = graph
-    with graph:
-        yield
-    recording = None
+    try:
+        with graph:
+            yield
+    finally:
+        recording = None
     with torch.no_grad():
         for tensor, value in reversed(graph.before):
             tensor.copy_(value)
