@@ -37,13 +37,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import GIB, ROOT, facts, out_of_memory, torchrun, write_json
+from common import GIB, ROOT, facts, torchrun, write_json
 
 sys.path[:0] = [str(ROOT / 'phase3_fsdp'), str(ROOT / 'phase1_zero1')]  # what both have is the same in both
 import hardware
 import sharding
 from cuda_graph import use_side_stream
 from distributed import setup
+from errors import out_of_memory
 from model import GPT, GPTConfig
 from sharded_checkpoint import ShardedSaver, gather_full
 from sharded_cuda_graph import ShardedMicroStepGraph

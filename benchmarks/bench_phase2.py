@@ -29,13 +29,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import facts, out_of_memory, write_json
+from common import facts, write_json
 from torch.nn import functional as F
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'phase2_triton'))
 from cuda_graph import MicroStepGraph, use_side_stream
-from errors import UserError
+from errors import out_of_memory
 
 import hardware
 import kernels.cross_entropy
@@ -207,7 +207,7 @@ def ladder(args, rows, save):
         try:
             variant = base if name == 'reference, compiled' else make(name)
             pairs = [(base.ms(args.iterations), variant.ms(args.iterations)) for _ in range(args.repetitions)]
-        except (RuntimeError, UserError) as error:
+        except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             lines.append(f'{name:42s} out of memory')
@@ -256,7 +256,7 @@ def largest(args, rows, save):
         try:
             variant = Variant(name, args.size, batches, 1)
             return batch_size * 1024 / variant.ms(args.iterations) * 1e3, variant.peak_bytes
-        except (RuntimeError, UserError) as error:
+        except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             print(f'{name}, {batch_size} sequences: out of memory', flush=True)

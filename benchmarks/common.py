@@ -77,16 +77,6 @@ def first_line(error):
     return (str(error).splitlines() or [''])[0]
 
 
-def out_of_memory(error):
-    """Whether memory has run out, there or in an error that it comes from, as where a CUDA graph is being recorded."""
-    while error:
-        # the GPU's, cuBLAS's, and the CPU's allocator
-        if isinstance(error, MemoryError) or any(words in str(error) for words in ('out of memory', 'ALLOC_FAILED', "can't allocate memory")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def write_json(path, report):
     """In one piece, so that a run that is killed leaves the file of its last cell."""
     path = Path(path)

@@ -11,7 +11,7 @@ Source: docs.pytorch.org, CUDA semantics, "CUDA Graphs".
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from errors import MEMORY, UserError
+from errors import UserError, out_of_memory
 
 WARMUP = 2  # iterations before the recording: libraries choose their kernels, torch.compile compiles
 WARMUP_DDP = 11  # DDP orders its buckets in the second iteration, and in the first ten its logger asks the GPU for times
@@ -105,8 +105,8 @@ class MicroStepGraph:
                 self.losses[kind] = self.step(self.X, self.Y)
                 self.settle_gradients()
         except RuntimeError as error:
-            cause = error.__context__ or error  # the end of the recording complains, too
-            if not isinstance(cause, RuntimeError) or MEMORY.search(str(cause)):  # Ctrl-C, say, or too large a batch
+            cause = out_of_memory(error) or error.__context__ or error  # the end of the recording complains, too
+            if not isinstance(cause, RuntimeError) or out_of_memory(cause):  # Ctrl-C, say, or too large a batch
                 raise cause from None
             reason = str(cause).split('\n')[0]
             raise UserError(f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without') from error

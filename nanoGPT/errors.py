@@ -46,11 +46,18 @@ def _first_to_fail():
         return os.environ.get('LOCAL_RANK') == '0'
 
 
+def out_of_memory(error):
+    """The error, or one that it comes from, that says that memory has run out; else None."""
+    while error and not (isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and MEMORY.search(str(error)))):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _too_little_memory(error, trace):
     """What happened where, by the error's own numbers, and what helps."""
     lines = [frame.lineno for frame in traceback.extract_tb(trace) if os.path.basename(frame.filename) == os.path.basename(sys.argv[0])]
     place = f' in line {lines[-1]} of {sys.argv[0]}' if lines else ''
-    reason = next(line for line in str(error).splitlines() if MEMORY.search(line))
+    reason = next((line for line in str(error).splitlines() if MEMORY.search(line)), "no more of the CPU's")  # Python's own MemoryError is mute
     reason = re.sub(r'^\[.*?\] (err == 0. )?', '', reason).split(' Of the allocated')[0].rstrip('.')
     return (
         f'ran out of memory{place}: {reason}. Training needs less with a smaller batch_size and more gradient_accumulation_steps, '
@@ -76,12 +83,11 @@ def _excepthook(kind, error, trace):
         kind, error = UserError, UserError(f'the pretrained model could not be fetched: {str(error).splitlines()[0]}')
     rank = os.environ.get('RANK')
     here = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
-    if issubclass(kind, (RuntimeError, MemoryError)) and MEMORY.search(str(error)):
-        kind, error = UserError, UserError(f'{here} {_too_little_memory(error, trace)}')
-    setup = os.environ.get('PYTORCH_CUDA_ALLOC_CONF', '')
-    if issubclass(kind, RuntimeError) and 'operation not supported' in str(error) and 'expandable_segments:True' in setup:  # see hardware.py
-        what = str(error).splitlines()[0]
-        kind, error = UserError, UserError(f'{what}. On a GPU without virtual memory set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False')
+    if issubclass(kind, (RuntimeError, MemoryError)) and out_of_memory(error):
+        kind, error = UserError, UserError(f'{here} {_too_little_memory(out_of_memory(error), trace)}')
+    if issubclass(kind, RuntimeError) and 'CUDA driver error: operation not supported' in str(error):  # as others report; see hardware.py
+        advice = 'if this GPU has no virtual memory, as some vGPUs, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False'
+        kind, error = UserError, UserError(f'{str(error).splitlines()[0]}: {advice}')
     speaks = _first_to_fail()
     if issubclass(kind, UserError):
         if speaks:

@@ -147,3 +147,21 @@ def test_a_crash_of_one_rank_ends_all(launch, work):
     )
     run = launch(script, *TINY, nproc=2, check=False, timeout=60)
     assert run.returncode == 1 and run.stderr.count('Traceback') == 1 and 'ValueError: a bug' in run.stderr
+
+
+@pytest.mark.parametrize(
+    'raised, status, message',
+    [
+        ("torch.OutOfMemoryError('CUDA out of memory. 1 GiB is free. Of the allocated memory')", 2, ' 1 of crash.py: CUDA out of memory. 1 GiB is free. T'),
+        ("RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x')", 2, 'CUBLAS_STATUS_ALLOC_FAILED'),
+        ("RuntimeError('the end complains') from RuntimeError('a kernel\\nCUDA error: out of memory\\nC++')", 2, ': CUDA error: out of memory.'),
+        ('MemoryError()', 2, "no more of the CPU's"),
+        ("RuntimeError('CUDA driver error: operation not supported')", 2, 'PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False'),
+        ("RuntimeError('CUDA error: an illegal memory access was encountered')", 1, 'Traceback'),
+        ("OSError('cannot allocate memory')", 1, 'Traceback'),
+    ],
+)  # fmt: skip
+def test_errors_of_gpus_and_of_memory(work, raised, status, message):
+    (work / 'crash.py').write_text(f'import sys, torch; sys.path.insert(0, {str(NANOGPT)!r}); import errors; raise {raised}\n')
+    run = subprocess.run([sys.executable, 'crash.py'], capture_output=True, text=True)
+    assert run.returncode == status and message in run.stderr and ('Traceback' in run.stderr) == (status == 1), run
