@@ -453,16 +453,17 @@ def fsdp_largest(document):
         'fsdp+ac': '+ `--activation_checkpointing`',
         'fsdp+ac+offload': '+ `--fsdp_cpu_offload`',
     }
-    blocks, by_device = [], {}
+    blocks, by_machine = [], {}
     for path in sorted(RESULTS.glob('fsdp_largest_*.json')):
-        by_device.setdefault(load(path.stem)['device'], []).append(path.stem)
-    for files in by_device.values():
+        report = load(path.stem)
+        by_machine.setdefault((report['processes'], report['device']), []).append(path.stem)
+    for _, files in sorted(by_machine.items(), reverse=True):
         report, rows = load(files[0]), []
         found = {row['name']: (row, name) for name in files for row in load(name)['results']}
         for row, name in (found[key] for key in names if key in found):
             rows.append((
                 names[row['name']], f'**{row["parameters"] / 1e9:.1f} billion**', f'{row["n_layer"]} of {row["n_embd"]}',
-                row['smallest_that_does_not_fit'] or 'not tried', f'{row["tokens_per_sec"]["median"]:,.0f}', gib(row['rest_bytes'], 1),
+                row['smallest_that_does_not_fit'] or 'not found', f'{row["tokens_per_sec"]["median"]:,.0f}', gib(row['rest_bytes'], 1),
                 gib(row['peak_bytes'], 1), cite(name, document),
             ))  # fmt: skip
         header = ['', 'parameters', 'layers of width', 'do not fit', 'tokens/s', 'at rest, GiB', 'peak, GiB', 'result file']
@@ -500,11 +501,13 @@ def fsdp_variants(document):
             (
                 name,
                 *('{median:,.0f} ({p10:,.0f} to {p90:,.0f})'.format(**its[n]['tokens_per_sec']) for n in counts),
+                *(f'{its[n]["tokens_per_sec"]["median"] / found["default"][n]["tokens_per_sec"]["median"]:.1%}' for n in counts),
                 *(gib(its[counts[-1]][key]) for key in ('rest_bytes', 'peak_bytes')),
             )
             for name, its in found.items()
         ]
-        header = ['', *(f'{n} micro-step{"s" * (n > 1)}: tokens/s (10th to 90th percentile)' for n in counts), 'at rest, GiB', 'peak, GiB']
+        header = ['', *(f'{n} micro-step{"s" * (n > 1)}: tokens/s (10th to 90th percentile)' for n in counts)]
+        header += [*(f'{n}: of the default' for n in counts), 'at rest, GiB', 'peak, GiB']
         blocks.append(f'{report["processes"]} × {measured_by(report, path.stem, document)}:\n\n{markdown(header, cells)}')
     return '\n\n'.join(blocks)
 
