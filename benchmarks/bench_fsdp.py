@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import GIB, ROOT, facts, torchrun, write_json
+from common import GIB, ROOT, facts, memory, reset_peak, torchrun, write_json
 
 sys.path[:0] = [str(ROOT / 'phase3_fsdp'), str(ROOT / 'phase1_zero1')]  # what both have is the same in both
 import hardware
@@ -180,15 +180,6 @@ def draw(p):
         part.copy_(some[: len(part)])
 
 
-def memory(device):
-    return torch.cuda.memory_allocated(device) if device.startswith('cuda') else 0
-
-
-def reset_peak(device):
-    if device.startswith('cuda'):
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def free(*trainers):
     for trainer in trainers:
         trainer.__dict__.clear()
@@ -217,10 +208,10 @@ def warm_up(trainer, micro_steps, steps=4):
     if trainer.device == 'cpu':
         return first, None, None
     torch.cuda.synchronize()
-    return first, memory(trainer.device) - trainer.base, torch.cuda.max_memory_allocated() - trainer.base
+    return first, memory(trainer.device) - trainer.base, memory(trainer.device, peak=True) - trainer.base
 
 
-def spread(values):
+def percentiles(values):
     values = sorted(values)
     return dict(median=statistics.median(values), p10=values[len(values) // 10], p90=values[-1 - len(values) // 10], n=len(values))
 
@@ -229,7 +220,7 @@ def record(name, trainer, micro_steps, speeds, first, rest, peak):
     ideal = 16 * trainer.num_params / dist.get_world_size()
     return dict(
         name=name, kind=trainer.kind, flags=trainer.flags if trainer.kind == 'fsdp' else {}, parameters=trainer.num_params, micro_steps=micro_steps,
-        batch_size=trainer.batch_size, block_size=trainer.block_size, tokens_per_sec=spread(speeds), first_step_seconds=first,
+        batch_size=trainer.batch_size, block_size=trainer.block_size, tokens_per_sec=percentiles(speeds), first_step_seconds=first,
         init_seconds=trainer.init_seconds, rest_bytes=rest, peak_bytes=peak, rest_of_ideal=rest and rest / ideal,
     )  # fmt: skip
 

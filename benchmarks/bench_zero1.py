@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import ROOT, facts, torchrun, write_json
+from common import ROOT, facts, memory, reset_peak, torchrun, write_json
 
 sys.path.insert(0, str(ROOT / 'phase1_zero1'))
 import distributed
@@ -124,18 +124,6 @@ def most(x):
     x = torch.tensor(float(x), dtype=torch.float64)
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x.item()
-
-
-def memory(device, peak=False):
-    if device == 'cpu':
-        return 0
-    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-
-
-def reset_peak(device):
-    if device != 'cpu':
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def state_bytes(optimizer):

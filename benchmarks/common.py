@@ -72,6 +72,19 @@ def spread(values):
     return {'median': statistics.median(values), 'min': min(values), 'max': max(values), 'n': len(values)}
 
 
+def memory(device, peak=False):
+    """Bytes that torch has allocated on the GPU, or the most since reset_peak(); 0 on a CPU."""
+    if not device.startswith('cuda'):
+        return 0
+    return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+
+
+def reset_peak(device):
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def first_line(error):
     """Of an error's message, which may be empty."""
     return (str(error).splitlines() or [''])[0]

@@ -75,11 +75,6 @@ def parameters_of(size):
     return 50304 * width + 1024 * width + layers * (12 * width**2 + 2 * width) + width
 
 
-def device_of(report):
-    """'4 x NVIDIA H200' and the like."""
-    return f'{report["gpus"]} × {report["device"]}' if report.get('gpus', 1) > 1 else report['device']
-
-
 def reference_files():
     """{short name of the GPU: name of its result file}."""
     return {short(load(path.stem)): path.stem for path in sorted(RESULTS.glob('reference_h*.json'))}

@@ -83,7 +83,7 @@ class GPTConfig:
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
     activation_checkpointing: bool = False  # keep only each block's input and compute the rest again in backward: less memory, more time
-    use_triton: bool = True  # computed by the Triton kernels in kernels/, where they can run
+    use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
     half_residual: bool = False  # with use_triton and a 16-bit dtype, keep the residual stream in it too: faster, a little less exact
     loss_rows: int = 0  # with use_triton, tokens whose logits exist at a time in training: less memory, a little slower; 0: all
 
@@ -209,7 +209,7 @@ class GPT(nn.Module):
         )
         weights = model_hf.state_dict()
         for name, p in model.state_dict().items():
-            # transformers keeps these four as (in, out); nn.Linear wants (out, in)
+            # transformers keeps these (two are named c_proj) as (in, out); nn.Linear wants (out, in)
             transposed = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
             p.copy_(weights[name].t() if transposed else weights[name])
         return model

@@ -40,7 +40,7 @@ if int(os.environ.get('RANK', 0)) != 0:
 # I/O
 out_dir = 'out'  # folder of checkpoints and logs
 eval_interval = 2000  # iterations between evaluations
-log_interval = 1  # iterations between printed and logged ones
+log_interval = 1  # iterations between printed lines and log records
 eval_iters = 200  # batches of each split in an evaluation, on every rank
 eval_only = False  # evaluate once and end
 always_save_checkpoint = True  # save after each evaluation, not only after the best so far
@@ -63,7 +63,7 @@ n_embd = 768  # width of the residual stream
 dropout = 0.0  # 0 is good for pretraining; for finetuning try 0.1 and more
 bias = False  # biases in Linear and LayerNorm layers?
 # adamw optimizer
-learning_rate = 6e-4  # the highest
+learning_rate = 6e-4  # after the warmup, before it decays
 max_iters = 600000  # number of the last iteration
 weight_decay = 1e-1  # of matrices
 beta1 = 0.9  # decay of the gradient's mean
@@ -263,7 +263,7 @@ if wandb_log and master_process:
 X, Y = get_batch('train')  # the very first batch
 if init_from == 'resume':
     X, Y = restore_rank_state(checkpoint, rank, world_size, device, dataset, X.shape) or get_batch('train')
-    X, Y, checkpoint = X.to(device), Y.to(device), None  # frees its memory
+    X, Y, checkpoint = X.to(device), Y.to(device), None  # frees the checkpoint's memory
 t0 = hardware.now(device)
 local_iter_num = 0  # iterations in this process
 timed_iters = 0  # of them, those since t0
@@ -291,7 +291,7 @@ while True:
                 wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': (running_mfu or 0) * 100})
             best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
-            worth_it = best or (always_save_checkpoint and local_iter_num > 0)  # what was just resumed is saved, but perhaps not as the best
+            worth_it = best or (always_save_checkpoint and local_iter_num > 0)  # what was just resumed is on the disk, but perhaps not as the best
             if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                 save_checkpoint(best)
     if done and local_iter_num > 0:
@@ -321,12 +321,12 @@ while True:
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     step_guard.step(optimizer, grad_norm)
     optimizer.zero_grad(set_to_none=True)  # frees their memory, except DDP's buckets and what CUDA graphs keep
-    loss_sum = mean_over_ranks(loss_sum)  # has a time limit, dist_timeout; what ranks send in CUDA graphs, before this, has none
+    loss_sum = mean_over_ranks(loss_sum)  # a rank whose partner is gone ends here, after dist_timeout; in CUDA graphs nothing would end it
 
     # timing and logging
     timed_iters += 1
     if iter_num % log_interval == 0:
-        # the CPU waits for the GPU here, and nowhere else
+        # the CPU waits for the GPU here, else only to evaluate and to save
         lossf, normf, skipped_steps = step_guard.read(loss_sum, grad_norm)
         t1 = time.perf_counter()
         dt = (t1 - t0) / timed_iters

@@ -191,7 +191,7 @@ class GPT(nn.Module):
         )
         weights = model_hf.state_dict()
         for name, p in model.state_dict().items():
-            # transformers keeps these four as (in, out); nn.Linear wants (out, in)
+            # transformers keeps these (two are named c_proj) as (in, out); nn.Linear wants (out, in)
             transposed = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
             p.copy_(weights[name].t() if transposed else weights[name])
         return model

@@ -58,7 +58,7 @@ def named_by(pointer, folder):
 def load_checkpoint(path, fsdp):
     """
     Like checkpoint.load_checkpoint, with FSDP of a folder too: there checkpoint['model'] says for each name under which one its
-    tensor is saved, and load_shards() reads the tensors. Raises UserError if it is missing, damaged or no checkpoint.
+    tensor is saved, and own_part() reads the tensors. Raises UserError if it is missing, damaged or no checkpoint.
     """
     if fsdp and not path.endswith('.pt'):
         rest = full_checkpoint.load_checkpoint(os.path.join(path, REST))

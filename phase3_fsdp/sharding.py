@@ -145,6 +145,7 @@ def shard(model, config, recipe=None):
     units, rest = group_blocks(model.transformer.h, config['fsdp_min_num_params'])
     on_kernels = getattr(model, 'runs_on_kernels', lambda device: False)(torch.device(config['device']))  # phase 2's model, which needs no compiler
     if config['compile'] and not on_kernels:
+        print('compiling the model... (takes a ~minute)')
         compile_parts(model, units)
     for unit in units:
         fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=reshard, **options)
@@ -223,7 +224,7 @@ def compile_parts(model, units):
     model.forward = in_parts if units else torch.compile(whole)
 
 
-class GradScaler(ShardedGradScaler):
+class FSDPGradScaler(ShardedGradScaler):
     """PyTorch's, in which what overflows on one rank counts on all; for offloaded gradients it would not wait for its numbers (pytorch #176429)."""
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16=True):

@@ -31,7 +31,7 @@ from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, s
 from errors import UserError
 from sharded_checkpoint import ShardedSaver, check_format, gather_full, load_checkpoint, own_part
 from sharded_cuda_graph import ShardedMicroStepGraph
-from sharding import GradScaler, OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
+from sharding import FSDPGradScaler, OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
 from step_guard import StepGuard
 from training_logger import TrainingLogger
 
@@ -44,7 +44,7 @@ if int(os.environ.get('RANK', 0)) != 0:
 # I/O
 out_dir = 'out'  # folder of checkpoints and logs
 eval_interval = 2000  # iterations between evaluations
-log_interval = 1  # iterations between printed and logged ones
+log_interval = 1  # iterations between printed lines and log records
 eval_iters = 200  # batches of each split in an evaluation, on every rank
 eval_only = False  # evaluate once and end
 always_save_checkpoint = True  # save after each evaluation, not only after the best so far
@@ -70,11 +70,11 @@ bias = False  # biases in Linear and LayerNorm layers?
 use_fsdp = True  # shard parameters, gradients and AdamW's state over the ranks; False: each has all of them (DDP), as in nanoGPT/
 fsdp_min_num_params = 1_000_000  # consecutive blocks are gathered together until they have this many parameters
 fsdp_shard_size = 0  # ranks that hold one copy together; 0: all; k: shard among k, replicate across groups (hybrid sharding)
-fsdp_reshard = 'auto'  # free whole parameters after each forward (least memory), or keep them for an iteration (least traffic)
+fsdp_reshard = 'auto'  # True: free whole parameters after each forward (least memory); False: keep them for an iteration (least traffic)
 fsdp_cpu_offload = False  # keep the shards in the CPU's memory, and run AdamW there
 ckpt_format = 'full'  # full: ckpt.pt, as in nanoGPT/; sharded: ckpt_sharded/, written by all ranks while training goes on
 # adamw optimizer
-learning_rate = 6e-4  # the highest
+learning_rate = 6e-4  # after the warmup, before it decays
 max_iters = 600000  # number of the last iteration
 weight_decay = 1e-1  # of matrices
 beta1 = 0.9  # decay of the gradient's mean
@@ -153,7 +153,7 @@ from model import GPT, GPTConfig
 model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 model_args['vocab_size'] = meta.get('vocab_size', 50304)  # GPT-2's 50257, padded for speed
 model_options = {k: config[k] for k in GPTConfig.__dataclass_fields__ if k not in model_args}
-on_meta = OnMeta() if fsdp else nullcontext()  # FSDP: no rank can hold the whole model, so it is built without memory
+on_meta = OnMeta() if fsdp else nullcontext()  # FSDP: the whole model may be too large for a rank, so it is built without memory
 if init_from == 'scratch':
     print('Initializing a new model from scratch')
     with on_meta:
@@ -190,7 +190,7 @@ else:
 raw_model = model  # without the wrappers below
 
 # in float16 small gradients would vanish, so the loss is scaled up; in other dtypes the scaler does nothing
-scaler = (GradScaler if fsdp else torch.amp.GradScaler)(device_type, enabled=(dtype == 'float16'))
+scaler = (FSDPGradScaler if fsdp else torch.amp.GradScaler)(device_type, enabled=(dtype == 'float16'))
 
 # optimizer
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
@@ -203,7 +203,7 @@ if init_from == 'resume':
     load_optimizer(optimizer, scaler, checkpoint)
 step_guard = StepGuard(device, scaler)  # leaves out steps whose gradient is not finite
 
-if compile and not fsdp:
+if compile and not fsdp:  # shard() has compiled the parts of FSDP's
     print('compiling the model... (takes a ~minute)')
     model.compile()  # in place
 
@@ -299,7 +299,7 @@ if wandb_log and master_process:
 X, Y = get_batch('train')  # the very first batch
 if init_from == 'resume':
     X, Y = restore_rank_state(checkpoint, rank, world_size, device, dataset, X.shape) or get_batch('train')
-    X, Y, checkpoint = X.to(device), Y.to(device), None  # frees its memory
+    X, Y, checkpoint = X.to(device), Y.to(device), None  # frees the checkpoint's memory
 t0 = hardware.now(device)
 local_iter_num = 0  # iterations in this process
 timed_iters = 0  # of them, those since t0
@@ -327,7 +327,7 @@ while True:
                 wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': (running_mfu or 0) * 100})
             best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
-            worth_it = best or (always_save_checkpoint and local_iter_num > 0)  # what was just resumed is saved, but perhaps not as the best
+            worth_it = best or (always_save_checkpoint and local_iter_num > 0)  # what was just resumed is on the disk, but perhaps not as the best
             if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                 save_checkpoint(best)
     if done and local_iter_num > 0:
@@ -363,12 +363,12 @@ while True:
     grad_norm = optimizer.clip_grad_norm_(max_norm) if fsdp else torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     step_guard.step(optimizer, grad_norm)
     optimizer.zero_grad(set_to_none=True)  # frees their memory, except DDP's buckets and what CUDA graphs keep
-    loss_sum = mean_over_ranks(loss_sum)  # has a time limit, dist_timeout; what ranks send in CUDA graphs, before this, has none
+    loss_sum = mean_over_ranks(loss_sum)  # a rank whose partner is gone ends here, after dist_timeout; in CUDA graphs nothing would end it
 
     # timing and logging
     timed_iters += 1
     if iter_num % log_interval == 0:
-        # the CPU waits for the GPU here, and nowhere else
+        # the CPU waits for the GPU here, else only to evaluate and to save
         lossf, normf, skipped_steps = step_guard.read(loss_sum, grad_norm)
         t1 = time.perf_counter()
         dt = (t1 - t0) / timed_iters
