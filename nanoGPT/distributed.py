@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import uuid
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -23,11 +24,16 @@ from errors import UserError
 def setup(backend, timeout_s):
     """
     Joins the process group if torchrun started several processes. Returns (rank, world_size). From then on a rank that waits
-    for another one for timeout_s seconds, because its machine is gone, raises an error.
+    for another one for timeout_s seconds, because its machine is gone, raises an error. Raises UserError where the environment is not torchrun's.
     """
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    lacking = [k for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
+    if lacking and (rank > 0 or world_size > 1):
+        raise UserError(
+            f'the environment has RANK={rank} and WORLD_SIZE={world_size}, but no {", ".join(lacking)}: start the processes with torchrun'
+        )
     if world_size > 1:
-        timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=min(timeout_s, 1e9))
         # beside NCCL for the GPUs, gloo carries what lives on the CPU, so that it need not wait for the GPU
         backends = 'cpu:gloo,cuda:nccl' if backend == 'nccl' else backend
         store = rendezvous(rank, world_size, timeout)
@@ -107,6 +113,7 @@ class StopSignal:
         self.received = None  # time of the first signal
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
+        sys.stdout, sys.stderr = (Output(stream or open(os.devnull, 'w'), self) for stream in (sys.stdout, sys.stderr))
 
     def _handle(self, number, frame):
         # a Ctrl-C reaches a process twice, from the terminal and from torchrun; a later one is from an impatient user
@@ -121,6 +128,36 @@ class StopSignal:
         flag = torch.tensor(float(self.received is not None))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+class Output:
+    """
+    stdout or stderr, of which no failure ends a run: what cannot be printed (a full disk, a terminal that is gone) is lost. Where nobody reads
+    a pipe any more, the run saves and stops: a Ctrl-C ends the `tee` of `| tee` too.
+    """
+
+    def __init__(self, stream, stop_signal):
+        self.stream, self.stop_signal = stream, stop_signal
+        with suppress(AttributeError):  # a stream of a notebook's, say
+            stream.reconfigure(errors='backslashreplace')  # what the terminal's encoding has no character for
+
+    def write(self, text):
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, function, *args):
+        try:
+            function(*args)
+        except BrokenPipeError:
+            self.stop_signal.received = self.stop_signal.received or time.time()
+        except OSError:
+            pass
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def leave(graph=None):

@@ -12,12 +12,15 @@ import select
 import socket
 import sys
 import traceback
+from contextlib import suppress
 
 OPTIONAL_PACKAGES = ('wandb', 'transformers', 'datasets', 'tqdm', 'pyarrow')
 
 
 # what gloo, NCCL and the key-value store say where another rank is gone or cannot be reached
-LOST = re.compile(r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|time[d-]? ?out', re.I)
+LOST = re.compile(
+    r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|(?<!launch )time[d-]? ?out', re.I
+)
 
 # what CUDA, cuBLAS, PyTorch and NumPy say where memory has run out
 MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory|cannot allocate memory|unable to allocate", re.I)
@@ -65,8 +68,13 @@ def _too_little_memory(error, trace):
     )
 
 
+def _say(text):
+    # to sys.__stderr__, because init_process_group puts a hook around ours that holds sys.stderr back until it returns
+    with suppress(OSError):  # a full disk
+        print(text, file=sys.__stderr__, flush=True)
+
+
 def _excepthook(kind, error, trace):
-    # to sys.__stderr__, because init_process_group puts a hook around this one that holds sys.stderr back until it returns
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         if int(os.environ.get('WORLD_SIZE', 1)) > 1:
@@ -91,20 +99,19 @@ def _excepthook(kind, error, trace):
     speaks = _first_to_fail()
     if issubclass(kind, UserError):
         if speaks:
-            print(f'error: {error}', file=sys.__stderr__, flush=True)
-    elif speaks and rank and issubclass(kind, RuntimeError) and LOST.search(str(error)):
+            _say(f'error: {error}')
+    elif speaks and int(os.environ.get('WORLD_SIZE', 1)) > 1 and issubclass(kind, RuntimeError) and LOST.search(str(error)):
         reason = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0])  # without the line of C++
-        print(
+        _say(
             f'error: {here} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
-            'reached. What was saved is whole: start all ranks again with --init_from=auto',
-            file=sys.__stderr__,
-            flush=True,
+            'reached. What was saved is whole: start all ranks again with --init_from=auto'
         )
     elif speaks:
-        traceback.print_exception(kind, error, trace, file=sys.__stderr__)
+        _say(''.join(traceback.format_exception(kind, error, trace)).rstrip())
     else:  # most often the echo of another rank's failure: a collective whose partner is gone
-        print(f'rank {rank} ends too: {kind.__name__}: {str(error).splitlines()[0] if str(error) else ""}', file=sys.__stderr__, flush=True)
-    sys.stdout.flush()
+        _say(f'rank {rank} ends too: {kind.__name__}: {str(error).splitlines()[0] if str(error) else ""}')
+    with suppress(OSError, AttributeError):  # a full disk, or no stdout at all
+        sys.stdout.flush()
     # skip the interpreter's own teardown: it would wait for collectives and threads that can never finish
     os._exit(2 if issubclass(kind, UserError) else 1)
 

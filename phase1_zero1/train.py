@@ -78,7 +78,7 @@ lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (
 min_lr = 6e-5  # learning rate from there on; about learning_rate / 10
 # system; auto is the best that this machine has
 backend = 'auto'  # nccl or gloo
-dist_timeout = 600  # seconds that a rank waits for the others, which may be on a machine that is gone, before the run ends
+dist_timeout = 600  # seconds that a rank waits for the others, which may be saving or on a machine that is gone, before the run ends
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
@@ -165,6 +165,7 @@ if block_size > model.config.block_size:
 if block_size < model.config.block_size:
     model.crop_block_size(block_size)
     model_args['block_size'] = block_size
+config.update({k: v for k, v in model_args.items() if k in config})  # a loaded model is what it is, whatever the flags say
 model.to(device)
 raw_model = model  # without the wrappers below
 

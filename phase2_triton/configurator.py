@@ -134,7 +134,7 @@ def check_values(config):
 
 def run_config_file(path, config, script):
     """The names that the config file assigns, with their values. It sees the flags' values so far as variables."""
-    found = [p for p in (path, os.path.join(os.path.dirname(os.path.abspath(script)), path)) if os.path.isfile(p)]
+    found = [p for p in (path, os.path.join(os.path.dirname(os.path.realpath(script)), path)) if os.path.isfile(p)]
     if not found:
         raise UserError(f'{path}: no such config file (flags are written --key=value)')
     variables = {**config, '__file__': os.path.abspath(found[0])}
@@ -161,7 +161,7 @@ def module_level(node):
 
 def find_model_dir(model_dir, script):
     """The folder of the model.py to use: model_dir as seen from here or from the script's folder; '' is the latter."""
-    own = os.path.dirname(os.path.abspath(script))
+    own = os.path.dirname(os.path.realpath(script))
     for folder in (model_dir, os.path.join(own, model_dir)) if model_dir else (own,):
         if os.path.isfile(os.path.join(folder, 'model.py')):
             return os.path.abspath(folder) if model_dir else ''
@@ -183,7 +183,7 @@ def model_options(model_dir, script):
 
 
 def model_file(model_dir, script):
-    return os.path.join(model_dir or os.path.dirname(os.path.abspath(script)), 'model.py')
+    return os.path.join(model_dir or os.path.dirname(os.path.realpath(script)), 'model.py')
 
 
 def print_help(script, defaults, model_dir, doc):

@@ -13,6 +13,7 @@ import pickle
 import shutil
 import sys
 import time
+from contextlib import suppress
 
 import torch
 
@@ -30,10 +31,11 @@ def make_out_dir(out_dir, init_from):
     if init_from != 'resume':
         not_ours.add(os.path.abspath(out_dir))
     try:
+        out_dir.encode()  # torch opens checkpoints by names in UTF-8 only
         os.makedirs(out_dir, exist_ok=True)
         if not os.access(out_dir, os.W_OK):
             raise PermissionError('not writable')
-    except OSError as e:
+    except (OSError, UnicodeEncodeError) as e:
         raise UserError(f'out_dir={out_dir} cannot be used: {e}') from None
     try:
         import fcntl
@@ -100,15 +102,16 @@ def _link(source, target):
         os.link(source, target + '.tmp')
     except OSError:
         shutil.copyfile(source, target + '.tmp')
+        with open(target + '.tmp', 'rb+') as f:
+            os.fsync(f.fileno())
     os.replace(target + '.tmp', target)
 
 
 def _sync_folder(folder):
     fd = os.open(folder, os.O_RDONLY)
-    try:
+    with suppress(OSError):  # some file systems cannot do this to a folder
         os.fsync(fd)  # makes the new names last
-    finally:
-        os.close(fd)
+    os.close(fd)
 
 
 def find_checkpoint(out_dir):
@@ -119,7 +122,7 @@ def find_checkpoint(out_dir):
     full, latest = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_sharded', 'latest')
     if not os.path.exists(latest):
         return full
-    with open(latest) as f:
+    with open(latest, errors='replace') as f:
         sharded = os.path.join(os.path.dirname(latest), os.path.basename(f.read().strip()))
     if not os.path.exists(full):
         return sharded
@@ -169,7 +172,8 @@ def load_checkpoint(path):
             f'{path} cannot be read as a checkpoint; it may have been cut short ({str(e).splitlines()[0]}). '
             'The other checkpoint in its folder (ckpt.pt or ckpt_best.pt) may be whole'
         ) from None
-    missing = [k for k in ('model', 'model_args', 'iter_num') if not isinstance(checkpoint, dict) or k not in checkpoint]
+    kinds = {'model': dict, 'model_args': dict, 'iter_num': (int, float, torch.Tensor)}
+    missing = [k for k, kind in kinds.items() if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(k), kind)]
     if missing:
         raise UserError(f'{path} is a file of torch, but no checkpoint of a training run: it lacks {", ".join(missing)}')
     for prefix in ('_orig_mod.', 'module.'):  # what torch.compile and DDP put before each name
@@ -182,7 +186,7 @@ def load_checkpoint(path):
 def resume_model_args(checkpoint, model_args, given):
     """
     model_args with the architecture of the checkpoint. Raises UserError where a flag in `given`, the names that the user
-    has set, asks for another one. A smaller block_size is no contradiction: the model is cropped to it.
+    has set, asks for another one. A smaller block_size is no contradiction if it was asked for: the model is cropped to it.
     """
     saved = checkpoint['model_args']
     lacking = [k for k in ARCHITECTURE if k not in saved]
@@ -194,8 +198,14 @@ def resume_model_args(checkpoint, model_args, given):
             f'the checkpoint has a vocabulary of {sizes[1]:,} tokens, which does not fit the data set with {sizes[0]:,}: '
             'give the one that it was trained on with --dataset'
         )
+    block_sizes = model_args['block_size'], saved['block_size']
+    if block_sizes[0] != block_sizes[1] and not ('block_size' in given and block_sizes[0] < block_sizes[1]):
+        raise UserError(
+            f'the checkpoint was trained with block_size={block_sizes[1]}, but here it is {block_sizes[0]}: give --block_size={block_sizes[1]}, '
+            'or a smaller one, to which the model will be cropped'
+        )
     for k in ARCHITECTURE:
-        if k in given and model_args[k] != saved[k] and not (k == 'block_size' and model_args[k] < saved[k]):
+        if k in given and model_args[k] != saved[k] and k != 'block_size':
             raise UserError(
                 f'the checkpoint was trained with {k}={saved[k]}, but {k}={model_args[k]} was asked for: leave it out, '
                 'or train from scratch with another --out_dir'
@@ -222,7 +232,11 @@ def load_optimizer(optimizer, scaler, checkpoint):
     """
     saved, own = checkpoint.get('optimizer'), optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group['params']]
-    fits = isinstance(saved, dict) and [len(g['params']) for g in saved['param_groups']] == [len(g['params']) for g in own['param_groups']]
+    fits = (
+        isinstance(saved, dict)
+        and {'state', 'param_groups'} <= saved.keys()
+        and [len(g['params']) for g in saved['param_groups']] == [len(g['params']) for g in own['param_groups']]
+    )
     block_size = checkpoint['model_args'].get('block_size')  # position embeddings may have been cut to a shorter one; then their state is, too
     cut = lambda v, p: v[: len(p)] if v.dim() == 2 and len(v) == block_size > len(p) else v
     state = {i: {k: cut(v, params[i]) for k, v in s.items()} for i, s in saved['state'].items()} if fits else {}

@@ -49,7 +49,7 @@ def check_format(ckpt_format, fsdp):
 def named_by(pointer, folder):
     """The path of the checkpoint that the file `pointer` in folder names; None if there is no such file."""
     try:
-        with open(os.path.join(folder, pointer)) as f:
+        with open(os.path.join(folder, pointer), errors='replace') as f:
             return os.path.join(folder, os.path.basename(f.read().strip()))
     except FileNotFoundError:
         return None
@@ -118,7 +118,9 @@ class ShardedSaver:
 
     def __init__(self, out_dir, model, optimizer):
         self.folder = os.path.join(out_dir, FOLDER)
-        self.group = dist.new_group(backend='gloo')  # what runs in the background must not share one with the training
+        # What runs in the background must not share a group with the training. Its time limit is long: a slow disk is no dead rank, and a group
+        # that has met its limit is of no more use
+        self.group = dist.new_group(backend='gloo', timeout=6 * dist.distributed_c10d.default_pg_timeout)
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.running = None
         hook = sys.excepthook

@@ -73,12 +73,16 @@ MISTAKES = {
     'plain pickle with code': (lambda: pickle.dump(Malicious(), open('out/ckpt.pt', 'wb')), RESUME, 'out/ckpt.pt'),
     'file of something else': (lambda: torch.save({'a': 1}, 'out/ckpt.pt'), RESUME, 'no checkpoint of a training run'),
     'checkpoint of another shape': (None, [*RESUME, '--n_embd=64'], 'n_embd=32, but n_embd=64 was asked for'),
-    'longer block than the checkpoint': (None, [*RESUME, '--block_size=64'], 'block_size=16'),
+    'longer block than the checkpoint': (None, [*RESUME, '--block_size=64'], 'give --block_size=16'),
+    'malformed checkpoint': (lambda: edit_checkpoint(lambda c: c.update(model_args=None)), RESUME, 'it lacks model_args'),
     'lost weight': (lambda: edit_checkpoint(lambda c: c['model'].pop('lm_head.weight')), RESUME, 'lm_head.weight is missing'),
     'lost optimizer': (lambda: edit_checkpoint(lambda c: c.pop('optimizer')), RESUME, 'optimizer state is missing'),
+    'malformed optimizer': (lambda: edit_checkpoint(lambda c: c.update(optimizer={'a': 1})), RESUME, 'optimizer state is missing'),
     'foreign optimizer': (lambda: edit_checkpoint(lambda c: c['optimizer']['state'][0].update(exp_avg=torch.zeros(7))), RESUME, 'does not fit'),
     'out_dir is a file': (lambda: open('occupied', 'w').close(), ['--out_dir=occupied'], 'out_dir=occupied cannot be used'),
+    'name that torch cannot open': (None, ['--out_dir=o\udcff'], 'cannot be used'),
     'device': (None, ['--device=gpu'], "device is 'gpu'"),
+    'part of a device': (None, ['--device=cpu:x'], "device is 'cpu:x'"),
     'dtype': (None, ['--dtype=half'], "dtype is 'half'"),
     'nccl without a GPU': (None, ['--backend=nccl'], 'backend=nccl works between GPUs only'),
     'backend': (None, ['--backend=smoke'], "backend is 'smoke'"),
@@ -124,6 +128,13 @@ def test_world_size_that_does_not_divide_the_accumulation(launch, work):
     run = launch(TRAIN, *TINY, '--gradient_accumulation_steps=3', nproc=2, check=False)
     assert run.returncode == 2 and run.stderr.count('error: ') == 1
     assert 'gradient_accumulation_steps=3 must be a multiple of the 2 processes' in run.stderr
+
+
+@pytest.mark.parametrize('env, lacking', [(dict(RANK='1'), 'WORLD_SIZE, MASTER_ADDR, MASTER_PORT'), (dict(WORLD_SIZE='2'), 'RANK, MASTER_ADDR')])
+def test_half_an_environment(launch, work, env, lacking):
+    """Of a launcher other than torchrun: rank 1 of 1 would train, and save nothing."""
+    run = launch(TRAIN, *TINY, check=False, env=env)
+    assert run.returncode == 2 and run.stderr.count('error: ') == 1 and f'but no {lacking}' in run.stderr
 
 
 def test_mistake_on_one_rank_only_ends_all(work):

@@ -308,12 +308,44 @@ def test_ctrl_c_in_one_process_saves_too(work):
     assert run.wait() == 0 and load('out/ckpt.pt')['iter_num'] > 5
 
 
+def test_a_reader_that_goes_away_stops_the_run(work):
+    """As `tee` does at a Ctrl-C: what nobody reads must not cost the checkpoint. Nor must a name that the terminal cannot show."""
+    env = dict(os.environ, PYTHONUNBUFFERED='1', PYTHONIOENCODING='ascii')
+    flags = [*TINY, '--max_iters=1000000', '--eval_interval=1000000', '--out_dir=ö']
+    run = subprocess.Popen([sys.executable, TRAIN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    while not run.stdout.readline().startswith('iter 5:'):
+        pass
+    run.stdout.close()
+    assert run.wait(60) == 0 and run.stderr.read() == '' and load('ö/ckpt.pt')['iter_num'] > 5
+
+
+def test_a_log_on_a_full_disk_does_not_stop_the_run(work):
+    with open('/dev/full', 'w') as full:
+        run = subprocess.run([sys.executable, TRAIN, *TINY], stdout=full, stderr=full, env=dict(os.environ, PYTHONUNBUFFERED='1'))
+    assert run.returncode == 0 and load('out/ckpt.pt')['iter_num'] == 21
+
+
+def test_resume_without_the_flags_of_the_model(launch, work):
+    """What is logged is the model of the checkpoint. Only its block_size has to be given, and is not cropped to a default."""
+    launch(TRAIN, *TINY, '--max_iters=3')
+    val = work / 'data' / 'letters' / 'val.bin'
+    val.write_bytes(val.read_bytes() * 3)  # enough for a block of 1024
+    flags = [*(flag for flag in TINY if not flag.startswith(('--n_', '--block_size'))), '--init_from=resume', '--max_iters=5']
+    run = launch(TRAIN, *flags, check=False)
+    assert run.returncode == 2 and 'trained with block_size=16, but here it is 1024: give --block_size=16' in run.stderr
+    launch(TRAIN, *flags, '--block_size=16')
+    config = log_of('out')['config']
+    assert [config[k] for k in ('n_layer', 'n_head', 'n_embd', 'block_size')] == [2, 2, 32, 16]
+
+
 def test_works_from_anywhere(work):
     """From the root with paths as a user types them; out_dir belongs to the folder that one is in."""
     flags = ['--dataset=data/letters', *TINY[1:], '--max_iters=1']
     subprocess.run([sys.executable, TRAIN, NANOGPT / 'config' / 'train_python_char.py', *flags, '--out_dir=a'], check=True, capture_output=True)
     subprocess.run([sys.executable, TRAIN, 'config/train_python_char.py', *flags, '--out_dir=b'], check=True, capture_output=True)
-    assert os.path.exists('a/ckpt.pt') and os.path.exists('b/ckpt.pt')
+    os.symlink(TRAIN, 'link.py')
+    subprocess.run([sys.executable, 'link.py', 'config/train_python_char.py', *flags, '--out_dir=c'], check=True, capture_output=True)
+    assert all(os.path.exists(f'{out_dir}/ckpt.pt') for out_dir in 'abc')
 
 
 def test_json_log(launch, work):
