@@ -28,6 +28,7 @@ trap stop_and_requeue USR1
 
 first_machine=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 rendezvous=(--rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$first_machine:$((10000 + SLURM_JOB_ID % 20000))")
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 # seconds from SIGTERM until torchrun (of torch 2.13) kills; its own 30 may be too few for a large save
 # a torchrun that ends earlier than the others must not end them while they save
 srun --kill-on-bad-exit=0 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=3 "${rendezvous[@]}" \
     "$@" --init_from=auto &
@@ -38,6 +39,10 @@ while kill -0 "$training" 2>/dev/null; do # it was SIGUSR1 that ended the wait
     wait "$training"
     status=$?
 done
+if [ "$status" -eq 138 ]; then # 128 + SIGUSR1: training ended while the trap ran
+    wait "$training"
+    status=$?
+fi
 if [ "$requeue" = yes ] && [ "$status" -ne 0 ]; then # 0: it had finished
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -62,6 +62,9 @@ def _read(path):
         raise LogError(f'{path} is not a training log: it has no run, config, {", ".join(LISTS)} as training_logger.py writes them')
     if not all(isinstance(record, dict) and isinstance(record.get('iter'), (int, float)) for name in LISTS for record in log[name]):
         raise LogError(f'{path} is not a training log as training_logger.py writes them: it has a record without iter')
+    origin = log['run'].get('resumed_from') or {'iter': 0}
+    if not isinstance(origin, dict) or not isinstance(origin.get('iter'), (int, float)) or not isinstance(origin.get('log') or '', str):
+        raise LogError(f'{path} is not a training log as training_logger.py writes them: its resumed_from is {origin!r}')
     return log
 
 

@@ -25,7 +25,7 @@ def choose(device, dtype, compile, backend):
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if mps and mps.is_available() else 'cpu'
     device_type = str(device).split(':')[0]
-    if not re.fullmatch(r'cuda(:\d+)?|mps|cpu', str(device)):
+    if not re.fullmatch(r'cuda(:\d+)?|mps|cpu(:0)?', str(device)):
         raise UserError(f"device is '{device}', but it can be cuda, cuda:N, mps or cpu")
     if device_type == 'cuda':
         if not torch.cuda.is_available():
@@ -33,7 +33,7 @@ def choose(device, dtype, compile, backend):
         count, local_world_size = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if local_world_size > count:
             raise UserError(f'torchrun started {local_world_size} processes on this machine, but it has {count} GPU(s): use --nproc_per_node={count}')
-        if local_world_size > 1 or 0 < int(os.environ.get('LOCAL_RANK', 0)) < count:
+        if local_world_size > 1 or (':' not in device and 0 < int(os.environ.get('LOCAL_RANK') or 0) < count):
             device = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU a process
         if ':' in device and int(device[5:]) >= count:
             raise UserError(f'device={device}, but this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}')

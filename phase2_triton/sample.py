@@ -77,7 +77,7 @@ if vocab_size < meta.get('vocab_size', 50257) or (own and vocab_size != meta['vo
 encoding = get_encoding(meta)
 if start.startswith('FILE:'):
     try:
-        with open(start[5:], encoding='utf-8') as f:
+        with open(start[5:], encoding='utf-8-sig') as f:
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'--start={start}: {e}') from None

@@ -27,11 +27,10 @@ def setup(backend, timeout_s):
     for another one for timeout_s seconds, because its machine is gone, raises an error. Raises UserError where the environment is not torchrun's.
     """
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    lacking = [k for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if k not in os.environ]
-    if lacking and (rank > 0 or world_size > 1):
-        raise UserError(
-            f'the environment has RANK={rank} and WORLD_SIZE={world_size}, but no {", ".join(lacking)}: start the processes with torchrun'
-        )
+    environment = {k: os.environ.get(k, '') for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    if rank >= world_size or (world_size > 1 and not all(environment.values())):
+        found = ' '.join(f'{k}={v}' for k, v in environment.items())
+        raise UserError(f'the environment has {found}, which is not one of {world_size} processes: start them with torchrun')
     if world_size > 1:
         timeout = timedelta(seconds=min(timeout_s, 1e9))
         # beside NCCL for the GPUs, gloo carries what lives on the CPU, so that it need not wait for the GPU
@@ -105,13 +104,15 @@ def gather_from_ranks(x):
 
 class StopSignal:
     """
-    SIGTERM and SIGINT (Ctrl-C) ask a run to stop at the next step boundary instead of killing it in mid-step. The handler
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) ask a run to stop at the next step boundary instead of killing it in mid-step. The handler
     may only take note: another rank may be inside a collective, and only together can ranks leave the loop.
     """
 
     def __init__(self):
         self.received = None  # time of the first signal
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.unread = False  # what is printed, because its reader has gone
+        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []  # nohup has it ignored
+        for number in (signal.SIGTERM, signal.SIGINT, *hangup):
             signal.signal(number, self._handle)
         sys.stdout, sys.stderr = (Output(stream or open(os.devnull, 'w'), self) for stream in (sys.stdout, sys.stderr))
 
@@ -122,23 +123,24 @@ class StopSignal:
         self.received = self.received or time.time()
 
     def requested(self):
-        """True on every rank if any rank has received a signal. Collective, over the CPU: does not wait for the GPU."""
+        """True on every rank if any rank is to stop. Collective, over the CPU: does not wait for the GPU."""
+        wanted = self.received is not None or self.unread
         if not dist.is_initialized():
-            return self.received is not None
-        flag = torch.tensor(float(self.received is not None))
+            return wanted
+        flag = torch.tensor(float(wanted))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
 
 class Output:
     """
-    stdout or stderr, of which no failure ends a run: what cannot be printed (a full disk, a terminal that is gone) is lost. Where nobody reads
+    stdout or stderr, of which no failure ends a run: what cannot be printed (a full disk, under nohup a closed terminal) is lost. Where nobody reads
     a pipe any more, the run saves and stops: a Ctrl-C ends the `tee` of `| tee` too.
     """
 
     def __init__(self, stream, stop_signal):
         self.stream, self.stop_signal = stream, stop_signal
-        with suppress(AttributeError):  # a stream of a notebook's, say
+        with suppress(AttributeError, OSError):  # a stream of a notebook's, or one with something to write to a full disk first
             stream.reconfigure(errors='backslashreplace')  # what the terminal's encoding has no character for
 
     def write(self, text):
@@ -152,7 +154,7 @@ class Output:
         try:
             function(*args)
         except BrokenPipeError:
-            self.stop_signal.received = self.stop_signal.received or time.time()
+            self.stop_signal.unread = True
         except OSError:
             pass
 

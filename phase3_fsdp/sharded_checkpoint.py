@@ -51,7 +51,7 @@ def named_by(pointer, folder):
     try:
         with open(os.path.join(folder, pointer), errors='replace') as f:
             return os.path.join(folder, os.path.basename(f.read().strip()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -128,7 +128,7 @@ class ShardedSaver:
         def finish(kind, error, trace):
             if issubclass(kind, UserError):  # the process ends, but first the save: the other ranks' part of it goes on, too
                 with suppress(Exception):
-                    self.wait()
+                    self.wait(together=False)
             hook(kind, error, trace)
 
         sys.excepthook = finish
@@ -152,18 +152,23 @@ class ShardedSaver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         prepare(self.folder) if dist.get_rank() == 0 else None
-        dist.barrier(group=self.group)
+        dist.all_reduce(torch.zeros(1))  # rank 0 has prepared the folder
         future = self.executor.submit(write_sharded, copies, rest, self.folder, best, self.group)
         self.running = future, checkpoint['iter_num'], required, started, time.time() - started, on_saved
         if required:
             self.wait()
 
-    def wait(self):
-        """Returns when no save is running."""
+    def wait(self, together=True):
+        """Returns when no save is running. Not together: on a rank that is about to end, where the others may be elsewhere."""
         if self.running is None:
             return
         future, iter_num, required, started, stall_seconds, on_saved = self.running
         self.running = None
+        busy = torch.ones(1)
+        while together and busy:  # by way of the training's group: a slow disk is no dead rank, but a dead one ends this after dist_timeout
+            time.sleep(0.02)
+            busy = torch.tensor(float(not future.done()))
+            dist.all_reduce(busy, op=dist.ReduceOp.MAX)
         try:
             path, size, ended = future.result()
         except (CheckpointException, OSError, RuntimeError, UserError) as e:
@@ -329,7 +334,7 @@ def own_part(checkpoint, model, optimizer):
 
     weights, state = model.state_dict(), {}
     saved = {k: part(f'model.{v if reader else k}', v, weights[k])[1] if k in weights else v for k, v in checkpoint['model'].items()}
-    if isinstance(checkpoint.get('optimizer'), dict):
+    if isinstance(checkpoint.get('optimizer'), dict) and 'state' in checkpoint['optimizer']:
         for i, s in checkpoint['optimizer']['state'].items():
             if reader:
                 s = s | {k: None for k in ('exp_avg', 'exp_avg_sq') if f'optimizer.{i}.{k}' in metadata.state_dict_metadata}
@@ -371,13 +376,17 @@ def convert(to, out_dir):
             raise UserError(f'{kept} is of iteration {found[1]}, and what would replace it of {found[0]}: move away the one that is not wanted')
     if to == 'sharded':
         checkpoint = full_checkpoint.load_checkpoint(full)
-        if not isinstance(checkpoint.get('optimizer'), dict):
+        if not isinstance(checkpoint.get('optimizer'), dict) or 'state' not in checkpoint['optimizer']:
             raise UserError(f'{full} has no optimizer state, so no training can go on from it')
         first = {}
         names = {name: first.setdefault(v.data_ptr(), name) for name, v in checkpoint['model'].items()}
         tensors, rest = split(checkpoint, names)
         prepare(folder)
-        return write_sharded(tensors, rest, folder, best=False, group=None)[0]
+        try:
+            return write_sharded(tensors, rest, folder, best=False, group=None)[0]
+        except (CheckpointException, OSError, RuntimeError) as e:  # a full disk
+            shutil.rmtree(os.path.join(folder, 'saving'), ignore_errors=True)
+            raise UserError(f'{folder} could not be written ({first_cause(e)}); what was there is untouched') from None
     if not latest:
         raise UserError(f'there is no sharded checkpoint in {out_dir}')
     best, best_full = named_by('best', folder), os.path.join(out_dir, 'ckpt_best.pt')

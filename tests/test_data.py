@@ -262,6 +262,7 @@ def test_text_documents(prepare, tmp_path):
     (tmp_path / 'elsewhere').mkdir()
     (folder / 'link').symlink_to(tmp_path / 'elsewhere')
     (folder / 'round').symlink_to(tmp_path / 'corpus')  # to where it is itself
+    (folder / 'broken.txt').symlink_to(tmp_path / 'nowhere')
     for i, text in enumerate(documents[80:]):
         ((tmp_path / 'elsewhere' if i % 2 else folder.parent) / f'{i}.txt').write_text(text)
     (folder / 'ignored.md').write_text('ignored')

@@ -130,11 +130,18 @@ def test_world_size_that_does_not_divide_the_accumulation(launch, work):
     assert 'gradient_accumulation_steps=3 must be a multiple of the 2 processes' in run.stderr
 
 
-@pytest.mark.parametrize('env, lacking', [(dict(RANK='1'), 'WORLD_SIZE, MASTER_ADDR, MASTER_PORT'), (dict(WORLD_SIZE='2'), 'RANK, MASTER_ADDR')])
-def test_half_an_environment(launch, work, env, lacking):
+@pytest.mark.parametrize(
+    'env, found',
+    [
+        (dict(RANK='1'), 'RANK=1 WORLD_SIZE= MASTER_ADDR='),
+        (dict(WORLD_SIZE='2'), 'RANK= WORLD_SIZE=2 MASTER_ADDR='),
+        (dict(RANK='1', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='29511'), 'RANK=1 WORLD_SIZE=1 MASTER_ADDR=localhost'),
+    ],
+)
+def test_half_an_environment(launch, work, env, found):
     """Of a launcher other than torchrun: rank 1 of 1 would train, and save nothing."""
     run = launch(TRAIN, *TINY, check=False, env=env)
-    assert run.returncode == 2 and run.stderr.count('error: ') == 1 and f'but no {lacking}' in run.stderr
+    assert run.returncode == 2 and run.stderr.count('error: ') == 1 and f'the environment has {found}' in run.stderr
 
 
 def test_mistake_on_one_rank_only_ends_all(work):

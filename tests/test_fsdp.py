@@ -327,6 +327,9 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     os.mkdir('weights')
     torch.save({key: state[key] for key in ('model', 'model_args', 'iter_num')}, 'weights/ckpt.pt')
     assert 'error: weights/ckpt.pt has no optimizer state' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
+    assert 'error: there is no sharded checkpoint in weights/ckpt.pt' in launch(CONVERT, 'full', 'weights/ckpt.pt', check=False).stderr
+    torch.save({**state, 'optimizer': {'a': 1}}, 'weights/ckpt.pt')
+    assert 'error: weights/ckpt.pt has no optimizer state' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
 
 
 def test_mistakes_end_with_one_message(launch, work):

@@ -30,7 +30,7 @@ def test_samples_look_like_the_data(launch, trained):
 
 
 def test_prompt_from_a_file_and_other_checkpoint(launch, trained):
-    (trained / 'prompt.txt').write_text('012')
+    (trained / 'prompt.txt').write_text('012', encoding='utf-8-sig')  # as editors on Windows do
     out = launch(SAMPLE, '--start=FILE:prompt.txt', '--num_samples=1', '--max_new_tokens=5', '--ckpt=ckpt_best.pt').stdout
     assert re.search(r'^012.{5}$', out, re.M)
 

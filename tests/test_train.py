@@ -300,11 +300,14 @@ def test_sigterm_saves_the_current_step(launch, work):
     assert_same_state(load('out/ckpt.pt'), load('straight/ckpt.pt'))
 
 
-def test_ctrl_c_in_one_process_saves_too(work):
-    run = subprocess.Popen([sys.executable, TRAIN, *TINY, '--max_iters=1000000', '--eval_interval=1000000'], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP], ids=['Ctrl-C', 'closed terminal'])
+def test_signals_in_one_process_save_too(work, number):
+    flags = [*TINY, '--max_iters=1000000', '--eval_interval=1000000']
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # also where these tests run under nohup
+    run = subprocess.Popen([sys.executable, TRAIN, *flags], stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     for line in run.stdout:
         if line.startswith('iter 5:'):
-            run.send_signal(signal.SIGINT)
+            run.send_signal(number)
     assert run.wait() == 0 and load('out/ckpt.pt')['iter_num'] > 5
 
 
@@ -313,12 +316,15 @@ def test_a_reader_that_goes_away_stops_the_run(work):
     env = dict(os.environ, PYTHONUNBUFFERED='1', PYTHONIOENCODING='ascii')
     flags = [*TINY, '--max_iters=1000000', '--eval_interval=1000000', '--out_dir=ö']
     run = subprocess.Popen([sys.executable, TRAIN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    while not run.stdout.readline().startswith('iter 5:'):
-        pass
-    run.stdout.close()
-    assert run.wait(60) == 0 and run.stderr.read() == '' and load('ö/ckpt.pt')['iter_num'] > 5
+    try:
+        assert any(line.startswith('iter 5:') for line in iter(run.stdout.readline, ''))
+        run.stdout.close()
+        assert run.wait(60) == 0 and run.stderr.read() == '' and load('ö/ckpt.pt')['iter_num'] > 5
+    finally:
+        run.kill()
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which Linux has')
 def test_a_log_on_a_full_disk_does_not_stop_the_run(work):
     with open('/dev/full', 'w') as full:
         run = subprocess.run([sys.executable, TRAIN, *TINY], stdout=full, stderr=full, env=dict(os.environ, PYTHONUNBUFFERED='1'))

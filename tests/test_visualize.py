@@ -391,7 +391,7 @@ def document(**changes):
 
 NO_JSON = ('{"iterations": [', '', '\udcff\udcfe', '[' * 100_000)
 NO_LOG = ('[1, 2]', '{"model": 1}', document(iterations=[{'loss': 1}]), document(iterations=[{'iter': 0, 'loss': {}}]), document(evaluations=[3]))
-NO_LOG += (document(iterations=[{'iter': 0, 'loss': 10**400}]),)
+NO_LOG += (document(iterations=[{'iter': 0, 'loss': 10**400}]), document(run={'resumed_from': {'log': 'x', 'iter': None}}))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import sysconfig
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 
@@ -148,7 +149,8 @@ class DatasetWriter:
             _remove(self.path(f'{split}.bin.tmp'))  # while still locked
         _remove(self.path('meta.pkl.tmp'))
         for file in self.files.values():
-            file.close()
+            with suppress(OSError):  # what a full disk has not taken is tried again
+                file.close()
         if isinstance(error, OSError):
             raise UserError(f'cannot prepare {self.out_dir}: {error}') from error
 

@@ -40,7 +40,7 @@ def load(source, revision=None):
 
 
 def tokenize(batch):
-    return {'ids': [np.append(gpt2_encode(text), ENDOFTEXT).astype(np.uint16) for text in batch['text']]}
+    return {'ids': [np.append(gpt2_encode(text or ''), ENDOFTEXT).astype(np.uint16) for text in batch['text']]}
 
 
 def prepare(dataset, out_dir, num_proc):

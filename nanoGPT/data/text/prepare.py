@@ -56,7 +56,7 @@ def files_below(top):
     for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in seen]
         seen.update(os.path.realpath(os.path.join(folder, name)) for name in folders)
-        yield from (os.path.join(folder, file) for file in files if _kind(file))
+        yield from (path for file in files if _kind(file) and os.path.exists(path := os.path.join(folder, file)))  # not a link to nowhere
 
 
 def unreadable(error):
