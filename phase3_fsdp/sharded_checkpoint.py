@@ -164,11 +164,12 @@ class ShardedSaver:
             return
         future, iter_num, required, started, stall_seconds, on_saved = self.running
         self.running = None
-        busy = torch.ones(1)
-        while together and busy:  # by way of the training's group: a slow disk is no dead rank, but a dead one ends this after dist_timeout
-            time.sleep(0.02)
+        while together:  # by way of the training's group: a slow disk is no dead rank, but a dead one ends this after dist_timeout
             busy = torch.tensor(float(not future.done()))
             dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+            if not busy:
+                break
+            time.sleep(0.02)
         try:
             path, size, ended = future.result()
         except (CheckpointException, OSError, RuntimeError, UserError) as e:
