@@ -30,7 +30,7 @@ def setup(backend, timeout_s):
     environment = {k: os.environ.get(k, '') for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
     if rank >= world_size or (world_size > 1 and not all(environment.values())):
         found = ' '.join(f'{k}={v}' for k, v in environment.items())
-        raise UserError(f'the environment has {found}, which is not one of {world_size} processes: start them with torchrun')
+        raise UserError(f'the environment has {found}: start the processes with torchrun, which sets all of these, or unset them')
     if world_size > 1:
         timeout = timedelta(seconds=min(timeout_s, 1e9))
         # beside NCCL for the GPUs, gloo carries what lives on the CPU, so that it need not wait for the GPU

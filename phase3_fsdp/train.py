@@ -204,7 +204,7 @@ if init_from == 'resume':
     load_optimizer(optimizer, scaler, checkpoint)
 step_guard = StepGuard(device, scaler)  # leaves out steps whose gradient is not finite
 
-if compile and not fsdp:  # shard() has compiled the parts of FSDP's
+if compile and not fsdp:  # with FSDP shard() has compiled it, in parts
     print('compiling the model... (takes a ~minute)')
     model.compile()  # in place
 
