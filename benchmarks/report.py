@@ -32,6 +32,7 @@ NAMES = {
 }  # fmt: skip
 NAMES |= {f'{key}+launched': f'{name} without CUDA graphs' for key, name in NAMES.items()}
 ON_4_GPUS, ZERO1_ON_4_GPUS = 'trainers_h200x4', 'trainers_h100x4'  # in the latter DDP and phase 1 took turns
+MANY = {'124M': 10, '1.5B': 5}  # the larger number of micro-steps in the first of them
 TRY = 'nanoGPT/config/train_python_char.py --max_iters=20 --eval_interval=20 --eval_iters=2 --log_interval=20 --always_save_checkpoint=True'
 TRY_2 = 'torchrun --standalone --nproc_per_node=2'
 CHECKS = [  # what the summary shows with its output
@@ -381,9 +382,10 @@ def of_ddp(trainer, size, micro_steps, name=ON_4_GPUS):
 def triton_of_ddp(document):
     """The kernels on several GPUs, alone and under phases 1 and 3."""
     rows = []
-    for name, size in (('triton', '124M'), ('zero1+triton', '124M'), ('fsdp+triton', '124M'), ('triton', '1.5B'), ('fsdp+triton', '1.5B')):
-        rows.append((NAMES[name], size, *(f'{of_ddp(name, size, n):.1%}' for n in (10, 1))))
-    return markdown(['', 'model', 'of the speed of DDP, 10 micro-steps', '1 micro-step'], rows)
+    for size in MANY:
+        for name in ('triton', 'zero1+triton', 'fsdp+triton'):
+            rows.append((NAMES[name], size, *(f'{of_ddp(name, size, n):.1%}' for n in (MANY[size], 1))))
+    return markdown(['', 'model', f'of the speed of DDP, {MANY["124M"]} (1.5B: {MANY["1.5B"]}) micro-steps', '1 micro-step'], rows)
 
 
 @table
@@ -391,7 +393,7 @@ def fsdp_of_ddp(document):
     """Phase 3 against DDP, both as their train.py runs them by default, and without its CUDA graphs."""
     return (
         f'on four H200s phase 3 has {of_ddp("fsdp", "124M", 10):.1%} of the speed of DDP at 124M with 10 micro-steps and '
-        f'{of_ddp("fsdp", "124M", 1):.1%} with 1, and {of_ddp("fsdp", "1.5B", 10):.1%} and {of_ddp("fsdp", "1.5B", 1):.1%} at 1.5B '
+        f'{of_ddp("fsdp", "124M", 1):.1%} with 1, {of_ddp("fsdp", "1.5B", 5):.1%} at 1.5B with 5 and {of_ddp("fsdp", "1.5B", 1):.1%} with 1 '
         f'({cite(ON_4_GPUS, document)}). All with CUDA graphs: without them phase 3 falls to {of_ddp("fsdp+launched", "124M", 10):.1%} and '
         f'{of_ddp("fsdp+launched", "124M", 1):.1%} at 124M, because the CPU cannot keep up with 13 units. Part of what it is ahead of DDP is '
         'that it writes no logits and has a residual stream of 16 bits'
@@ -470,16 +472,16 @@ def fsdp_largest(document):
 @table
 def largest(document):
     """What fits, in a sentence."""
-    billions = {name: load(f'fsdp_largest_{name}_h200x4')['results'][0]['parameters'] / 1e9 for name in ('ddp', 'fsdp')}
+    billions = {name: load(f'fsdp_largest_{name}_h200x4')['results'][0]['parameters'] / 1e9 for name in ('ddp', 'zero1', 'fsdp')}
     most = {row['name']: row['batch_size'] for row in load('phase2_largest_h100')['rows']}
     names = ('reference, compiled', '+ weights rounded once an iteration', 'loss_rows=4096')
-    files = [cite(name, document) for name in ('fsdp_largest_ddp_h200x4', 'fsdp_largest_fsdp_h200x4', 'phase2_largest_h100')]
+    files = [cite(name, document) for name in (*(f'fsdp_largest_{key}_h200x4' for key in billions), 'phase2_largest_h100')]
     reference, phase2, rows = (most[name] for name in names)
     return (
-        f'On four H200s DDP trains up to {billions["ddp"]:.1f} billion parameters, phase 3 up to {billions["fsdp"]:.1f} billion '
-        f'(one sequence of 1024 tokens a GPU; {files[0]}, {files[1]}). On an H100 of 80 GB '
+        f'On four H200s DDP trains up to {billions["ddp"]:.1f} billion parameters, phase 1 {billions["zero1"]:.1f}, phase 3 {billions["fsdp"]:.1f} '
+        f'(one sequence of 1024 tokens a GPU; {", ".join(files[:-1])}). On an H100 of 80 GB '
         f'the compiled reference fits {reference} sequences of 124M into a micro-step, '
-        f'phase 2 {phase2}, with `--half_residual --loss_rows=4096` {rows} ({files[2]})'
+        f'phase 2 {phase2}, with `--half_residual --loss_rows=4096` {rows} ({files[-1]})'
     )
 
 
@@ -505,18 +507,6 @@ def fsdp_variants(document):
         header += [*(f'{n}: of the default' for n in counts), 'at rest, GiB', 'peak, GiB']
         blocks.append(f'{report["processes"]} × {measured_by(report, path.stem, document)}:\n\n{markdown(header, cells)}')
     return '\n\n'.join(blocks)
-
-
-@table
-def not_measured(document):
-    """Which train.py has no result file yet, as it runs by default on several GPUs, in one sentence."""
-    rows = [row for name in trainer_files() for row in load(name)['rows'] if 'error' not in row and row['processes'] > 1]
-    parts = []
-    for size in ('124M', '1.5B'):
-        there = {row['trainer'] for row in rows if row['size'] == size}
-        missing = [NAMES[name] for name in ('ddp', 'zero1', 'triton', 'fsdp', 'zero1+triton', 'fsdp+triton', 'hybrid') if name not in there]
-        parts += [f'at {size} {", ".join(missing)}'] if missing else []
-    return f'Not measured yet on several GPUs, as whole trainers with their defaults: {"; ".join(parts)}.' if parts else 'All of them are measured.'
 
 
 @table
@@ -737,20 +727,12 @@ def overview_data():
         'phase 1\nZeRO-1': [4 * n / GIB, 4 * n / GIB, 8 * n / 4 / GIB],
         'phase 3\nFSDP': [4 * n / 4 / GIB, 4 * n / 4 / GIB, 8 * n / 4 / GIB],
     }
-    both = [*load(ZERO1_ON_4_GPUS)['rows'], *load(ON_4_GPUS)['rows']]
-    rows = {(r['trainer'], r['size'], r['micro_steps']): r for r in both if 'error' not in r}
-    measured = {name: rows[trainer, '1.5B', 10]['memory_bytes']['rest'] / GIB for name, trainer in zip(computed, ('ddp', 'zero1', 'fsdp'))}
+    rows = {(r['trainer'], r['size'], r['micro_steps']): r for r in load(ON_4_GPUS)['rows'] if 'error' not in r}
+    measured = {name: rows[trainer, '1.5B', MANY['1.5B']]['memory_bytes']['rest'] / GIB for name, trainer in zip(computed, ('ddp', 'zero1', 'fsdp'))}
     speed = {
-        f'{label}, {size}': 100 * of_ddp(trainer, size, 10)
-        for size, trainer, label in (
-            ('124M', 'zero1', 'phase 1'),
-            ('124M', 'triton', 'phase 2'),
-            ('124M', 'fsdp', 'phase 3'),
-            ('124M', 'fsdp+triton', 'phases 2 + 3'),
-            ('1.5B', 'triton', 'phase 2'),
-            ('1.5B', 'fsdp', 'phase 3'),
-            ('1.5B', 'fsdp+triton', 'phases 2 + 3'),
-        )
+        f'{label}, {size}': 100 * of_ddp(trainer, size, MANY[size])
+        for size in MANY
+        for trainer, label in (('zero1', 'phase 1'), ('triton', 'phase 2'), ('fsdp', 'phase 3'), ('fsdp+triton', 'phases 2 + 3'))
     }
     names = {
         'reference, eager': 'reference, eager',
@@ -794,7 +776,7 @@ def draw_overview(data, path, mark):
     middle.axvline(100, color='black', linewidth=1.5)
     middle.text(100, len(labels) - 0.5, 'DDP', ha='center')
     middle.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels], fontsize=12.5)
-    middle.set(xlabel="% of DDP's tokens/s, 10 micro-steps", xlim=(0, 135), ylim=(-0.5, len(labels) - 0.1), title='Speed: four H200s')
+    middle.set(xlabel='% of DDP, 10 (1.5B: 5) micro-steps', xlim=(0, 135), ylim=(-0.5, len(labels) - 0.1), title='Speed: four H200s')
     middle.tick_params(axis='y', length=0)
     for i, (label, thousands) in enumerate(data['ladder'].items()):
         right.bar(i, thousands, 0.62, color='#E69F00' if label.startswith('phase 2') else '#999999')
