@@ -444,16 +444,23 @@ def plan(args, processes, folder):
     return runs
 
 
+def words(text):
+    return [word for word in text.split(',') if word]
+
+
+def integers(text):
+    return [int(word) for word in words(text)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = lambda text: [word for word in text.split(',') if word]
     parser.add_argument('--out', default='', help='JSON file of results')
     parser.add_argument('--onto', default='', help='a JSON file of results to go on from')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=['cuda', 'cpu'])
-    parser.add_argument('--nproc', type=words, default=[], help='numbers of processes, such as 1,4 (default: all GPUs, and 1; on a CPU 2 and 1)')
+    parser.add_argument('--nproc', type=integers, default=[], help='numbers of processes, such as 1,4 (default: all GPUs, and 1; on a CPU 2 and 1)')
     parser.add_argument('--sizes', type=words, default=[], help=f'of {",".join(SIZES)} (default: 124M,1.5B,350M; on a CPU tiny)')
     parser.add_argument('--trainers', type=words, default=[], help=f'of {",".join(TRAINERS)}')
-    parser.add_argument('--micro_steps', type=lambda text: [int(n) for n in words(text)], default=[], help='of each process (default: 5,1)')
+    parser.add_argument('--micro_steps', type=integers, default=[], help='of each process (default: 5,1)')
     parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument('--save', action='store_true', help='also save a checkpoint, and resume from it, in the first round')
     parser.add_argument('--cold', action='store_true', help='each first round compiles everything itself')
@@ -467,7 +474,7 @@ def main():
         work(args.worker)
     gpus = torch.cuda.device_count() if args.device == 'cuda' else 0
     args.sizes = args.sizes or (['124M', '1.5B', '350M'] if gpus else ['tiny'])
-    numbers = [int(n) for n in args.nproc] or sorted({gpus or 2, 1}, reverse=True)
+    numbers = args.nproc or sorted({gpus or 2, 1}, reverse=True)
     for given, known in ((args.sizes, SIZES), (args.trainers, TRAINERS)):
         if set(given) - set(known):
             parser.error(f'{", ".join(set(given) - set(known))}: known are {", ".join(known)}')
