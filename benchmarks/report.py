@@ -283,7 +283,8 @@ def phase2_largest(document):
             'MiB a sequence',
         ]
         fixed = ', in segments of fixed sizes, which today takes `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False`' * ('fixed' in path.stem)
-        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}{fixed}:\n\n{markdown(header, cells)}')
+        note = f'. {note}' if not fixed and (note := load(path.stem).get('note', '').rstrip('.')) else ''
+        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}{fixed}{note}:\n\n{markdown(header, cells)}')
     return '\n\n'.join(blocks)
 
 
@@ -366,7 +367,7 @@ def measured(document):
             if name not in its:
                 continue
             row = its[name]
-            than = f'{row["ratio"]:.2f} × the reference' + (f', {row["ratio"] / recorded["ratio"]:.2f} × with CUDA graphs too' if recorded else '')
+            than = f'{row["ratio"]:.2f} × the reference' + (f', {row["ratio"] / recorded["ratio"]:.2f} × it with CUDA graphs' if recorded else '')
             gpu, file = short(load(path.stem)), cite(path.stem, document)
             rows.append((text, gpu, f'{row["tokens_per_s"]:,.0f}', than, gib(row['peak_memory_bytes'], 1), file))
     return markdown(['', 'GPU', 'tokens/s', 'that is', 'peak, GiB', 'result file'], rows)
