@@ -273,8 +273,8 @@ def run_trainer(run):
     counters = torch._dynamo.utils.counters
     results['graphs'] = counters['stats']['unique_graphs']
     results['graphs_from_cache'] = counters['inductor']['fxgraph_cache_hit']
-    words = ('using', 'wrapping', 'units', 'each rank', 'compil')
-    results['said'] = [line for line in printed.getvalue().splitlines() if any(word in line.lower() for word in words)]
+    telling = ('using', 'wrapping', 'units', 'each rank', 'compil')
+    results['said'] = [line for line in printed.getvalue().splitlines() if any(word in line.lower() for word in telling)]
     log = results.pop('log')
     if run['save'] and int(os.environ['RANK']) == 0:
         results['checkpoint'] = {key: json.loads(Path(log).read_text())['checkpoints'][-1][key] for key in ('bytes', 'seconds')}

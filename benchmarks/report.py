@@ -282,9 +282,8 @@ def phase2_largest(document):
             'peak, GiB',
             'MiB a sequence',
         ]
-        fixed = ', in segments of fixed sizes, which today takes `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False`' * ('fixed' in path.stem)
-        note = f'. {note}' if not fixed and (note := load(path.stem).get('note', '').rstrip('.')) else ''
-        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}{fixed}{note}:\n\n{markdown(header, cells)}')
+        note = load(path.stem).get('note')
+        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}{f". {note}" if note else ""}:\n\n{markdown(header, cells)}')
     return '\n\n'.join(blocks)
 
 
