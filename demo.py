@@ -70,16 +70,37 @@ def main():
     config = NANOGPT / 'config' / 'train_python_char.py'
     long = ['--log_interval=5', '--max_iters=1000', '--lr_decay_iters=1000']
     run(*torchrun, NANOGPT / 'train.py', config, f'--out_dir={OUT}', *flags, *long, OMP_NUM_THREADS=str(threads))
-    run(NANOGPT / 'sample.py', f'--out_dir={OUT}', '--ckpt=ckpt_best.pt', '--start=def ', '--num_samples=2', '--max_new_tokens=400')
+    run(
+        NANOGPT / 'sample.py',
+        f'--out_dir={OUT}',
+        '--ckpt=ckpt_best.pt',
+        '--start=def ',
+        '--num_samples=2',
+        '--max_new_tokens=400',
+    )
     log = newest_log(OUT)
     run(NANOGPT / 'visualize_training.py', log)
 
-    short = ['--max_iters=60', '--lr_decay_iters=1000', '--eval_interval=60', '--eval_iters=5', '--log_interval=5', '--warmup_iters=10']
+    short = [
+        '--max_iters=60',
+        '--lr_decay_iters=1000',
+        '--eval_interval=60',
+        '--eval_iters=5',
+        '--log_interval=5',
+        '--warmup_iters=10',
+    ]
     logs, printed = {}, {}
     for name, (folder, options) in RUNS.items():
         out_dir = OUT / name.replace(' ', '')
         printed[name] = run(
-            *torchrun, ROOT / folder / 'train.py', config, *flags, *short, *options, f'--out_dir={out_dir}', OMP_NUM_THREADS=str(threads)
+            *torchrun,
+            ROOT / folder / 'train.py',
+            config,
+            *flags,
+            *short,
+            *options,
+            f'--out_dir={out_dir}',
+            OMP_NUM_THREADS=str(threads),
         )
         logs[name] = newest_log(out_dir)
     comparison = OUT / 'comparison.png'
@@ -91,9 +112,13 @@ def main():
 {'':<14}{'val loss':>10}{'tokens/s':>12}{'peak memory':>14}  LayerNorm by""")
     for name, summary in zip(RUNS, summarize(load_runs([str(logs[name]) for name in RUNS])), strict=True):
         print(table_row(name, summary, printed[name]))
-    print(f'Memory is that of rank 0: {"tensors on its GPU" if gpus else "its resident set, most of which is Python and PyTorch"}.')
+    print(
+        f'Memory is that of rank 0: {"tensors on its GPU" if gpus else "its resident set, most of which is Python and PyTorch"}.'
+    )
     if not gpus:
-        print('Triton kernels need a GPU: without one, phase 2 is the reference, and a model this small shows no savings. Speeds vary with the load.')
+        print(
+            'Triton kernels need a GPU: without one, phase 2 is the reference, and a model this small shows no savings. Speeds vary with the load.'
+        )
 
     entropy = pickle.loads((DATA / 'meta.pkl').read_bytes())['unigram_entropy']  # just written by us
     val_loss = json.loads(log.read_text())['summary']['best_val_loss']

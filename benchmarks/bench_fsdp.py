@@ -77,7 +77,9 @@ LARGEST = {  # trainer, flags, activation checkpointing, width, seconds for a tr
 class Trainer:
     """A model with its optimizer, sharded or not, and the training step of train.py."""
 
-    def __init__(self, kind, size, device, compile, flags=None, seed=1337, exact_init=True, vocab_size=50304, **options):
+    def __init__(
+        self, kind, size, device, compile, flags=None, seed=1337, exact_init=True, vocab_size=50304, **options
+    ):
         n_layer, n_head, n_embd, self.batch_size, self.block_size = size
         self.kind, self.device, self.flags = kind, device, {**FLAGS, **(flags or {})}
         device_type = device.split(':')[0]
@@ -91,7 +93,15 @@ class Trainer:
         self.base = memory(device)
         reset_peak(device)
         torch.manual_seed(seed + rank)
-        config = GPTConfig(vocab_size=vocab_size, block_size=self.block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False, **options)
+        config = GPTConfig(
+            vocab_size=vocab_size,
+            block_size=self.block_size,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            bias=False,
+            **options,
+        )
         started = time.perf_counter()
         with redirect_stdout(None):
             if kind == 'fsdp':
@@ -102,7 +112,9 @@ class Trainer:
                     for block in model.transformer.h:
                         block.forward = torch.compile(block.forward)
                 sharding.shard(
-                    model, dict(device=device, dtype=dtype, compile=compile and not eager_head, **self.flags), recipe if exact_init else None
+                    model,
+                    dict(device=device, dtype=dtype, compile=compile and not eager_head, **self.flags),
+                    recipe if exact_init else None,
                 )
                 if not exact_init:
                     for p in model.parameters():
@@ -125,7 +137,9 @@ class Trainer:
 
                     optimizer = Zero1Optimizer(optimizer)
                 model = torch.compile(model) if compile else model
-                self.model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+                self.model = DDP(
+                    model, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True
+                )
         self.optimizer, self.step_guard = optimizer, StepGuard(device, torch.amp.GradScaler(device_type, enabled=False))
         self.sharded = isinstance(optimizer, sharding.ShardedAdamW)
         self.graph, self.micro_steps = ShardedMicroStepGraph(self.forward_backward, model) if cuda_graph else None, None
@@ -168,7 +182,13 @@ class Trainer:
         for _ in range(steps):
             started = time.perf_counter()
             self.step(random_batch, micro_steps)
-            result.append(self.batch_size * self.block_size * micro_steps * dist.get_world_size() / (time.perf_counter() - started))
+            result.append(
+                self.batch_size
+                * self.block_size
+                * micro_steps
+                * dist.get_world_size()
+                / (time.perf_counter() - started)
+            )
         return result
 
 
@@ -213,23 +233,44 @@ def warm_up(trainer, micro_steps, steps=4):
 
 def percentiles(values):
     values = sorted(values)
-    return dict(median=statistics.median(values), p10=values[len(values) // 10], p90=values[-1 - len(values) // 10], n=len(values))
+    return dict(
+        median=statistics.median(values),
+        p10=values[len(values) // 10],
+        p90=values[-1 - len(values) // 10],
+        n=len(values),
+    )
 
 
 def record(name, trainer, micro_steps, speeds, first, rest, peak):
     ideal = 16 * trainer.num_params / dist.get_world_size()
     return dict(
-        name=name, kind=trainer.kind, flags=trainer.flags if trainer.kind == 'fsdp' else {}, parameters=trainer.num_params, micro_steps=micro_steps,
-        batch_size=trainer.batch_size, block_size=trainer.block_size, tokens_per_sec=percentiles(speeds), first_step_seconds=first,
-        init_seconds=trainer.init_seconds, rest_bytes=rest, peak_bytes=peak, rest_of_ideal=rest and rest / ideal,
-    )  # fmt: skip
+        name=name,
+        kind=trainer.kind,
+        flags=trainer.flags if trainer.kind == 'fsdp' else {},
+        parameters=trainer.num_params,
+        micro_steps=micro_steps,
+        batch_size=trainer.batch_size,
+        block_size=trainer.block_size,
+        tokens_per_sec=percentiles(speeds),
+        first_step_seconds=first,
+        init_seconds=trainer.init_seconds,
+        rest_bytes=rest,
+        peak_bytes=peak,
+        rest_of_ideal=rest and rest / ideal,
+    )
 
 
 def variants(args, device, results):
     """What each choice is worth, at 124M."""
     for name in args.only.split(',') if args.only else VARIANTS:
         torch._dynamo.reset()
-        trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '124M'], device, not args.dry_run, dict(cuda_graph=True) | VARIANTS[name])
+        trainer = Trainer(
+            'fsdp',
+            SIZES['tiny' if args.dry_run else '124M'],
+            device,
+            not args.dry_run,
+            dict(cuda_graph=True) | VARIANTS[name],
+        )
         for micro_steps, n in {1: 30, 10: 8}.items() if not args.dry_run else {1: 2, 3: 1}.items():
             warm = warm_up(trainer, micro_steps)
             results.append(record(name, trainer, micro_steps, trainer.tokens_per_sec(micro_steps, n), *warm))
@@ -240,7 +281,14 @@ def variants(args, device, results):
 
 def checkpoint(args, device, results):
     """How long a save at 1.5B holds up the training, and takes."""
-    trainer = Trainer('fsdp', SIZES['tiny' if args.dry_run else '1.5B'], device, not args.dry_run, dict(cuda_graph=True), exact_init=False)
+    trainer = Trainer(
+        'fsdp',
+        SIZES['tiny' if args.dry_run else '1.5B'],
+        device,
+        not args.dry_run,
+        dict(cuda_graph=True),
+        exact_init=False,
+    )
 
     def timed_step(micro_steps):
         started = time.perf_counter()
@@ -252,7 +300,9 @@ def checkpoint(args, device, results):
     model, optimizer = trainer.raw_model, trainer.optimizer
     started = time.perf_counter()
     saver, saved = ShardedSaver(folder[0], model, optimizer), []
-    result = dict(name='sharded', parameters=trainer.num_params, prepare_seconds=time.perf_counter() - started, steps=[])
+    result = dict(
+        name='sharded', parameters=trainer.num_params, prepare_seconds=time.perf_counter() - started, steps=[]
+    )
     for micro_steps in (1, 10):
         [timed_step(micro_steps) for _ in range(4)]  # compiles and records
         before = [timed_step(micro_steps) for _ in range(5)]
@@ -264,7 +314,9 @@ def checkpoint(args, device, results):
             during.append(timed_step(micro_steps))
             going_on.fill_(dist.get_rank() == 0 and not saver.running[0].done())
             dist.all_reduce(going_on)
-        result['steps'].append(dict(micro_steps=micro_steps, seconds=statistics.median(before), seconds_while_saving=during))
+        result['steps'].append(
+            dict(micro_steps=micro_steps, seconds=statistics.median(before), seconds_while_saving=during)
+        )
         saver.wait()
     result['saves'] = [{k: v for k, v in facts.items() if k != 'path'} for facts in saved]
     results.append(result)
@@ -305,7 +357,14 @@ def curves(args, device, results):
     second = {r['name']: statistics.mean(r['losses'][steps // 2 :]) for r in results}  # the mean over the second half
     seeds = [second[f'ddp, seed {s}'] for s in (1337, 1, 2)]
     differences = [second[f'fsdp, seed {s}'] - second[f'ddp, seed {s}'] for s in (1337, 1)]
-    results.append(dict(name='summary', mean_of_second_half=second, seed_to_seed_std=statistics.stdev(seeds), fsdp_minus_ddp=differences))
+    results.append(
+        dict(
+            name='summary',
+            mean_of_second_half=second,
+            seed_to_seed_std=statistics.stdev(seeds),
+            fsdp_minus_ddp=differences,
+        )
+    )
 
 
 def attempt(args, device, results):
@@ -317,7 +376,9 @@ def attempt(args, device, results):
     try:
         trainer = Trainer(kind, size, device, False, flags, exact_init=False, activation_checkpointing=checkpointing)
         warm = warm_up(trainer, 1, steps=1)
-        results.append(record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width))
+        results.append(
+            record(name, trainer, 1, trainer.tokens_per_sec(1, 2), *warm) | dict(n_layer=int(layers), n_embd=width)
+        )
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -340,7 +401,10 @@ def largest(args, processes):
                 started = time.time()
                 tried[layers] = run_attempt(args, processes, name, layers)
                 write(args, best_of(attempts), processes, tried=attempts)
-                print(f'{name}, {layers} layers: {tried[layers].get("error", "trains")}, {time.time() - started:.0f} s', flush=True)
+                print(
+                    f'{name}, {layers} layers: {tried[layers].get("error", "trains")}, {time.time() - started:.0f} s',
+                    flush=True,
+                )
             error = tried[layers].get('error')
             if error not in (None, 'out of memory'):  # this says nothing about memory, and ends the search
                 raise ChildProcessError
@@ -367,12 +431,19 @@ def run_attempt(args, processes, name, layers):
     with tempfile.TemporaryDirectory() as folder:
         out, stderr = Path(folder, 'out.json'), Path(folder, 'stderr')
         with stderr.open('w') as file:
-            run = launch(processes, ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run], LARGEST[name][-1], file)
+            run = launch(
+                processes,
+                ['largest', f'--attempt={name}:{layers}', f'--out={out}', *['--dry-run'] * args.dry_run],
+                LARGEST[name][-1],
+                file,
+            )
         if out.exists():
             result = json.loads(out.read_text())
             return result if 'error' in result else result['results'][0]
         lines = stderr.read_text(errors='replace').splitlines()
-        if run != 'timeout' and any('Signal 9 (SIGKILL) received' in line for line in lines):  # so Linux ends a process where CPU memory is full
+        if run != 'timeout' and any(
+            'Signal 9 (SIGKILL) received' in line for line in lines
+        ):  # so Linux ends a process where CPU memory is full
             return {'error': 'out of memory'}
         print('\n'.join(lines[-30:]), file=sys.stderr, flush=True)
         return {'error': f'ended with {run}'}
@@ -428,7 +499,9 @@ def say(text):
 def write(args, results, processes, **more):
     """The results so far, to the file args.out."""
     if args.out:
-        write_json(args.out, facts(cpu=args.dry_run) | dict(mode=args.mode, processes=processes, results=results, **more))
+        write_json(
+            args.out, facts(cpu=args.dry_run) | dict(mode=args.mode, processes=processes, results=results, **more)
+        )
 
 
 def keep(args, results):
@@ -444,15 +517,34 @@ def table(args, results, processes):
             print({k: v for k, v in r.items() if k != 'losses'})
         return
     base = {r['micro_steps']: r['tokens_per_sec']['median'] for r in reversed(results)}  # the first one's
-    columns = [('', 28), ('parameters', 15), ('micro-steps', 11), ('tokens/s', 10), ('p10', 10), ('p90', 10), ('% of first', 10), ('rest GiB', 9),
-               ('of 16N/k', 9), ('peak GiB', 9)]  # fmt: skip
+    columns = [
+        ('', 28),
+        ('parameters', 15),
+        ('micro-steps', 11),
+        ('tokens/s', 10),
+        ('p10', 10),
+        ('p90', 10),
+        ('% of first', 10),
+        ('rest GiB', 9),
+        ('of 16N/k', 9),
+        ('peak GiB', 9),
+    ]
     print(' '.join(f'{name:>{width}}' for name, width in columns))
     for r in results:
         s, rest, peak = r['tokens_per_sec'], r['rest_bytes'], r['peak_bytes']
         of_ideal = f'{r["rest_of_ideal"]:.3f}' if rest else '-'
-        cells = [r['name'], f'{r["parameters"]:,}', r['micro_steps'], f'{s["median"]:,.0f}', f'{s["p10"]:,.0f}', f'{s["p90"]:,.0f}',
-                 f'{100 * s["median"] / base[r["micro_steps"]]:.1f}', f'{rest / GIB:.3f}' if rest else '-', of_ideal,
-                 f'{peak / GIB:.2f}' if peak else '-']  # fmt: skip
+        cells = [
+            r['name'],
+            f'{r["parameters"]:,}',
+            r['micro_steps'],
+            f'{s["median"]:,.0f}',
+            f'{s["p10"]:,.0f}',
+            f'{s["p90"]:,.0f}',
+            f'{100 * s["median"] / base[r["micro_steps"]]:.1f}',
+            f'{rest / GIB:.3f}' if rest else '-',
+            of_ideal,
+            f'{peak / GIB:.2f}' if peak else '-',
+        ]
         print(' '.join(f'{cell:>{width}}' for cell, (_, width) in zip(cells, columns)))
 
 

@@ -65,10 +65,17 @@ def residual_layer_norm(M, N, x_dtype):
 
         return run
 
-    functions = {**with_compiled(separately), 'ours': lambda x, branch: add_layer_norm(x, branch, weight, out_dtype=bf16)}
+    functions = {
+        **with_compiled(separately),
+        'ours': lambda x, branch: add_layer_norm(x, branch, weight, out_dtype=bf16),
+    }
     functions = {name: forward_backward(f) for name, f in functions.items()}
-    make = lambda: (random(M, N, dtype=x_dtype).requires_grad_(), random(M, N, dtype=bf16).requires_grad_(),
-                    random(M, N, dtype=x_dtype), random(M, N, dtype=bf16))  # fmt: skip
+    make = lambda: (
+        random(M, N, dtype=x_dtype).requires_grad_(),
+        random(M, N, dtype=bf16).requires_grad_(),
+        random(M, N, dtype=x_dtype),
+        random(M, N, dtype=bf16),
+    )
     x, half = x_dtype.itemsize, bf16.itemsize
     # x, branch, sum, y; sum, dsum, dy, dx, and dbranch, which is dx where the dtypes are the same
     moved = M * N * (x + half + x + half + x + x + half + x + (half if x_dtype != bf16 else 0))
@@ -89,7 +96,13 @@ def loss_kernel(M, V):
     if LigerCrossEntropyFunction:
         functions['Liger'] = liger
     functions['ours'] = lambda logits: launch_cross_entropy(logits.detach(), targets, -1, True)
-    return case(f'loss {M} x {V}', functions, lambda: (random(M, V, dtype=bf16).requires_grad_(),), 2 * M * V * bf16.itemsize, graph=False)
+    return case(
+        f'loss {M} x {V}',
+        functions,
+        lambda: (random(M, V, dtype=bf16).requires_grad_(),),
+        2 * M * V * bf16.itemsize,
+        graph=False,
+    )
 
 
 def head_and_loss(M, V, C):
@@ -109,7 +122,9 @@ def head_and_loss(M, V, C):
     functions['ours'] = lambda x: linear_cross_entropy(x, weight, targets)
     functions[f'ours, {M // 3} rows at a time'] = lambda x: linear_cross_entropy(x, weight, targets, chunk_rows=M // 3)
     functions = {name: forward_backward(f) for name, f in functions.items()}
-    return case(f'head + loss {M} x {V} x {C}', functions, lambda: (random(M, C, dtype=bf16).requires_grad_(),), graph=False)
+    return case(
+        f'head + loss {M} x {V} x {C}', functions, lambda: (random(M, C, dtype=bf16).requires_grad_(),), graph=False
+    )
 
 
 def linear_layer(M, N, K):
@@ -126,7 +141,11 @@ def linear_layer(M, N, K):
         return run
 
     functions = {name: forward_backward(f) for name, f in {**with_compiled(F.linear), 'ours': linear}.items()}
-    return case(f'linear {M} x {N} x {K}', functions, lambda: (random(M, K, dtype=bf16).requires_grad_(), random(M, N, dtype=bf16)))
+    return case(
+        f'linear {M} x {N} x {K}',
+        functions,
+        lambda: (random(M, K, dtype=bf16).requires_grad_(), random(M, N, dtype=bf16)),
+    )
 
 
 def random(*shape, dtype=f32):
@@ -139,7 +158,13 @@ def name_of(dtype):
 
 def cases(tiny):
     if tiny:
-        return [elementwise_gelu(8, 64, bf16), residual_layer_norm(8, 64, f32), loss_kernel(6, 65), head_and_loss(6, 65, 32), linear_layer(8, 64, 32)]
+        return [
+            elementwise_gelu(8, 64, bf16),
+            residual_layer_norm(8, 64, f32),
+            loss_kernel(6, 65),
+            head_and_loss(6, 65, 32),
+            linear_layer(8, 64, 32),
+        ]
     M = 12 * 1024
     return [
         elementwise_gelu(M, 4 * 768, bf16),
@@ -229,7 +254,10 @@ def main():
         sys.exit('bench_kernels.py: a benchmark of GPU kernels needs a CUDA GPU')
     device = 'cuda' if gpu else 'cpu'
     torch.manual_seed(0)
-    report = {**facts(cpu=not gpu), 'method': 'microseconds over rotating inputs: median, and smallest and largest, of 20'}
+    report = {
+        **facts(cpu=not gpu),
+        'method': 'microseconds over rotating inputs: median, and smallest and largest, of 20',
+    }
     roof = copy_gb_per_s() if gpu else None
     report['copy_gb_per_s'], report['rows'] = roof, []
     print(f'{report["device"]}: copy {roof or 0:.0f} GB/s', flush=True)

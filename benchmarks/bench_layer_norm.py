@@ -32,7 +32,12 @@ ours = sys.modules['kernels.layer_norm']
 torch._functorch.config.donated_buffer = False  # the graph calls one backward several times
 shapes = [(12 * 1024, 768), (32 * 1024, 768), (16 * 1024, 1600), (16 * 1024, 4096), (4 * 1024, 12288)]
 dtypes = {'bf16': torch.bfloat16, 'fp32': torch.float32}
-mixes = [('bf16', 'bf16', 'bf16'), ('fp32', 'fp32', 'fp32'), ('bf16', 'fp32', 'bf16'), ('fp32', 'fp32', 'bf16')]  # x, weight, y
+mixes = [
+    ('bf16', 'bf16', 'bf16'),
+    ('fp32', 'fp32', 'fp32'),
+    ('bf16', 'fp32', 'bf16'),
+    ('fp32', 'fp32', 'bf16'),
+]  # x, weight, y
 
 
 def graph_us(calls, replays=20):
@@ -107,7 +112,9 @@ def measure(mix, M, N, only):
         try:
             with torch.no_grad():
                 forward = graph_us([lambda x=x: f(x, w, b) for x in xs])
-            both = graph_us([lambda x=x, dy=dy: torch.autograd.grad(f(x, w, b), (x, w, b), dy) for x, dy in zip(xs, dys)])
+            both = graph_us(
+                [lambda x=x, dy=dy: torch.autograd.grad(f(x, w, b), (x, w, b), dy) for x, dy in zip(xs, dys)]
+            )
             row[name] = dict(forward_us=forward, both_us=both)
         except Exception as error:  # eager CUDA refuses bfloat16 x with float32 weights
             row[name] = dict(error=first_line(error)[:100])
@@ -122,8 +129,12 @@ def table(rows, roof):
         for name in ('eager', 'compiled', 'liger', 'ours'):
             r = row.get(name, {})
             if 'forward_us' in r:
-                r['forward_percent'], r['both_percent'] = (100 * g / us[0] * 1e6 / roof for g, us in zip(gb, (r['forward_us'], r['both_us'])))
-                cells.append(f'{name} {r["forward_us"][0]:6.1f} {r["both_us"][0]:6.1f} us {r["forward_percent"]:4.0f} {r["both_percent"]:3.0f} %')
+                r['forward_percent'], r['both_percent'] = (
+                    100 * g / us[0] * 1e6 / roof for g, us in zip(gb, (r['forward_us'], r['both_us']))
+                )
+                cells.append(
+                    f'{name} {r["forward_us"][0]:6.1f} {r["both_us"][0]:6.1f} us {r["forward_percent"]:4.0f} {r["both_percent"]:3.0f} %'
+                )
             else:
                 cells.append(f'{name} -')
         row['copy_percent'] = 100 * gb[0] / row['copy_us'][0] * 1e6 / roof
@@ -204,8 +215,14 @@ def compile_one(job):
 def compile_all(pool, jobs):
     began = time.time()
     errors = pool.map(compile_one, jobs, chunksize=2)
-    failed = {str(job[:2]) + str(next(iter(job[2].values()))._replace(programs=0)): error for job, error in zip(jobs, errors) if error}
-    print(f'{len(jobs)} kernels compiled in {time.time() - began:.0f} s', *list(failed.values())[:5], sep='\n', flush=True)
+    failed = {
+        str(job[:2]) + str(next(iter(job[2].values()))._replace(programs=0)): error
+        for job, error in zip(jobs, errors)
+        if error
+    }
+    print(
+        f'{len(jobs)} kernels compiled in {time.time() - began:.0f} s', *list(failed.values())[:5], sep='\n', flush=True
+    )
     return failed
 
 
@@ -216,7 +233,9 @@ def tune(results, seconds, only, save):
     name = {False: 'forward_config', True: 'backward_config'}
     pool = ProcessPoolExecutor(min(14, os.cpu_count()), mp_context=get_context('spawn'))
     kinds = dict.fromkeys(case[1:] for case in cases)
-    failed = compile_all(pool, [(N, mix, {name[bw]: c}) for N, mix, bw in kinds for c in candidates(N, dtypes[mix[0]].itemsize, bw)])
+    failed = compile_all(
+        pool, [(N, mix, {name[bw]: c}) for N, mix, bw in kinds for c in candidates(N, dtypes[mix[0]].itemsize, bw)]
+    )
     summary = []
     for stage in (1, 2):
         if stage == 2:  # the best three again with programmatic dependent launch, and the best with other reductions
@@ -241,23 +260,34 @@ def tune(results, seconds, only, save):
                         return float('inf')
                     with override(**configs):
                         if backward:
-                            calls = [lambda p=p: ours.launch_backward(p[0], p[1], w, w.dtype, p[2], True, True, True) for p in zip(dys, xs, stats)]
+                            calls = [
+                                lambda p=p: ours.launch_backward(p[0], p[1], w, w.dtype, p[2], True, True, True)
+                                for p in zip(dys, xs, stats)
+                            ]
                         else:
                             calls = [lambda x=x: ours.launch_forward(x, None, w, b, 1e-5, y_dtype) for x in xs]
                         return graph_us(calls, 7)[0]
 
                 if stage == 1:
-                    todo = [c._replace(programs=k) for c in candidates(N, x_dtype.itemsize, backward) for k in occupancies(c, backward)]
+                    todo = [
+                        c._replace(programs=k)
+                        for c in candidates(N, x_dtype.itemsize, backward)
+                        for k in occupancies(c, backward)
+                    ]
                     todo = [c for c in todo if str((N, mix)) + str(c._replace(programs=0)) not in failed]
                     tried = sorted((us(**{name[backward]: c}), c) for c in todo)
                     results.append(dict(backward=backward, M=M, N=N, mix=mix, gb=needed, default=us(), tried=tried))
                     save()
                 else:
                     r = results[i]
-                    r['pdl'] = sorted((us(**{name[backward]: c._replace(pdl=True)}), c._replace(pdl=True)) for _, c in r['tried'][:3])
+                    r['pdl'] = sorted(
+                        (us(**{name[backward]: c._replace(pdl=True)}), c._replace(pdl=True)) for _, c in r['tried'][:3]
+                    )
                     best = min(r['tried'][0], r['pdl'][0])[1]
                     if backward:
-                        r['reduced'] = sorted((us(reduce_config=c, **{name[True]: best}), c) for c in reductions if N in (768, 12288))
+                        r['reduced'] = sorted(
+                            (us(reduce_config=c, **{name[True]: best}), c) for c in reductions if N in (768, 12288)
+                        )
                     shown = r['tried'][:3] + r['pdl'][:1] + r.get('reduced', [])[:1]
                     summary.append(
                         f'{name[backward][:-7]:8s} {"/".join(mix[:2])} {M}x{N}: default {needed / r["default"] * 1e6:.0f}; '
@@ -273,7 +303,9 @@ def main():
     parser.add_argument('--tune_seconds', type=float, default=240, help='stop trying after this long')
     parser.add_argument('--tune_only', default='', help="regular expression of cases such as 'backward bf16 768'")
     parser.add_argument('--mixes', default='0,1,2,3', help='which of the dtype combinations to measure')
-    parser.add_argument('--only', default='', help='comma-separated implementations to measure (eager,compiled,liger,ours); default all')
+    parser.add_argument(
+        '--only', default='', help='comma-separated implementations to measure (eager,compiled,liger,ours); default all'
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit('bench_layer_norm.py: a benchmark of GPU kernels needs a CUDA GPU')
@@ -281,7 +313,9 @@ def main():
     roof = copy_gb_per_s()
     print(f'{torch.cuda.get_device_name()}: copy {roof:.0f} GB/s', flush=True)
     report = facts()
-    report['method'] = 'CUDA-graph replays over rotating inputs; microseconds as [median, [smallest, largest]] of 20 replays'
+    report['method'] = (
+        'CUDA-graph replays over rotating inputs; microseconds as [median, [smallest, largest]] of 20 replays'
+    )
     try:
         report['versions']['liger'] = version('liger_kernel')
     except PackageNotFoundError:
@@ -300,7 +334,9 @@ def main():
     if not args.tune:
         text = table(rows, max(roofs))
     save()
-    print(f'copy {roofs[0]:.0f} and {roofs[1]:.0f} GB/s; us and % of copy bandwidth: forward, forward + backward\n{text}')
+    print(
+        f'copy {roofs[0]:.0f} and {roofs[1]:.0f} GB/s; us and % of copy bandwidth: forward, forward + backward\n{text}'
+    )
 
 
 if __name__ == '__main__':

@@ -59,7 +59,9 @@ def products(count):
 def row(name, seconds):
     micros = sorted(1e6 * each for each in seconds)
     median, low, high = (micros[len(micros) * percent // 100] for percent in (50, 5, 95))
-    print(f'{name:<44} {len(micros):>9,} {median:>8.1f} {low:>8.1f} {high:>8.1f} {statistics.fmean(micros):>8.1f} {micros[-1] / 1e3:>9.1f}')
+    print(
+        f'{name:<44} {len(micros):>9,} {median:>8.1f} {low:>8.1f} {high:>8.1f} {statistics.fmean(micros):>8.1f} {micros[-1] / 1e3:>9.1f}'
+    )
 
 
 def loop(log, busy, busy_ms, steps):
@@ -123,7 +125,16 @@ def on_gpu(folder, steps, batch_size=8):
         start = time.perf_counter()
         if arm != 'no record':
             peak = hardware.peak_memory_bytes('cuda')
-            log.iteration(i, loss=loss, lr=6e-4, time_ms=ms, tokens_per_sec=1024e3 * batch_size / ms, mfu=0.4, grad_norm=norm, peak_memory_bytes=peak)
+            log.iteration(
+                i,
+                loss=loss,
+                lr=6e-4,
+                time_ms=ms,
+                tokens_per_sec=1024e3 * batch_size / ms,
+                mfu=0.4,
+                grad_norm=norm,
+                peak_memory_bytes=peak,
+            )
             if arm == 'written at once':
                 log.flush()
         loss, norm = step()
@@ -142,7 +153,9 @@ def on_gpu(folder, steps, batch_size=8):
         # standard error of a difference of medians, with deviations from the quartiles: a few steps of a shared machine take 4 times as long
         error = 1.25e6 * sum(((q[2] - q[0]) / 1.35) ** 2 / len(t) for q, t in zip(quarters, (times, without))) ** 0.5
         share = lost[1] / 1e6 / statistics.median(without)
-        print(f'{arm}: longer at the quartiles by {lost[0]:.0f}, {lost[1]:.0f}, {lost[2]:.0f} us (+- {error:.0f}): {share:.2%} of a step')
+        print(
+            f'{arm}: longer at the quartiles by {lost[0]:.0f}, {lost[1]:.0f}, {lost[2]:.0f} us (+- {error:.0f}): {share:.2%} of a step'
+        )
 
 
 def main():
@@ -154,8 +167,12 @@ def main():
     args = parser.parse_args()
     with open('/proc/cpuinfo') as file:
         cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), platform.machine())
-    print(f'{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Linux {platform.release()}, Python {platform.python_version()}')
-    print(f'{"microseconds per record":<44} {"records":>9} {"median":>8} {"5%":>8} {"95%":>8} {"mean":>8} {"max (ms)":>9}')
+    print(
+        f'{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Linux {platform.release()}, Python {platform.python_version()}'
+    )
+    print(
+        f'{"microseconds per record":<44} {"records":>9} {"median":>8} {"5%":>8} {"95%":>8} {"mean":>8} {"max (ms)":>9}'
+    )
     if args.gpu:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             return on_gpu(folder, args.steps)
@@ -172,7 +189,9 @@ def main():
         row('for scale: json.dumps and write of 4 numbers', plain)
         log.close('completed')
 
-        log = TrainingLogger(folder, {'dataset': 'none'}, {'phase': 'benchmark'})  # one call at once after the other: each waits for the last
+        log = TrainingLogger(
+            folder, {'dataset': 'none'}, {'phase': 'benchmark'}
+        )  # one call at once after the other: each waits for the last
         row('back to back: at the start', [record(log, i) for i in range(2000)])
         row(f'all up to record {args.records:,}', [record(log, i) for i in range(2000, args.records)])
         row('behind them', [record(log, args.records + i) for i in range(2000)])

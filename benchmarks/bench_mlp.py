@@ -80,7 +80,12 @@ def fused(a, b, pre, out, mode, tiles):
     bm, bn, bk, warps, stages, programs = tiles
     (M, K), N, b_rows = a.shape, out.shape[1], mode == FORWARD or (mode == PLAIN and b.shape[1] == a.shape[1])
     describe = TensorDescriptor.from_tensor
-    arguments = describe(a, [bm, bk]), describe(b, [bn, bk] if b_rows else [bk, bn]), describe(pre, [bm, bn]), describe(out, [bm, bn])
+    arguments = (
+        describe(a, [bm, bk]),
+        describe(b, [bn, bk] if b_rows else [bk, bn]),
+        describe(pre, [bm, bn]),
+        describe(out, [bm, bn]),
+    )
     count = -(-M // bm) * -(-N // bn)
     grid = min(count, programs * num_multiprocessors(a.device)) if programs else count
     matmul_gelu_kernel[(grid,)](*arguments, M, N, K, bm, bn, bk, 8, mode, b_rows, num_warps=warps, num_stages=stages)
@@ -89,9 +94,17 @@ def fused(a, b, pre, out, mode, tiles):
 
 # of those with two programs a multiprocessor one computes GELU while the other multiplies
 all_tiles = [
-    (128, 128, 64, 4, 2, 0), (128, 128, 64, 4, 2, 2), (128, 128, 32, 4, 4, 0), (128, 128, 32, 4, 4, 2), (64, 128, 64, 4, 3, 0),
-    (128, 128, 64, 8, 3, 0), (128, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 0), (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 3, 0),
-]  # fmt: skip
+    (128, 128, 64, 4, 2, 0),
+    (128, 128, 64, 4, 2, 2),
+    (128, 128, 32, 4, 4, 0),
+    (128, 128, 32, 4, 4, 2),
+    (64, 128, 64, 4, 3, 0),
+    (128, 128, 64, 8, 3, 0),
+    (128, 128, 64, 8, 4, 1),
+    (128, 256, 64, 8, 3, 0),
+    (128, 256, 64, 8, 3, 1),
+    (256, 128, 64, 8, 3, 0),
+]
 
 
 def forward_in_rows(x, w, pre, act, parts):
@@ -101,7 +114,9 @@ def forward_in_rows(x, w, pre, act, parts):
 
 
 def backward_in_rows(dy, w, pre, dpre, parts):
-    product = torch.empty(-(-len(dy) // parts), dpre.shape[1], dtype=dtype, device=dy.device)  # the same for all parts: it stays in cache
+    product = torch.empty(
+        -(-len(dy) // parts), dpre.shape[1], dtype=dtype, device=dy.device
+    )  # the same for all parts: it stays in cache
     for rows in row_slices(len(dy), parts):
         part = torch.mm(dy[rows], w, out=product[: len(dy[rows])])
         launch_elementwise(gelu_kernels.backward_kernel, part, pre[rows], dpre[rows])
@@ -114,7 +129,10 @@ def row_slices(M, parts):
 
 def measure(M, C, args, row):
     x, dy, pre, act, dpre = (torch.randn(M, n, device=device, dtype=dtype) for n in (C, C, 4 * C, 4 * C, 4 * C))
-    w_fc, w_proj = torch.randn(4 * C, C, device=device, dtype=dtype) * 0.05, torch.randn(C, 4 * C, device=device, dtype=dtype) * 0.05
+    w_fc, w_proj = (
+        torch.randn(4 * C, C, device=device, dtype=dtype) * 0.05,
+        torch.randn(C, 4 * C, device=device, dtype=dtype) * 0.05,
+    )
     forward_in_rows(x, w_fc, pre, act, 1)
     backward_in_rows(dy, w_proj, pre, dpre, 1)
     expected = dict(pre=pre.clone(), act=act.clone(), dpre=dpre.clone())
@@ -128,10 +146,16 @@ def measure(M, C, args, row):
     for tiles in [(16, 16, 16, 4, 2, 0), (16, 32, 16, 4, 2, 1)] if args.dry_run else all_tiles:
         for direction, a, b, mode in (('forward', x, w_fc, FORWARD), ('backward', dy, w_proj, BACKWARD)):
             # each with a result of its own, so that one that writes nothing cannot pass
-            out, kept = torch.full_like(act, float('nan')), pre if mode == BACKWARD else torch.full_like(pre, float('nan'))
+            out, kept = (
+                torch.full_like(act, float('nan')),
+                pre if mode == BACKWARD else torch.full_like(pre, float('nan')),
+            )
             try:
                 fused(a, b, kept, out, mode, tiles)
-                for name, got, want in (('out', out, expected['act' if mode == FORWARD else 'dpre']), ('pre', kept, expected['pre'])):
+                for name, got, want in (
+                    ('out', out, expected['act' if mode == FORWARD else 'dpre']),
+                    ('pre', kept, expected['pre']),
+                ):
                     apart = (got.float() - want.float()).norm() / want.float().norm()
                     assert apart < 4e-3, f'{name} is {apart:.1e} apart'  # bfloat16 rounds by up to 4e-3 of a value
             except Exception as error:  # too much shared memory for this GPU, for instance
@@ -140,7 +164,9 @@ def measure(M, C, args, row):
                 print(f'{direction} {tiles}: {first_line(error)[:100]}')
                 continue
             result = act if mode == FORWARD else dpre
-            ways[direction, f'fused {tiles}'] = lambda a=a, b=b, result=result, mode=mode, tiles=tiles: fused(a, b, pre, result, mode, tiles)
+            ways[direction, f'fused {tiles}'] = lambda a=a, b=b, result=result, mode=mode, tiles=tiles: fused(
+                a, b, pre, result, mode, tiles
+            )
     if args.dry_run:
         for function in ways.values():
             function()
@@ -153,7 +179,9 @@ def measure(M, C, args, row):
         for key in sorted(once, key=once.get)[2:]:  # only the two fastest are measured again
             del ways[key]
         for tiles in [tuple(map(int, key[1][7:-1].split(', '))) for key in ways if key in once]:
-            ways[direction, f'Triton without GELU {tiles}'] = lambda a=a, b=b, tiles=tiles: fused(a, b, pre, dpre, PLAIN, tiles)
+            ways[direction, f'Triton without GELU {tiles}'] = lambda a=a, b=b, tiles=tiles: fused(
+                a, b, pre, dpre, PLAIN, tiles
+            )
     times = {key: [] for key in ways}
     for _ in range(args.repetitions):
         for key, way in ways.items():
@@ -161,7 +189,9 @@ def measure(M, C, args, row):
     for (direction, name), us in sorted(times.items(), key=lambda item: (item[0][0], statistics.median(item[1]))):
         median, base = statistics.median(us), statistics.median(times[direction, 'separate'])
         row(dict(M=M, C=C, direction=direction, name=name, us=us, of_separate=median / base))
-        print(f'{M:6d} x {C:5d} {direction:9s} {name:48s} {median:8.1f} us ({min(us):.1f} to {max(us):.1f}) {median / base:.3f}')
+        print(
+            f'{M:6d} x {C:5d} {direction:9s} {name:48s} {median:8.1f} us ({min(us):.1f} to {max(us):.1f}) {median / base:.3f}'
+        )
 
 
 def time_us(function):

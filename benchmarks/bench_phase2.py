@@ -68,7 +68,9 @@ def off(*names):
     own = dict(
         layer_norm=lambda x, weight, bias, eps, dtype: F.layer_norm(x, weight.shape, weight, bias, eps),
         add_layer_norm=add_layer_norm,
-        linear_cross_entropy=lambda x, weight, targets, **_: F.cross_entropy(F.linear(x, weight).flatten(0, -2), targets.flatten(), ignore_index=-1),
+        linear_cross_entropy=lambda x, weight, targets, **_: F.cross_entropy(
+            F.linear(x, weight).flatten(0, -2), targets.flatten(), ignore_index=-1
+        ),
         gelu=F.gelu,
         linear=F.linear,
         embedding=F.embedding,
@@ -85,17 +87,27 @@ variants = {
     'reference, compiled, cuda_graph': ('nanoGPT', {}, True, True, ()),
     'phase 2, no cuda_graph': ('phase2_triton', {}, False, False, ()),
     'cuda_graph, PyTorch only': (
-        'phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'linear_cross_entropy', 'gelu', 'linear', 'embedding')),
+        'phase2_triton',
+        {},
+        False,
+        True,
+        ('layer_norm', 'add_layer_norm', 'linear_cross_entropy', 'gelu', 'linear', 'embedding'),
+    ),
     '+ cross-entropy in place of the logits': (
-        'phase2_triton', {}, False, True, ('layer_norm', 'add_layer_norm', 'gelu', 'linear', 'embedding', 'rounded')),
+        'phase2_triton',
+        {},
+        False,
+        True,
+        ('layer_norm', 'add_layer_norm', 'gelu', 'linear', 'embedding', 'rounded'),
+    ),
     '+ residual and LayerNorm in one': ('phase2_triton', {}, False, True, ('gelu', 'linear', 'embedding', 'rounded')),
     '+ GELU': ('phase2_triton', {}, False, True, ('linear', 'embedding', 'rounded')),
     '+ float32 weight gradients from the matmul': ('phase2_triton', {}, False, True, ('embedding', 'rounded')),
-    '+ embedding adds to the head\'s gradient': ('phase2_triton', {}, False, True, ('rounded',)),
+    "+ embedding adds to the head's gradient": ('phase2_triton', {}, False, True, ('rounded',)),
     '+ weights rounded once an iteration': ('phase2_triton', {}, False, True, ()),
     '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ()),
     'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ()),
-}  # fmt: skip
+}
 
 
 class Sensors:
@@ -103,7 +115,15 @@ class Sensors:
 
     def __init__(self):
         gpu = f'GPU-{torch.cuda.get_device_properties(0).uuid}'  # by number it would be another one under CUDA_VISIBLE_DEVICES
-        command = ['nvidia-smi', '-i', gpu, '--query-gpu=clocks.sm,power.draw', '--format=csv,noheader,nounits', '-lms', '100']
+        command = [
+            'nvidia-smi',
+            '-i',
+            gpu,
+            '--query-gpu=clocks.sm,power.draw',
+            '--format=csv,noheader,nounits',
+            '-lms',
+            '100',
+        ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.samples = []
         threading.Thread(target=self.read, daemon=True).start()
@@ -135,7 +155,9 @@ class Variant:
         before = torch.cuda.memory_allocated()
         torch.manual_seed(seed)
         with contextlib.redirect_stdout(None):
-            self.model = self.module.GPT(self.module.GPTConfig(dropout=0.0, bias=False, **sizes[size], **options)).cuda()
+            self.model = self.module.GPT(
+                self.module.GPTConfig(dropout=0.0, bias=False, **sizes[size], **options)
+            ).cuda()
             self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda')
         forward = (lambda x, y: (None, self.model(x, y)[1])) if no_logits else self.model
         forward = torch.compile(forward) if compiled else forward
@@ -213,7 +235,10 @@ def ladder(args, rows, save):
             lines.append(f'{name:42s} out of memory')
             continue
         ms, ratios = [own for _, own in pairs], [ref / own for ref, own in pairs]
-        median, tokens_per_s = statistics.median(ms), args.batch_size * 1024 * args.micro_steps / statistics.median(ms) * 1e3
+        median, tokens_per_s = (
+            statistics.median(ms),
+            args.batch_size * 1024 * args.micro_steps / statistics.median(ms) * 1e3,
+        )
         clock, power = sensors.median(variant.turns)
         rows.append(
             dict(
@@ -238,7 +263,10 @@ def ladder(args, rows, save):
         print(lines[-1], flush=True)
         save()
     sensors.process.kill()
-    return f'{args.size}, {args.micro_steps} micro-steps of {args.batch_size} x 1024, {torch.cuda.get_device_name()}\n' + '\n'.join(lines)
+    return (
+        f'{args.size}, {args.micro_steps} micro-steps of {args.batch_size} x 1024, {torch.cuda.get_device_name()}\n'
+        + '\n'.join(lines)
+    )
 
 
 def largest(args, rows, save):
@@ -294,8 +322,14 @@ def largest(args, rows, save):
                 too_many = batch_size
             batch_size = (fits + too_many) // 2 if too_many else fits + max(1, fits // 20)
         speed, peak = tried[fits]
-        rows.append(dict(name=name, batch_size=fits, tokens_per_s=speed, peak_memory_bytes=peak, bytes_per_sequence=per_sequence))
-        lines.append(f'{name:42s} {fits:4d} x 1024 {speed:9,.0f} tokens/s {peak / 2**30:6.2f} GiB, {per_sequence / 2**20:,.0f} MiB a sequence')
+        rows.append(
+            dict(
+                name=name, batch_size=fits, tokens_per_s=speed, peak_memory_bytes=peak, bytes_per_sequence=per_sequence
+            )
+        )
+        lines.append(
+            f'{name:42s} {fits:4d} x 1024 {speed:9,.0f} tokens/s {peak / 2**30:6.2f} GiB, {per_sequence / 2**20:,.0f} MiB a sequence'
+        )
         print(lines[-1], flush=True)
         save()
     return f'{args.size}, {torch.cuda.get_device_name()}, {memory / 2**30:.1f} GiB\n' + '\n'.join(lines)
@@ -332,7 +366,9 @@ def profile(args, rows, save):
 
 def curves(args, rows, save):
     use_side_stream('cuda')
-    data = torch.from_numpy(np.fromfile(root / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin', np.uint16).astype(np.int64)).cuda()
+    data = torch.from_numpy(
+        np.fromfile(root / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin', np.uint16).astype(np.int64)
+    ).cuda()
     kinds = {
         'reference': 'reference, compiled',
         'phase 2': '+ weights rounded once an iteration',  # with all of its kernels
@@ -342,7 +378,14 @@ def curves(args, rows, save):
         for kind in chosen(args, kinds):
             torch.manual_seed(seed)
             starts = torch.randint(len(data) - 1025, (args.curve_steps, args.batch_size, 1), device='cuda')
-            train = Variant(kinds[kind], args.size, [(data[:1024].expand(args.batch_size, -1).contiguous(),) * 2], 1, seed, warm=False)
+            train = Variant(
+                kinds[kind],
+                args.size,
+                [(data[:1024].expand(args.batch_size, -1).contiguous(),) * 2],
+                1,
+                seed,
+                warm=False,
+            )
             losses = []
             for i, start in enumerate(starts):
                 batch = data[start + torch.arange(1025, device='cuda')]
@@ -365,13 +408,17 @@ def compared(rows):
     seeds = sorted(seed for kind, seed in curves if kind == 'reference')
     lines = []
     if len(seeds) > 1:
-        noise = torch.stack([smooth['reference', a] - smooth['reference', b] for a in seeds for b in seeds if b < a]).abs()
+        noise = torch.stack(
+            [smooth['reference', a] - smooth['reference', b] for a in seeds for b in seeds if b < a]
+        ).abs()
         lines.append(f'between seeds of the reference: mean {noise.mean():.4f}, largest {noise.max():.4f}')
     for kind in sorted({kind for kind, _ in curves} - {'reference'}):
         both = [seed for seed in seeds if (kind, seed) in curves]
         if both:
             apart = torch.stack([smooth[kind, seed] - smooth['reference', seed] for seed in both])
-            last = [statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves['reference', s][-100:]) for s in both]
+            last = [
+                statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves['reference', s][-100:]) for s in both
+            ]
             lines.append(
                 f'{kind} - reference at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, '
                 f'largest {apart.abs().max():.4f}; last 100 steps: {", ".join(f"{d:+.4f}" for d in last)}'
@@ -399,10 +446,20 @@ def main():
     parser.add_argument('--iterations', type=int, default=3, help='timed or profiled together')
     parser.add_argument('--repetitions', type=int, default=5, help='turns of every variant')
     parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
-    parser.add_argument('--seeds', type=lambda text: [int(seed) for seed in text.split(',')], default=[0, 1, 2], help='of the curves: 0,1,2')
+    parser.add_argument(
+        '--seeds',
+        type=lambda text: [int(seed) for seed in text.split(',')],
+        default=[0, 1, 2],
+        help='of the curves: 0,1,2',
+    )
     parser.add_argument('--join', default='', help='curves: run nothing, but join these comma-separated result files')
     parser.add_argument('--curve_steps', type=int, default=1000)
-    parser.add_argument('--gib', type=float, default=0, help='largest: of a GPU with this much memory for PyTorch, such as 78.5 for one of 80 GB')
+    parser.add_argument(
+        '--gib',
+        type=float,
+        default=0,
+        help='largest: of a GPU with this much memory for PyTorch, such as 78.5 for one of 80 GB',
+    )
     args = parser.parse_args()
     if args.join:
         report = join(args.join.split(','))
@@ -415,8 +472,14 @@ def main():
     hardware.choose('cuda', 'auto', 'auto', 'auto')  # sets up the GPU's memory as train.py does
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
-    report = {**facts(), **{key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')}, 'rows': []}
-    text = dict(ladder=ladder, curves=curves, largest=largest, profile=profile)[args.mode](args, report['rows'], lambda: write_json(args.out, report))
+    report = {
+        **facts(),
+        **{key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')},
+        'rows': [],
+    }
+    text = dict(ladder=ladder, curves=curves, largest=largest, profile=profile)[args.mode](
+        args, report['rows'], lambda: write_json(args.out, report)
+    )
     report['summary'] = text.splitlines()
     write_json(args.out, report)
     print(text)

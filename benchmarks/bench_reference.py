@@ -27,7 +27,12 @@ NANOGPT = ROOT / 'nanoGPT'
 def run(script, *flags):
     """stdout of `python script flags`."""
     command = [sys.executable, str(script), *flags]
-    result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1')))
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1')),
+    )
     if result.returncode:
         sys.exit(f'{" ".join(command)} failed:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}')
     return result.stdout
@@ -39,7 +44,12 @@ def train_ms(skip, *flags):
         text = run(NANOGPT / 'train.py', f'--out_dir={out}', '--log_interval=1', *flags)
         log = json.loads(next(Path(out).glob('run_*.json')).read_text())
     times = [float(x) for x in re.findall(r'^iter \d+: .* time ([\d.]+)ms', text, re.M)][skip:]
-    return {'ms': statistics.median(times), 'ms_min': min(times), 'ms_max': max(times), 'peak_memory_bytes': log['summary']['peak_memory_bytes']}
+    return {
+        'ms': statistics.median(times),
+        'ms_min': min(times),
+        'ms_max': max(times),
+        'peak_memory_bytes': log['summary']['peak_memory_bytes'],
+    }
 
 
 def bench_ms(*flags):
@@ -50,19 +60,43 @@ def bench_ms(*flags):
 def on_gpu(repeats, dry):
     shape = ['--batch_size=12', '--block_size=1024', '--dataset=python_gpt2', '--cuda_graph=False']
     if dry:
-        shape += ['--n_layer=1', '--n_head=1', '--n_embd=16', '--device=cpu', '--compile=False', '--block_size=32', '--dtype=float32']
+        shape += [
+            '--n_layer=1',
+            '--n_head=1',
+            '--n_embd=16',
+            '--device=cpu',
+            '--compile=False',
+            '--block_size=32',
+            '--dtype=float32',
+        ]
     micro_steps = 8
     tokens = 12 * (32 if dry else 1024) * micro_steps
     results = {'real': [], 'random': []}
     for _ in range(repeats):
         for name in results:
-            results[name].append(bench_ms(*shape, f'--real_data={name == "real"}', f'--gradient_accumulation_steps={micro_steps}', '--steps=20'))
-    flags = ['--max_iters=40', '--eval_interval=1000', '--eval_iters=1', '--warmup_iters=100', f'--gradient_accumulation_steps={micro_steps}']
+            results[name].append(
+                bench_ms(
+                    *shape,
+                    f'--real_data={name == "real"}',
+                    f'--gradient_accumulation_steps={micro_steps}',
+                    '--steps=20',
+                )
+            )
+    flags = [
+        '--max_iters=40',
+        '--eval_interval=1000',
+        '--eval_iters=1',
+        '--warmup_iters=100',
+        f'--gradient_accumulation_steps={micro_steps}',
+    ]
     train = [train_ms(10, *shape, *flags) for _ in range(repeats)]
     rows = [
         {'what': 'train.py', 'tokens_per_sec': [tokens / t['ms'] * 1000 for t in train], 'runs': train},
         {'what': 'bench.py, data set', 'tokens_per_sec': [tokens / ms * 1000 for ms in results['real']]},
-        {'what': 'bench.py, the same random tokens', 'tokens_per_sec': [tokens / ms * 1000 for ms in results['random']]},
+        {
+            'what': 'bench.py, the same random tokens',
+            'tokens_per_sec': [tokens / ms * 1000 for ms in results['random']],
+        },
     ]
     loader = statistics.median(results['real']) / statistics.median(results['random']) - 1
     return rows, {'data_loader_share_of_step': loader}
@@ -71,20 +105,43 @@ def on_gpu(repeats, dry):
 def on_cpu(repeats):
     """The model of `make demo`, on data/python_char, in one process."""
     data = NANOGPT / 'data' / 'python_char'
-    shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=40, eval_interval=1000, eval_iters=1, learning_rate=1e-3,
-                 min_lr=1e-4, warmup_iters=10, lr_decay_iters=60)  # fmt: skip
+    shape = dict(
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        block_size=128,
+        batch_size=8,
+        max_iters=40,
+        eval_interval=1000,
+        eval_iters=1,
+        learning_rate=1e-3,
+        min_lr=1e-4,
+        warmup_iters=10,
+        lr_decay_iters=60,
+    )
     flags = [f'--{k}={v}' for k, v in shape.items()]
     ms = {'train.py': [], 'minimal loop': []}
     fastest = {'train.py': [], 'minimal loop': []}  # on a shared machine the fastest steps are the undisturbed ones
     for _ in range(repeats):
         ours = train_ms(10, *flags, '--dataset=python_char', '--gradient_accumulation_steps=2', '--device=cpu')
-        text = run(ROOT / 'tests' / 'minimal_loop.py', *flags, f'--data_dir={data}', '--vocab_size=96', '--accumulation=2', '--dropout=0', '--bias=0')
+        text = run(
+            ROOT / 'tests' / 'minimal_loop.py',
+            *flags,
+            f'--data_dir={data}',
+            '--vocab_size=96',
+            '--accumulation=2',
+            '--dropout=0',
+            '--bias=0',
+        )
         median, least = map(float, re.search(r'median step ([\d.]+) ms, fastest ([\d.]+) ms', text).groups())
         for name, m, f in (('train.py', ours['ms'], ours['ms_min']), ('minimal loop', median, least)):
             ms[name].append(m)
             fastest[name].append(f)
     tokens = 2 * 8 * 128
-    rows = [{'what': what, 'tokens_per_sec': [tokens / t * 1000 for t in times], 'fastest_ms': fastest[what]} for what, times in ms.items()]
+    rows = [
+        {'what': what, 'tokens_per_sec': [tokens / t * 1000 for t in times], 'fastest_ms': fastest[what]}
+        for what, times in ms.items()
+    ]
     ratios = [minimal / ours for ours, minimal in zip(ms['train.py'], ms['minimal loop'], strict=True)]
     return rows, {
         'speed_against_minimal_loop_fastest_steps': min(fastest['minimal loop']) / min(fastest['train.py']),
@@ -97,7 +154,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', help='JSON file to write')
     parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--dry-run', action='store_true', help='the GPU benchmark at a tiny size on the CPU, to try the script')
+    parser.add_argument(
+        '--dry-run', action='store_true', help='the GPU benchmark at a tiny size on the CPU, to try the script'
+    )
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     rows, summary = on_gpu(args.repeats, args.dry_run) if gpu or args.dry_run else on_cpu(args.repeats)
@@ -107,7 +166,9 @@ def main():
     print(', '.join(f'{k} {v}' for k, v in where.items()))
     for row in rows:
         speeds = row['tokens_per_sec']
-        print(f'{row["what"]:<34} {statistics.median(speeds):>12,.0f} tokens/s  ({min(speeds):,.0f} to {max(speeds):,.0f})')
+        print(
+            f'{row["what"]:<34} {statistics.median(speeds):>12,.0f} tokens/s  ({min(speeds):,.0f} to {max(speeds):,.0f})'
+        )
     for k, v in summary.items():
         print(f'{k}: {v if isinstance(v, list) else format(v, ".4f")}')
 

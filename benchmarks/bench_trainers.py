@@ -163,7 +163,9 @@ class Probe:
                 'gradients': own_bytes(gradients, self.run['device']),
                 'optimizer': own_bytes(state, self.run['device']),
             }
-            memory['rest'] = torch.cuda.memory_allocated() - self.run['base_bytes'] if self.cuda else None  # as the allocator counts
+            memory['rest'] = (
+                torch.cuda.memory_allocated() - self.run['base_bytes'] if self.cuda else None
+            )  # as the allocator counts
             self.memory = memory
         self.steps += 1
 
@@ -177,9 +179,17 @@ class Probe:
             raise Enough
         block, place = divmod(iter_num, self.interval * self.intervals)
         if iter_num and place == 0:
-            block_results = {'micro_steps': self.run['micro_steps'][block - 1], **self.memory, 'peak': None, 'peak_reserved': None}
+            block_results = {
+                'micro_steps': self.run['micro_steps'][block - 1],
+                **self.memory,
+                'peak': None,
+                'peak_reserved': None,
+            }
             if self.cuda:
-                block_results.update(peak=torch.cuda.max_memory_allocated() - self.run['base_bytes'], peak_reserved=torch.cuda.max_memory_reserved())
+                block_results.update(
+                    peak=torch.cuda.max_memory_allocated() - self.run['base_bytes'],
+                    peak_reserved=torch.cuda.max_memory_reserved(),
+                )
             self.blocks.append(block_results)
             if block == len(self.run['micro_steps']):
                 self.collect(log)
@@ -197,7 +207,10 @@ class Probe:
         if place == 0:
             if recorded and block:
                 train['graph'].release()  # the factor of the loss is recorded
-            micro_steps, tokens = self.run['micro_steps'][block], train['batch_size'] * train['block_size'] * train['world_size']
+            micro_steps, tokens = (
+                self.run['micro_steps'][block],
+                train['batch_size'] * train['block_size'] * train['world_size'],
+            )
             train.update(gradient_accumulation_steps=micro_steps, tokens_per_iter=micro_steps * tokens)
 
     def collect(self, log):
@@ -214,7 +227,9 @@ class Probe:
             iterations = {record['iter']: record for record in json.loads(Path(log.path).read_text())['iterations']}
             length = self.interval * self.intervals
             for i, block in enumerate(self.blocks):
-                counted = [iterations[i * length + n * self.interval] for n in range(self.warmup + 1, self.intervals + 1)]
+                counted = [
+                    iterations[i * length + n * self.interval] for n in range(self.warmup + 1, self.intervals + 1)
+                ]
                 block.update({key: [record[key] for record in counted] for key in ('tokens_per_sec', 'time_ms', 'mfu')})
             if self.run['save']:  # which may fail
                 write_json(Path(self.run['out_dir'], 'measured.json'), self.results)
@@ -233,7 +248,13 @@ def clean_up(path):
     for name, module in list(sys.modules.items()):
         file = getattr(module, '__file__', None) or ''
         # kernels/ imports nothing of the trainers, and its compiled kernels may stay
-        if file.startswith(str(ROOT)) and '/benchmarks/' not in file and '/kernels/' not in file and '/.venv/' not in file and name != '__main__':
+        if (
+            file.startswith(str(ROOT))
+            and '/benchmarks/' not in file
+            and '/kernels/' not in file
+            and '/.venv/' not in file
+            and name != '__main__'
+        ):
             del sys.modules[name]
     torch._dynamo.reset()
     gc.collect()
@@ -274,10 +295,14 @@ def run_trainer(run):
     results['graphs'] = counters['stats']['unique_graphs']
     results['graphs_from_cache'] = counters['inductor']['fxgraph_cache_hit']
     telling = ('using', 'wrapping', 'units', 'each rank', 'compil')
-    results['said'] = [line for line in printed.getvalue().splitlines() if any(word in line.lower() for word in telling)]
+    results['said'] = [
+        line for line in printed.getvalue().splitlines() if any(word in line.lower() for word in telling)
+    ]
     log = results.pop('log')
     if run['save'] and int(os.environ['RANK']) == 0:
-        results['checkpoint'] = {key: json.loads(Path(log).read_text())['checkpoints'][-1][key] for key in ('bytes', 'seconds')}
+        results['checkpoint'] = {
+            key: json.loads(Path(log).read_text())['checkpoints'][-1][key] for key in ('bytes', 'seconds')
+        }
     sys.argv = argv
     del probe
     clean_up(path)
@@ -294,9 +319,13 @@ def work(spec_file):
     else:
         import hardware
 
-        hardware.choose('cuda', 'auto', 'auto', 'auto')  # this rank's GPU, and its memory as train.py sets it up, before anything asks for some
+        hardware.choose(
+            'cuda', 'auto', 'auto', 'auto'
+        )  # this rank's GPU, and its memory as train.py sets it up, before anything asks for some
         clean_up(list(sys.path))
-    store = dist.PrefixStore('bench', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False))
+    store = dist.PrefixStore(
+        'bench', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+    )
     took = {}
     for i, run in enumerate(spec['runs']):
         if rank == 0:
@@ -378,9 +407,13 @@ def rows_of(runs):
         row['tokens_per_sec_per_process'] = row['tokens_per_sec']['median'] / processes
         mfu = [value for _, b in its for value in b['mfu'] if value is not None]
         row['mfu'] = statistics.median(mfu) if mfu else None
-        memory = {key: max(b[key] for _, b in its) for key in block if isinstance(block[key], int) and key != 'micro_steps'}
+        memory = {
+            key: max(b[key] for _, b in its) for key in block if isinstance(block[key], int) and key != 'micro_steps'
+        }
         if 'rest' in memory:
-            memory['not_accounted_for'] = memory['rest'] - sum(memory[key] for key in ('parameters', 'gradients', 'optimizer'))
+            memory['not_accounted_for'] = memory['rest'] - sum(
+                memory[key] for key in ('parameters', 'gradients', 'optimizer')
+            )
             memory['activations'] = memory['peak'] - memory['rest']
         row['memory_bytes'] = memory
         for key in ('first_step_seconds', 'ready_seconds', 'graphs', 'graphs_from_cache'):
@@ -419,27 +452,59 @@ def plan(args, processes, folder):
         for i in range(args.rounds):
             for name in names:
                 script, flags = TRAINERS[name]
-                warmup = -(-12 // interval) if args.device == 'cuda' and processes > 1 else 1  # under DDP graphs are recorded in the 12th iteration
+                warmup = (
+                    -(-12 // interval) if args.device == 'cuda' and processes > 1 else 1
+                )  # under DDP graphs are recorded in the 12th iteration
                 last = interval * (intervals + warmup) * len(micro_steps)
                 if (args.device == 'cpu' and LAUNCHED in flags) or (name == 'hybrid' and processes < 4):
                     continue
                 flags = [flag.format(half=processes // 2) for flag in flags]
                 out = folder / f'{name}-{size}-{processes}'
                 flags += [f'--{key}={value}' for key, value in shape.items()]
-                flags += [f'--dataset={folder / ("gpt2" if size != "tiny" else "tiny")}', f'--out_dir={out}', f'--device={args.device}']
+                flags += [
+                    f'--dataset={folder / ("gpt2" if size != "tiny" else "tiny")}',
+                    f'--out_dir={out}',
+                    f'--device={args.device}',
+                ]
                 flags += ['--eval_interval=1000000000', '--eval_iters=1', '--warmup_iters=1000', *args.flag]
                 save = args.save and i == 0
-                run = dict(trainer=name, size=size, processes=processes, round=i, folder=script, device=args.device, init=args.init)
+                run = dict(
+                    trainer=name,
+                    size=size,
+                    processes=processes,
+                    round=i,
+                    folder=script,
+                    device=args.device,
+                    init=args.init,
+                )
                 run.update(batch_size=shape['batch_size'], block_size=shape['block_size'], interval=interval)
                 run.update(warmup=warmup, intervals=intervals)
                 cache = str(folder / (f'cache-{name}-{size}' if args.cold and i == 0 else 'cache'))
                 run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache, out_dir=str(out))
-                run.update(name=f'{name}, {size}, {processes} processes, round {i + 1}', expected_seconds=first if i == 0 else later)
-                own = [f'--gradient_accumulation_steps={micro_steps[0] * processes}', f'--log_interval={interval}', f'--max_iters={last}']
+                run.update(
+                    name=f'{name}, {size}, {processes} processes, round {i + 1}',
+                    expected_seconds=first if i == 0 else later,
+                )
+                own = [
+                    f'--gradient_accumulation_steps={micro_steps[0] * processes}',
+                    f'--log_interval={interval}',
+                    f'--max_iters={last}',
+                ]
                 runs.append(run | {'flags': flags + own})
                 if save:  # and load it again
-                    own = [f'--gradient_accumulation_steps={processes}', '--log_interval=1', f'--max_iters={last + 9}', '--init_from=resume']
-                    resumed = dict(flags=flags + own, save=False, resume=True, name=run['name'] + ', resumed', expected_seconds=later)
+                    own = [
+                        f'--gradient_accumulation_steps={processes}',
+                        '--log_interval=1',
+                        f'--max_iters={last + 9}',
+                        '--init_from=resume',
+                    ]
+                    resumed = dict(
+                        flags=flags + own,
+                        save=False,
+                        resume=True,
+                        name=run['name'] + ', resumed',
+                        expected_seconds=later,
+                    )
                     runs.append(run | resumed)
     return runs
 
@@ -457,16 +522,33 @@ def main():
     parser.add_argument('--out', default='', help='JSON file of results')
     parser.add_argument('--onto', default='', help='a JSON file of results to go on from')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=['cuda', 'cpu'])
-    parser.add_argument('--nproc', type=integers, default=[], help='numbers of processes, such as 1,4 (default: all GPUs, and 1; on a CPU 2 and 1)')
-    parser.add_argument('--sizes', type=words, default=[], help=f'of {",".join(SIZES)} (default: 124M,1.5B,350M; on a CPU tiny)')
+    parser.add_argument(
+        '--nproc',
+        type=integers,
+        default=[],
+        help='numbers of processes, such as 1,4 (default: all GPUs, and 1; on a CPU 2 and 1)',
+    )
+    parser.add_argument(
+        '--sizes', type=words, default=[], help=f'of {",".join(SIZES)} (default: 124M,1.5B,350M; on a CPU tiny)'
+    )
     parser.add_argument('--trainers', type=words, default=[], help=f'of {",".join(TRAINERS)}')
     parser.add_argument('--micro_steps', type=integers, default=[], help='of each process (default: 5,1)')
     parser.add_argument('--rounds', type=int, default=2)
-    parser.add_argument('--save', action='store_true', help='also save a checkpoint, and resume from it, in the first round')
+    parser.add_argument(
+        '--save', action='store_true', help='also save a checkpoint, and resume from it, in the first round'
+    )
     parser.add_argument('--cold', action='store_true', help='each first round compiles everything itself')
     parser.add_argument('--init', default='gpu', choices=['gpu', 'cpu'], help='where the initial weights are drawn')
-    parser.add_argument('--flag', action='append', default=[], metavar='--KEY=VALUE', help='a further flag of train.py (write --flag=--key=value)')
-    parser.add_argument('--minutes', type=float, default=0, help='start no run that would not end within so many minutes')
+    parser.add_argument(
+        '--flag',
+        action='append',
+        default=[],
+        metavar='--KEY=VALUE',
+        help='a further flag of train.py (write --flag=--key=value)',
+    )
+    parser.add_argument(
+        '--minutes', type=float, default=0, help='start no run that would not end within so many minutes'
+    )
     parser.add_argument('--plan', action='store_true', help='say what would run, and about how long')
     parser.add_argument('--worker', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -484,7 +566,9 @@ def main():
         last = {'init': 'gpu', 'flag': []} | report['sessions'][-1]
         for key in ('device', 'versions', 'init', 'flag'):  # what has run with another one would share its rows
             if last[key] != session[key]:
-                sys.exit(f'bench_trainers.py: --onto={args.onto} has runs with {key} {last[key]}, here it is {session[key]}: use a file of its own')
+                sys.exit(
+                    f'bench_trainers.py: --onto={args.onto} has runs with {key} {last[key]}, here it is {session[key]}: use a file of its own'
+                )
     report['sessions'].append(session)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes, with what may be many GiB
     with tempfile.TemporaryDirectory(prefix='bench-', ignore_cleanup_errors=True) as folder:
@@ -506,9 +590,13 @@ def measure(args, numbers, report, folder):
     write_json(out, report)
     deadline = time.time() + (args.minutes or 10**6) * 60
     for processes, todo in runs.items():
-        env = dict(os.environ, OMP_NUM_THREADS='1' if args.device == 'cpu' else str(max(1, (os.cpu_count() or 1) // processes)))
+        env = dict(
+            os.environ, OMP_NUM_THREADS='1' if args.device == 'cpu' else str(max(1, (os.cpu_count() or 1) // processes))
+        )
         while todo:
-            spec = dict(runs=todo, out=str(Path(out).resolve()), folder=str(folder), deadline=deadline, device=args.device)
+            spec = dict(
+                runs=todo, out=str(Path(out).resolve()), folder=str(folder), deadline=deadline, device=args.device
+            )
             (folder / 'spec.json').write_text(json.dumps(spec))
             for file in folder.glob('error_*'):
                 file.unlink()
@@ -521,14 +609,18 @@ def measure(args, numbers, report, folder):
                 group.terminate()  # does nothing if it has ended; else torchrun ends its ranks
                 group.wait()
             failed = todo[int((folder / 'running').read_text())]
-            files = sorted(folder.glob('error_*'), key=lambda file: file.stat().st_mtime_ns)  # the first is why the others have ended
+            files = sorted(
+                folder.glob('error_*'), key=lambda file: file.stat().st_mtime_ns
+            )  # the first is why the others have ended
             errors = sorted((file.read_text() for file in files), key=lambda text: 'OutOfMemory' not in text)
             error, measured = errors[0] if errors else 'a process ended', Path(failed['out_dir'], 'measured.json')
             saving = failed['save'] and measured.exists()  # only that has failed
             add(spec, failed, json.loads(measured.read_text()) | {'save_error': error} if saving else {'error': error})
             shutil.rmtree(failed['out_dir'], ignore_errors=True)
             rest, same = todo[todo.index(failed) + 1 :], (failed['trainer'], failed['size'])
-            todo = [run for run in rest if (run['trainer'], run['size']) != same or (saving and not run['resume'])]  # it would fail again
+            todo = [
+                run for run in rest if (run['trainer'], run['size']) != same or (saving and not run['resume'])
+            ]  # it would fail again
 
 
 if __name__ == '__main__':

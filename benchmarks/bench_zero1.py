@@ -60,7 +60,9 @@ class Trainer:
         self.context = hardware.autocast(device, 'bfloat16' if self.device_type == 'cuda' else 'float32')
         torch.manual_seed(1337)
         with redirect_stdout(None):
-            self.raw_model = GPT(GPTConfig(block_size=self.block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)).to(device)
+            self.raw_model = GPT(
+                GPTConfig(block_size=self.block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)
+            ).to(device)
         self.start = [p.detach().to('cpu', copy=True) for p in self.raw_model.parameters()] if keep_start else None
         self.compile = compile
 
@@ -70,7 +72,9 @@ class Trainer:
         torch._dynamo.utils.counters.clear()
         self.model = None
         model = torch.compile(self.raw_model) if self.compile else self.raw_model
-        self.model = DDP(model, device_ids=[self.device] if self.device_type == 'cuda' else None, gradient_as_bucket_view=True)
+        self.model = DDP(
+            model, device_ids=[self.device] if self.device_type == 'cuda' else None, gradient_as_bucket_view=True
+        )
 
     def set_optimizer(self, variant):
         self.optimizer = self.step_guard = None
@@ -199,8 +203,14 @@ def save(trainer, log):
     state = trainer.optimizer.state_dict()
     model = {k: v.cpu() for k, v in trainer.raw_model.state_dict().items()} if dist.get_rank() == 0 else None
     seconds = time.perf_counter() - started
-    result = {'peak_bytes': most(memory(trainer.device, peak=True)), 'training_peak_bytes': training, 'seconds': most(seconds)}
-    log(f'save: {result["seconds"]:.1f} s, peak {result["peak_bytes"] / 2**30:.2f} GiB; training {training / 2**30:.2f} GiB')
+    result = {
+        'peak_bytes': most(memory(trainer.device, peak=True)),
+        'training_peak_bytes': training,
+        'seconds': most(seconds),
+    }
+    log(
+        f'save: {result["seconds"]:.1f} s, peak {result["peak_bytes"] / 2**30:.2f} GiB; training {training / 2**30:.2f} GiB'
+    )
     del state, model
     return result
 
@@ -208,7 +218,12 @@ def save(trainer, log):
 def curves(trainer, steps, log):
     """The same steps from the same weights: DDP twice (its noise from run to run), ZeRO-1, and DDP on other data (from seed to seed)."""
     results = {}
-    for name, variant, seed in (('ddp', 'ddp', 1), ('zero1', 'zero1', 1), ('ddp again', 'ddp', 1), ('ddp, other data', 'ddp', 2)):
+    for name, variant, seed in (
+        ('ddp', 'ddp', 1),
+        ('zero1', 'zero1', 1),
+        ('ddp again', 'ddp', 1),
+        ('ddp, other data', 'ddp', 2),
+    ):
         with torch.no_grad():
             torch._foreach_copy_(list(trainer.raw_model.parameters()), trainer.start)
         trainer.set_optimizer(variant)
@@ -308,7 +323,11 @@ def profile(trainer, variant, micro_steps, log):
             trainer.step(micro_steps)
         wall = (time.perf_counter() - started) * 1e3 / steps
     wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    events = [(e.name, e.time_range.start, e.time_range.end) for e in prof.events() if e.device_type == wanted and not e.is_user_annotation]
+    events = [
+        (e.name, e.time_range.start, e.time_range.end)
+        for e in prof.events()
+        if e.device_type == wanted and not e.is_user_annotation
+    ]
     times, counts = Counter(), Counter()
     for name, a, b in events:
         kind = next((kind for kind, pattern in KINDS if re.search(pattern, name, re.I)), 'other')
@@ -326,8 +345,10 @@ def profile(trainer, variant, micro_steps, log):
         'longest': [(name[:100], ms, count) for name, ms, count in longest(events, steps)],
     }
     parts = ', '.join(f'{kind} {ms:.2f} ({counts[kind]:.0f})' for kind, ms in times.most_common())
-    log(f'profile of {variant}, {micro_steps} micro-steps, graphs {graphs}: {wall:.2f} ms, gaps {result["gaps_ms"]:.2f}, '
-        f'exposed nccl {result["exposed_nccl_ms"]:.2f}; ms (kernels) {parts}')  # fmt: skip
+    log(
+        f'profile of {variant}, {micro_steps} micro-steps, graphs {graphs}: {wall:.2f} ms, gaps {result["gaps_ms"]:.2f}, '
+        f'exposed nccl {result["exposed_nccl_ms"]:.2f}; ms (kernels) {parts}'
+    )
     return result
 
 
@@ -354,7 +375,9 @@ def read_tokens():
     if path.exists():
         return np.memmap(path, dtype=np.uint16, mode='r'), 'python_gpt2'
     files = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
-    return np.frombuffer(b''.join(f.read_bytes() for f in files), dtype=np.uint8).astype(np.uint16), "bytes of Python's standard library"
+    return np.frombuffer(b''.join(f.read_bytes() for f in files), dtype=np.uint8).astype(
+        np.uint16
+    ), "bytes of Python's standard library"
 
 
 def plot(report, path):
@@ -413,7 +436,11 @@ def main(args):
             lines.append(line)
             print(f'[{time.perf_counter() - started:.0f} s] {line}', flush=True)
 
-    report = facts(cpu=args.dry_run) | {'gpus': dist.get_world_size(), 'data': data, 'dtype': 'bfloat16' if cuda else 'float32'}
+    report = facts(cpu=args.dry_run) | {
+        'gpus': dist.get_world_size(),
+        'data': data,
+        'dtype': 'bfloat16' if cuda else 'float32',
+    }
 
     def write():
         if rank == 0 and args.out:
@@ -446,7 +473,9 @@ def main(args):
         if size == args.sizes[0] and args.profile:
             report['profile'] = {}
             for variant in ('ddp', 'zero1', 'bucket_view'):
-                report['profile'][variant] = {micro_steps: profile(trainer, variant, micro_steps, log) for micro_steps in (1, 4)}
+                report['profile'][variant] = {
+                    micro_steps: profile(trainer, variant, micro_steps, log) for micro_steps in (1, 4)
+                }
                 write()
         del trainer
         torch._dynamo.reset()
@@ -456,7 +485,9 @@ def main(args):
     report['seconds'] = time.perf_counter() - started
     write()
     if rank == 0:
-        print(f'\n{report["gpus"]} x {report["device"]}, torch {report["versions"]["torch"]}, {report["seconds"]:.0f} s')
+        print(
+            f'\n{report["gpus"]} x {report["device"]}, torch {report["versions"]["torch"]}, {report["seconds"]:.0f} s'
+        )
         for size, rows in report.get('speed', {}).items():
             for micro_steps, row in rows.items():
                 for variant in ('ddp', 'zero1'):
@@ -479,7 +510,9 @@ if __name__ == '__main__':
     parser.add_argument('--out', default='', help='JSON file to write')
     parser.add_argument('--sizes', default='124M,1.5B', type=lambda s: [size for size in s.split(',') if size])
     parser.add_argument('--curves', type=int, default=0, help='steps of loss curves to record, at the first size')
-    parser.add_argument('--profile', action='store_true', help='kernels and gaps, for both and for parameters_as_bucket_view')
+    parser.add_argument(
+        '--profile', action='store_true', help='kernels and gaps, for both and for parameters_as_bucket_view'
+    )
     parser.add_argument('--time_limit', type=float, default=270, help='seconds after which nothing new is begun')
     parser.add_argument('--nproc', type=int, default=0, help='GPUs (default: all)')
     parser.add_argument('--compile', type=lambda s: s.lower() == 'true', default=True)

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
 GIB = 2**30
 MEMORY_SETUP = [
-    f'{name}={value}' for name, value in os.environ.items() if name.startswith('PYTORCH') and name.endswith('ALLOC_CONF')
+    f'{name}={value}'
+    for name, value in os.environ.items()
+    if name.startswith('PYTORCH') and name.endswith('ALLOC_CONF')
 ]  # the user's, before hardware.choose()
 
 
@@ -46,7 +48,11 @@ def without_folder(argument):
 def facts(cpu=False):
     """What a result file says about where it comes from. cpu: the benchmark ran on the CPU, whatever else there is."""
     gpu = torch.cuda.is_available() and not cpu
-    versions = {'python': platform.python_version(), 'torch': torch.__version__, 'cuda': torch.version.cuda if gpu else None}
+    versions = {
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'cuda': torch.version.cuda if gpu else None,
+    }
     try:
         versions['triton'] = importlib.metadata.version('triton')
     except importlib.metadata.PackageNotFoundError:
@@ -61,8 +67,11 @@ def facts(cpu=False):
         'cpus': os.cpu_count(),
         'driver': driver and driver.splitlines()[0],
         'versions': versions,
-        'commit': commit and commit + ' and changes' * bool(changed),  # null where git does not know, as in a copy without .git
-        'command': shlex.join([*MEMORY_SETUP, 'python', os.path.relpath(sys.argv[0], ROOT), *map(without_folder, sys.argv[1:])]),
+        'commit': commit
+        and commit + ' and changes' * bool(changed),  # null where git does not know, as in a copy without .git
+        'command': shlex.join(
+            [*MEMORY_SETUP, 'python', os.path.relpath(sys.argv[0], ROOT), *map(without_folder, sys.argv[1:])]
+        ),
         'date': time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime()),
     }
 
@@ -101,4 +110,12 @@ def write_json(path, report):
 
 def torchrun(processes, script, *arguments):
     """The command that starts the script in so many processes of this machine."""
-    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', str(script), *map(str, arguments)]
+    return [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        f'--nproc_per_node={processes}',
+        str(script),
+        *map(str, arguments),
+    ]

@@ -24,12 +24,22 @@ from common import GIB, RESULTS, ROOT, facts, write_json
 
 BLOCK = re.compile(r'(<!-- table: ([^\n]*?) -->)(.*?)(<!-- end -->)', re.S)
 TABLES = {}
-PHASES = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp': 'train.py'}  # and the file that each changes
+PHASES = {
+    'phase1_zero1': 'train.py',
+    'phase2_triton': 'model.py',
+    'phase3_fsdp': 'train.py',
+}  # and the file that each changes
 SHAPES = {'124M': (12, 768), '350M': (24, 1024), '1.5B': (48, 1600)}  # n_layer, n_embd
 NAMES = {
-    'ddp': 'DDP', 'zero1': 'phase 1', 'triton': 'phase 2', 'fsdp': 'phase 3', 'zero1+triton': 'phases 1 + 2', 'fsdp+triton': 'phases 2 + 3',
-    'hybrid': 'phase 3 hybrid', 'fsdp+one_unit': 'phase 3 as one unit',
-}  # fmt: skip
+    'ddp': 'DDP',
+    'zero1': 'phase 1',
+    'triton': 'phase 2',
+    'fsdp': 'phase 3',
+    'zero1+triton': 'phases 1 + 2',
+    'fsdp+triton': 'phases 2 + 3',
+    'hybrid': 'phase 3 hybrid',
+    'fsdp+one_unit': 'phase 3 as one unit',
+}
 NAMES |= {f'{key}+launched': f'{name} without CUDA graphs' for key, name in NAMES.items()}
 ON_4_GPUS, ZERO1_ON_4_GPUS = 'trainers_h200x4', 'trainers_h100x4'  # in the latter DDP and phase 1 took turns
 MANY = {'124M': 10, '1.5B': 5}  # the larger number of micro-steps in the first of them
@@ -95,7 +105,10 @@ def reference(document):
     }
     files = reference_files()
     reports = {gpu: {row['what']: row for row in load(name)['rows']} for gpu, name in files.items()}
-    cells = [(text, *(f'{statistics.median(rows[what]["tokens_per_sec"]):,.0f}' for rows in reports.values())) for what, text in names.items()]
+    cells = [
+        (text, *(f'{statistics.median(rows[what]["tokens_per_sec"]):,.0f}' for rows in reports.values()))
+        for what, text in names.items()
+    ]
     peaks = [gib(rows['train.py']['runs'][0]['peak_memory_bytes'], 1) for rows in reports.values()]
     cells.append(('peak memory of `train.py`, GiB', *peaks))
     cells.append(('result file', *(cite(name, document) for name in files.values())))
@@ -118,12 +131,20 @@ def zero1_speed(document):
     for size, by_micro_steps in load('zero1_h200x4')['speed'].items():
         for micro_steps, row in by_micro_steps.items():
             ddp, zero1, by_round = row['ddp'], row['zero1'], row['zero1_of_ddp_by_round']
-            rows.append((
-                f'{size} × {micro_steps}', f'{ddp["tokens_per_sec"]:,.0f}', f'{zero1["tokens_per_sec"]:,.0f}',
-                f'**{row["zero1_of_ddp"]:.1%}** ({100 * min(by_round):.1f} to {100 * max(by_round):.1f})',
-                f'{gib(ddp["at_rest_bytes"])} → {gib(zero1["at_rest_bytes"])}', f'{gib(ddp["peak_bytes"])} → {gib(zero1["peak_bytes"])}',
-            ))  # fmt: skip
-    return markdown(['model × micro-steps', 'DDP, tokens/s', 'ZeRO-1, tokens/s', 'of DDP (by round)', 'at rest, GiB', 'peak, GiB'], rows)
+            rows.append(
+                (
+                    f'{size} × {micro_steps}',
+                    f'{ddp["tokens_per_sec"]:,.0f}',
+                    f'{zero1["tokens_per_sec"]:,.0f}',
+                    f'**{row["zero1_of_ddp"]:.1%}** ({100 * min(by_round):.1f} to {100 * max(by_round):.1f})',
+                    f'{gib(ddp["at_rest_bytes"])} → {gib(zero1["at_rest_bytes"])}',
+                    f'{gib(ddp["peak_bytes"])} → {gib(zero1["peak_bytes"])}',
+                )
+            )
+    return markdown(
+        ['model × micro-steps', 'DDP, tokens/s', 'ZeRO-1, tokens/s', 'of DDP (by round)', 'at rest, GiB', 'peak, GiB'],
+        rows,
+    )
 
 
 @table
@@ -137,7 +158,10 @@ def zero1_parts(document):
         'instead: an all-gather for each parameter': 'instead: an all-gather for each parameter',
         "instead: ZeroRedundancyOptimizer's broadcasts": "instead: a broadcast for each piece, by ZeroRedundancyOptimizer's own function",
     }
-    return markdown(['the optimizer step, ms', *parts], [(text, *(f'{its[name]:.2f}' for its in parts.values())) for name, text in names.items()])
+    return markdown(
+        ['the optimizer step, ms', *parts],
+        [(text, *(f'{its[name]:.2f}' for its in parts.values())) for name, text in names.items()],
+    )
 
 
 @table
@@ -163,7 +187,10 @@ def zero1_trainers(document):
 @table
 def zero1_save(document):
     saves = load('zero1_h200x4')['save'].values()
-    peaks, seconds = ' and '.join(gib(s['peak_bytes']) for s in saves), ' and '.join(f'{s["seconds"]:.1f}' for s in saves)
+    peaks, seconds = (
+        ' and '.join(gib(s['peak_bytes']) for s in saves),
+        ' and '.join(f'{s["seconds"]:.1f}' for s in saves),
+    )
     return f'({peaks} GiB); collecting the state took {seconds} s'
 
 
@@ -201,11 +228,22 @@ def layer_norm(document):
         cells = []
         for name in ('eager', 'compiled', 'liger', 'ours'):
             its = row[name]
-            cells.append(f'{its["forward_percent"]:.0f} · {its["both_percent"]:.0f}' if 'forward_percent' in its else 'refuses')
+            cells.append(
+                f'{its["forward_percent"]:.0f} · {its["both_percent"]:.0f}' if 'forward_percent' in its else 'refuses'
+            )
         us = f'{row["ours"]["forward_us"][0]:.1f} · {row["ours"]["both_us"][0]:.1f}'
         mix = f'{row["x"]} / {row["weight"]} → {row["y"]}'
         rows.append((mix, f'{row["M"]} × {row["N"]}', f'{row["copy_percent"]:.0f}', *cells[:3], f'**{cells[3]}**', us))
-    header = ['x / weight → y', 'shape', 'copy', 'eager fwd · both', 'compiled fwd · both', 'Liger fwd · both', '**ours fwd · both**', 'ours µs']
+    header = [
+        'x / weight → y',
+        'shape',
+        'copy',
+        'eager fwd · both',
+        'compiled fwd · both',
+        'Liger fwd · both',
+        '**ours fwd · both**',
+        'ours µs',
+    ]
     return markdown(header, rows)
 
 
@@ -229,10 +267,15 @@ def phase2_ladder(document):
         size, batch_size, micro_steps = work_of(load(path.stem))
         for row in load(path.stem)['rows']:
             ms, ratios = row['ms'], row['ratios']
-            cells.append((
-                row['name'], f'{statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f})', f'{row["tokens_per_s"]:,.0f}',
-                f'**{row["ratio"]:.3f}** ({min(ratios):.3f} to {max(ratios):.3f})', gib(row['peak_memory_bytes']),
-            ))  # fmt: skip
+            cells.append(
+                (
+                    row['name'],
+                    f'{statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f})',
+                    f'{row["tokens_per_s"]:,.0f}',
+                    f'**{row["ratio"]:.3f}** ({min(ratios):.3f} to {max(ratios):.3f})',
+                    gib(row['peak_memory_bytes']),
+                )
+            )
         header = ['', 'ms of an iteration', 'tokens/s', 'of the compiled reference in the same turns', 'peak, GiB']
         caption = f'{size}, {micro_steps} micro-steps of {batch_size} × 1024 tokens: {measured_by(load(path.stem), path.stem, document)}'
         blocks.append(f'{caption}:\n\n{markdown(header, cells)}')
@@ -242,7 +285,11 @@ def phase2_ladder(document):
 @table
 def phase2_curves(document):
     reports = {path.stem: load(path.stem) for path in sorted(RESULTS.glob('phase2_curves_*.json'))}
-    blocks = [(measured_by(its, name, document), '\n'.join(its['summary'])) for name, its in reports.items() if 'summary' in its]
+    blocks = [
+        (measured_by(its, name, document), '\n'.join(its['summary']))
+        for name, its in reports.items()
+        if 'summary' in its
+    ]
     return '\n\n'.join(f'{caption}:\n\n```\n{text}\n```' for caption, text in blocks)
 
 
@@ -254,7 +301,11 @@ def phase2_profile(document):
         blocks.append(f'{measured_by(load(path.stem), path.stem, document)}:')
         for row in load(path.stem)['rows']:
             # in a table | ends a cell
-            cells = [(f'{us / 1e3:.2f}', f'{times:.1f}', f'`{kernel[:60].replace("|", "/")}`') for us, times, kernel in row['kernels'] if us > 100]
+            cells = [
+                (f'{us / 1e3:.2f}', f'{times:.1f}', f'`{kernel[:60].replace("|", "/")}`')
+                for us, times, kernel in row['kernels']
+                if us > 100
+            ]
             blocks.append(f'{row["name"]}, {row["ms"]:.2f} ms of kernels in a micro-step of {row["span_ms"]:.2f} ms:')
             blocks.append(markdown(['ms', 'times', 'kernel'], cells))
     return '\n\n'.join(blocks)
@@ -283,7 +334,9 @@ def phase2_largest(document):
             'MiB a sequence',
         ]
         note = load(path.stem).get('note')
-        blocks.append(f'{measured_by(load(path.stem), path.stem, document)}{f". {note}" if note else ""}:\n\n{markdown(header, cells)}')
+        blocks.append(
+            f'{measured_by(load(path.stem), path.stem, document)}{f". {note}" if note else ""}:\n\n{markdown(header, cells)}'
+        )
     return '\n\n'.join(blocks)
 
 
@@ -312,7 +365,9 @@ def memory(document):
     rows = []
     for size in SHAPES:
         n = parameters_of(size)
-        rows.append((f'{size} ({n:,})', 'DDP, phase 2', 'any', gib(4 * n), gib(4 * n), gib(8 * n), f'**{gib(16 * n)}**'))
+        rows.append(
+            (f'{size} ({n:,})', 'DDP, phase 2', 'any', gib(4 * n), gib(4 * n), gib(8 * n), f'**{gib(16 * n)}**')
+        )
         for name, parts in (('phase 1', (1, 1, 0)), ('phase 3', (0, 0, 0))):
             for k in (2, 4, 8):
                 its = [size_of * n / (1 if whole else k) for size_of, whole in zip((4, 4, 8), parts)]
@@ -345,7 +400,10 @@ def memory_of_zero1(document):
 @table
 def memory_of_fsdp(document):
     n = parameters_of('1.5B')
-    rows = [('bytes per parameter', '16', '8 + 8/k', '16/k'), (f'GPT-2 1.5B ({n:,}), k = 4, GiB', *(gib(b * n, 1) for b in (16, 10, 4)))]
+    rows = [
+        ('bytes per parameter', '16', '8 + 8/k', '16/k'),
+        (f'GPT-2 1.5B ({n:,}), k = 4, GiB', *(gib(b * n, 1) for b in (16, 10, 4))),
+    ]
     return markdown(['', 'DDP', 'ZeRO-1', 'FSDP'], rows)
 
 
@@ -362,11 +420,16 @@ def measured(document):
             continue
         its = {row['name']: row for row in load(path.stem)['rows']}
         recorded = its.get('reference, compiled, cuda_graph')
-        for name, text in (('+ weights rounded once an iteration', 'phase 2, the step'), ('+ half_residual', 'with a 16-bit residual stream')):
+        for name, text in (
+            ('+ weights rounded once an iteration', 'phase 2, the step'),
+            ('+ half_residual', 'with a 16-bit residual stream'),
+        ):
             if name not in its:
                 continue
             row = its[name]
-            than = f'{row["ratio"]:.2f} × the reference' + (f', {row["ratio"] / recorded["ratio"]:.2f} × it with CUDA graphs' if recorded else '')
+            than = f'{row["ratio"]:.2f} × the reference' + (
+                f', {row["ratio"] / recorded["ratio"]:.2f} × it with CUDA graphs' if recorded else ''
+            )
             gpu, file = short(load(path.stem)), cite(path.stem, document)
             rows.append((text, gpu, f'{row["tokens_per_s"]:,.0f}', than, gib(row['peak_memory_bytes'], 1), file))
     return markdown(['', 'GPU', 'tokens/s', 'that is', 'peak, GiB', 'result file'], rows)
@@ -374,7 +437,11 @@ def measured(document):
 
 def of_ddp(trainer, size, micro_steps, name=ON_4_GPUS):
     """The speed of a trainer on four GPUs, DDP's being 1."""
-    found = {r['trainer']: r for r in load(name)['rows'] if (r['processes'], r['size'], r['micro_steps']) == (4, size, micro_steps)}
+    found = {
+        r['trainer']: r
+        for r in load(name)['rows']
+        if (r['processes'], r['size'], r['micro_steps']) == (4, size, micro_steps)
+    }
     return found[trainer]['tokens_per_sec']['median'] / found['ddp']['tokens_per_sec']['median']
 
 
@@ -385,7 +452,9 @@ def triton_of_ddp(document):
     for size in MANY:
         for name in ('triton', 'zero1+triton', 'fsdp+triton'):
             rows.append((NAMES[name], size, *(f'{of_ddp(name, size, n):.1%}' for n in (MANY[size], 1))))
-    return markdown(['', 'model', f'of the speed of DDP, {MANY["124M"]} (1.5B: {MANY["1.5B"]}) micro-steps', '1 micro-step'], rows)
+    return markdown(
+        ['', 'model', f'of the speed of DDP, {MANY["124M"]} (1.5B: {MANY["1.5B"]}) micro-steps', '1 micro-step'], rows
+    )
 
 
 @table
@@ -409,10 +478,17 @@ def fsdp_checkpoint(document):
     for its, save in zip(sharded['steps'], sharded['saves']):
         usual, during = its['seconds'], its['seconds_while_saving']
         lost = save['stall_seconds'] + sum(during) - len(during) * usual
-        rows.append((
-            its['micro_steps'], f'{usual:.2f}', f'{save["stall_seconds"]:.2f}', f'{during[0]:.2f}', f'{statistics.median(during[1:]):.2f}',
-            f'{save["seconds"]:.0f}', f'**{lost:.2f}**',
-        ))  # fmt: skip
+        rows.append(
+            (
+                its['micro_steps'],
+                f'{usual:.2f}',
+                f'{save["stall_seconds"]:.2f}',
+                f'{during[0]:.2f}',
+                f'{statistics.median(during[1:]):.2f}',
+                f'{save["seconds"]:.0f}',
+                f'**{lost:.2f}**',
+            )
+        )
     header = [
         'micro-steps',
         'a step',
@@ -458,13 +534,31 @@ def fsdp_largest(document):
         report, rows = load(files[0]), []
         found = {row['name']: (row, name) for name in files for row in load(name)['results']}
         for row, name in (found[key] for key in names if key in found):
-            rows.append((
-                names[row['name']], f'**{row["parameters"] / 1e9:.1f} billion**', f'{row["n_layer"]} of {row["n_embd"]}',
-                row['smallest_that_does_not_fit'] or 'not found', f'{row["tokens_per_sec"]["median"]:,.0f}', gib(row['rest_bytes'], 1),
-                gib(row['peak_bytes'], 1), cite(name, document),
-            ))  # fmt: skip
-        header = ['', 'parameters', 'layers of width', 'do not fit', 'tokens/s', 'at rest, GiB', 'peak, GiB', 'result file']
-        where = f'{report["processes"]} × {report["device"]}, torch {report["versions"]["torch"]}, {report["date"][:10]}'
+            rows.append(
+                (
+                    names[row['name']],
+                    f'**{row["parameters"] / 1e9:.1f} billion**',
+                    f'{row["n_layer"]} of {row["n_embd"]}',
+                    row['smallest_that_does_not_fit'] or 'not found',
+                    f'{row["tokens_per_sec"]["median"]:,.0f}',
+                    gib(row['rest_bytes'], 1),
+                    gib(row['peak_bytes'], 1),
+                    cite(name, document),
+                )
+            )
+        header = [
+            '',
+            'parameters',
+            'layers of width',
+            'do not fit',
+            'tokens/s',
+            'at rest, GiB',
+            'peak, GiB',
+            'result file',
+        ]
+        where = (
+            f'{report["processes"]} × {report["device"]}, torch {report["versions"]["torch"]}, {report["date"][:10]}'
+        )
         blocks.append(f'{where}, by `python benchmarks/bench_fsdp.py largest`:\n\n{markdown(header, rows)}')
     return '\n\n'.join(blocks)
 
@@ -472,10 +566,14 @@ def fsdp_largest(document):
 @table
 def largest(document):
     """What fits, in a sentence."""
-    billions = {name: load(f'fsdp_largest_{name}_h200x4')['results'][0]['parameters'] / 1e9 for name in ('ddp', 'zero1', 'fsdp')}
+    billions = {
+        name: load(f'fsdp_largest_{name}_h200x4')['results'][0]['parameters'] / 1e9 for name in ('ddp', 'zero1', 'fsdp')
+    }
     most = {row['name']: row['batch_size'] for row in load('phase2_largest_h100')['rows']}
     names = ('reference, compiled', '+ weights rounded once an iteration', 'loss_rows=4096')
-    files = [cite(name, document) for name in (*(f'fsdp_largest_{key}_h200x4' for key in billions), 'phase2_largest_h100')]
+    files = [
+        cite(name, document) for name in (*(f'fsdp_largest_{key}_h200x4' for key in billions), 'phase2_largest_h100')
+    ]
     reference, phase2, rows = (most[name] for name in names)
     return (
         f'On four H200s DDP trains up to {billions["ddp"]:.1f} billion parameters, phase 1 {billions["zero1"]:.1f}, phase 3 {billions["fsdp"]:.1f} '
@@ -498,21 +596,28 @@ def fsdp_variants(document):
             (
                 name,
                 *('{median:,.0f} ({p10:,.0f} to {p90:,.0f})'.format(**its[n]['tokens_per_sec']) for n in counts),
-                *(f'{its[n]["tokens_per_sec"]["median"] / found["default"][n]["tokens_per_sec"]["median"]:.1%}' for n in counts),
+                *(
+                    f'{its[n]["tokens_per_sec"]["median"] / found["default"][n]["tokens_per_sec"]["median"]:.1%}'
+                    for n in counts
+                ),
                 *(gib(its[counts[-1]][key]) for key in ('rest_bytes', 'peak_bytes')),
             )
             for name, its in found.items()
         ]
         header = ['', *(f'{n} micro-step{"s" * (n > 1)}: tokens/s (10th to 90th percentile)' for n in counts)]
         header += [*(f'{n}: of the default' for n in counts), 'at rest, GiB', 'peak, GiB']
-        blocks.append(f'{report["processes"]} × {measured_by(report, path.stem, document)}:\n\n{markdown(header, cells)}')
+        blocks.append(
+            f'{report["processes"]} × {measured_by(report, path.stem, document)}:\n\n{markdown(header, cells)}'
+        )
     return '\n\n'.join(blocks)
 
 
 @table
 def bytes_per_parameter(document):
-    rows = [(name, *(f'{f(k):.0f}' if f(k) == int(f(k)) else f'{f(k):g}' for k in (1, 2, 4, 8))) for name, f in
-            (('DDP, phase 2', lambda k: 16), ('phase 1', lambda k: 8 + 8 / k), ('phase 3', lambda k: 16 / k))]  # fmt: skip
+    rows = [
+        (name, *(f'{f(k):.0f}' if f(k) == int(f(k)) else f'{f(k):g}' for k in (1, 2, 4, 8)))
+        for name, f in (('DDP, phase 2', lambda k: 16), ('phase 1', lambda k: 8 + 8 / k), ('phase 3', lambda k: 16 / k))
+    ]
     return markdown(['bytes per parameter on each GPU', '1 GPU', '2', '4', '8'], rows)
 
 
@@ -528,14 +633,18 @@ def lines(document):
     for folder, name in PHASES.items():
         old, new = ((ROOT / place / name).read_text().splitlines() for place in ('nanoGPT', folder))
         changed = sum(
-            max(b - a, d - c) for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if tag != 'equal'
+            max(b - a, d - c)
+            for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+            if tag != 'equal'
         )
         here, added = ROOT / folder, {}
         for path in sorted(here.rglob('*.py')):
             name_here = path.relative_to(here)
             if not (ROOT / 'nanoGPT' / name_here).exists() and not name_here.parts[0].startswith('out'):
                 added.setdefault(name_here.parts[0], []).append(len(path.read_text().splitlines()))
-        added = ', '.join(f'{top} ({f"{len(its)} files, " * (len(its) > 1)}{sum(its)} lines)' for top, its in added.items())
+        added = ', '.join(
+            f'{top} ({f"{len(its)} files, " * (len(its) > 1)}{sum(its)} lines)' for top, its in added.items()
+        )
         link = os.path.relpath(ROOT / folder / 'IMPLEMENTATION.md', (ROOT / document).parent)
         rows.append((f'[{folder}]({link})', sharded[folder], f'{name}, {changed} of {len(old)} lines', added))
     return markdown(['folder', 'what is sharded', 'changed file', 'added'], rows)
@@ -543,7 +652,11 @@ def lines(document):
 
 def trainer_files():
     """Results of bench_trainers.py on GPUs, by name."""
-    return [path.stem for path in sorted(RESULTS.glob('trainers_*.json')) if load(path.stem)['sessions'][0]['device_type'] == 'cuda']
+    return [
+        path.stem
+        for path in sorted(RESULTS.glob('trainers_*.json'))
+        if load(path.stem)['sessions'][0]['device_type'] == 'cuda'
+    ]
 
 
 def origin(name, document):
@@ -551,7 +664,9 @@ def origin(name, document):
     session = load(name)['sessions'][0]
     versions = session['versions']
     parts = [session['device'], f'torch {versions["torch"]}']
-    parts += [f'{key} {versions[key]}' for key in ('triton', 'nccl') if versions.get(key) and session['device_type'] == 'cuda']
+    parts += [
+        f'{key} {versions[key]}' for key in ('triton', 'nccl') if versions.get(key) and session['device_type'] == 'cuda'
+    ]
     parts += [f'driver {session["driver"]}'] if session['driver'] else []
     return f'{", ".join(parts)}, {session["date"][:10]} ({cite(name, document)}, by `benchmarks/bench_trainers.py`)'
 
@@ -566,7 +681,9 @@ def in_order(rows):
 
 def one_of_each(rows):
     """The row with the most micro-steps of each trainer, size and number of processes, without failures."""
-    return {(row['processes'], row['size'], row['trainer']): row for row in in_order(rows) if 'error' not in row}.values()
+    return {
+        (row['processes'], row['size'], row['trainer']): row for row in in_order(rows) if 'error' not in row
+    }.values()
 
 
 def base_of(row, rows):
@@ -579,7 +696,11 @@ def base_of(row, rows):
 
 def in_short(name, document):
     """DDP's tokens/s by model and micro-steps, the others' in percent of it, and memory in GiB, from a result file of bench_trainers.py."""
-    rows = [row for row in in_order(load(name)['rows']) if 'error' not in row and not row['trainer'].endswith(('launched', 'one_unit'))]
+    rows = [
+        row
+        for row in in_order(load(name)['rows'])
+        if 'error' not in row and not row['trainer'].endswith(('launched', 'one_unit'))
+    ]
     works = list(dict.fromkeys((row['size'], row['micro_steps']) for row in rows))
     sizes = list(dict.fromkeys(size for size, _ in works))
     found = {(row['trainer'], row['size'], row['micro_steps']): row for row in rows}
@@ -591,7 +712,13 @@ def in_short(name, document):
             row = found.get((trainer, *work))
             base = row and base_of(row, rows)
             speed = row and row['tokens_per_sec']['median']
-            line.append('' if not row else f'{speed / base["tokens_per_sec"]["median"]:.1%}' if base and base is not row else f'{speed:,.0f}')
+            line.append(
+                ''
+                if not row
+                else f'{speed / base["tokens_per_sec"]["median"]:.1%}'
+                if base and base is not row
+                else f'{speed:,.0f}'
+            )
         its = [memory.get((trainer, size)) for size in sizes]
         cells.append([*line, *(f'{gib(m["rest"])}, {gib(m["peak"], 1)}' if m else '' for m in its)])
     header = ['', *(f'{size} × {n}' for size, n in works), *(f'{size}: at rest, peak' for size in sizes)]
@@ -619,13 +746,25 @@ def trainers_speed(document):
             if 'error' in row:
                 cells.append((row['processes'], where, NAMES[row['trainer']], row['error'].split(':')[0], *[''] * 5))
                 continue
-            speed, base, per = row['tokens_per_sec'], base_of(row, rows), row['tokens_per_sec']['median'] / row['processes']
+            speed, base, per = (
+                row['tokens_per_sec'],
+                base_of(row, rows),
+                row['tokens_per_sec']['median'] / row['processes'],
+            )
             ratio = f'{speed["median"] / base["tokens_per_sec"]["median"]:.1%}' if base and base is not row else ''
-            cells.append((
-                row['processes'], where, NAMES[row['trainer']], f'{speed["median"]:,.0f} ({speed["min"]:,.0f} to {speed["max"]:,.0f})', f'{per:,.0f}',
-                ratio, f'{row["time_ms"]["median"]:,.1f}', f'{row["mfu"]:.1%}' if row['mfu'] else 'n/a',
-                ' / '.join(f'{s:.0f}' for s in row['first_step_seconds']),
-            ))  # fmt: skip
+            cells.append(
+                (
+                    row['processes'],
+                    where,
+                    NAMES[row['trainer']],
+                    f'{speed["median"]:,.0f} ({speed["min"]:,.0f} to {speed["max"]:,.0f})',
+                    f'{per:,.0f}',
+                    ratio,
+                    f'{row["time_ms"]["median"]:,.1f}',
+                    f'{row["mfu"]:.1%}' if row['mfu'] else 'n/a',
+                    ' / '.join(f'{s:.0f}' for s in row['first_step_seconds']),
+                )
+            )
         header = [
             'GPUs',
             'model × micro-steps',
@@ -651,7 +790,18 @@ def trainers_memory(document):
             parts = ('parameters', 'gradients', 'optimizer', 'not_accounted_for', 'rest', 'activations', 'peak')
             where = f'{row["size"]} × {row["micro_steps"]}'
             cells.append((row['processes'], where, NAMES[row['trainer']], *(gib(m[key]) for key in parts)))
-        header = ['GPUs', 'model × micro-steps', 'trainer', 'parameters', 'gradients', 'AdamW', 'else', 'at rest', 'more at the peak', 'peak, GiB']
+        header = [
+            'GPUs',
+            'model × micro-steps',
+            'trainer',
+            'parameters',
+            'gradients',
+            'AdamW',
+            'else',
+            'at rest',
+            'more at the peak',
+            'peak, GiB',
+        ]
         blocks.append(f'{origin(name, document)}:\n\n{markdown(header, cells)}')
     return '\n\n'.join(blocks)
 
@@ -663,10 +813,25 @@ def trainers_checkpoint(document):
         cells = []
         for row in one_of_each(load(name)['rows']):
             if c := row.get('checkpoint'):
-                cells.append((row['processes'], row['size'], NAMES[row['trainer']], gib(c['bytes']), f'{statistics.median(c["save_seconds"]):.1f}',
-                              f'{statistics.median(c["ready_seconds_resumed"]):.1f}' if c['ready_seconds_resumed'] else ''))  # fmt: skip
+                cells.append(
+                    (
+                        row['processes'],
+                        row['size'],
+                        NAMES[row['trainer']],
+                        gib(c['bytes']),
+                        f'{statistics.median(c["save_seconds"]):.1f}',
+                        f'{statistics.median(c["ready_seconds_resumed"]):.1f}' if c['ready_seconds_resumed'] else '',
+                    )
+                )
         if cells:
-            header = ['GPUs', 'model', 'trainer', 'ckpt.pt, GiB', 'training stands still for a save, s', 'from start to loaded, s']
+            header = [
+                'GPUs',
+                'model',
+                'trainer',
+                'ckpt.pt, GiB',
+                'training stands still for a save, s',
+                'from start to loaded, s',
+            ]
             blocks.append(f'{origin(name, document)}:\n\n{markdown(header, cells)}')
     return '\n\n'.join(blocks)
 
@@ -689,10 +854,23 @@ def trainers_cpu(document):
         ratios = (
             base
             and k == 2
-            and '{:.2f} ({:.2f} to {:.2f})'.format(*(speed[key] / base['tokens_per_sec']['median'] for key in ('median', 'min', 'max')))
+            and '{:.2f} ({:.2f} to {:.2f})'.format(
+                *(speed[key] / base['tokens_per_sec']['median'] for key in ('median', 'min', 'max'))
+            )
         )
-        cells.append((k, NAMES[row['trainer']], *(f'{part:.2f}' for part in (*parts, sum(parts))), f'{computed:g}', ratios or ''))
-    header = ['processes', 'bytes per parameter', 'parameters', 'gradients', 'AdamW', 'sum', 'by arithmetic', "speed, of DDP's median"]
+        cells.append(
+            (k, NAMES[row['trainer']], *(f'{part:.2f}' for part in (*parts, sum(parts))), f'{computed:g}', ratios or '')
+        )
+    header = [
+        'processes',
+        'bytes per parameter',
+        'parameters',
+        'gradients',
+        'AdamW',
+        'sum',
+        'by arithmetic',
+        "speed, of DDP's median",
+    ]
     return f'A model of {rows[0]["parameters"]:,} parameters, gloo: {origin("trainers_cpu", document)}.\n\n{markdown(header, cells)}'
 
 
@@ -710,7 +888,14 @@ def run_checks():
     """Runs the verification commands and keeps what they print."""
     results, path = [], f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}'
     for command in CHECKS:
-        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, PATH=path, OMP_NUM_THREADS='1'))
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=dict(os.environ, PATH=path, OMP_NUM_THREADS='1'),
+        )
         output = done.stdout.strip().replace(str(ROOT), '.')
         print(f'$ {command}\n{output}', flush=True)
         if not output:
@@ -728,11 +913,19 @@ def overview_data():
         'phase 3\nFSDP': [4 * n / 4 / GIB, 4 * n / 4 / GIB, 8 * n / 4 / GIB],
     }
     rows = {(r['trainer'], r['size'], r['micro_steps']): r for r in load(ON_4_GPUS)['rows'] if 'error' not in r}
-    measured = {name: rows[trainer, '1.5B', MANY['1.5B']]['memory_bytes']['rest'] / GIB for name, trainer in zip(computed, ('ddp', 'zero1', 'fsdp'))}
+    measured = {
+        name: rows[trainer, '1.5B', MANY['1.5B']]['memory_bytes']['rest'] / GIB
+        for name, trainer in zip(computed, ('ddp', 'zero1', 'fsdp'))
+    }
     speed = {
         f'{label}, {size}': 100 * of_ddp(trainer, size, MANY[size])
         for size in MANY
-        for trainer, label in (('zero1', 'phase 1'), ('triton', 'phase 2'), ('fsdp', 'phase 3'), ('fsdp+triton', 'phases 2 + 3'))
+        for trainer, label in (
+            ('zero1', 'phase 1'),
+            ('triton', 'phase 2'),
+            ('fsdp', 'phase 3'),
+            ('fsdp+triton', 'phases 2 + 3'),
+        )
     }
     names = {
         'reference, eager': 'reference, eager',
@@ -753,7 +946,9 @@ def draw_overview(data, path, mark):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({'font.size': 15, 'axes.spines.top': False, 'axes.spines.right': False})
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.4), layout='constrained', width_ratios=(1, 0.9, 1.2))
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(17, 5.4), layout='constrained', width_ratios=(1, 0.9, 1.2)
+    )
     colors = {'parameters': '#0072B2', 'gradients': '#56B4E9', "AdamW's moments": '#E69F00'}
     names = list(data['computed'])
     bottom = [0.0] * len(names)
@@ -764,7 +959,16 @@ def draw_overview(data, path, mark):
     for i, (name, total) in enumerate(zip(names, bottom)):
         left.text(i, max(total, data['measured'].get(name, 0)) + 0.7, f'{total:.1f}', ha='center')
     at = [names.index(name) for name in data['measured']]
-    left.scatter(at, data['measured'].values(), s=110, facecolor='white', edgecolor='black', linewidth=2, zorder=3, label='measured at rest')
+    left.scatter(
+        at,
+        data['measured'].values(),
+        s=110,
+        facecolor='white',
+        edgecolor='black',
+        linewidth=2,
+        zorder=3,
+        label='measured at rest',
+    )
     left.set(ylabel='GiB on each GPU', ylim=(0, 1.22 * max(bottom)), title='Memory: GPT-2 1.5B on 4 GPUs, computed')
     left.tick_params(axis='x', length=0)
     left.legend(frameon=False, loc='upper right', fontsize=14)
@@ -776,13 +980,22 @@ def draw_overview(data, path, mark):
     middle.axvline(100, color='black', linewidth=1.5)
     middle.text(100, len(labels) - 0.5, 'DDP', ha='center')
     middle.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels], fontsize=12.5)
-    middle.set(xlabel='% of DDP, 10 (1.5B: 5) micro-steps', xlim=(0, 135), ylim=(-0.5, len(labels) - 0.1), title='Speed: four H200s')
+    middle.set(
+        xlabel='% of DDP, 10 (1.5B: 5) micro-steps',
+        xlim=(0, 135),
+        ylim=(-0.5, len(labels) - 0.1),
+        title='Speed: four H200s',
+    )
     middle.tick_params(axis='y', length=0)
     for i, (label, thousands) in enumerate(data['ladder'].items()):
         right.bar(i, thousands, 0.62, color='#E69F00' if label.startswith('phase 2') else '#999999')
         right.text(i, thousands + 8, f'{thousands:.0f}', ha='center')
     right.set_xticks(range(len(data['ladder'])), [label.replace(', ', '\n') for label in data['ladder']], fontsize=11.5)
-    right.set(ylabel='thousand tokens/s', ylim=(0, 1.12 * max(data['ladder'].values(), default=1)), title='Speed: GPT-2 124M on one H100')
+    right.set(
+        ylabel='thousand tokens/s',
+        ylim=(0, 1.12 * max(data['ladder'].values(), default=1)),
+        title='Speed: GPT-2 124M on one H100',
+    )
     right.tick_params(axis='x', length=0)
     figure.savefig(path, dpi=80, metadata={'Source-Data': mark})
     plt.close(figure)
@@ -812,7 +1025,13 @@ def rewrite(text, document):
             raise SystemExit(f'{document}: there is no table {name}; there are {", ".join(TABLES)}')
         content = TABLES[name](document)
         inline = '\n' not in old and '\n' not in content and content
-        return f'{opening}{content}{closing}' if inline else f'{opening}\n\n{content}\n\n{closing}' if content else f'{opening}{closing}'
+        return (
+            f'{opening}{content}{closing}'
+            if inline
+            else f'{opening}\n\n{content}\n\n{closing}'
+            if content
+            else f'{opening}{closing}'
+        )
 
     return BLOCK.sub(fill, text)
 

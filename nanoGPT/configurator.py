@@ -57,7 +57,10 @@ def configure(namespace):
     script = namespace['__file__']
     defaults = {k: v for k, v in namespace.items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))}
     # the model's own flags have to be known before any other, so the folder of the model comes first
-    model_dir = ([arg.split('=', 1)[1] for arg in sys.argv[1:] if arg.startswith('--model_dir=')] or [defaults.get('model_dir', '')])[-1]
+    model_dir = (
+        [arg.split('=', 1)[1] for arg in sys.argv[1:] if arg.startswith('--model_dir=')]
+        or [defaults.get('model_dir', '')]
+    )[-1]
     config, given = dict(defaults), set()
     config['model_dir'] = find_model_dir(model_dir, script)
     options = model_options(config['model_dir'], script)
@@ -90,7 +93,11 @@ def configure(namespace):
 def check_name(key, known, where):
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
-        raise UserError(f'{where}: there is no flag {key}' + (f'; did you mean {near[0]}?' if near else '') + ' (--help lists them all)')
+        raise UserError(
+            f'{where}: there is no flag {key}'
+            + (f'; did you mean {near[0]}?' if near else '')
+            + ' (--help lists them all)'
+        )
 
 
 def convert(key, value, default, where):
@@ -146,15 +153,22 @@ def run_config_file(path, config, script):
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == found[0]]
         lines += [e.lineno] if isinstance(e, SyntaxError) and e.filename == found[0] else []
         raise UserError(f'{found[0]}{f", line {lines[-1]}" if lines else ""}: {type(e).__name__}: {e}') from None
-    assigned = {node.id for node in module_level(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assigned = {
+        node.id for node in module_level(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     assigned |= {k for k in config if variables.get(k) is not config[k]}  # or imports, say
-    return {k: variables[k] for k in assigned if k in variables and not k.startswith('_') and not callable(variables[k])}
+    return {
+        k: variables[k] for k in assigned if k in variables and not k.startswith('_') and not callable(variables[k])
+    }
 
 
 def module_level(node):
     """The nodes below `node`, without what is inside functions, classes and comprehensions, whose names are their own."""
     for child in ast.iter_child_nodes(node):
-        if not isinstance(child, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        if not isinstance(
+            child,
+            (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+        ):
             yield child
             yield from module_level(child)
 
@@ -179,7 +193,11 @@ def model_options(model_dir, script):
         for field in node.body
         if isinstance(field, ast.AnnAssign)
     ]
-    return {field.target.id: ast.literal_eval(field.value) for field in fields if field.target.id not in (*ARCHITECTURE, 'dropout')}
+    return {
+        field.target.id: ast.literal_eval(field.value)
+        for field in fields
+        if field.target.id not in (*ARCHITECTURE, 'dropout')
+    }
 
 
 def model_file(model_dir, script):
@@ -195,7 +213,10 @@ def print_help(script, defaults, model_dir, doc):
                 match = re.match(r'\s*(\w+)(?:: \w+)? = [^#]*# (.*)', line)
                 if match and match[1] in defaults:
                     comments.setdefault(match[1], match[2])
-    print((doc or '').strip() + '\n\nFlags, written --key=value, with their defaults. What comes later wins: put them behind a config file.')
+    print(
+        (doc or '').strip()
+        + '\n\nFlags, written --key=value, with their defaults. What comes later wins: put them behind a config file.'
+    )
     for key, value in defaults.items():
         value = repr(value) if '\n' in str(value) else value
         print(f'  {f"--{key}={value}":<40} {comments.get(key, "")}'.rstrip())

@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from errors import UserError, out_of_memory
 
 WARMUP = 2  # iterations before the recording: libraries choose their kernels, torch.compile compiles
-WARMUP_DDP = 11  # DDP orders its buckets in the second iteration, and in the first ten its logger asks the GPU for times
+WARMUP_DDP = (
+    11  # DDP orders its buckets in the second iteration, and in the first ten its logger asks the GPU for times
+)
 
 
 def use_cuda_graph(config, world_size):
@@ -31,14 +33,20 @@ def use_cuda_graph(config, world_size):
     if wanted is True and not on_gpu:
         raise UserError(f'cuda_graph=True needs a CUDA device, but device is {device}')
     if wanted is True and draws_again:
-        raise UserError('cuda_graph=True with dropout under activation_checkpointing is not supported: leave out one of the three')
+        raise UserError(
+            'cuda_graph=True with dropout under activation_checkpointing is not supported: leave out one of the three'
+        )
     several = world_size > 1
     over_cpu = several and config['backend'] != 'nccl'
     if wanted is True and over_cpu:
-        raise UserError(f'cuda_graph=True works over NCCL only, but backend is {config["backend"]}: leave out one of the two')
+        raise UserError(
+            f'cuda_graph=True works over NCCL only, but backend is {config["backend"]}: leave out one of the two'
+        )
     offload = several and config.get('use_fsdp') and config.get('fsdp_cpu_offload')
     if wanted is True and offload:
-        raise UserError('cuda_graph=True with fsdp_cpu_offload, where the CPU takes part in backward, is not supported: leave out one of the two')
+        raise UserError(
+            'cuda_graph=True with fsdp_cpu_offload, where the CPU takes part in backward, is not supported: leave out one of the two'
+        )
     use = on_gpu and not (over_cpu or offload or draws_again) if wanted == 'auto' else wanted
     if use:
         use_side_stream(device)
@@ -71,17 +79,23 @@ class MicroStepGraph:
         first = all(p.grad is None for p in self.parameters)
         last = self.ddp and self.model.require_backward_grad_sync
         self.iterations += first
-        ours = bool(self.gradients) and all(p.grad is not None and p.grad.data_ptr() == grad.data_ptr() for p, grad in self.gradients)
+        ours = bool(self.gradients) and all(
+            p.grad is not None and p.grad.data_ptr() == grad.data_ptr() for p, grad in self.gradients
+        )
         recordable = self.iterations > (WARMUP_DDP if self.ddp else WARMUP) and (first or ours)
         if not recordable or (self.graphs and X.shape != self.X.shape):
             loss = self.step(X, Y)
-            if last and self.iterations >= WARMUP_DDP:  # gradients are in DDP's last buckets: that is where the graphs' are to be
+            if (
+                last and self.iterations >= WARMUP_DDP
+            ):  # gradients are in DDP's last buckets: that is where the graphs' are to be
                 self.gradients = [(p, p.grad.detach()) for p in self.parameters if p.grad is not None]
             return loss
         loss = self.replay((first, last), X, Y)
         if first:
             for p, grad in self.gradients:
-                p.grad = grad.detach()  # a tensor of its own with the same memory: autograd would copy one that is also held here
+                p.grad = (
+                    grad.detach()
+                )  # a tensor of its own with the same memory: autograd would copy one that is also held here
         return loss
 
     def replay(self, kind, X, Y):
@@ -101,7 +115,9 @@ class MicroStepGraph:
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         try:
             # thread_local: NCCL's watchdog, in a thread of its own, may go on asking the GPU how far it is
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode='thread_local'):
+            with torch.cuda.graph(
+                graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode='thread_local'
+            ):
                 self.losses[kind] = self.step(self.X, self.Y)
                 self.settle_gradients()
         except RuntimeError as error:
@@ -109,7 +125,9 @@ class MicroStepGraph:
             if not isinstance(cause, RuntimeError) or out_of_memory(cause):  # Ctrl-C, say, or too large a batch
                 raise cause from None
             reason = str(cause).split('\n')[0]
-            raise UserError(f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without') from error
+            raise UserError(
+                f'a micro-step cannot be recorded as a CUDA graph ({reason}): --cuda_graph=False trains without'
+            ) from error
         self.graphs[kind] = graph
 
     def settle_gradients(self):
@@ -126,4 +144,6 @@ class MicroStepGraph:
         if not self.ddp:  # whose buckets stay
             self.gradients = []
         for p in self.parameters:
-            vars(p).pop('rounded', None)  # a weight in 16 bits, which phase 2's model keeps in a graph's memory for the next one
+            vars(p).pop(
+                'rounded', None
+            )  # a weight in 16 bits, which phase 2's model keeps in a graph's memory for the next one

@@ -87,7 +87,9 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
-    activation_checkpointing: bool = False  # keep only each block's input and compute the rest again in backward: less memory, more time
+    activation_checkpointing: bool = (
+        False  # keep only each block's input and compute the rest again in backward: less memory, more time
+    )
 
 
 class GPT(nn.Module):
@@ -105,7 +107,9 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # one matrix, both ways: Press & Wolf 2016, arxiv.org/abs/1608.05859
+        self.transformer.wte.weight = (
+            self.lm_head.weight
+        )  # one matrix, both ways: Press & Wolf 2016, arxiv.org/abs/1608.05859
 
         self.apply(self._init_weights)
         # GPT-2 scales what is added to the residual stream by 1/sqrt(number of additions)
@@ -163,7 +167,9 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shortens the longest sequence the model takes, for instance of a pretrained one."""
-        assert block_size <= self.config.block_size, f"block_size {block_size} is more than the model's {self.config.block_size}"
+        assert block_size <= self.config.block_size, (
+            f"block_size {block_size} is more than the model's {self.config.block_size}"
+        )
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.data[:block_size].clone())
 
@@ -201,9 +207,16 @@ class GPT(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         decay_params = [p for p in params if p.dim() >= 2]
         nodecay_params = [p for p in params if p.dim() < 2]
-        optim_groups = [{'params': decay_params, 'weight_decay': weight_decay}, {'params': nodecay_params, 'weight_decay': 0.0}]
-        print(f'num decayed parameter tensors: {len(decay_params)}, with {sum(p.numel() for p in decay_params):,} parameters')
-        print(f'num non-decayed parameter tensors: {len(nodecay_params)}, with {sum(p.numel() for p in nodecay_params):,} parameters')
+        optim_groups = [
+            {'params': decay_params, 'weight_decay': weight_decay},
+            {'params': nodecay_params, 'weight_decay': 0.0},
+        ]
+        print(
+            f'num decayed parameter tensors: {len(decay_params)}, with {sum(p.numel() for p in decay_params):,} parameters'
+        )
+        print(
+            f'num non-decayed parameter tensors: {len(nodecay_params)}, with {sum(p.numel() for p in nodecay_params):,} parameters'
+        )
         fused = device_type == 'cuda'  # one kernel for all parameters instead of several for each
         print(f'using fused AdamW: {fused}')
         return torch.optim.AdamW(optim_groups, lr=learning_rate, betas=betas, **(dict(fused=True) if fused else {}))

@@ -31,7 +31,11 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 PAGE, MIB = 4096, 2**20
-RESERVE = {'evaluations': 2 * PAGE, 'checkpoints': 2 * PAGE, 'iterations': 16 * PAGE}  # bytes at the start; in the order of the file
+RESERVE = {
+    'evaluations': 2 * PAGE,
+    'checkpoints': 2 * PAGE,
+    'iterations': 16 * PAGE,
+}  # bytes at the start; in the order of the file
 SUMMARY = """last_iter first_loss best_loss best_loss_iter final_loss final_train_loss first_val_loss best_val_loss best_val_loss_iter
     final_val_loss time_ms_mean time_ms_median tokens_per_sec_mean tokens_per_sec_median mfu_mean mfu_median peak_memory_bytes total_time_s""".split()
 encode = json.JSONEncoder(allow_nan=False).encode
@@ -70,7 +74,9 @@ class Speed:
 
     def __init__(self):
         self.first, self.bins, self.mean, self.median = [], {}, None, None
-        self.count = self.total = self.middle = self.below = 0  # of the middle bin, and how many values are in bins below it
+        self.count = self.total = self.middle = self.below = (
+            0  # of the middle bin, and how many values are in bins below it
+        )
 
     def add(self, value):
         if not isinstance(value, (int, float)) or value <= 0:
@@ -121,7 +127,10 @@ class TrainingLogger:
 
     def __init__(self, out_dir, config, run, enabled=True, resumed_from=None):
         self.path, self.fd, self.warned, self.torn, self.second, self.retry_at = None, None, False, None, 0, 0.0
-        self.jobs, self.last = queue.SimpleQueue(), threading.Lock()  # calls to the thread; held until the last of them is done
+        self.jobs, self.last = (
+            queue.SimpleQueue(),
+            threading.Lock(),
+        )  # calls to the thread; held until the last of them is done
         self.kept = None  # a call that the thread has not been given yet
         if enabled:
             try:
@@ -146,14 +155,25 @@ class TrainingLogger:
             self.last = done  # behind put: a Ctrl-C between the two must not leave a lock that nobody releases
 
     @in_background(at_once=False)
-    def iteration(self, iter_num, *, loss, lr, time_ms, tokens_per_sec, mfu=None, grad_norm=None, peak_memory_bytes=None, **extra):
+    def iteration(
+        self, iter_num, *, loss, lr, time_ms, tokens_per_sec, mfu=None, grad_norm=None, peak_memory_bytes=None, **extra
+    ):
         """One training step; mfu as a fraction of 1. Extra keywords are logged as they are."""
-        fields = {'loss': loss, 'lr': lr, 'time_ms': time_ms, 'tokens_per_sec': tokens_per_sec, 'mfu': mfu, 'grad_norm': grad_norm}
+        fields = {
+            'loss': loss,
+            'lr': lr,
+            'time_ms': time_ms,
+            'tokens_per_sec': tokens_per_sec,
+            'mfu': mfu,
+            'grad_norm': grad_norm,
+        }
         self._append('iterations', {'iter': iter_num, **fields, 'peak_memory_bytes': peak_memory_bytes, **extra})
 
     @in_background(at_once=True)
     def evaluation(self, iter_num, *, train_loss, val_loss, lr=None, **extra):
-        self._append('evaluations', {'iter': iter_num, 'train_loss': train_loss, 'val_loss': val_loss, 'lr': lr, **extra})
+        self._append(
+            'evaluations', {'iter': iter_num, 'train_loss': train_loss, 'val_loss': val_loss, 'lr': lr, **extra}
+        )
 
     @in_background(at_once=True)
     def checkpoint(self, iter_num, *, path, bytes=None, seconds=None, **extra):
@@ -187,7 +207,11 @@ class TrainingLogger:
     def _warn(self, error):
         if not self.warned:
             with suppress(Exception):  # stderr may be gone, too
-                print(f'training_logger: {self.path}: {error}; training goes on, the log is incomplete', file=sys.stderr, flush=True)
+                print(
+                    f'training_logger: {self.path}: {error}; training goes on, the log is incomplete',
+                    file=sys.stderr,
+                    flush=True,
+                )
         self.warned = True
         self.path = self.path if self.fd is not None else None
 
@@ -196,8 +220,12 @@ class TrainingLogger:
         os.makedirs(out_dir, exist_ok=True)
         self.started, self.speed = time.monotonic(), {key: Speed() for key in ('time_ms', 'tokens_per_sec', 'mfu')}
         self.state = {'status': 'running', 'start_time': utc_now(), 'end_time': None, 'last_record_time': None}
-        self.summary = dict.fromkeys(('iterations', 'evaluations', 'checkpoints', 'dropped_records'), 0) | dict.fromkeys(SUMMARY)
-        facts = {key: value for key, value in jsonable(run).items() if key not in self.state} | {'resumed_from': jsonable(resumed_from)}
+        self.summary = dict.fromkeys(
+            ('iterations', 'evaluations', 'checkpoints', 'dropped_records'), 0
+        ) | dict.fromkeys(SUMMARY)
+        facts = {key: value for key, value in jsonable(run).items() if key not in self.state} | {
+            'resumed_from': jsonable(resumed_from)
+        }
         self.facts = f'{encode(facts)[1:]},\n"config": {encode(jsonable(config))}'  # goes on inside "run", where the head page ends
         self.regions = {name: SimpleNamespace(start=0, size=size, used=0) for name, size in RESERVE.items()}
         for n in itertools.count(1):
@@ -245,12 +273,17 @@ class TrainingLogger:
     def _tally(self, name, record):
         summary = self.summary
         # the head has room for numbers only
-        record = {key: value if isinstance(value, (int, float)) and abs(value) < 1e100 else None for key, value in record.items()}
+        record = {
+            key: value if isinstance(value, (int, float)) and abs(value) < 1e100 else None
+            for key, value in record.items()
+        }
         summary[name] += 1
         summary['total_time_s'] = round(time.monotonic() - self.started, 3)
         if name == 'iterations':
             summary['last_iter'] = record['iter']
-            summary['peak_memory_bytes'] = max(summary['peak_memory_bytes'] or 0, record['peak_memory_bytes'] or 0) or None
+            summary['peak_memory_bytes'] = (
+                max(summary['peak_memory_bytes'] or 0, record['peak_memory_bytes'] or 0) or None
+            )
             for key, speed in self.speed.items():
                 speed.add(record[key])
                 summary[f'{key}_mean'], summary[f'{key}_median'] = speed.mean, speed.median

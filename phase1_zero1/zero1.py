@@ -21,7 +21,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from distributed import gather_from_ranks
 
 ALIGN = 32  # elements: pieces start at multiples of 128 bytes, which vectorized kernels and NCCL like
-all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its name from torch 2.13 on, and before
+all_gather = (
+    getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+)  # its name from torch 2.13 on, and before
 
 
 @dataclass(eq=False)
@@ -59,7 +61,9 @@ class EvenZero(ZeroRedundancyOptimizer):
         params = list(chain.from_iterable(group['params'] for group in param_groups))
         pieces = {p: split(p, i, world_size) for i, p in enumerate(params)}
         shards = {p: [piece.shard for piece in pieces[p]] for p in params}
-        groups = [{**group, 'params': list(chain.from_iterable(shards[p] for p in group['params']))} for group in param_groups]
+        groups = [
+            {**group, 'params': list(chain.from_iterable(shards[p] for p in group['params']))} for group in param_groups
+        ]
         # parameters_as_bucket_view=True would put all parameters of a rank into one large storage. Then DDPOptimizer of
         # torch.compile, which cuts the graph where the storages of parameters add up to a gradient bucket, cuts it at
         # almost every parameter, and the fusions across the cuts are lost
@@ -140,7 +144,10 @@ class Zero1Optimizer(torch.optim.Optimizer):
         for group, shard_group in zip(self.param_groups, self.zero.param_groups):
             shard_group.update({k: v for k, v in group.items() if k != 'params'})  # the learning rate of this step
         # with these a fused optimizer skips its step on the GPU, as GradScaler and StepGuard ask it to
-        self.zero.optim.grad_scale, self.zero.optim.found_inf = getattr(self, 'grad_scale', None), getattr(self, 'found_inf', None)
+        self.zero.optim.grad_scale, self.zero.optim.found_inf = (
+            getattr(self, 'grad_scale', None),
+            getattr(self, 'found_inf', None),
+        )
         self.zero.step()
         for piece in self.own:
             piece.shard.grad = None  # it would keep the whole gradient in memory
@@ -198,6 +205,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
             # copied, because two pieces must not count their steps in one tensor. Where the step belongs, the CPU or the
             # GPU, the inner optimizer knows; ZeroRedundancyOptimizer.load_state_dict always says the CPU, where fused AdamW fails
             state[n] = {
-                k: v.reshape(-1)[piece.start : piece.stop].to(piece.shard.device, copy=True) if v.dim() else v.clone() for k, v in saved.items()
+                k: v.reshape(-1)[piece.start : piece.stop].to(piece.shard.device, copy=True) if v.dim() else v.clone()
+                for k, v in saved.items()
             }
         self.zero.optim.load_state_dict({'state': state, 'param_groups': self.zero.optim.state_dict()['param_groups']})

@@ -42,7 +42,10 @@ def make_out_dir(out_dir, init_from):
 
         fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     except BlockingIOError:
-        print(f'WARNING: another run is using out_dir={out_dir}: each overwrites the checkpoints of the other', file=sys.stderr)
+        print(
+            f'WARNING: another run is using out_dir={out_dir}: each overwrites the checkpoints of the other',
+            file=sys.stderr,
+        )
     except (ImportError, OSError):
         pass  # a file system, or a system, without such locks
 
@@ -52,7 +55,11 @@ def set_aside(out_dir):
     if os.path.abspath(out_dir) not in not_ours:
         return
     not_ours.discard(os.path.abspath(out_dir))
-    for name, before in (('ckpt.pt', 'ckpt_before.pt'), ('ckpt_best.pt', 'ckpt_best_before.pt'), ('ckpt_sharded', 'ckpt_sharded_before')):
+    for name, before in (
+        ('ckpt.pt', 'ckpt_before.pt'),
+        ('ckpt_best.pt', 'ckpt_best_before.pt'),
+        ('ckpt_sharded', 'ckpt_sharded_before'),
+    ):
         old, new = os.path.join(out_dir, name), os.path.join(out_dir, before)
         if os.path.exists(old):
             if os.path.isdir(new):
@@ -72,7 +79,9 @@ def write_checkpoint(checkpoint, out_dir, best, required, name='ckpt.pt'):
     try:
         set_aside(out_dir)
         if os.path.exists(path + '.tmp'):
-            os.remove(path + '.tmp')  # of a run that was killed; it may be another name of ckpt_best.pt, which must not be written to
+            os.remove(
+                path + '.tmp'
+            )  # of a run that was killed; it may be another name of ckpt_best.pt, which must not be written to
         with open(path + '.tmp', 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
@@ -173,9 +182,13 @@ def load_checkpoint(path):
             'The other checkpoint in its folder (ckpt.pt or ckpt_best.pt) may be whole'
         ) from None
     kinds = {'model': dict, 'model_args': dict, 'iter_num': (int, float, torch.Tensor)}
-    missing = [k for k, kind in kinds.items() if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(k), kind)]
+    missing = [
+        k for k, kind in kinds.items() if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(k), kind)
+    ]
     if missing:
-        raise UserError(f'{path} is a file of torch, but no checkpoint of a training run: it lacks {", ".join(missing)}')
+        raise UserError(
+            f'{path} is a file of torch, but no checkpoint of a training run: it lacks {", ".join(missing)}'
+        )
     for prefix in ('_orig_mod.', 'module.'):  # what torch.compile and DDP put before each name
         checkpoint['model'] = {k.removeprefix(prefix): v for k, v in checkpoint['model'].items()}
     checkpoint['iter_num'] = int(checkpoint['iter_num'])
@@ -191,9 +204,13 @@ def resume_model_args(checkpoint, model_args, given):
     saved = checkpoint['model_args']
     lacking = [k for k in ARCHITECTURE if k not in saved]
     if lacking:
-        raise UserError(f'the checkpoint does not say its {", ".join(lacking)} (in model_args), so its model cannot be built')
+        raise UserError(
+            f'the checkpoint does not say its {", ".join(lacking)} (in model_args), so its model cannot be built'
+        )
     sizes = model_args['vocab_size'], saved['vocab_size']
-    if sizes[0] != sizes[1] and min(sizes) < 50257:  # not GPT-2's tokens, of which some models have a few more than others
+    if (
+        sizes[0] != sizes[1] and min(sizes) < 50257
+    ):  # not GPT-2's tokens, of which some models have a few more than others
         raise UserError(
             f'the checkpoint has a vocabulary of {sizes[1]:,} tokens, which does not fit the data set with {sizes[0]:,}: '
             'give the one that it was trained on with --dataset'
@@ -217,10 +234,15 @@ def load_model(model, checkpoint):
     """Copies the checkpoint's weights into the model. Raises UserError if they do not fit."""
     saved, own = checkpoint['model'], model.state_dict()
     wrong = [f'{k} is missing' for k in own if k not in saved] + [f'{k} is unknown' for k in saved if k not in own]
-    wrong += [f'{k} is {tuple(saved[k].shape)} instead of {tuple(own[k].shape)}' for k in own if k in saved and saved[k].shape != own[k].shape]
+    wrong += [
+        f'{k} is {tuple(saved[k].shape)} instead of {tuple(own[k].shape)}'
+        for k in own
+        if k in saved and saved[k].shape != own[k].shape
+    ]
     if wrong:
         raise UserError(
-            f'the checkpoint does not fit its own model_args: {"; ".join(wrong[:3])}' + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
+            f'the checkpoint does not fit its own model_args: {"; ".join(wrong[:3])}'
+            + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
         )
     model.load_state_dict(saved)
 
@@ -237,7 +259,9 @@ def load_optimizer(optimizer, scaler, checkpoint):
         and {'state', 'param_groups'} <= saved.keys()
         and [len(g['params']) for g in saved['param_groups']] == [len(g['params']) for g in own['param_groups']]
     )
-    block_size = checkpoint['model_args'].get('block_size')  # position embeddings may have been cut to a shorter one; then their state is, too
+    block_size = checkpoint['model_args'].get(
+        'block_size'
+    )  # position embeddings may have been cut to a shorter one; then their state is, too
     cut = lambda v, p: v[: len(p)] if v.dim() == 2 and len(v) == block_size > len(p) else v
     state = {i: {k: cut(v, params[i]) for k, v in s.items()} for i, s in saved['state'].items()} if fits else {}
     # each tensor of the state is as large as its parameter or, like the step count, a single number
@@ -246,7 +270,9 @@ def load_optimizer(optimizer, scaler, checkpoint):
             "the checkpoint's optimizer state is missing or does not fit its model: training cannot go on from it, but sample.py can use its weights"
         )
     # what stays on the CPU is cloned: the loaded tensors are views of the file
-    state = {i: {k: v if params[i].is_cuda and v.numel() > 1 else v.clone() for k, v in s.items()} for i, s in state.items()}
+    state = {
+        i: {k: v if params[i].is_cuda and v.numel() > 1 else v.clone() for k, v in s.items()} for i, s in state.items()
+    }
     optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
     if checkpoint.get('resume', {}).get('scaler'):  # empty unless it was written in float16
         scaler.load_state_dict(checkpoint['resume']['scaler'])
@@ -272,9 +298,15 @@ def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shap
     not repeat what the run has seen before, and returns None.
     """
     ranks = checkpoint.get('resume', {}).get('ranks', [])
-    if len(ranks) != world_size or ranks[rank]['X'].shape != batch_shape or checkpoint.get('config', {}).get('dataset') != dataset:
+    if (
+        len(ranks) != world_size
+        or ranks[rank]['X'].shape != batch_shape
+        or checkpoint.get('config', {}).get('dataset') != dataset
+    ):
         if rank == 0:
-            print("a new data order: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own")
+            print(
+                "a new data order: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own"
+            )
         torch.manual_seed(1337 + rank + 1_000_003 * checkpoint['iter_num'])
         return None
     state = ranks[rank]

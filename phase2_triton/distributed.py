@@ -30,7 +30,9 @@ def setup(backend, timeout_s):
     environment = {k: os.environ.get(k, '') for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
     if rank >= world_size or (world_size > 1 and not all(environment.values())):
         found = ' '.join(f'{k}={v}' for k, v in environment.items())
-        raise UserError(f'the environment has {found}: start the processes with torchrun, which sets all of these, or unset them')
+        raise UserError(
+            f'the environment has {found}: start the processes with torchrun, which sets all of these, or unset them'
+        )
     if world_size > 1:
         timeout = timedelta(seconds=min(timeout_s, 1e9))
         # beside NCCL for the GPUs, gloo carries what lives on the CPU, so that it need not wait for the GPU
@@ -56,7 +58,14 @@ def rendezvous(rank, world_size, timeout):
     name, and its keys are kept under that. (Ranks cannot count the starts: torchrun on each machine counts only its own.)
     """
     hosted = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # by torchrun; otherwise by rank 0
-    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world_size, rank == 0 and not hosted, timeout, multi_tenant=True)
+    store = dist.TCPStore(
+        os.environ['MASTER_ADDR'],
+        int(os.environ['MASTER_PORT']),
+        world_size,
+        rank == 0 and not hosted,
+        timeout,
+        multi_tenant=True,
+    )
     me = uuid.uuid4().hex
     if rank > 0:
         store.set(f'hello/{rank}', me)
@@ -65,7 +74,9 @@ def rendezvous(rank, world_size, timeout):
         return dist.PrefixStore(name, store)
     deadline = time.monotonic() + timeout.total_seconds()
     for other in range(1, world_size):
-        while not store.check([f'{me}/joined/{other}']):  # this hello may be that of a rank killed earlier, so it is asked for again
+        while not store.check(
+            [f'{me}/joined/{other}']
+        ):  # this hello may be that of a rank killed earlier, so it is asked for again
             store.set(f'welcome/{store.get(f"hello/{other}").decode()}', me)
             if time.monotonic() > deadline:
                 raise RuntimeError(f'timed out waiting for rank {other} to start')
@@ -89,7 +100,9 @@ def same_on_all_ranks(number, what):
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         most, least = extremes[0].item(), -extremes[1].item()
         if most != least:
-            raise UserError(f'{what} is {least:.0f} on one rank and {most:.0f} on another: do all machines see the same files?')
+            raise UserError(
+                f'{what} is {least:.0f} on one rank and {most:.0f} on another: do all machines see the same files?'
+            )
     return number
 
 
@@ -140,7 +153,9 @@ class Output:
 
     def __init__(self, stream, stop_signal):
         self.stream, self.stop_signal = stream, stop_signal
-        with suppress(AttributeError, OSError):  # a stream of a notebook's, or one with something to write to a full disk first
+        with suppress(
+            AttributeError, OSError
+        ):  # a stream of a notebook's, or one with something to write to a full disk first
             stream.reconfigure(errors='backslashreplace')  # what the terminal's encoding has no character for
 
     def write(self, text):

@@ -19,14 +19,17 @@ OPTIONAL_PACKAGES = ('wandb', 'transformers', 'datasets', 'tqdm', 'pyarrow')
 
 # what gloo, NCCL and the key-value store say where another rank is gone or cannot be reached
 LOST = re.compile(
-    r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|(?<!launch )time[d-]? ?out', re.I
+    r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|(?<!launch )time[d-]? ?out',
+    re.I,
 )
 
 # what CUDA, cuBLAS, PyTorch and NumPy say where memory has run out
 MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory|cannot allocate memory|unable to allocate", re.I)
 
 
-start = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')  # which start of the ranks this is; from rendezvous() on a name that all know it by
+start = os.environ.get(
+    'TORCHELASTIC_RESTART_COUNT', '0'
+)  # which start of the ranks this is; from rendezvous() on a name that all know it by
 
 
 class UserError(Exception):
@@ -42,7 +45,9 @@ def _first_to_fail():
         from datetime import timedelta
         from torch.distributed import TCPStore
 
-        socket.create_connection((host, port), timeout=5).close()  # TCPStore would try for long, and print every attempt
+        socket.create_connection(
+            (host, port), timeout=5
+        ).close()  # TCPStore would try for long, and print every attempt
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
         return store.add(f'speaker/{start}', 1) == 1
     except Exception:
@@ -51,16 +56,24 @@ def _first_to_fail():
 
 def out_of_memory(error):
     """The error, or one that it comes from, that says that memory has run out; else None."""
-    while error and not (isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and MEMORY.search(str(error)))):
+    while error and not (
+        isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and MEMORY.search(str(error)))
+    ):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _too_little_memory(error, trace):
     """What happened where, by the error's own numbers, and what helps."""
-    lines = [frame.lineno for frame in traceback.extract_tb(trace) if os.path.basename(frame.filename) == os.path.basename(sys.argv[0])]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(trace)
+        if os.path.basename(frame.filename) == os.path.basename(sys.argv[0])
+    ]
     place = f' in line {lines[-1]} of {sys.argv[0]}' if lines else ''
-    reason = next((line for line in str(error).splitlines() if MEMORY.search(line)), "no more of the CPU's")  # Python's own MemoryError is mute
+    reason = next(
+        (line for line in str(error).splitlines() if MEMORY.search(line)), "no more of the CPU's"
+    )  # Python's own MemoryError is mute
     reason = re.sub(r'^\[.*?\] (err == 0. )?', '', reason).split(' Of the allocated')[0].rstrip('.')
     return (
         f'ran out of memory{place}: {reason}. Training needs less with a smaller batch_size and more gradient_accumulation_steps, '
@@ -86,21 +99,35 @@ def _excepthook(kind, error, trace):
         if poll.poll(0):  # who reads what is printed has gone, as in `train.py --help | head`
             os._exit(141)
     if issubclass(kind, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
-        kind, error = UserError, UserError(f'this needs the package {error.name}, which is not installed: pip install {error.name}')
-    if issubclass(kind, OSError) and 'huggingface.co' in str(error):  # transformers, about a model that it neither has nor can fetch
+        kind, error = (
+            UserError,
+            UserError(f'this needs the package {error.name}, which is not installed: pip install {error.name}'),
+        )
+    if issubclass(kind, OSError) and 'huggingface.co' in str(
+        error
+    ):  # transformers, about a model that it neither has nor can fetch
         kind, error = UserError, UserError(f'the pretrained model could not be fetched: {str(error).splitlines()[0]}')
     rank = os.environ.get('RANK')
     here = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
     if issubclass(kind, (RuntimeError, MemoryError)) and out_of_memory(error):
         kind, error = UserError, UserError(f'{here} {_too_little_memory(out_of_memory(error), trace)}')
-    if issubclass(kind, RuntimeError) and 'CUDA driver error: operation not supported' in str(error):  # as others report; see hardware.py
-        advice = 'if this GPU has no virtual memory, as some vGPUs, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False'
+    if issubclass(kind, RuntimeError) and 'CUDA driver error: operation not supported' in str(
+        error
+    ):  # as others report; see hardware.py
+        advice = (
+            'if this GPU has no virtual memory, as some vGPUs, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False'
+        )
         kind, error = UserError, UserError(f'{str(error).splitlines()[0]}: {advice}')
     speaks = _first_to_fail()
     if issubclass(kind, UserError):
         if speaks:
             _say(f'error: {error}')
-    elif speaks and int(os.environ.get('WORLD_SIZE', 1)) > 1 and issubclass(kind, RuntimeError) and LOST.search(str(error)):
+    elif (
+        speaks
+        and int(os.environ.get('WORLD_SIZE', 1)) > 1
+        and issubclass(kind, RuntimeError)
+        and LOST.search(str(error))
+    ):
         reason = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0])  # without the line of C++
         _say(
             f'error: {here} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '

@@ -29,10 +29,14 @@ def choose(device, dtype, compile, backend):
         raise UserError(f"device is '{device}', but it can be cuda, cuda:N, mps or cpu")
     if device_type == 'cuda':
         if not torch.cuda.is_available():
-            raise UserError(f'device={device}, but torch {torch.__version__} sees no CUDA GPU here; leave the flag out or use --device=cpu')
+            raise UserError(
+                f'device={device}, but torch {torch.__version__} sees no CUDA GPU here; leave the flag out or use --device=cpu'
+            )
         count, local_world_size = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if local_world_size > count:
-            raise UserError(f'torchrun started {local_world_size} processes on this machine, but it has {count} GPU(s): use --nproc_per_node={count}')
+            raise UserError(
+                f'torchrun started {local_world_size} processes on this machine, but it has {count} GPU(s): use --nproc_per_node={count}'
+            )
         if local_world_size > 1 or (':' not in device and 0 < int(os.environ.get('LOCAL_RANK') or 0) < count):
             device = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU a process
         if ':' in device and int(device[5:]) >= count:
@@ -45,7 +49,13 @@ def choose(device, dtype, compile, backend):
         raise UserError('device=mps, but torch sees no Apple GPU here; leave the flag out or use --device=cpu')
 
     if dtype == 'auto':
-        dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        dtype = (
+            'float32'
+            if device_type != 'cuda'
+            else 'bfloat16'
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else 'float16'
+        )
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f"dtype is '{dtype}', but it can be float32, bfloat16 or float16")
 
@@ -59,7 +69,9 @@ def choose(device, dtype, compile, backend):
     if backend not in ('nccl', 'gloo'):
         raise UserError(f"backend is '{backend}', but it can be nccl or gloo")
     if backend == 'nccl' and device_type != 'cuda':
-        raise UserError(f'backend=nccl works between GPUs only, and the device is {device}; leave the flag out or use --backend=gloo')
+        raise UserError(
+            f'backend=nccl works between GPUs only, and the device is {device}; leave the flag out or use --backend=gloo'
+        )
     return device, dtype, compile, backend
 
 
@@ -72,7 +84,9 @@ def autocast(device, dtype):
     torch.backends.cudnn.allow_tf32 = True
     if dtype == 'float32':
         return nullcontext()
-    return torch.amp.autocast(device_type=device.split(':')[0], dtype={'bfloat16': torch.bfloat16, 'float16': torch.float16}[dtype])
+    return torch.amp.autocast(
+        device_type=device.split(':')[0], dtype={'bfloat16': torch.bfloat16, 'float16': torch.float16}[dtype]
+    )
 
 
 def device_name(device):
@@ -121,7 +135,9 @@ def peak_flops(device, dtype, peak_tflops=0.0):
 def peak_memory_bytes(device):
     """The most memory this process has used at a time: tensors on its GPU, or, on a CPU, its resident set."""
     if device.startswith('cuda'):
-        return torch.cuda.memory_stats_as_nested_dict(device)['allocated_bytes']['all']['peak']  # max_memory_allocated() is this, slower
+        return torch.cuda.memory_stats_as_nested_dict(device)['allocated_bytes']['all'][
+            'peak'
+        ]  # max_memory_allocated() is this, slower
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024
 

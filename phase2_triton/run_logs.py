@@ -41,7 +41,9 @@ def load_log(path):
             break
         log['segments'].insert(0, before)
         for name in LISTS:
-            end = origin['iter'] + (name == 'checkpoints')  # the checkpoint of that very iteration is the one resumed from
+            end = origin['iter'] + (
+                name == 'checkpoints'
+            )  # the checkpoint of that very iteration is the one resumed from
             log[name] = [record for record in part[name] if record['iter'] < end] + log[name]
     return log
 
@@ -58,13 +60,27 @@ def _read(path):
             if attempt == 4:
                 raise LogError(f'{path} is not a JSON document: {error}') from error
             time.sleep(0.05)
-    if not isinstance(log, dict) or not all(isinstance(log.get(key), kind) for key, kind in {'run': dict, 'config': dict, **LISTS}.items()):
-        raise LogError(f'{path} is not a training log: it has no run, config, {", ".join(LISTS)} as training_logger.py writes them')
-    if not all(isinstance(record, dict) and isinstance(record.get('iter'), (int, float)) for name in LISTS for record in log[name]):
+    if not isinstance(log, dict) or not all(
+        isinstance(log.get(key), kind) for key, kind in {'run': dict, 'config': dict, **LISTS}.items()
+    ):
+        raise LogError(
+            f'{path} is not a training log: it has no run, config, {", ".join(LISTS)} as training_logger.py writes them'
+        )
+    if not all(
+        isinstance(record, dict) and isinstance(record.get('iter'), (int, float))
+        for name in LISTS
+        for record in log[name]
+    ):
         raise LogError(f'{path} is not a training log as training_logger.py writes them: it has a record without iter')
     origin = log['run'].get('resumed_from') or {'iter': 0}
-    if not isinstance(origin, dict) or not isinstance(origin.get('iter'), (int, float)) or not isinstance(origin.get('log') or '', str):
-        raise LogError(f'{path} is not a training log as training_logger.py writes them: its resumed_from is {origin!r}')
+    if (
+        not isinstance(origin, dict)
+        or not isinstance(origin.get('iter'), (int, float))
+        or not isinstance(origin.get('log') or '', str)
+    ):
+        raise LogError(
+            f'{path} is not a training log as training_logger.py writes them: its resumed_from is {origin!r}'
+        )
     return log
 
 
@@ -88,7 +104,9 @@ class Run:
             self.parts, self.notes = log['parts'], log['notes']
             self.iterations = {key: _column(log['iterations'], key) for key in ('iter', *METRICS, 'mfu')}
             self.evaluations = {key: _column(log['evaluations'], key) for key in ('iter', 'train_loss', 'val_loss')}
-            self.checkpoints = _column([r for r in log['checkpoints'] if r.get('bytes', 0) is not None], 'iter')  # null: it failed
+            self.checkpoints = _column(
+                [r for r in log['checkpoints'] if r.get('bytes', 0) is not None], 'iter'
+            )  # null: it failed
             if np.isnan(np.concatenate((self.iterations['iter'], self.evaluations['iter'], self.checkpoints))).any():
                 raise ValueError('a record without iter')
             last = datetime.fromisoformat(self.run.get('last_record_time') or self.run['start_time'])
@@ -97,18 +115,31 @@ class Run:
             raise
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise LogError(f'{path} is not a training log as training_logger.py writes them: {error!r}') from error
-        phase, model = str(self.run.get('phase', 'run')), str(self.run.get('model') or self.config.get('model_dir') or '.')
+        phase, model = (
+            str(self.run.get('phase', 'run')),
+            str(self.run.get('model') or self.config.get('model_dir') or '.'),
+        )
         model = os.path.basename(os.path.normpath(model))
         self.label = self.phase = phase if model in ('.', phase) else f'{phase} with {model}'
-        times = np.nan_to_num(self.iterations['time_ms'])  # of one step each; the steps between two records took about as long
-        self.seconds = np.cumsum(times * np.diff(self.iterations['iter'], prepend=self.iterations['iter'][:1] - 1)) / 1e3
+        times = np.nan_to_num(
+            self.iterations['time_ms']
+        )  # of one step each; the steps between two records took about as long
+        self.seconds = (
+            np.cumsum(times * np.diff(self.iterations['iter'], prepend=self.iterations['iter'][:1] - 1)) / 1e3
+        )
         tokens = self.iterations['tokens_per_sec'] * self.iterations['time_ms'] / 1e3
         tokens = np.median(tokens[np.isfinite(tokens)]) if np.isfinite(tokens).any() else 0
-        self.tokens = [positive(run.get('tokens_per_iter')) or round(float(tokens)) for _, run in self.parts]  # per step
+        self.tokens = [
+            positive(run.get('tokens_per_iter')) or round(float(tokens)) for _, run in self.parts
+        ]  # per step
         own = self.iterations['iter'] >= self.parts[-1][0]
-        self.own = own if own.any() else np.full(len(own), True)  # records of a resumed run itself, which may be on other devices
+        self.own = (
+            own if own.any() else np.full(len(own), True)
+        )  # records of a resumed run itself, which may be on other devices
         self.status, self.silence = str(self.run.get('status')), f'last record {duration(max(0, silent_s))} ago'
-        spacing = positive(self.config.get('log_interval')) or np.diff(self.iterations['iter']).max(initial=1)  # of the records, in steps
+        spacing = positive(self.config.get('log_interval')) or np.diff(self.iterations['iter']).max(
+            initial=1
+        )  # of the records, in steps
         if self.status == 'running' and silent_s > max(DEAD_AFTER_S, max(20, 3 * spacing) * times.max(initial=0) / 1e3):
             self.status = 'died'
 
@@ -118,7 +149,9 @@ class Run:
             if not all(self.tokens):
                 raise LogError(f'{self.path} does not say how many tokens a step has, so --x tokens cannot be drawn')
             starts = np.array([0, *(start for start, _ in self.parts[1:])])
-            before = np.cumsum([0, *np.diff(starts) * self.tokens[:-1]])  # a resumed run may have batches of another size
+            before = np.cumsum(
+                [0, *np.diff(starts) * self.tokens[:-1]]
+            )  # a resumed run may have batches of another size
             part = np.searchsorted(starts, iters, side='right') - 1
             return before[part] + (iters - starts[part]) * np.array(self.tokens)[part]
         if axis == 'time' and iters.any():
@@ -147,7 +180,9 @@ class Run:
             'phase': self.run.get('phase'),
             'status': self.status,
             'world_size': self.run.get('world_size'),
-            'last_iter': int(max(x.max(initial=0) for x in (self.iterations['iter'], iters, self.checkpoints - 1))),  # a save comes behind its step
+            'last_iter': int(
+                max(x.max(initial=0) for x in (self.iterations['iter'], iters, self.checkpoints - 1))
+            ),  # a save comes behind its step
             'final_loss': last(self.iterations['loss']),
             'final_train_loss': last(self.evaluations['train_loss']),
             'final_val_loss': last(val),
@@ -178,7 +213,12 @@ def summarize(runs):
     """The rows of all runs, with ratios to the first one."""
     rows = [run.summary() for run in runs]
     for row in rows[: len(rows) if len(rows) > 1 else 0]:
-        row.update({f'{key}_ratio': row[key] / rows[0][key] if row[key] is not None and rows[0][key] else None for key in COMPARED})
+        row.update(
+            {
+                f'{key}_ratio': row[key] / rows[0][key] if row[key] is not None and rows[0][key] else None
+                for key in COMPARED
+            }
+        )
     return rows
 
 
@@ -199,7 +239,9 @@ def find_logs(paths):
         if not matches:
             raise LogError(f'{path}: no such file or folder')
         found += [
-            newest(glob.glob(os.path.join(glob.escape(match), '**', 'run_*.json'), recursive=True), match) if os.path.isdir(match) else match
+            newest(glob.glob(os.path.join(glob.escape(match), '**', 'run_*.json'), recursive=True), match)
+            if os.path.isdir(match)
+            else match
             for match in matches
         ]
     found = found or [newest(glob.glob('out*/**/run_*.json', recursive=True), f'out*/ of {os.getcwd()}')]
@@ -216,12 +258,19 @@ def load_runs(paths):
     runs = [Run(path) for path in find_logs(paths)]
     drawn = []
     for run in runs:  # without those that are drawn as the first part of a resumed run
-        after = [(one, i) for one in runs for i, path in enumerate(one.segments[:-1], 1) if os.path.realpath(path) == os.path.realpath(run.path)]
+        after = [
+            (one, i)
+            for one in runs
+            for i, path in enumerate(one.segments[:-1], 1)
+            if os.path.realpath(path) == os.path.realpath(run.path)
+        ]
         drawn += [] if after else [run]
         last = run.summary()['last_iter']
         if after and all(one.parts[i][0] <= last for one, i in after):
             one, i = after[0]
-            one.notes.append(f'{one.path} goes on from iteration {one.parts[i][0]} of {run.path}, whose own up to {last} are left out')
+            one.notes.append(
+                f'{one.path} goes on from iteration {one.parts[i][0]} of {run.path}, whose own up to {last} are left out'
+            )
     runs = drawn
     label_runs(runs)
     return runs

@@ -37,7 +37,9 @@ class StepGuard:
         The numbers (loss, grad_norm, steps skipped so far), of two 0-dim float32 tensors and our own, in one transfer, which
         waits for the device.
         """
-        loss, grad_norm, skipped, self.last_in_a_row = torch.stack((loss, grad_norm, self.skipped, self.in_a_row)).tolist()
+        loss, grad_norm, skipped, self.last_in_a_row = torch.stack(
+            (loss, grad_norm, self.skipped, self.in_a_row)
+        ).tolist()
         return loss, grad_norm, int(skipped)
 
     def check(self, iter_num, lr, skipped):

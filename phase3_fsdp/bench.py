@@ -78,7 +78,9 @@ from model import GPT, GPTConfig
 
 model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}
 model = GPT(GPTConfig(vocab_size=vocab_size, **model_options)).to(device)
-optimizer = model.configure_optimizers(weight_decay=1e-1, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device_type)
+optimizer = model.configure_optimizers(
+    weight_decay=1e-1, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device_type
+)
 scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
 if compile:
     print('compiling the model... (takes a ~minute)')
@@ -115,7 +117,9 @@ for k in range(warmup):
     print(f'{k}/{warmup} loss: {lossf:.4f}')
 
 if profile:
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device_type == 'cuda')
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (
+        device_type == 'cuda'
+    )
     with torch.profiler.profile(
         activities=activities,
         record_shapes=True,
@@ -126,7 +130,11 @@ if profile:
         for k in range(5):
             step()
         hardware.now(device)
-    print(prof.key_averages().table(sort_by=f'self_{device_type if device_type == "cuda" else "cpu"}_time_total', row_limit=20))
+    print(
+        prof.key_averages().table(
+            sort_by=f'self_{device_type if device_type == "cuda" else "cpu"}_time_total', row_limit=20
+        )
+    )
     print(f'trace written to {os.path.abspath("bench_log")}')
 
 times = []

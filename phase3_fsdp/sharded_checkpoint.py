@@ -94,7 +94,9 @@ def saved_names(model):
 def to_rank_0(p):
     """The DTensor p as a full tensor on the CPU of rank 0, else None."""
     mesh = p.device_mesh
-    ranks = mesh.mesh.tolist() if mesh.ndim == 1 else mesh.mesh[0].tolist()  # those that hold the copy of which rank 0 has a part
+    ranks = (
+        mesh.mesh.tolist() if mesh.ndim == 1 else mesh.mesh[0].tolist()
+    )  # those that hold the copy of which rank 0 has a part
     rank, shard = dist.get_rank(), p.to_local().cpu()
     if rank == 0:
         full = torch.empty(p.shape, dtype=p.dtype)
@@ -126,7 +128,9 @@ class ShardedSaver:
         hook = sys.excepthook
 
         def finish(kind, error, trace):
-            if issubclass(kind, UserError):  # the process ends, but first the save: the other ranks' part of it goes on, too
+            if issubclass(
+                kind, UserError
+            ):  # the process ends, but first the save: the other ranks' part of it goes on, too
                 with suppress(Exception):
                     self.wait(together=False)
             hook(kind, error, trace)
@@ -134,8 +138,14 @@ class ShardedSaver:
         sys.excepthook = finish
         # what is written is a copy in CPU memory; that is pinned, which is fast to copy to but slow to allocate, so it is done once
         shards = {f'model.{name}': p.to_local() for name, p in model.named_parameters()}
-        shards |= {f'optimizer.{i}.{k}': p.to_local() for i, p in enumerate(optimizer.sharded) for k in ('exp_avg', 'exp_avg_sq')}
-        self.copies = {name: torch.empty_like(shard, device='cpu', pin_memory=shard.is_cuda) for name, shard in shards.items()}
+        shards |= {
+            f'optimizer.{i}.{k}': p.to_local()
+            for i, p in enumerate(optimizer.sharded)
+            for k in ('exp_avg', 'exp_avg_sq')
+        }
+        self.copies = {
+            name: torch.empty_like(shard, device='cpu', pin_memory=shard.is_cuda) for name, shard in shards.items()
+        }
 
     def save(self, checkpoint, model, best, required, on_saved):
         """
@@ -164,7 +174,9 @@ class ShardedSaver:
             return
         future, iter_num, required, started, stall_seconds, on_saved = self.running
         self.running = None
-        while together:  # by way of the training's group: a slow disk is no dead rank, but a dead one ends this after dist_timeout
+        while (
+            together
+        ):  # by way of the training's group: a slow disk is no dead rank, but a dead one ends this after dist_timeout
             busy = torch.tensor(float(not future.done()))
             dist.all_reduce(busy, op=dist.ReduceOp.MAX)
             if not busy:
@@ -173,7 +185,9 @@ class ShardedSaver:
         try:
             path, size, ended = future.result()
         except (CheckpointException, OSError, RuntimeError, UserError) as e:
-            problem = f'a checkpoint could not be saved in {self.folder} ({first_cause(e)}); an earlier one is untouched'
+            problem = (
+                f'a checkpoint could not be saved in {self.folder} ({first_cause(e)}); an earlier one is untouched'
+            )
             if required:
                 raise UserError(problem) from None
             if dist.get_rank() == 0:
@@ -191,7 +205,9 @@ def split(checkpoint, names):
     state = checkpoint['optimizer']['state']
     tensors = {f'model.{name}': p for name, p in checkpoint['model'].items() if names[name] == name}
     tensors |= {f'optimizer.{i}.{k}': v for i, s in state.items() for k, v in s.items() if v.dim()}
-    small = {i: {k: v.cpu().clone() for k, v in s.items() if not v.dim()} for i, s in state.items()}  # step counts, which training goes on to change
+    small = {
+        i: {k: v.cpu().clone() for k, v in s.items() if not v.dim()} for i, s in state.items()
+    }  # step counts, which training goes on to change
     return tensors, {**checkpoint, 'model': names, 'optimizer': {**checkpoint['optimizer'], 'state': small}}
 
 
@@ -252,14 +268,20 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     RECORDS = {
         'torch.distributed.checkpoint.metadata': (
-            'Metadata', 'TensorStorageMetadata', 'ChunkStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING', 'MetadataIndex', 'StorageMeta',
+            'Metadata',
+            'TensorStorageMetadata',
+            'ChunkStorageMetadata',
+            'TensorProperties',
+            '_MEM_FORMAT_ENCODING',
+            'MetadataIndex',
+            'StorageMeta',
         ),
         'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
         'torch': ('Size', 'float32'),
         'torch.serialization': ('_get_layout',),
         'pathlib': ('PosixPath',),
         'pathlib._local': ('PosixPath',),
-    }  # fmt: skip
+    }
 
     def find_class(self, module, name):
         if name not in self.RECORDS.get(module, ()):
@@ -282,7 +304,9 @@ def open_sharded(folder):
     for name, size in needed.items():
         path = os.path.join(folder, os.path.basename(name))
         if not os.path.exists(path):
-            raise UserError(f'the sharded checkpoint {folder} is not whole: {name} is missing. Do all machines see the same out_dir?')
+            raise UserError(
+                f'the sharded checkpoint {folder} is not whole: {name} is missing. Do all machines see the same out_dir?'
+            )
         if os.path.getsize(path) < size:
             raise UserError(f'the sharded checkpoint {folder} is not whole: {name} has been cut short')
     return reader, metadata
@@ -295,7 +319,9 @@ def read_tensors(tensors, reader, no_dist):
             warnings.simplefilter('ignore')
             dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except (CheckpointException, OSError, RuntimeError) as e:
-        raise UserError(f'the sharded checkpoint {reader.path} cannot be read; it may be damaged ({first_cause(e)})') from None
+        raise UserError(
+            f'the sharded checkpoint {reader.path} cannot be read; it may be damaged ({first_cause(e)})'
+        ) from None
 
 
 def first_cause(error):
@@ -322,7 +348,9 @@ def own_part(checkpoint, model, optimizer):
         """(this rank's shard, it as a DTensor) of a full tensor, or of what a sharded checkpoint has under that name."""
         if reader:
             full = torch.empty(metadata.state_dict_metadata[name].size, device='meta')
-        cut = full.dim() and full.shape[0] == block_size > p.shape[0]  # position embeddings, and their state, to a shorter block_size
+        cut = (
+            full.dim() and full.shape[0] == block_size > p.shape[0]
+        )  # position embeddings, and their state, to a shorter block_size
         if not full.dim() or full.shape[1:] != p.shape[1:] or not (cut or full.shape == p.shape):
             return full, full
         if reader and cut:
@@ -334,13 +362,21 @@ def own_part(checkpoint, model, optimizer):
         return shard, like(p, shard)
 
     weights, state = model.state_dict(), {}
-    saved = {k: part(f'model.{v if reader else k}', v, weights[k])[1] if k in weights else v for k, v in checkpoint['model'].items()}
+    saved = {
+        k: part(f'model.{v if reader else k}', v, weights[k])[1] if k in weights else v
+        for k, v in checkpoint['model'].items()
+    }
     if isinstance(checkpoint.get('optimizer'), dict) and 'state' in checkpoint['optimizer']:
         for i, s in checkpoint['optimizer']['state'].items():
             if reader:
-                s = s | {k: None for k in ('exp_avg', 'exp_avg_sq') if f'optimizer.{i}.{k}' in metadata.state_dict_metadata}
+                s = s | {
+                    k: None for k in ('exp_avg', 'exp_avg_sq') if f'optimizer.{i}.{k}' in metadata.state_dict_metadata
+                }
             fits = i < len(optimizer.sharded)
-            state[i] = {k: part(f'optimizer.{i}.{k}', v, optimizer.sharded[i])[0] if fits and (v is None or v.dim()) else v for k, v in s.items()}
+            state[i] = {
+                k: part(f'optimizer.{i}.{k}', v, optimizer.sharded[i])[0] if fits and (v is None or v.dim()) else v
+                for k, v in s.items()
+            }
         checkpoint = {**checkpoint, 'optimizer': {**checkpoint['optimizer'], 'state': state}}
     if reader:
         read_tensors(to_read, reader, no_dist=False)
@@ -371,10 +407,15 @@ def convert(to, out_dir):
     folder, full = os.path.join(out_dir, FOLDER), os.path.join(out_dir, 'ckpt.pt')
     latest = named_by('latest', folder)
     if latest and os.path.exists(full):
-        found = [load_checkpoint(path, fsdp=True)['iter_num'] for path in ((full, latest) if to == 'sharded' else (latest, full))]
+        found = [
+            load_checkpoint(path, fsdp=True)['iter_num']
+            for path in ((full, latest) if to == 'sharded' else (latest, full))
+        ]
         if found[0] < found[1]:
             kept = latest if to == 'sharded' else full
-            raise UserError(f'{kept} is of iteration {found[1]}, and what would replace it of {found[0]}: move away the one that is not wanted')
+            raise UserError(
+                f'{kept} is of iteration {found[1]}, and what would replace it of {found[0]}: move away the one that is not wanted'
+            )
     if to == 'sharded':
         checkpoint = full_checkpoint.load_checkpoint(full)
         if not isinstance(checkpoint.get('optimizer'), dict) or 'state' not in checkpoint['optimizer']:
@@ -400,5 +441,7 @@ def convert(to, out_dir):
 
 if __name__ == '__main__':
     if len(sys.argv) != 3 or sys.argv[1] not in ('full', 'sharded'):
-        raise UserError('usage: python sharded_checkpoint.py full|sharded OUT_DIR   # converts the checkpoint there to that format')
+        raise UserError(
+            'usage: python sharded_checkpoint.py full|sharded OUT_DIR   # converts the checkpoint there to that format'
+        )
     print(f'wrote {convert(*sys.argv[1:])}')

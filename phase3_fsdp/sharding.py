@@ -21,7 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 
-DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}  # of the gathered parameters; None: as they are
+DTYPES = {
+    'float32': None,
+    'bfloat16': torch.bfloat16,
+    'float16': torch.float16,
+}  # of the gathered parameters; None: as they are
 
 
 class OnMeta(TorchDispatchMode):
@@ -87,7 +91,9 @@ def make_mesh(device_type, world_size, shard_size):
     shards inside groups of neighbouring ranks and keeps a replica in each group. Raises UserError where the groups do not come out even.
     """
     if not 0 <= shard_size <= world_size or world_size % (shard_size or 1) or shard_size == 1:
-        raise UserError(f'fsdp_shard_size={shard_size}, but it must divide the {world_size} processes and be 2 or more (0: all of them)')
+        raise UserError(
+            f'fsdp_shard_size={shard_size}, but it must divide the {world_size} processes and be 2 or more (0: all of them)'
+        )
     if shard_size in (0, world_size):
         return init_device_mesh(device_type, (world_size,))
     return init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=('replicate', 'shard'))
@@ -143,7 +149,9 @@ def shard(model, config, recipe=None):
     if half:  # the loss needs float32
         model.lm_head.register_forward_hook(lambda module, args, logits: logits.float())
     units, rest = group_blocks(model.transformer.h, config['fsdp_min_num_params'])
-    on_kernels = getattr(model, 'runs_on_kernels', lambda device: False)(torch.device(config['device']))  # phase 2's model, which needs no compiler
+    on_kernels = getattr(model, 'runs_on_kernels', lambda device: False)(
+        torch.device(config['device'])
+    )  # phase 2's model, which needs no compiler
     if config['compile'] and not on_kernels:
         print('compiling the model... (takes a ~minute)')
         compile_parts(model, units)
@@ -180,7 +188,9 @@ def set_last_micro_step(model, last):
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
     else:
-        model.set_requires_all_reduce(last)  # between the replicas of hybrid sharding; inside a group in each micro-step
+        model.set_requires_all_reduce(
+            last
+        )  # between the replicas of hybrid sharding; inside a group in each micro-step
 
 
 def reshard(model):
@@ -214,7 +224,11 @@ def compile_parts(model, units):
     def in_parts(idx, targets):
         x, again = (embed(idx),), model.config.activation_checkpointing and model.training
         for block in transformer.h:
-            x = checkpoint(block, *x, use_reentrant=False, preserve_rng_state=model.config.dropout > 0) if again else block(*x)
+            x = (
+                checkpoint(block, *x, use_reentrant=False, preserve_rng_state=model.config.dropout > 0)
+                if again
+                else block(*x)
+            )
             x = x if isinstance(x, tuple) else (x,)  # phase 2's blocks hand on a pair
         return None, loss_of(x, targets)
 
@@ -240,7 +254,9 @@ class ShardedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, optimizer):
-        self.sharded = [p for group in optimizer.param_groups for p in group['params']]  # DTensors, in the order of AdamW's indices
+        self.sharded = [
+            p for group in optimizer.param_groups for p in group['params']
+        ]  # DTensors, in the order of AdamW's indices
         shards = iter([nn.Parameter(p.to_local().detach()) for p in self.sharded])
         groups = [{**group, 'params': [next(shards) for _ in group['params']]} for group in optimizer.param_groups]
         super().__init__(groups, fused=optimizer.defaults['fused'])

@@ -69,10 +69,14 @@ bias = False  # biases in Linear and LayerNorm layers?
 # sharding
 use_fsdp = True  # shard parameters, gradients and AdamW's state over the ranks; False: each has all of them (DDP), as in nanoGPT/
 fsdp_min_num_params = 1_000_000  # consecutive blocks are gathered together until they have this many parameters
-fsdp_shard_size = 0  # ranks that hold one copy together; 0: all; k: shard among k, replicate across groups (hybrid sharding)
+fsdp_shard_size = (
+    0  # ranks that hold one copy together; 0: all; k: shard among k, replicate across groups (hybrid sharding)
+)
 fsdp_reshard = 'auto'  # True: free whole parameters after each forward (least memory); False: keep them for an iteration (least traffic)
 fsdp_cpu_offload = False  # keep the shards in the CPU's memory, and run AdamW there
-ckpt_format = 'full'  # full: ckpt.pt, as in nanoGPT/; sharded: ckpt_sharded/, written by all ranks while training goes on
+ckpt_format = (
+    'full'  # full: ckpt.pt, as in nanoGPT/; sharded: ckpt_sharded/, written by all ranks while training goes on
+)
 # adamw optimizer
 learning_rate = 6e-4  # after the warmup, before it decays
 max_iters = 600000  # number of the last iteration
@@ -108,10 +112,15 @@ master_process = rank == 0
 stop_signal = StopSignal()  # from here on SIGTERM and Ctrl-C save a checkpoint first
 
 if gradient_accumulation_steps % world_size != 0:
-    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes')
+    raise UserError(
+        f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes'
+    )
 gradient_accumulation_steps //= world_size
 tokens_per_iter = gradient_accumulation_steps * world_size * batch_size * block_size
-print(f'device {hardware.device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}' + f' over {backend}' * (world_size > 1))
+print(
+    f'device {hardware.device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}'
+    + f' over {backend}' * (world_size > 1)
+)
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 
 torch.manual_seed(1337 + rank)
@@ -144,7 +153,9 @@ iter_num = 0
 best_val_loss = 1e9
 checkpoint_path = find_checkpoint(out_dir)
 if init_from == 'auto':
-    found = mean_over_ranks(torch.tensor(float(os.path.exists(checkpoint_path))))  # all ranks do the same, even if not all of them see it
+    found = mean_over_ranks(
+        torch.tensor(float(os.path.exists(checkpoint_path)))
+    )  # all ranks do the same, even if not all of them see it
     init_from = 'resume' if found else 'scratch'
 if model_dir:
     sys.path.insert(0, model_dir)
@@ -153,7 +164,9 @@ from model import GPT, GPTConfig
 model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 model_args['vocab_size'] = meta.get('vocab_size', 50304)  # GPT-2's 50257, padded for speed
 model_options = {k: config[k] for k in GPTConfig.__dataclass_fields__ if k not in model_args}
-on_meta = OnMeta() if fsdp else nullcontext()  # FSDP: the whole model may be too large for a rank, so it is built without memory
+on_meta = (
+    OnMeta() if fsdp else nullcontext()
+)  # FSDP: the whole model may be too large for a rank, so it is built without memory
 if init_from == 'scratch':
     print('Initializing a new model from scratch')
     with on_meta:
@@ -176,13 +189,19 @@ elif init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
     model = GPT.from_pretrained(init_from, dict(dropout=dropout, **model_options))
     model_args.update({k: getattr(model.config, k) for k in model_args})
 else:
-    raise UserError(f"init_from is '{init_from}', but it can be scratch, resume, auto, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+    raise UserError(
+        f"init_from is '{init_from}', but it can be scratch, resume, auto, gpt2, gpt2-medium, gpt2-large or gpt2-xl"
+    )
 if block_size > model.config.block_size:
-    raise UserError(f'block_size={block_size}, but the model from {init_from} takes at most {model.config.block_size} tokens')
+    raise UserError(
+        f'block_size={block_size}, but the model from {init_from} takes at most {model.config.block_size} tokens'
+    )
 if block_size < model.config.block_size:
     model.crop_block_size(block_size)
     model_args['block_size'] = block_size
-config.update({k: v for k, v in model_args.items() if k in config})  # a loaded model is what it is, whatever the flags say
+config.update(
+    {k: v for k, v in model_args.items() if k in config}
+)  # a loaded model is what it is, whatever the flags say
 if fsdp:
     shard(model, config, recipe=on_meta if init_from == 'scratch' else None)
 else:
@@ -270,7 +289,9 @@ def save_checkpoint(best):
         'resume': {
             'ranks': gather_from_ranks({k: v.cpu() for k, v in here.items()}),
             'scaler': scaler.state_dict(),
-            'log': os.path.basename(log.path or (resumed_from or {}).get('log') or ''),  # without a log, its predecessor
+            'log': os.path.basename(
+                log.path or (resumed_from or {}).get('log') or ''
+            ),  # without a log, its predecessor
         },
     }
     print(f'saving checkpoint to {out_dir}')
@@ -289,7 +310,9 @@ if master_process:
     make_out_dir(out_dir, init_from)
 resumed_from = {'log': checkpoint.get('resume', {}).get('log'), 'iter': iter_num} if init_from == 'resume' else None
 sharded_saver = ShardedSaver(out_dir, model, optimizer) if ckpt_format == 'sharded' else None
-facts = hardware.run_facts(__file__, model_dir, device, world_size, parameters=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter)
+facts = hardware.run_facts(
+    __file__, model_dir, device, world_size, parameters=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter
+)
 log = TrainingLogger(out_dir, config, facts, json_log and master_process, resumed_from)
 if wandb_log and master_process:
     import wandb
@@ -325,10 +348,20 @@ while True:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             log.evaluation(iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
             if wandb_log and master_process:
-                wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': (running_mfu or 0) * 100})
+                wandb.log(
+                    {
+                        'iter': iter_num,
+                        'train/loss': losses['train'],
+                        'val/loss': losses['val'],
+                        'lr': lr,
+                        'mfu': (running_mfu or 0) * 100,
+                    }
+                )
             best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
-            worth_it = best or (always_save_checkpoint and local_iter_num > 0)  # what was just resumed is on the disk, but perhaps not as the best
+            worth_it = best or (
+                always_save_checkpoint and local_iter_num > 0
+            )  # what was just resumed is on the disk, but perhaps not as the best
             if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                 save_checkpoint(best)
     if done and local_iter_num > 0:
@@ -361,10 +394,14 @@ while True:
     # measure and clip the gradient
     scaler.unscale_(optimizer)
     max_norm = grad_clip or math.inf
-    grad_norm = optimizer.clip_grad_norm_(max_norm) if fsdp else torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    grad_norm = (
+        optimizer.clip_grad_norm_(max_norm) if fsdp else torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    )
     step_guard.step(optimizer, grad_norm)
     optimizer.zero_grad(set_to_none=True)  # frees their memory, except DDP's buckets and what CUDA graphs keep
-    loss_sum = mean_over_ranks(loss_sum)  # a rank whose partner is gone ends here, after dist_timeout; in CUDA graphs nothing would end it
+    loss_sum = mean_over_ranks(
+        loss_sum
+    )  # a rank whose partner is gone ends here, after dist_timeout; in CUDA graphs nothing would end it
 
     # timing and logging
     timed_iters += 1
@@ -380,7 +417,9 @@ while True:
         mfu_text = 'n/a' if running_mfu is None else f'{running_mfu * 100:.2f}%'
         skipped_text = f', {skipped_steps} steps skipped' if skipped_steps else ''
         tokens_per_sec = tokens_per_iter / dt
-        print(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tokens_per_sec:,.0f} tokens/s{skipped_text}')
+        print(
+            f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, {tokens_per_sec:,.0f} tokens/s{skipped_text}'
+        )
         log.iteration(
             iter_num,
             loss=lossf,

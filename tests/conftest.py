@@ -24,9 +24,24 @@ torch.set_num_threads(1)
 from launcher import Launcher
 
 # a model so small that a step costs a millisecond; options of train.py
-TINY = ['--dataset=letters', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
-        '--max_iters=20', '--eval_interval=10', '--eval_iters=3', '--warmup_iters=5', '--lr_decay_iters=20', '--learning_rate=1e-2',
-        '--min_lr=1e-3', '--device=cpu', '--log_interval=1']  # fmt: skip
+TINY = [
+    '--dataset=letters',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=32',
+    '--block_size=16',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=2',
+    '--max_iters=20',
+    '--eval_interval=10',
+    '--eval_iters=3',
+    '--warmup_iters=5',
+    '--lr_decay_iters=20',
+    '--learning_rate=1e-2',
+    '--min_lr=1e-3',
+    '--device=cpu',
+    '--log_interval=1',
+]
 
 
 def pytest_addoption(parser):
@@ -87,7 +102,9 @@ def log_of(out_dir):
 
 def assert_same(a, b, but=(), path=''):
     """Equal in every type and bit, apart from the keys `but` of any dict."""
-    assert type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict)), path  # an OrderedDict is as good as a dict
+    assert type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict)), (
+        path
+    )  # an OrderedDict is as good as a dict
     if isinstance(a, dict):
         assert [k for k in a if k not in but] == [k for k in b if k not in but], path
         for k in a:

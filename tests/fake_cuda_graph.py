@@ -22,7 +22,11 @@ class CUDAGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         for argument, value in zip(function._schema.arguments, args):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self.before += [(tensor, tensor.clone()) for tensor in (value if isinstance(value, list) else [value]) if tensor.numel()]
+                self.before += [
+                    (tensor, tensor.clone())
+                    for tensor in (value if isinstance(value, list) else [value])
+                    if tensor.numel()
+                ]
         result = function(*args, **kwargs)
         outputs = result if isinstance(result, (tuple, list)) else [result]
 

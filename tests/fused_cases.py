@@ -44,8 +44,12 @@ def residuals(M, N, x_dtype=f32, branch_dtype=None, w_dtype=f32, bias=True, seed
     generator = torch.Generator().manual_seed(seed)
     x, branch, dtotal, dy = (torch.randn(M, N, generator=generator) for _ in range(4))
     w, b = (torch.randn(N, generator=generator) for _ in range(2))
-    leaves = [leaf(x * 2 + 1, device, x_dtype), leaf(branch, device, branch_dtype or x_dtype), leaf(w, device, w_dtype),
-              leaf(b, device, w_dtype) if bias else None]  # fmt: skip
+    leaves = [
+        leaf(x * 2 + 1, device, x_dtype),
+        leaf(branch, device, branch_dtype or x_dtype),
+        leaf(w, device, w_dtype),
+        leaf(b, device, w_dtype) if bias else None,
+    ]
     return leaves, [dtotal.to(device, x_dtype), dy.to(device)]
 
 
@@ -58,7 +62,9 @@ def run(function, leaves, grads, **options):
     """The results of function, and the gradients of the leaves."""
     results = function(*leaves, **options)
     grads = [grad.to(y.dtype) for y, grad in zip(results, grads)]
-    return [y.detach() for y in results], list(torch.autograd.grad(results, [t for t in leaves if t is not None], grads))
+    return [y.detach() for y in results], list(
+        torch.autograd.grad(results, [t for t in leaves if t is not None], grads)
+    )
 
 
 def compare(leaves, grads, what='', got=None, out_dtype=None):
@@ -67,7 +73,9 @@ def compare(leaves, grads, what='', got=None, out_dtype=None):
     ours, our_grads = got or run(add_layer_norm, leaves, grads, out_dtype=out_dtype)
     theirs, their_grads = run(separately, leaves, grads, out_dtype=out_dtype)
     exact = [leaf(t, f64) for t in leaves]
-    truths, true_grads = run(lambda x, branch, w, b: (x + branch, F.layer_norm(x + branch, w.shape, w, b)), exact, [t.to(f64) for t in grads])
+    truths, true_grads = run(
+        lambda x, branch, w, b: (x + branch, F.layer_norm(x + branch, w.shape, w, b)), exact, [t.to(f64) for t in grads]
+    )
     # what adds up, and may cancel, in the gradient of x
     rstd = (truths[0].var(-1, unbiased=False, keepdim=True) + 1e-5).rsqrt()
     terms = grads[0].to(f64).abs() + (grads[1].to(f64) * exact[2] * rstd).detach().abs()
@@ -79,8 +87,16 @@ def compare(leaves, grads, what='', got=None, out_dtype=None):
 
 
 # dtypes of x, branch, weight, result: as in the model in float32, under autocast, with half_residual; and the rest
-residual_mixes = [(f32, f32, f32, f32), (f32, bf16, f32, bf16), (bf16, bf16, f32, bf16), (f32, f16, f32, f16), (f16, f16, f32, f16),
-                  (bf16, bf16, bf16, f32), (f32, bf16, f32, f32), (f16, f16, f16, f16)]  # fmt: skip
+residual_mixes = [
+    (f32, f32, f32, f32),
+    (f32, bf16, f32, bf16),
+    (bf16, bf16, f32, bf16),
+    (f32, f16, f32, f16),
+    (f16, f16, f32, f16),
+    (bf16, bf16, bf16, f32),
+    (f32, bf16, f32, f32),
+    (f16, f16, f16, f16),
+]
 residual_widths = [1, 3, 64, 768, 770, 1024, 1280, 1600, 4096, 12288] if gpu else [1, 3, 64, 768, 770, 1600, 12288]
 
 
@@ -105,7 +121,9 @@ def test_sums_and_norms_of_no_rows():
     assert total.shape == y.shape == dx.shape == dbranch.shape == (0, 64) and not dw.any() and not db.any()
 
 
-@pytest.mark.parametrize('layout', ['transposed', 'sliced', 'expanded rows', 'expanded columns', 'unaligned', 'every other row'])
+@pytest.mark.parametrize(
+    'layout', ['transposed', 'sliced', 'expanded rows', 'expanded columns', 'unaligned', 'every other row']
+)
 def test_strides_of_x_branch_and_gradients(layout):
     M, N = (131, 768) if gpu else (5, 96)
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +193,13 @@ def test_nan_in_a_branch_stays_in_its_row():
     others = [i for i in range(9) if i != 4]
     for a, b in ((total, clean[0][0]), (y, clean[0][1]), (dx, clean[1][0]), (dbranch, clean[1][1])):
         assert torch.equal(a[others], b[others])
-    assert total[4].isnan().sum() == 1 and y[4].isnan().all() and dx[4].isnan().all() and dw.isnan().all() and torch.equal(db, clean[1][3])
+    assert (
+        total[4].isnan().sum() == 1
+        and y[4].isnan().all()
+        and dx[4].isnan().all()
+        and dw.isnan().all()
+        and torch.equal(db, clean[1][3])
+    )
 
 
 def test_constant_sums():
@@ -192,7 +216,9 @@ def test_constant_sums():
 def test_double_backward_of_sum_and_norm_raises():
     leaves, grads = residuals(4, 64)
     for function in (add_layer_norm, lambda *a: add_layer_norm_op(*a, 1e-5, f32)[:2]):
-        (dx,) = torch.autograd.grad(function(*leaves), leaves[0], [g.requires_grad_() for g in grads], create_graph=True)
+        (dx,) = torch.autograd.grad(
+            function(*leaves), leaves[0], [g.requires_grad_() for g in grads], create_graph=True
+        )
         with pytest.raises(RuntimeError, match='once_differentiable|no autograd formula'):
             dx.sum().backward()
 
@@ -202,7 +228,9 @@ def test_sum_and_norm_with_another_eps_and_strided_parameters():
     base = torch.randn(192, 2, generator=torch.Generator().manual_seed(1)).to(device)
     leaves = [x, branch, base[::2, 0].detach().requires_grad_(), base[:96, 1].detach().requires_grad_()]
     theirs = run(lambda x, branch, w, b: (x + branch, F.layer_norm(x + branch, w.shape, w, b, 0.5)), leaves, grads)
-    torch.testing.assert_close(run(add_layer_norm, leaves, grads, eps=0.5), theirs, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+    torch.testing.assert_close(
+        run(add_layer_norm, leaves, grads, eps=0.5), theirs, rtol=1e-5, atol=1e-5
+    )  # float32 sums in another order
 
 
 def test_sum_and_norm_have_the_same_bits_every_time():
@@ -221,7 +249,9 @@ def test_opcheck_of_sum_and_norm(bias):
     torch.library.opcheck(add_layer_norm_op, (*leaves, 1e-5, bf16))
     total, y, stats = (t.detach() for t in add_layer_norm_op(*leaves, 1e-5, bf16))
     for branch_dtype in (f32, bf16):
-        torch.library.opcheck(add_layer_norm_backward_op, (total, y, total, leaves[2].detach(), stats, bias, branch_dtype))
+        torch.library.opcheck(
+            add_layer_norm_backward_op, (total, y, total, leaves[2].detach(), stats, bias, branch_dtype)
+        )
 
 
 @pytest.mark.parametrize('mix', residual_mixes[:3], ids=['float32', 'autocast', 'half'])
@@ -233,13 +263,24 @@ def test_sum_and_norm_compile_without_a_graph_break(mix):
         compiled = torch.compile(function, fullgraph=True, backend='inductor' if gpu else 'aot_eager')
         results = [f(*leaves) for f in (compiled, function)]
         wanted = leaves[: 2 if used.stop == 1 else 4]
-        for a, b in zip(*([*r, *torch.autograd.grad(r, wanted, [g.to(y.dtype) for g, y in zip(grads[used], r)])] for r in results)):
+        for a, b in zip(
+            *([*r, *torch.autograd.grad(r, wanted, [g.to(y.dtype) for g, y in zip(grads[used], r)])] for r in results)
+        ):
             assert same(a, b), used
 
 
 def test_wider_rows_and_branches_take_two_operations():
-    for M, N, x_dtype, branch_dtype in ((2, 12289, f32, bf16), (2, 64, bf16, f32), (2, 64, f16, bf16), (2, 64, f64, f64), (2, 64, f32, f64)):
-        x, branch, w = (torch.randn(M, N, device=device, dtype=d) for d in (x_dtype, branch_dtype, f64 if f64 in (x_dtype, branch_dtype) else f32))
+    for M, N, x_dtype, branch_dtype in (
+        (2, 12289, f32, bf16),
+        (2, 64, bf16, f32),
+        (2, 64, f16, bf16),
+        (2, 64, f64, f64),
+        (2, 64, f32, f64),
+    ):
+        x, branch, w = (
+            torch.randn(M, N, device=device, dtype=d)
+            for d in (x_dtype, branch_dtype, f64 if f64 in (x_dtype, branch_dtype) else f32)
+        )
         w = w[0]
         total, y = add_layer_norm(x, branch, w, out_dtype=f32)
         assert torch.equal(total, x + branch) and total.dtype == (x + branch).dtype
@@ -315,7 +356,13 @@ def test_kernel_of_the_cross_entropy(dtype, size):
             bound(f'{what} gradients', ours, d, theirs.grad, onehot.to(f64))
             again = logits.clone()
             # another compilation, which may round otherwise: the bound is the same
-            bound(f'{what} losses alone', launch_cross_entropy(again, targets, -1, False, config), truth, their_losses.detach(), spread)
+            bound(
+                f'{what} losses alone',
+                launch_cross_entropy(again, targets, -1, False, config),
+                truth,
+                their_losses.detach(),
+                spread,
+            )
             assert torch.equal(again, logits)
 
 
@@ -361,7 +408,9 @@ def test_foreign_memory_stays_as_it_is(V, config):
     losses = launch_cross_entropy(logits, targets, -1, True, config)
     assert losses.isnan().all()
     assert (memory[:room] == 7).all() and (memory[room + 4 * V :] == 7).all()
-    torch.testing.assert_close(logits.sum(-1), torch.ones(4, device=device))  # softmax, of which no element was a target
+    torch.testing.assert_close(
+        logits.sum(-1), torch.ones(4, device=device)
+    )  # softmax, of which no element was a target
 
 
 def heads(M, V, C=64, dtype=f32, size=1.0, seed=0):
@@ -392,7 +441,9 @@ def compare_heads(x, w, targets, what='', dloss=1.0, **options):
     dx_terms = w64.detach()[targets.clamp(min=0)] * taken
     dw_terms = torch.zeros_like(w64).index_add_(0, targets.clamp(min=0), x64.detach().abs() * taken)
     # dx is rounded three times, as gradient of the logits, product, and scaled product, PyTorch's twice
-    for name, factor, terms, *three in zip(('dx', 'dweight'), (3, 2), (dx_terms, dw_terms), grads, true_grads, their_grads):
+    for name, factor, terms, *three in zip(
+        ('dx', 'dweight'), (3, 2), (dx_terms, dw_terms), grads, true_grads, their_grads
+    ):
         bound(f'{what} {name}', *three, terms, rounded_to=dtype, factor=factor)
 
 
@@ -425,7 +476,10 @@ def test_nothing_to_predict(M, chunk_rows):
     """No rows, or all of them ignored: NaN with gradients of zero, as F.cross_entropy has it."""
     x, w, targets = heads(M, 65)
     targets.fill_(-1)
-    for loss in (F.cross_entropy(F.linear(x, w), targets, ignore_index=-1), linear_cross_entropy(x, w, targets, chunk_rows=chunk_rows)):
+    for loss in (
+        F.cross_entropy(F.linear(x, w), targets, ignore_index=-1),
+        linear_cross_entropy(x, w, targets, chunk_rows=chunk_rows),
+    ):
         dx, dw = torch.autograd.grad(loss, (x, w))
         assert loss.isnan() and not dx.any() and not dw.any() and dx.shape == x.shape
 
@@ -455,13 +509,19 @@ def test_shapes_and_strides_of_the_loss(chunk_rows):
     x, w, targets = heads(24, 65)
     expected = linear_cross_entropy(x, w, targets, chunk_rows=chunk_rows)
     for shape in ((24,), (4, 6), (2, 3, 4), (1, 24), (24, 1)):
-        assert torch.equal(linear_cross_entropy(x.view(*shape, 64), w, targets.view(shape), chunk_rows=chunk_rows), expected)
+        assert torch.equal(
+            linear_cross_entropy(x.view(*shape, 64), w, targets.view(shape), chunk_rows=chunk_rows), expected
+        )
     apart = torch.stack((targets, targets * 0 + 1), -1)[:, 0]  # every other number in memory
     wide = torch.stack((x, x * 0 + 1), 1)[:, 0]
     tall = torch.stack((w, w * 0 + 1), 2)[:, :, 0]
-    torch.testing.assert_close(linear_cross_entropy(wide, tall, apart, chunk_rows=chunk_rows), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        linear_cross_entropy(wide, tall, apart, chunk_rows=chunk_rows), expected, rtol=1e-6, atol=0
+    )
     spread = targets[:1].expand(24)
-    torch.testing.assert_close(linear_cross_entropy(x, w, spread, chunk_rows=chunk_rows), F.cross_entropy(x @ w.t(), spread), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        linear_cross_entropy(x, w, spread, chunk_rows=chunk_rows), F.cross_entropy(x @ w.t(), spread), rtol=1e-6, atol=0
+    )
     with pytest.raises(ValueError, match=r'targets have shape \(23,\), but x \(24, 64\)'):
         linear_cross_entropy(x, w, targets[1:])
 
@@ -482,7 +542,9 @@ def test_frozen_parts_of_the_loss(chunk_rows):
 def test_double_backward_of_the_loss_raises(chunk_rows):
     x, w, targets = heads(33, 65)
     factor = torch.ones((), device=device, requires_grad=True)
-    (dx,) = torch.autograd.grad(linear_cross_entropy(x, w, targets, chunk_rows=chunk_rows) * factor, x, create_graph=True)
+    (dx,) = torch.autograd.grad(
+        linear_cross_entropy(x, w, targets, chunk_rows=chunk_rows) * factor, x, create_graph=True
+    )
     with pytest.raises(RuntimeError, match='once_differentiable'):
         dx.sum().backward()
 
@@ -527,7 +589,9 @@ def test_cross_entropy_of_logits_that_stay():
             there = torch.cuda.memory_allocated()
         loss = cross_entropy(narrow, b, ignore_index=ignore_index)
         assert not gpu or torch.cuda.max_memory_allocated() - there < 2**20
-        torch.testing.assert_close(loss, F.cross_entropy(narrow.float(), b, ignore_index=ignore_index), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            loss, F.cross_entropy(narrow.float(), b, ignore_index=ignore_index), rtol=1e-6, atol=0
+        )
         assert torch.equal(narrow, before)
     ours, theirs = leaf(logits), leaf(logits)
     cross_entropy(ours, targets).backward()
@@ -546,7 +610,9 @@ def test_more_than_2_to_the_31_logits():
     targets = torch.randint(V, (M,), device=device)
     tail = logits[-50:].clone()
     losses = launch_cross_entropy(logits, targets, -1, True)
-    assert torch.equal(losses[-50:], launch_cross_entropy(tail, targets[-50:].clone(), -1, True)) and torch.equal(logits[-50:], tail)
+    assert torch.equal(losses[-50:], launch_cross_entropy(tail, targets[-50:].clone(), -1, True)) and torch.equal(
+        logits[-50:], tail
+    )
 
 
 # GELU
@@ -571,21 +637,40 @@ def test_gelu_on_a_dense_grid(dtype):
     y.sum().backward()
     their_y.sum().backward()
     assert y.dtype == ours.grad.dtype == dtype
-    rounding = {f32: 2**-23, bf16: 2**-8 if gpu else 2**-7, f16: 2**-10}[dtype]  # half a unit in the last place; the interpreter truncates bfloat16
+    rounding = {f32: 2**-23, bf16: 2**-8 if gpu else 2**-7, f16: 2**-10}[
+        dtype
+    ]  # half a unit in the last place; the interpreter truncates bfloat16
     for what, got, torchs, truth in zip(('y', 'dx'), (y, ours.grad), (their_y, theirs.grad), exact_gelu(x)):
         bound(what, got.detach(), truth, torchs.detach())
         error = (got.detach().to(f64) - truth).abs()
-        allowed = 1.5e-7 * (x.to(f64).abs() / 2 + 1) + (2 * rounding) * truth.abs() + {f32: 2e-7, bf16: 0, f16: 2**-24}[dtype]
+        allowed = (
+            1.5e-7 * (x.to(f64).abs() / 2 + 1) + (2 * rounding) * truth.abs() + {f32: 2e-7, bf16: 0, f16: 2**-24}[dtype]
+        )
         worst = (error / allowed).argmax()
-        assert error[worst] <= allowed[worst], f'{what} at {x[worst]}: error {error[worst]:.2e}, allowed {allowed[worst]:.2e}'
+        assert error[worst] <= allowed[worst], (
+            f'{what} at {x[worst]}: error {error[worst]:.2e}, allowed {allowed[worst]:.2e}'
+        )
 
 
 @pytest.mark.parametrize('dtype', dtypes)
 def test_gelu_of_special_numbers(dtype):
     """NaN, the infinities, zeros with their signs, the smallest and the largest numbers; -inf is multiplied by 0 here as in PyTorch."""
     info = torch.finfo(dtype)
-    x = torch.tensor([float('nan'), float('inf'), -float('inf'), 0.0, -0.0, info.smallest_normal / 4, -info.smallest_normal / 4, info.max, info.min],
-                     device=device, dtype=dtype)  # fmt: skip
+    x = torch.tensor(
+        [
+            float('nan'),
+            float('inf'),
+            -float('inf'),
+            0.0,
+            -0.0,
+            info.smallest_normal / 4,
+            -info.smallest_normal / 4,
+            info.max,
+            info.min,
+        ],
+        device=device,
+        dtype=dtype,
+    )
     x.requires_grad_()
     y = gelu(x)
     y.sum().backward()
@@ -593,15 +678,25 @@ def test_gelu_of_special_numbers(dtype):
     expected = [nan, float('inf'), nan, 0, 0, tiny / 8, -tiny / 8, info.max, 0]
     for got, values in ((y, expected), (x.grad, [nan, nan, nan, 0.5, 0.5, 0.5, 0.5, 1, 0])):
         values = torch.tensor(values, device=device, dtype=dtype)
-        torch.testing.assert_close(got, values, rtol=0, atol=tiny, equal_nan=True)  # a GPU may take what is smaller for 0
+        torch.testing.assert_close(
+            got, values, rtol=0, atol=tiny, equal_nan=True
+        )  # a GPU may take what is smaller for 0
     assert y[3:5].signbit().tolist() == [False, True]
 
 
 def test_layouts_of_gelu():
     generator = torch.Generator().manual_seed(0)
     base, dbase = (torch.randn(10, 12, generator=generator).to(device) for _ in range(2))
-    for view in (lambda t: t.t(), lambda t: t[:, 1:8], lambda t: t[::2, ::3], lambda t: t[:1].expand(5, 12), lambda t: t.flatten()[1:],
-                 lambda t: t.view(2, 5, 3, 4), lambda t: t[0, 0], lambda t: t[:0]):  # fmt: skip
+    for view in (
+        lambda t: t.t(),
+        lambda t: t[:, 1:8],
+        lambda t: t[::2, ::3],
+        lambda t: t[:1].expand(5, 12),
+        lambda t: t.flatten()[1:],
+        lambda t: t.view(2, 5, 3, 4),
+        lambda t: t[0, 0],
+        lambda t: t[:0],
+    ):
         x, dy = leaf(base), view(dbase)
         y = gelu(view(x))
         (dx,) = torch.autograd.grad(y, x, dy)
@@ -644,4 +739,6 @@ def test_gelu_of_more_than_2_to_the_31_elements():
     (dx,) = torch.autograd.grad(y, x, y.detach())
     tail = leaf(x[-5000:])
     tail_y = gelu(tail)
-    assert torch.equal(y[-5000:], tail_y) and torch.equal(dx[-5000:], torch.autograd.grad(tail_y, tail, tail_y.detach())[0])
+    assert torch.equal(y[-5000:], tail_y) and torch.equal(
+        dx[-5000:], torch.autograd.grad(tail_y, tail, tail_y.detach())[0]
+    )

@@ -54,7 +54,9 @@ def bound(name, a, b, c, terms=None, rounded_to=None, factor=2):
     order may change: 2e-6 of the result, or of `terms`, the size of what is subtracted there, which may cancel.
     rounded_to: the dtype in which kernels wrote it, or what it is made of, if that is not a's.
     """
-    assert a.shape == b.shape and a.dtype == c.dtype, f'{name}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {c.dtype}'
+    assert a.shape == b.shape and a.dtype == c.dtype, (
+        f'{name}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {c.dtype}'
+    )
     assert not a.isnan().any(), f'{name}: NaN'
     slack = 0.0 if gpu else interpreter_slack[rounded_to or a.dtype]
     for norm in (torch.Tensor.norm, lambda t: t.abs().max()) if a.numel() else ():
@@ -75,7 +77,9 @@ def compare(leaves, dy, what='', got=None):
     check(got or run(layer_norm, leaves, dy), truth(leaves, dy), run(ours.reference, leaves, dy), what, terms)
 
 
-mixes = [(f32, f32), (bf16, bf16), (bf16, f32), (f16, f16), (f16, f32)] if gpu else [(f32, f32), (bf16, f32), (f16, f16)]
+mixes = (
+    [(f32, f32), (bf16, bf16), (bf16, f32), (f16, f16), (f16, f32)] if gpu else [(f32, f32), (bf16, f32), (f16, f16)]
+)
 widths = [1, 3, 64, 768, 770, 1024, 1280, 1600, 5120, 8192, 12288, 65536] if gpu else [1, 3, 64, 770]
 heights = [1, 7, 131, 4095, 12288] if gpu else [1, 37]
 
@@ -108,7 +112,11 @@ def test_rows_wider_than_registers():
 @pytest.mark.parametrize('shape', [(768,), (2, 3, 768), (2, 1, 3, 768)])
 def test_ranks(shape):
     x, dy = (torch.randn(shape, device=device) for _ in range(2))
-    leaves = [x.requires_grad_(), torch.randn(768, device=device).requires_grad_(), torch.randn(768, device=device).requires_grad_()]
+    leaves = [
+        x.requires_grad_(),
+        torch.randn(768, device=device).requires_grad_(),
+        torch.randn(768, device=device).requires_grad_(),
+    ]
     compare(leaves, dy)
 
 
@@ -133,7 +141,9 @@ def test_constant_rows():
         x = constants[:, None].expand_as(x).contiguous().requires_grad_()
         y, dx, _, _ = run(layer_norm, (x, w, b), dy)
         # a row without variance is the bias, which the interpreter truncates to bfloat16 instead of rounding
-        torch.testing.assert_close(y, b.detach().to(dtype).expand_as(y), rtol=0.0 if gpu or dtype != bf16 else 8e-3, atol=0.0)
+        torch.testing.assert_close(
+            y, b.detach().to(dtype).expand_as(y), rtol=0.0 if gpu or dtype != bf16 else 8e-3, atol=0.0
+        )
         assert dx.isfinite().all()
 
 
@@ -166,9 +176,26 @@ def strided(name, M, N):
     }[name]
 
 
-@pytest.mark.parametrize('name', list({**dict.fromkeys(
-    ['columns of wider rows', 'columns that are not aligned', 'every other row', 'every other column', 'transposed', 'one row, expanded',
-     'one column, expanded', 'an odd start in memory', 'leading dimensions swapped'])}))  # fmt: skip
+@pytest.mark.parametrize(
+    'name',
+    list(
+        {
+            **dict.fromkeys(
+                [
+                    'columns of wider rows',
+                    'columns that are not aligned',
+                    'every other row',
+                    'every other column',
+                    'transposed',
+                    'one row, expanded',
+                    'one column, expanded',
+                    'an odd start in memory',
+                    'leading dimensions swapped',
+                ]
+            )
+        }
+    ),
+)
 def test_strides_of_x_and_dy(name):
     torch.manual_seed(0)
     M, N = (131, 768) if gpu else (5, 96)
@@ -198,7 +225,9 @@ def test_parameters_with_strides():
             leaves = [x, *(t.detach().requires_grad_() for t in (w, b))]
             assert leaves[1].stride() == w.stride() != (1,)
             theirs = run(lambda x, w, b: F.layer_norm(x, w.shape, w, b), leaves, dy)
-            torch.testing.assert_close(run(layer_norm, leaves, dy), theirs, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+            torch.testing.assert_close(
+                run(layer_norm, leaves, dy), theirs, rtol=1e-5, atol=1e-5
+            )  # float32 sums in another order
 
 
 def test_frozen_parameters():
@@ -249,7 +278,9 @@ def test_opcheck(bias):
 
 def test_compiles_without_a_graph_break():
     leaves, dy = tensors(8, 96)
-    compiled = torch.compile(lambda x, w, b: layer_norm(x * 2, w, b) + 1, fullgraph=True, backend='inductor' if gpu else 'aot_eager')
+    compiled = torch.compile(
+        lambda x, w, b: layer_norm(x * 2, w, b) + 1, fullgraph=True, backend='inductor' if gpu else 'aot_eager'
+    )
     for a, b in zip(run(compiled, leaves, dy), run(lambda x, w, b: layer_norm(x * 2, w, b) + 1, leaves, dy)):
         assert torch.equal(a, b)
 
@@ -259,12 +290,18 @@ def test_output_dtypes():
     full = layer_norm(x, w, b)
     half = layer_norm(x, w, b, out_dtype=bf16)
     assert half.dtype == bf16
-    torch.testing.assert_close(half.float(), full, rtol=8e-3, atol=0)  # one rounding (interpreter: truncation) to 8 bits
+    torch.testing.assert_close(
+        half.float(), full, rtol=8e-3, atol=0
+    )  # one rounding (interpreter: truncation) to 8 bits
     dx, dw, _ = torch.autograd.grad(half, (x, w, b), dy.to(bf16))
     assert dx.dtype == dw.dtype == f32
     with torch.autocast(device, dtype=bf16):
         for t in (x, x.detach().to(bf16)):
-            assert layer_norm(t, w, b).dtype == ours.reference_dtype(t) == F.layer_norm(t, w.shape, w.to(t.dtype), b.to(t.dtype)).dtype
+            assert (
+                layer_norm(t, w, b).dtype
+                == ours.reference_dtype(t)
+                == F.layer_norm(t, w.shape, w.to(t.dtype), b.to(t.dtype)).dtype
+            )
 
 
 def test_under_activation_checkpointing():

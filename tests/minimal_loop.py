@@ -16,10 +16,30 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 from model import GPT, GPTConfig
 
 
-def main(data_dir, vocab_size, n_layer, n_head, n_embd, block_size, batch_size, accumulation, dropout, bias, max_iters, eval_interval, eval_iters,
-         learning_rate, min_lr, warmup_iters, lr_decay_iters):  # fmt: skip
+def main(
+    data_dir,
+    vocab_size,
+    n_layer,
+    n_head,
+    n_embd,
+    block_size,
+    batch_size,
+    accumulation,
+    dropout,
+    bias,
+    max_iters,
+    eval_interval,
+    eval_iters,
+    learning_rate,
+    min_lr,
+    warmup_iters,
+    lr_decay_iters,
+):
     torch.manual_seed(1337)
-    data = {split: np.memmap(os.path.join(data_dir, f'{split}.bin'), dtype=np.uint16, mode='r') for split in ('train', 'val')}
+    data = {
+        split: np.memmap(os.path.join(data_dir, f'{split}.bin'), dtype=np.uint16, mode='r')
+        for split in ('train', 'val')
+    }
 
     def batch(split):
         ix = torch.randint(len(data[split]) - block_size, (batch_size,))
@@ -38,13 +58,18 @@ def main(data_dir, vocab_size, n_layer, n_head, n_embd, block_size, batch_size, 
         elif it > lr_decay_iters:
             lr = min_lr
         else:
-            lr = min_lr + 0.5 * (1 + math.cos(math.pi * (it - warmup_iters) / (lr_decay_iters - warmup_iters))) * (learning_rate - min_lr)
+            lr = min_lr + 0.5 * (1 + math.cos(math.pi * (it - warmup_iters) / (lr_decay_iters - warmup_iters))) * (
+                learning_rate - min_lr
+            )
         for group in optimizer.param_groups:
             group['lr'] = lr
         if it % eval_interval == 0:
             model.eval()
             with torch.no_grad():
-                mean = {split: torch.tensor([model(*batch(split))[1].item() for _ in range(eval_iters)]).mean() for split in ('train', 'val')}
+                mean = {
+                    split: torch.tensor([model(*batch(split))[1].item() for _ in range(eval_iters)]).mean()
+                    for split in ('train', 'val')
+                }
             model.train()
             print(f'step {it}: train loss {mean["train"]:.4f}, val loss {mean["val"]:.4f}')
         started = time.perf_counter()
@@ -66,8 +91,21 @@ def main(data_dir, vocab_size, n_layer, n_head, n_embd, block_size, batch_size, 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser()
     parser.add_argument('--data_dir')
-    for name in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'accumulation', 'bias', 'max_iters', 'eval_interval',
-                 'eval_iters', 'warmup_iters', 'lr_decay_iters'):  # fmt: skip
+    for name in (
+        'vocab_size',
+        'n_layer',
+        'n_head',
+        'n_embd',
+        'block_size',
+        'batch_size',
+        'accumulation',
+        'bias',
+        'max_iters',
+        'eval_interval',
+        'eval_iters',
+        'warmup_iters',
+        'lr_decay_iters',
+    ):
         parser.add_argument(f'--{name}', type=int)
     for name in ('dropout', 'learning_rate', 'min_lr'):
         parser.add_argument(f'--{name}', type=float)

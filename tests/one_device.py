@@ -25,7 +25,9 @@ class Several(int):
 
 
 def setup(backend, timeout_s):
-    dist.init_process_group('cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        'cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=dist.HashStore(), rank=0, world_size=1
+    )
     return 0, Several(1)
 
 

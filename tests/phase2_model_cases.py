@@ -21,7 +21,9 @@ VOCABULARY, BLOCK, MICRO_STEPS = 65, 16 if gpu else 8, 3 if gpu else 2  # the in
 
 
 def load_model(folder):
-    spec = importlib.util.spec_from_file_location(f'{folder}_model', Path(__file__).resolve().parent.parent / folder / 'model.py')
+    spec = importlib.util.spec_from_file_location(
+        f'{folder}_model', Path(__file__).resolve().parent.parent / folder / 'model.py'
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -82,7 +84,9 @@ def test_gradients_of_micro_steps(dtype, options, capsys):
     theirs = accumulated(small(load_model('nanoGPT'), bias), dtype, scale=scale)
     ours = accumulated(small(load_model('phase2_triton'), **options), dtype, scale=scale)
     assert '\nusing Triton-accelerated LayerNorm' in capsys.readouterr().out
-    assert ours[0] == pytest.approx(truth[0], rel=1e-6 if dtype == f32 else 3e-3)  # 16 bits round logits of size 1 by up to 4e-3
+    assert ours[0] == pytest.approx(
+        truth[0], rel=1e-6 if dtype == f32 else 3e-3
+    )  # 16 bits round logits of size 1 by up to 4e-3
     # a residual stream of 16 bits is rounded at each addition, which the reference does not do
     assert_no_worse(ours[1], theirs[1], truth[1], dtype, factor=4.0 if options.get('half_residual') else 2.0)
 
@@ -98,7 +102,9 @@ def test_frozen_parameters(frozen):
     assert losses == full[0] and 0 < len(grads) < len(full[1])
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     for name, grad in grads.items():
-        torch.testing.assert_close(grad, full[1][name], rtol=1e-5, atol=1e-8)  # a frozen layer's matmuls are fused otherwise
+        torch.testing.assert_close(
+            grad, full[1][name], rtol=1e-5, atol=1e-8
+        )  # a frozen layer's matmuls are fused otherwise
 
 
 def test_hooks_see_each_gradient_once_and_complete():
@@ -128,7 +134,10 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, 'weight_gradient', weight_gradient)
 
 
-@pytest.mark.parametrize('asked', ['grad of wpe', 'grad of c_fc and wte', 'grad of ln_f', 'backward to wpe', 'backward to c_fc', 'hooks', 'untied'])
+@pytest.mark.parametrize(
+    'asked',
+    ['grad of wpe', 'grad of c_fc and wte', 'grad of ln_f', 'backward to wpe', 'backward to c_fc', 'hooks', 'untied'],
+)
 def test_gradients_where_not_all_are_wanted(asked, monkeypatch):
     """
     autograd.grad returns the gradients of its loss alone and leaves weight.grad in peace; backward(inputs=...) adds to these alone; a hook
@@ -154,7 +163,9 @@ def test_gradients_where_not_all_are_wanted(asked, monkeypatch):
             elif asked.startswith('backward'):
                 loss.backward(inputs=[wpe if 'wpe' in asked else c_fc])
             else:
-                of = {'grad of wpe': [wpe], 'grad of ln_f': [ln_f], 'untied': [model.lm_head.weight, wte]}.get(asked, [c_fc, wte])
+                of = {'grad of wpe': [wpe], 'grad of ln_f': [ln_f], 'untied': [model.lm_head.weight, wte]}.get(
+                    asked, [c_fc, wte]
+                )
                 returned = torch.autograd.grad(loss, of)
         results.append([*returned, *(p.grad for p in model.parameters())])
     for ours, theirs in zip(*results, strict=True):
@@ -227,7 +238,9 @@ def test_wrapped(dtype, monkeypatch):
     compiled = torch.compile(small(module), fullgraph=True, backend='inductor' if gpu else 'aot_eager')
     results = {'compiled': accumulated(compiled, dtype, micro_steps=2)}
     with process_group() as dist:
-        results['DDP'] = accumulated(nn.parallel.DistributedDataParallel(small(module), gradient_as_bucket_view=True), dtype, micro_steps=2)
+        results['DDP'] = accumulated(
+            nn.parallel.DistributedDataParallel(small(module), gradient_as_bucket_view=True), dtype, micro_steps=2
+        )
         sharded = small(module)
         mesh = dist.device_mesh.init_device_mesh(device, (1,))
         for block in sharded.transformer.h:
@@ -235,11 +248,15 @@ def test_wrapped(dtype, monkeypatch):
         results['FSDP2'] = accumulated(fully_shard(sharded, mesh=mesh), dtype, micro_steps=2)
         results['FSDP2'][1].update((name, grad.full_tensor()) for name, grad in results['FSDP2'][1].items())
     for wrapper, (losses, grads) in results.items():
-        assert losses == pytest.approx(expected[0], rel=1e-5 if dtype == f32 else 3e-3), wrapper  # 16 bits round logits of size 1 by up to 4e-3
+        assert losses == pytest.approx(expected[0], rel=1e-5 if dtype == f32 else 3e-3), (
+            wrapper
+        )  # 16 bits round logits of size 1 by up to 4e-3
         grads = {name.removeprefix('_orig_mod.').removeprefix('module.'): grad for name, grad in grads.items()}
         for name, grad in expected[1].items():
             error = (grads[name] - grad).norm() / grad.norm()
-            assert error < (1e-4 if dtype == f32 else 0.05), f'{wrapper}: {name}: {error:.1e}'  # bfloat16's rounding moves them by 1%
+            assert error < (1e-4 if dtype == f32 else 0.05), (
+                f'{wrapper}: {name}: {error:.1e}'
+            )  # bfloat16's rounding moves them by 1%
 
 
 def test_compiling_in_place_is_declined(capsys):
@@ -253,7 +270,8 @@ def test_compiling_in_place_is_declined(capsys):
 
 
 @pytest.mark.parametrize(
-    'folder, losses_of_one_backward', [('nanoGPT', 1), ('phase2_triton', 1), pytest.param('phase2_triton', 2, marks=[] if gpu else pytest.mark.full)]
+    'folder, losses_of_one_backward',
+    [('nanoGPT', 1), ('phase2_triton', 1), pytest.param('phase2_triton', 2, marks=[] if gpu else pytest.mark.full)],
 )
 def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
     """
@@ -292,7 +310,10 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
                 optimizer.zero_grad(set_to_none=True)
         results.append((losses, grads))
         assert not recorded or len(step.graphs) == 2
-        for module in (kernels.linear, kernels.cross_entropy):  # without graphs, without copies of weights that are kept
+        for module in (
+            kernels.linear,
+            kernels.cross_entropy,
+        ):  # without graphs, without copies of weights that are kept
             monkeypatch.setattr(module, 'rounded', lambda weight, dtype: weight.to(dtype))
     if gpu:
         torch.cuda.synchronize()
@@ -312,8 +333,14 @@ def test_too_little_memory_for_a_recording(monkeypatch):
     if not gpu:
         fake_cuda_graph.install(monkeypatch)
     monkeypatch.setattr(cuda_graph, 'WARMUP', 0)
-    raised = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.'), RuntimeError('CUBLAS_STATUS_ALLOC_FAILED')
-    for error, expected in (*((e, type(e)) for e in raised), (RuntimeError('operation not permitted'), cuda_graph.UserError)):
+    raised = (
+        torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.'),
+        RuntimeError('CUBLAS_STATUS_ALLOC_FAILED'),
+    )
+    for error, expected in (
+        *((e, type(e)) for e in raised),
+        (RuntimeError('operation not permitted'), cuda_graph.UserError),
+    ):
 
         def micro_step(x, y, error=error):
             raise error
@@ -357,7 +384,13 @@ class OneOfTwoRanks(torch.distributed.ProcessGroup):
 
 
 @pytest.mark.parametrize(
-    'folder, micro_steps', [('nanoGPT', 1), ('nanoGPT', 2), ('nanoGPT', 5), pytest.param('phase2_triton', 3, marks=[] if gpu else pytest.mark.full)]
+    'folder, micro_steps',
+    [
+        ('nanoGPT', 1),
+        ('nanoGPT', 2),
+        ('nanoGPT', 5),
+        pytest.param('phase2_triton', 3, marks=[] if gpu else pytest.mark.full),
+    ],
 )
 def test_recorded_under_ddp(folder, micro_steps, monkeypatch):
     """
@@ -374,10 +407,14 @@ def test_recorded_under_ddp(folder, micro_steps, monkeypatch):
         fake_cuda_graph.install(monkeypatch)
         capturing = lambda: fake_cuda_graph.recording is not None
         monkeypatch.setattr(cuda_graph, 'WARMUP_DDP', 2)
-    monkeypatch.setattr(torch.nn.parallel.distributed.logger, 'info', lambda message, *_: ordered.append((message, capturing())))
+    monkeypatch.setattr(
+        torch.nn.parallel.distributed.logger, 'info', lambda message, *_: ordered.append((message, capturing()))
+    )
     with process_group(), torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
         model, plain = (small(load_model(folder), n_layer=1) for _ in range(2))
-        ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, process_group=None if gpu else OneOfTwoRanks())
+        ddp = nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, process_group=None if gpu else OneOfTwoRanks()
+        )
         ddp_calls = []
         ddp.register_forward_pre_hook(lambda *_: ddp_calls.append(capturing()))
 
@@ -396,7 +433,9 @@ def test_recorded_under_ddp(folder, micro_steps, monkeypatch):
                 torch.testing.assert_close(graph(x, y), micro_step(x, y, plain), rtol=1e-3, atol=0)
             for ours, theirs in zip(model.parameters(), plain.parameters()):
                 # on a GPU the embedding adds up with atomics
-                torch.testing.assert_close(ours.grad * ranks, theirs.grad, rtol=1e-3, atol=1e-5 if folder == 'nanoGPT' else 1e-3)
+                torch.testing.assert_close(
+                    ours.grad * ranks, theirs.grad, rtol=1e-3, atol=1e-5 if folder == 'nanoGPT' else 1e-3
+                )
             assert i > 0 or not graph.gradients
             if i > 0:
                 buckets.add(tuple(p.grad.data_ptr() for p in model.parameters()))

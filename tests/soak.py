@@ -25,7 +25,14 @@ import torch
 from launcher import Launcher
 
 PHASES = ('nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp')
-FLAGS = [*conftest.TINY, '--gradient_accumulation_steps=6', '--dropout=0.1', '--eval_interval=4', '--eval_iters=1', '--decay_lr=False']
+FLAGS = [
+    *conftest.TINY,
+    '--gradient_accumulation_steps=6',
+    '--dropout=0.1',
+    '--eval_interval=4',
+    '--eval_iters=1',
+    '--decay_lr=False',
+]
 FLAGS += ['--learning_rate=1e-3', '--fsdp_min_num_params=1']
 WARM_UP_S = 3
 # What a trainer may grow between warm-up and its end. Seen: 0.4 to 1.4 MiB, all of it early, as allocators round to pages and arenas. A leak
@@ -135,7 +142,15 @@ class Soak:
         for _ in range(self.rng.randint(2, 4)):
             fault = self.rng.choice(['term', 'kill', 'disk'])
             early = self.rng.random() < 0.2
-            run = self.train(phase, nproc, fault, '--init_from=auto', '--max_iters=1000000', delay=self.rng.uniform(0, 0.7), early=early)
+            run = self.train(
+                phase,
+                nproc,
+                fault,
+                '--init_from=auto',
+                '--max_iters=1000000',
+                delay=self.rng.uniform(0, 0.7),
+                early=early,
+            )
             self.report[f'faults: {fault}'] += 1
             self.report['resumes'] += 'Resuming training' in run.stdout
             if 'Traceback' in run.stderr or (fault == 'term' and not early and run.returncode != 0):
@@ -143,7 +158,9 @@ class Soak:
             for key, value in numbers(run.stdout).items():
                 self.report['losses printed again'] += key in printed
                 if not same(value, printed.setdefault(key, value), phase, nproc):
-                    self.wrong('losses different', f'{key}: {value}, before the fault {printed[key]} ({phase}, {nproc} ranks)')
+                    self.wrong(
+                        'losses different', f'{key}: {value}, before the fault {printed[key]} ({phase}, {nproc} ranks)'
+                    )
             if (now := self.read_files()) < reached:
                 self.wrong('steps lost', f'{reached} before a {fault}, {now} after it')
             reached = now
@@ -156,7 +173,10 @@ class Soak:
             for key, value in printed.items():
                 self.report['losses compared'] += 1
                 if not same(value, undisturbed.get(key), phase, nproc):
-                    self.wrong('losses different', f'{key}: {value}, undisturbed {undisturbed.get(key)} ({phase}, {nproc} ranks)')
+                    self.wrong(
+                        'losses different',
+                        f'{key}: {value}, undisturbed {undisturbed.get(key)} ({phase}, {nproc} ranks)',
+                    )
 
     def memory(self, phase, nproc, seconds):
         """One long run without a fault: rank 0's resident memory after warm-up and at its end."""
@@ -192,7 +212,15 @@ class Soak:
         return self.report
 
 
-SEEN = ('faults: term', 'faults: kill', 'faults: disk', 'resumes', 'losses printed again', 'losses compared', 'memory: steps')
+SEEN = (
+    'faults: term',
+    'faults: kill',
+    'faults: disk',
+    'resumes',
+    'losses printed again',
+    'losses compared',
+    'memory: steps',
+)
 BAD = ('files unreadable', 'losses different', 'steps lost', 'bad ends', 'memory grown')
 
 

@@ -80,7 +80,9 @@ def test_mistakes(script, arguments, message):
 
 
 def test_config_files_and_flags_apply_from_left_to_right(script, tmp_path):
-    (tmp_path / 'a.py').write_text('import math\nmax_iters = 10 * max_iters\n_helper = 3\nlearning_rate = 1\ndef f(): pass\n')
+    (tmp_path / 'a.py').write_text(
+        'import math\nmax_iters = 10 * max_iters\n_helper = 3\nlearning_rate = 1\ndef f(): pass\n'
+    )
     assert script('--max_iters=5', 'a.py')[0]['max_iters'] == 50
     config, given = script('a.py', '--max_iters=5')
     assert config['max_iters'] == 5 and config['learning_rate'] == 1.0 and given == {'max_iters', 'learning_rate'}
@@ -123,13 +125,20 @@ def test_help_lists_every_flag(script, capsys):
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert 'A script.' in out
-    for line in ('--out_dir=out +where to write', '--max_iters=100 +how long', '--use_magic=True +a spell', '--learning_rate=0.0006$'):
+    for line in (
+        '--out_dir=out +where to write',
+        '--max_iters=100 +how long',
+        '--use_magic=True +a spell',
+        '--learning_rate=0.0006$',
+    ):
         assert re.search(line, out, re.M)
 
 
 @pytest.mark.parametrize('name', ['train', 'sample', 'bench'])
 def test_help_explains_every_flag_of_the_real_scripts(name):
-    out = subprocess.run([sys.executable, NANOGPT / f'{name}.py', '--help'], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, NANOGPT / f'{name}.py', '--help'], capture_output=True, text=True, check=True
+    ).stdout
     flags = [line for line in out.splitlines() if line.startswith('  --')]
     assert len(flags) >= 15 and all(re.match(r'  --\w+=\S* +\S+', line) for line in flags)
 
@@ -145,15 +154,25 @@ def test_our_config_files_hold_known_flags_only(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'text', ['from base import *', 'from base import batch_size', "exec(open('base.py').read())", 'globals().update(batch_size=3)']
+    'text',
+    [
+        'from base import *',
+        'from base import batch_size',
+        "exec(open('base.py').read())",
+        'globals().update(batch_size=3)',
+    ],
 )
 def test_flags_that_a_config_file_takes_from_elsewhere(launch, work, text):
     (work / 'base.py').write_text('batch_size = 3\n')
     (work / 'config.py').write_text(f"import sys\nsys.path.insert(0, '.')\n{text}\n")
-    assert 'tokens per iteration will be: 96\n' in launch(NANOGPT / 'train.py', *TINY, '--max_iters=0', 'config.py').stdout
+    assert (
+        'tokens per iteration will be: 96\n' in launch(NANOGPT / 'train.py', *TINY, '--max_iters=0', 'config.py').stdout
+    )
 
 
 def test_upstreams_style_of_config_file_works(launch, work):
     """As nanoGPT's own: an import, an f-string, comments, a number where the default is a float."""
-    (work / 'config.py').write_text("import time\nwandb_run_name = f'run-{time.time()}'\nlearning_rate = 1 # fast\nmax_iters = 2\n")
+    (work / 'config.py').write_text(
+        "import time\nwandb_run_name = f'run-{time.time()}'\nlearning_rate = 1 # fast\nmax_iters = 2\n"
+    )
     assert 'iter 2:' in launch(NANOGPT / 'train.py', *TINY, 'config.py').stdout

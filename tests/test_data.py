@@ -45,7 +45,11 @@ def tiktoken_cache(tmp_path_factory):
 def copy(tmp_path):
     """A copy of nanoGPT/ with its prepare scripts and no data."""
     copy = tmp_path / 'nanoGPT'
-    shutil.copytree(ROOT / 'nanoGPT' / 'data', copy / 'data', ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__'))
+    shutil.copytree(
+        ROOT / 'nanoGPT' / 'data',
+        copy / 'data',
+        ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__'),
+    )
     for name in ('dataset.py', 'errors.py'):
         shutil.copy(ROOT / 'nanoGPT' / name, copy)
     return copy
@@ -73,7 +77,15 @@ def small_stdlib(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'def f{i}(x):\n    return x + {i}\n' * (1 + i % 7))
     (stdlib / 'odd.py').write_bytes('# Löwis\r\nif x:\n\ty = 1\x0c\n'.encode())
-    for skipped in ('test/test_a.py', 'json/tests/b.py', 'site-packages/c.py', 'encodings/d.py', '_sysconfigdata_x.py', 'config-3/e.py', 'f.txt'):
+    for skipped in (
+        'test/test_a.py',
+        'json/tests/b.py',
+        'site-packages/c.py',
+        'encodings/d.py',
+        '_sysconfigdata_x.py',
+        'config-3/e.py',
+        'f.txt',
+    ):
         (stdlib / skipped).parent.mkdir(exist_ok=True)
         (stdlib / skipped).write_text('SKIPPED\n')
     monkeypatch.setattr(prepare_common.sysconfig, 'get_paths', lambda: {'stdlib': str(stdlib)})
@@ -110,7 +122,9 @@ def test_python_char(prepare, small_stdlib, capsys):
     decode = dataset.get_encoding(meta).decode
     texts = [decode(train.tolist()), decode(val.tolist())]
     assert 'SKIPPED' not in texts[0] + texts[1]
-    assert '# Lwis\nif x:\n        y = 1\n' in texts[0] + texts[1]  # the few other characters are left out, tabs become blanks
+    assert (
+        '# Lwis\nif x:\n        y = 1\n' in texts[0] + texts[1]
+    )  # the few other characters are left out, tabs become blanks
     assert sorted(''.join(texts)) == sorted(''.join(prepare_common.stdlib_sources()))  # every module, once
     assert 0.05 < len(val) / (len(train) + len(val)) < 0.2
     # the entropy that the demo is measured against, computed another way
@@ -197,7 +211,9 @@ def test_shakespeare_char(prepare, tmp_path, monkeypatch, capsys):
     train, val, meta = read(folder)
     assert list(meta['stoi']) == sorted(set(PLAY)) and meta['vocab_size'] == len(set(PLAY))
     decode = dataset.get_encoding(meta).decode
-    assert decode(train.tolist()) == PLAY[: int(len(PLAY) * 0.9)] and decode(train.tolist()) + decode(val.tolist()) == PLAY
+    assert (
+        decode(train.tolist()) == PLAY[: int(len(PLAY) * 0.9)] and decode(train.tolist()) + decode(val.tolist()) == PLAY
+    )
     (tmp_path / 'mine.txt').write_text('To be, or not to be. ' * 10)
     prepare('shakespeare_char', '--input', tmp_path / 'mine.txt')
     assert 'mine.txt is not the well-known' in capsys.readouterr().out
@@ -212,7 +228,11 @@ def test_shakespeare_gpt2(prepare, tmp_path):
     (tmp_path / 'nanoGPT/data/shakespeare/meta.pkl').write_bytes(pickle.dumps({'vocab_size': 1}))  # stale: must go
     train, val, meta = read(prepare('shakespeare', '--input', tmp_path / 'play.txt'))
     gpt2 = dataset.get_encoding({})
-    assert meta == {} and train.tolist() == gpt2.encode(PLAY[: int(len(PLAY) * 0.9)]) and val.tolist() == gpt2.encode(PLAY[int(len(PLAY) * 0.9) :])
+    assert (
+        meta == {}
+        and train.tolist() == gpt2.encode(PLAY[: int(len(PLAY) * 0.9)])
+        and val.tolist() == gpt2.encode(PLAY[int(len(PLAY) * 0.9) :])
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,13 +249,19 @@ def test_shakespeare_without_network(prepare, copy, monkeypatch, answer, reason)
     import requests
 
     get = requests.get
-    monkeypatch.setattr(requests, 'get', lambda url, timeout: get(url, timeout=tuple(min(seconds, 0.3) for seconds in timeout)))
+    monkeypatch.setattr(
+        requests, 'get', lambda url, timeout: get(url, timeout=tuple(min(seconds, 0.3) for seconds in timeout))
+    )
     with server(answer) if answer else contextlib.nullcontext('http://127.0.0.1:9/input.txt') as url:
         with pytest.raises(UserError) as error:
             prepare('shakespeare_char', '--url', url)
     assert reason in str(error.value) and prepare_common.SHAKESPEARE_URL in str(error.value)
-    assert f'put it at\n  {copy / "data/shakespeare_char/input.txt"}\n' in str(error.value) and '--input FILE' in str(error.value)
-    assert [path.name for path in (copy / 'data/shakespeare_char').iterdir()] == ['prepare.py']  # nothing half-written remains
+    assert f'put it at\n  {copy / "data/shakespeare_char/input.txt"}\n' in str(error.value) and '--input FILE' in str(
+        error.value
+    )
+    assert [path.name for path in (copy / 'data/shakespeare_char').iterdir()] == [
+        'prepare.py'
+    ]  # nothing half-written remains
 
 
 # text
@@ -257,7 +283,9 @@ def test_text_documents(prepare, tmp_path):
     documents = [f'document {i} <|endoftext|>{" word" * (i % 5)}' for i in range(90)]
     folder = tmp_path / 'corpus' / 'deep'
     folder.mkdir(parents=True)
-    (folder / 'a.jsonl').write_text('\n\n'.join(json.dumps({'body': text}) for text in documents[:40]) + '\n{"body": ""}\n{"body": null}')
+    (folder / 'a.jsonl').write_text(
+        '\n\n'.join(json.dumps({'body': text}) for text in documents[:40]) + '\n{"body": ""}\n{"body": null}'
+    )
     pq.write_table(pa.table({'body': [*documents[40:80], None], 'n': range(41)}), folder / 'b.parquet')
     (tmp_path / 'elsewhere').mkdir()
     (folder / 'link').symlink_to(tmp_path / 'elsewhere')
@@ -266,11 +294,18 @@ def test_text_documents(prepare, tmp_path):
     for i, text in enumerate(documents[80:]):
         ((tmp_path / 'elsewhere' if i % 2 else folder.parent) / f'{i}.txt').write_text(text)
     (folder / 'ignored.md').write_text('ignored')
-    train, val, _ = read(prepare('text', tmp_path / 'corpus', folder / 'a.jsonl', '--field', 'body'))  # a.jsonl counts once
+    train, val, _ = read(
+        prepare('text', tmp_path / 'corpus', folder / 'a.jsonl', '--field', 'body')
+    )  # a.jsonl counts once
     bpe = dataset.gpt2_encoding()
-    found = [[bpe.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == ENDOFTEXT) + 1)] for ids in (train, val)]
+    found = [
+        [bpe.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == ENDOFTEXT) + 1)]
+        for ids in (train, val)
+    ]
     assert all(text.endswith('<|endoftext|>') for part in found for text in part[:-1])
-    assert sorted(text.removesuffix('<|endoftext|>') for part in found for text in part[:-1]) == sorted(text for text in documents)
+    assert sorted(text.removesuffix('<|endoftext|>') for part in found for text in part[:-1]) == sorted(
+        text for text in documents
+    )
     assert 7 <= len(found[1]) - 1 <= 11  # about every tenth
 
 
@@ -281,15 +316,26 @@ def test_text_char_and_byte(prepare, tmp_path):
         train, val, meta = read(prepare('text', tmp_path / 'a.jsonl', '--encoding', encoding))
         decode = dataset.get_encoding(meta).decode
         assert meta['vocab_size'] == vocab_size and meta['encoding'] == encoding
-        assert sorted((decode(train.tolist()) + decode(val.tolist())).splitlines()) == sorted(text.rstrip('\n') for text in texts)
+        assert sorted((decode(train.tolist()) + decode(val.tolist())).splitlines()) == sorted(
+            text.rstrip('\n') for text in texts
+        )
         assert decode(val.tolist()).count('\n') == 4
 
 
 def test_text_uint32(prepare, tmp_path, capsys):
-    text = ''.join(chr(i) for i in range(32, 0x12000) if not 0xD800 <= i < 0xE000) * 2  # more characters than uint16 has
+    text = (
+        ''.join(chr(i) for i in range(32, 0x12000) if not 0xD800 <= i < 0xE000) * 2
+    )  # more characters than uint16 has
     (tmp_path / 'cjk.jsonl').write_text(json.dumps({'text': text}))
-    train, val, meta = read(prepare('text', tmp_path / 'cjk.jsonl', '--encoding', 'char', '--out', tmp_path / 'out') and tmp_path / 'out')
-    assert meta['vocab_size'] > 65535 and meta['dtype'] == 'uint32' and train.dtype == np.uint32 and 'uint32' in capsys.readouterr().out
+    train, val, meta = read(
+        prepare('text', tmp_path / 'cjk.jsonl', '--encoding', 'char', '--out', tmp_path / 'out') and tmp_path / 'out'
+    )
+    assert (
+        meta['vocab_size'] > 65535
+        and meta['dtype'] == 'uint32'
+        and train.dtype == np.uint32
+        and 'uint32' in capsys.readouterr().out
+    )
     assert dataset.get_encoding(meta).decode([*train.tolist(), *val.tolist()]) == text + '\n'
 
 
@@ -345,14 +391,20 @@ def test_openwebtext(copy, tmp_path):
         f.writelines(json.dumps({'text': text}) + '\n' for text in documents)
     env = {**os.environ, 'HF_HOME': str(tmp_path / 'hf'), 'HF_HUB_OFFLINE': '1'}
     script = copy / 'data/openwebtext/prepare.py'
-    run = subprocess.run([sys.executable, script, '--source', folder, '--num_proc', '2'], env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, script, '--source', folder, '--num_proc', '2'], env=env, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     train, val, _ = read(copy / 'data/openwebtext')
     decode = dataset.get_encoding({}).decode
     parts = [decode(ids.tolist()).split('<|endoftext|>')[:-1] for ids in (train, val)]
     assert len(parts[1]) == 2 and sorted(parts[0] + parts[1]) == sorted(documents)
     run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
-    assert run.returncode == 2 and 'error: cannot load Skylion007/openwebtext' in run.stderr and 'Traceback' not in run.stderr
+    assert (
+        run.returncode == 2
+        and 'error: cannot load Skylion007/openwebtext' in run.stderr
+        and 'Traceback' not in run.stderr
+    )
 
 
 # all or nothing
@@ -361,7 +413,10 @@ def test_openwebtext(copy, tmp_path):
 @pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
 def test_kill_at_any_moment(tmp_path):
     """Killed at its k-th change of the folder, a preparation leaves the old data set, the new one, or a clear error; never a mixture."""
-    old, new = ([1] * 50, [2] * 20, {'vocab_size': 10}), ([3] * 50, [4] * 20, None)  # equal sizes: only the contents tell them apart
+    old, new = (
+        ([1] * 50, [2] * 20, {'vocab_size': 10}),
+        ([3] * 50, [4] * 20, None),
+    )  # equal sizes: only the contents tell them apart
     for before, after in ((old, new), (new, old)):
         outcomes = []
         for k in range(9):
@@ -370,7 +425,13 @@ def test_kill_at_any_moment(tmp_path):
             if pid == 0:
                 steps = itertools.count()
                 for name in ('remove', 'replace'):
-                    setattr(os, name, lambda *args, k=k, steps=steps, do=getattr(os, name): do(*args) if next(steps) < k else os._exit(9))  # noqa: B008
+                    setattr(
+                        os,
+                        name,
+                        lambda *args, k=k, steps=steps, do=getattr(os, name): (
+                            do(*args) if next(steps) < k else os._exit(9)
+                        ),
+                    )
                 write(tmp_path, *after)
                 os._exit(0)
             killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
@@ -420,13 +481,17 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
 
 def test_find_data_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert dataset.find_data_dir('python_char') == str(ROOT / 'nanoGPT/data/python_char')  # beside dataset.py, from anywhere
+    assert dataset.find_data_dir('python_char') == str(
+        ROOT / 'nanoGPT/data/python_char'
+    )  # beside dataset.py, from anywhere
     (tmp_path / 'elsewhere').mkdir()
     assert dataset.find_data_dir(str(tmp_path / 'elsewhere')) == str(tmp_path / 'elsewhere')
     write(tmp_path / 'data/mine', [1], [1])
     assert dataset.find_data_dir('mine') == os.path.join('data', 'mine')
     for name in ('shakespear_char', ''):
-        with pytest.raises(UserError, match='there is no data set .*shakespeare_char, shakespeare,' if name else 'Known: .*mine'):
+        with pytest.raises(
+            UserError, match='there is no data set .*shakespeare_char, shakespeare,' if name else 'Known: .*mine'
+        ):
             dataset.find_data_dir(name)
 
 
@@ -488,7 +553,10 @@ def test_open_tokens(tmp_path):
 
 def test_missing_data_names_the_command(copy, monkeypatch):
     monkeypatch.chdir(copy)
-    for name, command in (('python_char', r'python data/python_char/prepare\.py$'), ('unknown', 'prepare.py YOUR_FILES --out data/unknown$')):
+    for name, command in (
+        ('python_char', r'python data/python_char/prepare\.py$'),
+        ('unknown', 'prepare.py YOUR_FILES --out data/unknown$'),
+    ):
         with pytest.raises(UserError, match=f'train.bin does not exist. Prepare the data first: .*{command}'):
             dataset.open_tokens(f'data/{name}', 'train', 8, {})
 
@@ -506,10 +574,14 @@ def test_check_tokens():
 def test_encodings():
     gpt2 = dataset.get_encoding({})
     assert gpt2.encode('Hello world<|endoftext|>é') == [15496, 995, ENDOFTEXT, 2634]
-    assert gpt2.decode([15496, 995, 50257, 50303, 2634, 50256]) == 'Hello world\ufffd\ufffdé<|endoftext|>'  # a padded vocabulary
+    assert (
+        gpt2.decode([15496, 995, 50257, 50303, 2634, 50256]) == 'Hello world\ufffd\ufffdé<|endoftext|>'
+    )  # a padded vocabulary
     byte = dataset.get_encoding({'vocab_size': 256, 'encoding': 'byte'})
     assert byte.encode('é\n') == [195, 169, 10] and byte.decode([195, 169, 195, 10, 300]) == 'é\ufffd\n\ufffd'
-    char = dataset.get_encoding({'vocab_size': 2, 'stoi': {'a': 0, '\n': 1}, 'itos': {0: 'a', 1: '\n'}})  # upstream's keys only
+    char = dataset.get_encoding(
+        {'vocab_size': 2, 'stoi': {'a': 0, '\n': 1}, 'itos': {0: 'a', 1: '\n'}}
+    )  # upstream's keys only
     assert char.encode('a\na') == [0, 1, 0] and char.decode([1, 0, 7]) == '\na\ufffd'
     with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) is not among the 2"):
         char.encode('aé')

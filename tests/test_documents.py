@@ -26,17 +26,21 @@ from report import documents
 COMMANDS = ('python', 'torchrun', 'make', 'diff', 'sbatch', 'jq', 'pip')
 FOLDERS = ('nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp')
 SHRINK = {  # added to every command that runs this script; the last flag of a name counts
-    'train.py': [*'--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=3 --warmup_iters=1 --eval_interval=2'.split(),
-                 *'--eval_iters=1 --log_interval=1 --device=cpu --dataset=python_char --always_save_checkpoint=True --wandb_log=False'.split()],
+    'train.py': [
+        *'--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=3 --warmup_iters=1 --eval_interval=2'.split(),
+        *'--eval_iters=1 --log_interval=1 --device=cpu --dataset=python_char --always_save_checkpoint=True --wandb_log=False'.split(),
+    ],
     'sample.py': ['--num_samples=1', '--max_new_tokens=5', '--device=cpu'],
     'visualize_training.py': [],
     'prepare.py': [],
     'report.py': ['--check'],
     'bench_trainers.py': ['--plan'],
     'bench_fsdp.py': ['--dry-run'],
-}  # fmt: skip
+}
 # names of what a run makes, and of what is the reader's
-MADE = re.compile(r'^\.\w+$|^(/|out|OUT_DIR|FILE|FOLDER|YOUR|run_|\.\.\._|ckpt|iter_|__RANK|\.venv|data/<)|\.(bin|pkl|distcp|jsonl|parquet)$')
+MADE = re.compile(
+    r'^\.\w+$|^(/|out|OUT_DIR|FILE|FOLDER|YOUR|run_|\.\.\._|ckpt|iter_|__RANK|\.venv|data/<)|\.(bin|pkl|distcp|jsonl|parquet)$'
+)
 ELSEWHERE = ('torch/', 'input.txt', 'slurm.conf', 'torch.')  # of other projects
 SCRIPTS = [path for folder in (*FOLDERS, 'benchmarks') for path in (ROOT / folder).rglob('*.py')]
 
@@ -48,7 +52,11 @@ def flags_of(script):
     top, configured, _ = text.partition('\nconfig, given = configure(globals())')
     if configured:
         names |= {f'--{node.targets[0].id}' for node in ast.parse(top).body if isinstance(node, ast.Assign)}
-        names |= {f'--{name}' for folder in ('nanoGPT', 'phase2_triton') for name in model_options(str(ROOT / folder), str(script))}
+        names |= {
+            f'--{name}'
+            for folder in ('nanoGPT', 'phase2_triton')
+            for name in model_options(str(ROOT / folder), str(script))
+        }
     return names
 
 
@@ -77,7 +85,11 @@ def code_of(text):
 def commands_of(text):
     """The commands of a document, as lists of words, in their order and each once."""
     lines, spans, _ = code_of(text)
-    found = [shlex.split(line, comments=True) for line in lines + spans if line.split(' ')[0] in COMMANDS and not line.startswith('make:')]
+    found = [
+        shlex.split(line, comments=True)
+        for line in lines + spans
+        if line.split(' ')[0] in COMMANDS and not line.startswith('make:')
+    ]
     found = [words[: words.index('|')] if '|' in words else words for words in found if len(words) > 1]
     return [words for i, words in enumerate(found) if words not in found[:i]]
 
@@ -126,7 +138,13 @@ def problems(path):
             looks = re.fullmatch(r'[\w.*-]*(/[\w.*-]+)*/?', word) and (
                 re.search(r'\.(py|md|json|png|sh|toml|txt)$', word) or re.fullmatch(r'(\w+/)+', word)
             )
-            if looks and not MADE.search(word) and not word.startswith(ELSEWHERE) and '*' not in word and not find(word, folder):
+            if (
+                looks
+                and not MADE.search(word)
+                and not word.startswith(ELSEWHERE)
+                and '*' not in word
+                and not find(word, folder)
+            ):
                 found.append(f'path {word}')
     return found
 
@@ -143,7 +161,9 @@ def problems_of_command(words, folder):
     at = script_of(words)
     if 'pytest' in words or at is None:
         flags = [] if 'pytest' in words else [word.split('=')[0] for word in words if word.startswith('--')]
-        return [f'path {w}' for w in words if w.endswith('.py') and not find(w, folder)] + [f'flag {f} in {name}' for f in flags if f not in KNOWN]
+        return [f'path {w}' for w in words if w.endswith('.py') and not find(w, folder)] + [
+            f'flag {f} in {name}' for f in flags if f not in KNOWN
+        ]
     script = find(words[at], folder)
     if script is None:
         return [f'script {words[at]}']
@@ -194,7 +214,11 @@ def run(words, folder, launch, copy):
         assert done.returncode <= (words[0] == 'diff') and done.stdout, f'{words}: {done.stderr}'
         return
     at = script_of(words)
-    script = copy / find(words[at], folder).resolve().relative_to(ROOT) if not (here / words[at]).exists() else here / words[at]
+    script = (
+        copy / find(words[at], folder).resolve().relative_to(ROOT)
+        if not (here / words[at]).exists()
+        else here / words[at]
+    )
     nproc = next((int(word.split('=')[1]) for word in words[:at] if word.startswith('--nproc_per_node=')), 1)
     extra = list(SHRINK[script.name]) if '--help' not in words else []
     if script.name == 'train.py':

@@ -35,7 +35,10 @@ def train_and_kill(script, rng, out_dir, kills):
     done, seen = 0, set()
     with open('log', 'w+') as log:
         agent = subprocess.Popen(
-            [*TORCHRUN, script, *FLAGS, '--init_from=auto', f'--out_dir={out_dir}'], stdout=log, stderr=subprocess.STDOUT, env=env
+            [*TORCHRUN, script, *FLAGS, '--init_from=auto', f'--out_dir={out_dir}'],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
         )
         while done < kills and (pids := workers(agent, seen)):
             seen.update(pids)
@@ -114,7 +117,9 @@ sys.argv[0] = {str(NANOGPT / 'train.py')!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
 """)
     run = launch(script, *TINY, f'--dataset={work}/data/letters', '--init_from=auto', nproc=2, check=False)
-    assert run.returncode == 2 and run.stderr.count('error: ') == 1 and 'a file system that all of them see' in run.stderr
+    assert (
+        run.returncode == 2 and run.stderr.count('error: ') == 1 and 'a file system that all of them see' in run.stderr
+    )
 
 
 def test_every_group_gives_up_after_dist_timeout(launch, work):

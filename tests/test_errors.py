@@ -58,12 +58,24 @@ MISTAKES = {
     'data not prepared': (None, ['--dataset=shakespeare'], 'shakespeare/prepare.py'),
     'one file of it missing': (lambda: os.remove('data/letters/val.bin'), [], 'val.bin does not exist'),
     'token outside the vocabulary': (lambda: write_tokens([50] * 100), [], 'token 50'),
-    'token beyond the checkpoint': (lambda: edit_checkpoint(lambda c: c['model_args'].update(vocab_size=3)), RESUME, 'does not fit'),
-    'other vocabulary': (lambda: pickle.dump({'vocab_size': 41}, open('data/letters/meta.pkl', 'wb')), RESUME, 'vocabulary of 40'),
+    'token beyond the checkpoint': (
+        lambda: edit_checkpoint(lambda c: c['model_args'].update(vocab_size=3)),
+        RESUME,
+        'does not fit',
+    ),
+    'other vocabulary': (
+        lambda: pickle.dump({'vocab_size': 41}, open('data/letters/meta.pkl', 'wb')),
+        RESUME,
+        'vocabulary of 40',
+    ),
     'a folder for data': (lambda: (os.remove('data/letters/val.bin'), os.mkdir('data/letters/val.bin')), [], 'val.bin'),
     'truncated .bin': (lambda: cut('data/letters/train.bin', 999), [], 'train.bin is truncated'),
     'short .bin': (lambda: write_tokens([1] * 10), [], 'too few for block_size'),
-    'meta.pkl with code': (lambda: pickle.dump({'vocab_size': Malicious()}, open('data/letters/meta.pkl', 'wb')), [], 'could run code'),
+    'meta.pkl with code': (
+        lambda: pickle.dump({'vocab_size': Malicious()}, open('data/letters/meta.pkl', 'wb')),
+        [],
+        'could run code',
+    ),
     'no checkpoint': (lambda: os.remove('out/ckpt.pt'), RESUME, 'no checkpoint out/ckpt.pt'),
     'truncated checkpoint': (lambda: cut('out/ckpt.pt', 9999), RESUME, 'cut short'),
     'empty checkpoint': (lambda: cut('out/ckpt.pt', 0), RESUME, 'out/ckpt.pt'),
@@ -74,12 +86,32 @@ MISTAKES = {
     'file of something else': (lambda: torch.save({'a': 1}, 'out/ckpt.pt'), RESUME, 'no checkpoint of a training run'),
     'checkpoint of another shape': (None, [*RESUME, '--n_embd=64'], 'n_embd=32, but n_embd=64 was asked for'),
     'longer block than the checkpoint': (None, [*RESUME, '--block_size=64'], 'give --block_size=16'),
-    'malformed checkpoint': (lambda: edit_checkpoint(lambda c: c.update(model_args=None)), RESUME, 'it lacks model_args'),
-    'lost weight': (lambda: edit_checkpoint(lambda c: c['model'].pop('lm_head.weight')), RESUME, 'lm_head.weight is missing'),
+    'malformed checkpoint': (
+        lambda: edit_checkpoint(lambda c: c.update(model_args=None)),
+        RESUME,
+        'it lacks model_args',
+    ),
+    'lost weight': (
+        lambda: edit_checkpoint(lambda c: c['model'].pop('lm_head.weight')),
+        RESUME,
+        'lm_head.weight is missing',
+    ),
     'lost optimizer': (lambda: edit_checkpoint(lambda c: c.pop('optimizer')), RESUME, 'optimizer state is missing'),
-    'malformed optimizer': (lambda: edit_checkpoint(lambda c: c.update(optimizer={'a': 1})), RESUME, 'optimizer state is missing'),
-    'foreign optimizer': (lambda: edit_checkpoint(lambda c: c['optimizer']['state'][0].update(exp_avg=torch.zeros(7))), RESUME, 'does not fit'),
-    'out_dir is a file': (lambda: open('occupied', 'w').close(), ['--out_dir=occupied'], 'out_dir=occupied cannot be used'),
+    'malformed optimizer': (
+        lambda: edit_checkpoint(lambda c: c.update(optimizer={'a': 1})),
+        RESUME,
+        'optimizer state is missing',
+    ),
+    'foreign optimizer': (
+        lambda: edit_checkpoint(lambda c: c['optimizer']['state'][0].update(exp_avg=torch.zeros(7))),
+        RESUME,
+        'does not fit',
+    ),
+    'out_dir is a file': (
+        lambda: open('occupied', 'w').close(),
+        ['--out_dir=occupied'],
+        'out_dir=occupied cannot be used',
+    ),
     'name that torch cannot open': (None, ['--out_dir=o\udcff'], 'cannot be used'),
     'device': (None, ['--device=gpu'], "device is 'gpu'"),
     'part of a device': (None, ['--device=cpu:x'], "device is 'cpu:x'"),
@@ -87,10 +119,18 @@ MISTAKES = {
     'nccl without a GPU': (None, ['--backend=nccl'], 'backend=nccl works between GPUs only'),
     'backend': (None, ['--backend=smoke'], "backend is 'smoke'"),
     'pretrained': (None, ['--init_from=gpt2-tiny'], "init_from is 'gpt2-tiny'"),
-    'pretrained on other tokens': (None, ['--init_from=gpt2'], "letters has 40 tokens of its own, but the pretrained models know GPT-2's"),
+    'pretrained on other tokens': (
+        None,
+        ['--init_from=gpt2'],
+        "letters has 40 tokens of its own, but the pretrained models know GPT-2's",
+    ),
     'init_from': (None, ['--init_from=somewhere'], "init_from is 'somewhere'"),
-    'package missing': (lambda: open('wandb.py', 'w').write('raise ModuleNotFoundError(name="wandb")'), ['--wandb_log'], 'pip install wandb'),
-}  # fmt: skip
+    'package missing': (
+        lambda: open('wandb.py', 'w').write('raise ModuleNotFoundError(name="wandb")'),
+        ['--wandb_log'],
+        'pip install wandb',
+    ),
+}
 
 
 @pytest.fixture(scope='module')
@@ -135,7 +175,10 @@ def test_world_size_that_does_not_divide_the_accumulation(launch, work):
     [
         (dict(RANK='1'), 'RANK=1 WORLD_SIZE= MASTER_ADDR='),
         (dict(WORLD_SIZE='2'), 'RANK= WORLD_SIZE=2 MASTER_ADDR='),
-        (dict(RANK='1', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='29511'), 'RANK=1 WORLD_SIZE=1 MASTER_ADDR=localhost'),
+        (
+            dict(RANK='1', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='29511'),
+            'RANK=1 WORLD_SIZE=1 MASTER_ADDR=localhost',
+        ),
     ],
 )
 def test_half_an_environment(launch, work, env, found):
@@ -170,16 +213,30 @@ def test_a_crash_of_one_rank_ends_all(launch, work):
 @pytest.mark.parametrize(
     'raised, status, message',
     [
-        ("torch.OutOfMemoryError('CUDA out of memory. 1 GiB is free. Of the allocated')", 2, '1 of crash.py: CUDA out of memory. 1 GiB is free'),
+        (
+            "torch.OutOfMemoryError('CUDA out of memory. 1 GiB is free. Of the allocated')",
+            2,
+            '1 of crash.py: CUDA out of memory. 1 GiB is free',
+        ),
         ("RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x')", 2, 'CUBLAS_STATUS_ALLOC_FAILED'),
-        ("RuntimeError('the end complains') from RuntimeError('a kernel\\nCUDA error: out of memory\\nC++')", 2, ': CUDA error: out of memory.'),
+        (
+            "RuntimeError('the end complains') from RuntimeError('a kernel\\nCUDA error: out of memory\\nC++')",
+            2,
+            ': CUDA error: out of memory.',
+        ),
         ('MemoryError()', 2, "no more of the CPU's"),
-        ("RuntimeError('CUDA driver error: operation not supported')", 2, 'PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False'),
+        (
+            "RuntimeError('CUDA driver error: operation not supported')",
+            2,
+            'PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False',
+        ),
         ("RuntimeError('CUDA error: an illegal memory access was encountered')", 1, 'Traceback'),
         ("OSError('cannot allocate memory')", 1, 'Traceback'),
     ],
-)  # fmt: skip
+)
 def test_errors_of_gpus_and_of_memory(work, raised, status, message):
-    (work / 'crash.py').write_text(f'import sys, torch; sys.path.insert(0, {str(NANOGPT)!r}); import errors; raise {raised}\n')
+    (work / 'crash.py').write_text(
+        f'import sys, torch; sys.path.insert(0, {str(NANOGPT)!r}); import errors; raise {raised}\n'
+    )
     run = subprocess.run([sys.executable, 'crash.py'], capture_output=True, text=True)
     assert run.returncode == status and message in run.stderr and ('Traceback' in run.stderr) == (status == 1), run

@@ -31,7 +31,13 @@ def script(work, name, text):
     [
         (2, [['--fsdp_min_num_params=20000', '--fsdp_reshard=True', '--activation_checkpointing']]),
         (3, [['--fsdp_cpu_offload']]),
-        (4, [['--fsdp_shard_size=2', EACH_BLOCK], ['--fsdp_shard_size=2', '--fsdp_min_num_params=20000', '--fsdp_reshard=True']]),
+        (
+            4,
+            [
+                ['--fsdp_shard_size=2', EACH_BLOCK],
+                ['--fsdp_shard_size=2', '--fsdp_min_num_params=20000', '--fsdp_reshard=True'],
+            ],
+        ),
     ],
 )
 def test_same_losses_as_ddp(launch, work, nproc, variants):
@@ -39,21 +45,40 @@ def test_same_losses_as_ddp(launch, work, nproc, variants):
     50 steps with weight decay, clipping, accumulation, dropout, an evaluation and a checkpoint in between. The ranks add up
     their gradients in another order than in DDP, so the last bits differ: 1e-6 is 8 units in the last place of float32.
     """
-    flags = [*TINY, f'--gradient_accumulation_steps={2 * nproc}', '--max_iters=49', '--lr_decay_iters=50', '--eval_interval=25', '--eval_iters=1',
-             '--dropout=0.1', '--weight_decay=0.2', '--grad_clip=0.5']  # fmt: skip
+    flags = [
+        *TINY,
+        f'--gradient_accumulation_steps={2 * nproc}',
+        '--max_iters=49',
+        '--lr_decay_iters=50',
+        '--eval_interval=25',
+        '--eval_iters=1',
+        '--dropout=0.1',
+        '--weight_decay=0.2',
+        '--grad_clip=0.5',
+    ]
     launch(TRAIN, *flags, '--out_dir=ddp', nproc=nproc)
     ddp, saved = log_of('ddp'), load('ddp/ckpt.pt')
-    assert min(record['grad_norm'] for record in ddp['iterations']) < 0.5 < max(record['grad_norm'] for record in ddp['iterations'])
+    assert (
+        min(record['grad_norm'] for record in ddp['iterations'])
+        < 0.5
+        < max(record['grad_norm'] for record in ddp['iterations'])
+    )
     for i, variant in enumerate(variants):
         out = launch(FSDP, *flags, *variant, f'--out_dir={i}', nproc=nproc).stdout
         assert 'Wrapping model with FSDP...' in out
         fsdp = log_of(i)
         assert len(fsdp['iterations']) == 50 and len(fsdp['evaluations']) == 2 and len(fsdp['checkpoints']) == 2
-        for ours, theirs in zip(fsdp['iterations'] + fsdp['evaluations'], ddp['iterations'] + ddp['evaluations'], strict=True):
+        for ours, theirs in zip(
+            fsdp['iterations'] + fsdp['evaluations'], ddp['iterations'] + ddp['evaluations'], strict=True
+        ):
             for key in ('loss', 'train_loss', 'val_loss', 'grad_norm', 'lr'):
                 if key in ours:
                     # the norm is of a difference of nearly equal numbers, once the model has learnt
-                    assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if key == 'grad_norm' else 1e-6), (variant, ours['iter'], key)
+                    assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if key == 'grad_norm' else 1e-6), (
+                        variant,
+                        ours['iter'],
+                        key,
+                    )
         own = load(f'{i}/ckpt.pt')
         for a, b in zip(own['resume']['ranks'], saved['resume']['ranks'], strict=True):
             assert torch.equal(a['rng'], b['rng']) and torch.equal(a['X'], b['X'])  # the next batch is the same one
@@ -74,7 +99,11 @@ def test_says_what_each_rank_holds(launch, work):
 
 def test_weights_at_the_start_are_the_references_to_the_bit(launch, work):
     """Built on the meta device, on 3 ranks, which cut 40 rows unevenly: rank 0's weights, and each rank's own generator, as in DDP."""
-    out = launch(script(work, 'init', """
+    out = launch(
+        script(
+            work,
+            'init',
+            """
 import torch, torch.distributed as dist
 from model import GPT, GPTConfig
 from sharded_checkpoint import gather_full
@@ -99,7 +128,10 @@ if rank == 0:
     assert full['model']['lm_head.weight'] is full['model']['transformer.wte.weight']
     print('equal')
 dist.destroy_process_group()
-"""), nproc=3).stdout  # fmt: skip
+""",
+        ),
+        nproc=3,
+    ).stdout
     assert out.endswith('equal\n')
 
 
@@ -110,7 +142,11 @@ def test_recorded_micro_steps(launch, work, nproc):
     evaluation, released and recorded anew, with all units kept and with each freed, and in hybrid sharding on 4 ranks. More micro-steps than were
     recorded are an error.
     """
-    out = launch(script(work, 'recorded', f"""
+    out = launch(
+        script(
+            work,
+            'recorded',
+            f"""
 import pytest, torch, torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 import sharded_cuda_graph
@@ -177,7 +213,10 @@ for flags in (hybrid, hybrid | dict(fsdp_reshard=True)):
     assert train(True, **flags) == train(False, **flags)
 print('equal')
 dist.destroy_process_group()
-"""), nproc=nproc).stdout  # fmt: skip
+""",
+        ),
+        nproc=nproc,
+    ).stdout
     assert out.endswith('equal\n')
 
 
@@ -185,7 +224,9 @@ dist.destroy_process_group()
 def test_half_precision_learns(launch, work, dtype):
     """The loss is that of float32 but for the rounding of 8 or 11 bits of mantissa, after 40 steps in which it fell from 3.7."""
     flags = [*TINY, '--max_iters=40', '--lr_decay_iters=40', '--eval_interval=40']
-    last = [losses(launch(*run, *flags, nproc=2).stdout)[-2] for run in ((FSDP, EACH_BLOCK, f'--dtype={dtype}'), (TRAIN,))]
+    last = [
+        losses(launch(*run, *flags, nproc=2).stdout)[-2] for run in ((FSDP, EACH_BLOCK, f'--dtype={dtype}'), (TRAIN,))
+    ]
     half, full = (float(re.search(r'val loss (\S+)', line)[1]) for line in last)
     assert abs(half - full) < 0.02 and full < 2
 
@@ -195,7 +236,10 @@ def test_steps_that_overflow_are_skipped_by_fused_adamw(launch, work):
     As on a GPU, where AdamW is fused. The loss is scaled up so much that for some steps gradients are inf, on both ranks; after those it is
     as in AdamW's other form, but for the rounding of float16.
     """
-    overflowing = script(work, 'overflowing', f"""
+    overflowing = script(
+        work,
+        'overflowing',
+        f"""
 import runpy, torch
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 adamw, scaler, fused = torch.optim.AdamW.__init__, ShardedGradScaler.__init__, '--fused' in sys.argv
@@ -203,7 +247,8 @@ torch.optim.AdamW.__init__ = lambda self, *args, **kwargs: adamw(self, *args, **
 ShardedGradScaler.__init__ = lambda self, *args, **kwargs: scaler(self, *args, init_scale=2.0**22, **kwargs)
 sys.argv[:] = [{str(FSDP)!r}, *(flag for flag in sys.argv[1:] if flag != '--fused')]
 runpy.run_path(sys.argv[0], run_name='__main__')
-""")  # fmt: skip
+""",
+    )
     runs = []
     for flags in ([], ['--fused']):
         launch(overflowing, *TINY, EACH_BLOCK, '--dtype=float16', f'--out_dir=out{len(flags)}', *flags, nproc=2)
@@ -243,21 +288,28 @@ def test_resume_is_exact(launch, work, form):
 
 def test_a_save_in_the_background_is_of_its_iteration(launch, work):
     """Iteration 20, the best, is being written while step 20 is taken."""
-    slow = script(work, 'slow', f"""
+    slow = script(
+        work,
+        'slow',
+        f"""
 import runpy, time
 import torch.distributed.checkpoint as dcp
 save = dcp.save
 dcp.save = lambda *args, **kwargs: (time.sleep(0.5), save(*args, **kwargs))
 sys.argv[0] = {str(FSDP)!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
-""")  # fmt: skip
+""",
+    )
     launch(slow, *TINY, SHARDED, nproc=2)
     best = load(f'out/ckpt_sharded/{open("out/ckpt_sharded/best").read()}/rest.pt')
     assert best['iter_num'] == 20 and {int(s['step']) for s in best['optimizer']['state'].values()} == {20}
 
 
 def test_a_run_that_diverges_finishes_its_save(launch, work):
-    slow = script(work, 'diverges', f"""
+    slow = script(
+        work,
+        'diverges',
+        f"""
 import itertools, runpy, time
 import torch.distributed.checkpoint as dcp
 from step_guard import StepGuard
@@ -266,22 +318,31 @@ dcp.save = lambda *args, **kwargs: (time.sleep(2), save(*args, **kwargs))
 StepGuard.step = lambda self, optimizer, norm: step(self, optimizer, norm if next(steps) < 5 else norm * float('nan'))
 sys.argv[0] = {str(FSDP)!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
-""")  # fmt: skip
+""",
+    )
     run = launch(slow, *TINY, SHARDED, '--eval_interval=5', nproc=2, check=False)
     assert run.returncode == 2 and 'training diverged' in run.stderr and 'Traceback' not in run.stderr
-    assert open('out/ckpt_sharded/latest').read().startswith('iter_0000005') and log_of('out')['run']['status'] == 'failed'
+    assert (
+        open('out/ckpt_sharded/latest').read().startswith('iter_0000005') and log_of('out')['run']['status'] == 'failed'
+    )
 
 
 def test_parts_on_different_disks_are_no_checkpoint(launch, work):
     """out_dir is not shared, so that each machine has its own part: said at the first save, not when it is needed."""
-    apart = script(work, 'apart', f"""
+    apart = script(
+        work,
+        'apart',
+        f"""
 import os, runpy
 sys.argv[:] = [{str(FSDP)!r}, *sys.argv[1:], '--out_dir=out' + os.environ['RANK']]
 runpy.run_path(sys.argv[0], run_name='__main__')
-""")  # fmt: skip
+""",
+    )
     run = launch(apart, *TINY, SHARDED, nproc=2, check=False)
     assert run.returncode == 2 and 'Traceback' not in run.stderr and 'training goes on' in run.stderr
-    assert run.stderr.count('Do all machines see the same out_dir?') > 1 and not os.path.exists('out0/ckpt_sharded/latest')
+    assert run.stderr.count('Do all machines see the same out_dir?') > 1 and not os.path.exists(
+        'out0/ckpt_sharded/latest'
+    )
 
 
 def test_conversion_replaces_nothing_that_is_newer(launch, work, capsys):
@@ -306,8 +367,13 @@ def test_latest_and_best_are_both_kept(launch, work):
     assert latest.startswith('iter_0000021') and best.startswith('iter_0000010')
     assert sorted(os.listdir('out/ckpt_sharded')) == sorted([latest, best, 'latest', 'best'])
     record = log_of('out')['checkpoints'][-1]
-    assert record['path'].endswith(latest) and record['bytes'] > 100_000 and record['stall_seconds'] <= record['seconds']
-    full_disk = script(work, 'full_disk', f"""
+    assert (
+        record['path'].endswith(latest) and record['bytes'] > 100_000 and record['stall_seconds'] <= record['seconds']
+    )
+    full_disk = script(
+        work,
+        'full_disk',
+        f"""
 import itertools, runpy, torch
 save, saves = torch.save, itertools.count()
 def save_once(*args):
@@ -317,7 +383,8 @@ def save_once(*args):
 torch.save = save_once
 sys.argv[0] = {str(CONVERT)!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
-""")  # fmt: skip
+""",
+    )
     run = launch(full_disk, 'full', 'out', check=False)
     assert run.returncode == 2 and 'ckpt.pt could not be saved' in run.stderr and not os.path.exists('out/ckpt.pt')
     assert load('out/ckpt_best.pt')['iter_num'] == 10
@@ -327,7 +394,10 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     os.mkdir('weights')
     torch.save({key: state[key] for key in ('model', 'model_args', 'iter_num')}, 'weights/ckpt.pt')
     assert 'error: weights/ckpt.pt has no optimizer state' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
-    assert 'error: there is no sharded checkpoint in weights/ckpt.pt' in launch(CONVERT, 'full', 'weights/ckpt.pt', check=False).stderr
+    assert (
+        'error: there is no sharded checkpoint in weights/ckpt.pt'
+        in launch(CONVERT, 'full', 'weights/ckpt.pt', check=False).stderr
+    )
     torch.save({**state, 'optimizer': {'a': 1}}, 'weights/ckpt.pt')
     assert 'error: weights/ckpt.pt has no optimizer state' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
 
@@ -338,7 +408,9 @@ def test_mistakes_end_with_one_message(launch, work):
         assert run.returncode == 2 and 'Traceback' not in run.stderr and run.stderr.count('error: ') == 1, run.stderr
         return run.stderr
 
-    assert 'fsdp_shard_size=2, but it must divide the 3 processes' in message('--fsdp_shard_size=2', '--gradient_accumulation_steps=3', nproc=3)
+    assert 'fsdp_shard_size=2, but it must divide the 3 processes' in message(
+        '--fsdp_shard_size=2', '--gradient_accumulation_steps=3', nproc=3
+    )
     assert "fsdp_reshard is 'often'" in message('--fsdp_reshard=often')
     assert "ckpt_format is 'zip'" in message('--ckpt_format=zip')
     assert 'needs FSDP' in message(SHARDED, nproc=1)
@@ -347,8 +419,15 @@ def test_mistakes_end_with_one_message(launch, work):
 
     launch(FSDP, *TINY, EACH_BLOCK, SHARDED, '--max_iters=2', nproc=2)
     folder = 'out/ckpt_sharded/' + open('out/ckpt_sharded/latest').read()
-    for run in (launch(FSDP, *TINY, RESUME, check=False), launch(TRAIN, *TINY, '--init_from=auto', nproc=2, check=False)):
-        assert run.returncode == 2 and 'is sharded' in run.stderr and f'python sharded_checkpoint.py full {work}/out' in run.stderr
+    for run in (
+        launch(FSDP, *TINY, RESUME, check=False),
+        launch(TRAIN, *TINY, '--init_from=auto', nproc=2, check=False),
+    ):
+        assert (
+            run.returncode == 2
+            and 'is sharded' in run.stderr
+            and f'python sharded_checkpoint.py full {work}/out' in run.stderr
+        )
     assert 'iter 1:' in launch(FSDP, *TINY, '--max_iters=1', '--out_dir=out').stdout  # nothing is to be resumed
     os.remove('out/ckpt.pt')
     os.rename('out/ckpt_sharded_before', 'out/ckpt_sharded')  # where the new run has put it
@@ -357,7 +436,9 @@ def test_mistakes_end_with_one_message(launch, work):
     torch.save({**rest, 'model_args': {**rest['model_args'], 'bias': True}}, f'{folder}/rest.pt')
     assert 'transformer.h.0.ln_1.bias is missing' in message(RESUME)
     torch.save({**rest, 'model_args': {**rest['model_args'], 'n_embd': 64}}, f'{folder}/rest.pt')
-    assert 'does not fit its own model_args: transformer.wte.weight is (40, 32) instead of (40, 64)' in message(RESUME, '--n_embd=64')
+    assert 'does not fit its own model_args: transformer.wte.weight is (40, 32) instead of (40, 64)' in message(
+        RESUME, '--n_embd=64'
+    )
     torch.save(rest, f'{folder}/rest.pt')
     with open(f'{folder}/__1_0.distcp', 'r+b') as f:
         f.truncate(os.path.getsize(f.name) - 100)
@@ -380,7 +461,10 @@ def test_killed_while_it_saves(launch, work, form):
     kill -9 of one rank at a random moment of a run that does nothing but save; then the next run goes on from the last
     checkpoint that was complete.
     """
-    killed = script(work, 'killed', f"""
+    killed = script(
+        work,
+        'killed',
+        f"""
 import os, random, runpy, signal, threading, time
 train = {str(FSDP)!r}
 if os.environ['RANK'] == os.environ['VICTIM']:
@@ -396,7 +480,8 @@ if os.environ['RANK'] == '0':
     training_logger.TrainingLogger.iteration = lambda *args, **kwargs: (open('started', 'w').close(), iteration(*args, **kwargs))
 sys.argv[0] = train
 runpy.run_path(train, run_name='__main__')
-""")  # fmt: skip
+""",
+    )
     flags = [*TINY, '--eval_interval=1', '--eval_iters=1', EACH_BLOCK, *form]
     launch(FSDP, *flags, '--max_iters=1', nproc=2)
     generator = torch.Generator().manual_seed(0)
@@ -418,13 +503,17 @@ def test_full_disk_is_a_warning_until_the_end(launch, work):
     """A limit on the size of files stands for the disk."""
     launch(FSDP, *TINY, SHARDED, '--max_iters=2', '--out_dir=out', nproc=2)
     latest = open('out/ckpt_sharded/latest').read()
-    limited = script(work, 'limited', f"""
+    limited = script(
+        work,
+        'limited',
+        f"""
 import resource, runpy, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.argv[0] = {str(FSDP)!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
-""")  # fmt: skip
+""",
+    )
     run = launch(limited, *TINY, SHARDED, RESUME, '--max_iters=12', '--json_log=False', nproc=2, check=False)
     assert 'iter 12:' in run.stdout and run.returncode == 2 and 'Traceback' not in run.stderr
     assert 'training goes on' in run.stderr and run.stderr.count('error: a checkpoint could not be saved') == 1
@@ -432,7 +521,9 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     assert 'iter 3:' in launch(FSDP, *TINY, RESUME, '--max_iters=4', nproc=2).stdout
 
 
-CUDA = pytest.param('cuda', marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')])
+CUDA = pytest.param(
+    'cuda', marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')]
+)
 
 
 @pytest.mark.parametrize('device', ['cpu', CUDA])
@@ -467,7 +558,9 @@ def test_alone_on_a_device(launch, work, device, options):
     assert len(ours) == len(theirs)
     half = '--dtype=float32' not in options
     # printed with 4 digits; in half precision weights are rounded to 8 or 11 bits, and in float16 a first step may be skipped
-    assert ours == pytest.approx(theirs, abs=0.35 if '--dtype=float16' in options else 0.05 if half else 2e-4 if device == 'cpu' else 2e-3)
+    assert ours == pytest.approx(
+        theirs, abs=0.35 if '--dtype=float16' in options else 0.05 if half else 2e-4 if device == 'cpu' else 2e-3
+    )
     if SHARDED in options:
         launch(CONVERT, 'full', 'out')
     flags = [flag for flag in flags if 'fsdp' not in flag and flag != SHARDED]
@@ -493,8 +586,13 @@ def test_on_gpus(launch, work, nproc, options):
     """Learns like DDP in float32 does, resumes at two world sizes, and keeps its shards on the device they belong to."""
     if torch.cuda.device_count() < nproc:
         pytest.skip(f'needs {nproc} CUDA GPUs')
-    flags = [*(flag for flag in TINY if 'device' not in flag), '--gradient_accumulation_steps=12', '--max_iters=60', '--lr_decay_iters=60',
-             '--eval_interval=30']  # fmt: skip
+    flags = [
+        *(flag for flag in TINY if 'device' not in flag),
+        '--gradient_accumulation_steps=12',
+        '--max_iters=60',
+        '--lr_decay_iters=60',
+        '--eval_interval=30',
+    ]
 
     def run(train, *more, nproc=nproc):
         return launch(train, *flags, *more, nproc=nproc, timeout=300).stdout

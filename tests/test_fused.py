@@ -25,7 +25,18 @@ else:
     @pytest.mark.skipif(kernel_device.missing is not None, reason='Triton is not installed')
     @pytest.mark.parametrize('marked', ['not full', pytest.param('full', marks=pytest.mark.full)])
     def test_cases_in_the_interpreter(marked):
-        command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', marked, 'fused_cases.py', 'phase2_model_cases.py']
+        command = [
+            sys.executable,
+            '-m',
+            'pytest',
+            '-q',
+            '-p',
+            'no:cacheprovider',
+            '-m',
+            marked,
+            'fused_cases.py',
+            'phase2_model_cases.py',
+        ]
         env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT / 'tests')
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
@@ -39,13 +50,20 @@ def test_compiles_without_spilling_registers(capability):
 
     c = cross_entropy_kernels.cross_entropy_config(50304)
     launches = [
-        (cross_entropy_kernels.cross_entropy_kernel, dict(V=50304, LANES=c.rows, ITEMS=c.chunk, GRAD=True),
-         {'logits_ptr': '*bf16', 'targets_ptr': '*i64', 'losses_ptr': '*fp32', 'M': 'i32', 'ignore_index': 'i32'}, c),
-    ]  # fmt: skip
+        (
+            cross_entropy_kernels.cross_entropy_kernel,
+            dict(V=50304, LANES=c.rows, ITEMS=c.chunk, GRAD=True),
+            {'logits_ptr': '*bf16', 'targets_ptr': '*i64', 'losses_ptr': '*fp32', 'M': 'i32', 'ignore_index': 'i32'},
+            c,
+        )
+    ]
     for pointer in ('*bf16', '*fp32'):
         types = {'size': 'i32'} | dict.fromkeys(('x_ptr', 'y_ptr', 'dy_ptr', 'dx_ptr'), pointer)
         constants = dict(BLOCK=2048, EXACT=pointer == '*fp32')
-        launches += [(kernel, constants, types, Config(1, 2048, 4)) for kernel in (gelu_kernels.forward_kernel, gelu_kernels.backward_kernel)]
+        launches += [
+            (kernel, constants, types, Config(1, 2048, 4))
+            for kernel in (gelu_kernels.forward_kernel, gelu_kernels.backward_kernel)
+        ]
     for kernel, *launch in launches:
         _, report = compile_offline(kernel, *launch, capability)
         assert '0 bytes spill stores, 0 bytes spill loads' in report, f'{kernel.fn.__name__} {launch}: {report}'

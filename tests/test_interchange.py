@@ -18,7 +18,15 @@ from conftest import ROOT, TINY, assert_same, load, log_of, make_letters
 from model import GPT, GPTConfig
 
 BETA = '0.9999999999999999'  # its difference to 1 is 1.1e-16, which times a gradient and added to a float32 average rounds to nothing
-STANDSTILL = [*TINY, '--init_from=resume', '--eval_interval=1000', '--learning_rate=0', '--decay_lr=False', f'--beta1={BETA}', f'--beta2={BETA}']
+STANDSTILL = [
+    *TINY,
+    '--init_from=resume',
+    '--eval_interval=1000',
+    '--learning_rate=0',
+    '--decay_lr=False',
+    f'--beta1={BETA}',
+    f'--beta2={BETA}',
+]
 FOLDERS = ['nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp']
 FULL = pytest.mark.full
 CONVERT = ROOT / 'phase3_fsdp' / 'sharded_checkpoint.py'
@@ -102,8 +110,15 @@ def walk(launch, launch_interpreted, work):
             if sharded and not kind.reads_sharded:
                 launch(CONVERT, 'full', 'out')
                 sharded = False
-            flags = [*STANDSTILL, *kind.flags, f'--max_iters={before["iter_num"]}', f'--gradient_accumulation_steps={kind.nproc}']
-            run = (launch_interpreted if kind.triton else launch)(ROOT / kind.folder / 'train.py', *flags, nproc=kind.nproc)
+            flags = [
+                *STANDSTILL,
+                *kind.flags,
+                f'--max_iters={before["iter_num"]}',
+                f'--gradient_accumulation_steps={kind.nproc}',
+            ]
+            run = (launch_interpreted if kind.triton else launch)(
+                ROOT / kind.folder / 'train.py', *flags, nproc=kind.nproc
+            )
             assert f'Resuming training from out/{"ckpt_sharded/" if sharded else "ckpt.pt"}' in run.stdout
             assert ('\nusing Triton-accelerated' in run.stdout) == kind.triton
             after = in_full(launch) if kind.sharded else load('out/ckpt.pt')
@@ -130,7 +145,9 @@ def in_full(launch):
 def assert_one_step_later(before, after, nproc):
     """`after`, of a run on nproc ranks, is `before` with one more step counted; and if they can, the ranks used the batches they had drawn."""
     state = {i: {**s, 'step': s['step'] + 1} for i, s in before['optimizer']['state'].items()}
-    assert len(state) == 15 and all(list(s) == ['step', 'exp_avg', 'exp_avg_sq'] and s['exp_avg_sq'].any() for s in state.values())
+    assert len(state) == 15 and all(
+        list(s) == ['step', 'exp_avg', 'exp_avg_sq'] and s['exp_avg_sq'].any() for s in state.values()
+    )
     assert list(after) == ['model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'resume']
     expected = {**before, 'optimizer': {**before['optimizer'], 'state': state}, 'iter_num': before['iter_num'] + 1}
     own = ('config', 'resume', 'lr', 'betas')  # of the run that wrote it
@@ -142,7 +159,9 @@ def assert_one_step_later(before, after, nproc):
     assert record['iter'] == before['iter_num']
     ranks = before.get('resume', {}).get('ranks', [])
     if len(ranks) == nproc:
-        assert record['loss'] == pytest.approx(loss_on(before, ranks), rel=1e-6)  # of float32 sums in other orders: 8 steps of 1.2e-7
+        assert record['loss'] == pytest.approx(
+            loss_on(before, ranks), rel=1e-6
+        )  # of float32 sums in other orders: 8 steps of 1.2e-7
 
 
 @torch.no_grad()
@@ -160,7 +179,9 @@ def sample(launch, launch_interpreted, start):
     def sample(folder, out_dir):
         flags = ['--start=0', '--num_samples=1', '--max_new_tokens=20', '--top_k=5', '--device=cpu']
         triton = folder == 'phase2_triton'
-        out = (launch_interpreted if triton else launch)(ROOT / folder / 'sample.py', *flags, f'--out_dir={out_dir}').stdout
+        out = (launch_interpreted if triton else launch)(
+            ROOT / folder / 'sample.py', *flags, f'--out_dir={out_dir}'
+        ).stdout
         assert ('\nusing Triton-accelerated' in out) == triton
         text = out.splitlines()[-2]
         assert len(text) == 21
@@ -200,18 +221,28 @@ UPSTREAM = [Kind('nanoGPT', 1), Kind('phase1_zero1', 2), Kind('phase3_fsdp', 4)]
 
 
 @pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
-@pytest.mark.parametrize('kind', UPSTREAM + [pytest.param(kind, marks=FULL) for kind in KINDS if kind not in UPSTREAM], ids=str)
+@pytest.mark.parametrize(
+    'kind', UPSTREAM + [pytest.param(kind, marks=FULL) for kind in KINDS if kind not in UPSTREAM], ids=str
+)
 def test_from_upstream(walk, kind, prefix):
     """What nanoGPT itself writes: no key `resume`, a tensor for the best loss, and its flags only; from a compiled model also other names."""
     ours = load('out/ckpt.pt')
-    args = {k: v for k, v in ours['config'].items() if k not in ('model_dir', 'activation_checkpointing', 'json_log', 'peak_tflops')}
-    theirs = {k: v for k, v in ours.items() if k != 'resume'} | {'config': args, 'best_val_loss': torch.tensor(ours['best_val_loss'])}
+    args = {
+        k: v
+        for k, v in ours['config'].items()
+        if k not in ('model_dir', 'activation_checkpointing', 'json_log', 'peak_tflops')
+    }
+    theirs = {k: v for k, v in ours.items() if k != 'resume'} | {
+        'config': args,
+        'best_val_loss': torch.tensor(ours['best_val_loss']),
+    }
     torch.save(theirs | {'model': {prefix + k: v for k, v in ours['model'].items()}}, 'out/ckpt.pt')
     walk(kind, before={k: v for k, v in ours.items() if k != 'resume'})
 
 
 @pytest.mark.parametrize(
-    'folder, nproc, options', [('nanoGPT', 1, []), ('phase1_zero1', 2, []), ('phase3_fsdp', 2, []), ('phase3_fsdp', 2, [SHARDED])]
+    'folder, nproc, options',
+    [('nanoGPT', 1, []), ('phase1_zero1', 2, []), ('phase3_fsdp', 2, []), ('phase3_fsdp', 2, [SHARDED])],
 )
 def test_a_shorter_block_size(launch, work, folder, nproc, options):
     """Training goes on with the first positions, and AdamW's state of them."""
@@ -226,7 +257,15 @@ def test_a_shorter_block_size(launch, work, folder, nproc, options):
 
     launch(ROOT / folder / 'train.py', *TINY, *options, '--out_dir=short', '--max_iters=3', nproc=nproc)
     before = saved()
-    out = launch(ROOT / folder / 'train.py', *STANDSTILL, *options, '--out_dir=short', '--block_size=8', '--max_iters=5', nproc=nproc).stdout
+    out = launch(
+        ROOT / folder / 'train.py',
+        *STANDSTILL,
+        *options,
+        '--out_dir=short',
+        '--block_size=8',
+        '--max_iters=5',
+        nproc=nproc,
+    ).stdout
     after = saved()
     assert 'iter 5:' in out and after['model_args']['block_size'] == 8
     assert len(before['model']['transformer.wpe.weight']) == 16 and len(after['model']['transformer.wpe.weight']) == 8
@@ -234,4 +273,6 @@ def test_a_shorter_block_size(launch, work, folder, nproc, options):
         assert torch.equal(tensor, before['model'][name][: len(tensor)])
     for i, state in after['optimizer']['state'].items():
         old = before['optimizer']['state'][i]
-        assert int(state['step']) == 6 and all(torch.equal(state[k], old[k][: len(state[k])]) for k in ('exp_avg', 'exp_avg_sq'))
+        assert int(state['step']) == 6 and all(
+            torch.equal(state[k], old[k][: len(state[k])]) for k in ('exp_avg', 'exp_avg_sq')
+        )

@@ -43,7 +43,9 @@ def train(folder, **options):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     torch.manual_seed(1337)
-    model = module.GPT(module.GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_embd=16, dropout=0.0, bias=True, **options))
+    model = module.GPT(
+        module.GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_embd=16, dropout=0.0, bias=True, **options)
+    )
     idx = torch.arange(16).view(2, 8)
     for _ in range(2):
         loss = model(idx, idx)[1]
@@ -57,7 +59,9 @@ def said(capsys):
 
 def test_without_triton_training_runs():
     """As on a machine where `import triton` fails, which only a fresh process can show."""
-    program = 'import sys; sys.modules["triton"] = None; import test_layer_norm as t; print("loss", t.train("phase2_triton"))'
+    program = (
+        'import sys; sys.modules["triton"] = None; import test_layer_norm as t; print("loss", t.train("phase2_triton"))'
+    )
     env = {**os.environ, 'PYTHONPATH': str(root / 'tests'), 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -117,9 +121,19 @@ def compile_offline(kernel, constants, types, config, capability):
     from triton.compiler import ASTSource
 
     signature = {name: 'constexpr' if name in constants else types[name] for name in kernel.arg_names}
-    divisible = {(i,): [['tt.divisibility', 16]] for i, name in enumerate(kernel.arg_names) if name not in constants and name != 'eps'}
-    options = {'num_warps': config.warps, 'launch_pdl': config.pdl, **({'maxnreg': config.registers} if config.registers else {})}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, divisible)
+    divisible = {
+        (i,): [['tt.divisibility', 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name not in constants and name != 'eps'
+    }
+    options = {
+        'num_warps': config.warps,
+        'launch_pdl': config.pdl,
+        **({'maxnreg': config.registers} if config.registers else {}),
+    }
+    source = ASTSource(
+        kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, divisible
+    )
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
     ptxas = triton.knobs.nvidia.ptxas.path  # the one that Triton itself runs
     arch = 'sm_90a' if capability == 90 else f'sm_{capability}'
@@ -129,7 +143,11 @@ def compile_offline(kernel, constants, types, config, capability):
     return compiled, report.stderr
 
 
-listed = [(N, *d, False) for N in (768, 1600, 4096, 12288) for d in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32))]
+listed = [
+    (N, *d, False)
+    for N in (768, 1600, 4096, 12288)
+    for d in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32))
+]
 
 
 @pytest.mark.skipif(not has_triton, reason='Triton is not installed')
@@ -138,18 +156,32 @@ listed = [(N, *d, False) for N in (768, 1600, 4096, 12288) for d in ((torch.bflo
 def test_compiles_without_spilling_registers(capability, backward):
     """For Hopper every width of the table in IMPLEMENTATION.md, and the model's with the residual added; for Ampere the widest."""
     added = [(N, x, torch.bfloat16, True) for N in (768, 1600) for x in (torch.float32, torch.bfloat16)]
-    cases = [*listed, (768, torch.float32, torch.bfloat16, False), *added] if capability == 90 else [c for c in listed if c[0] == 12288]
+    cases = (
+        [*listed, (768, torch.float32, torch.bfloat16, False), *added]
+        if capability == 90
+        else [c for c in listed if c[0] == 12288]
+    )
     shared_limit = {80: 163 * 1024, 90: 227 * 1024}[capability]
     pdl = capability >= 90
     for N, x, y, add in cases:
         size = x.itemsize
         types = dict.fromkeys(('dy_ptr', 'y_ptr', 'branch_ptr', 'dbranch_ptr'), pointer[y])
         types |= dict.fromkeys(('x_ptr', 'dx_ptr', 'sum_ptr', 'dsum_ptr', 'weight_ptr', 'bias_ptr'), pointer[x])
-        types |= dict.fromkeys(('stats_ptr', 'partial_ptr'), '*fp32') | dict.fromkeys(('x_stride', 'dy_stride', 'M'), 'i32') | {'eps': 'fp32'}
+        types |= (
+            dict.fromkeys(('stats_ptr', 'partial_ptr'), '*fp32')
+            | dict.fromkeys(('x_stride', 'dy_stride', 'M'), 'i32')
+            | {'eps': 'fp32'}
+        )
         c = (ours.backward_config if backward else ours.forward_config)(N, size, pdl)
         constants = dict(N=N, ROWS=c.rows, CHUNK=c.chunk, RESIDENT=c.resident, PDL=c.pdl, ADD=add)
-        constants |= dict(PREFETCH=c.prefetch, COPY=add and x != y, NEED_DX=True, NEED_DW=True, NEED_DB=True) if backward else dict(HAS_BIAS=True)
-        compiled, report = compile_offline(ours.backward_kernel if backward else ours.forward_kernel, constants, types, c, capability)
+        constants |= (
+            dict(PREFETCH=c.prefetch, COPY=add and x != y, NEED_DX=True, NEED_DW=True, NEED_DB=True)
+            if backward
+            else dict(HAS_BIAS=True)
+        )
+        compiled, report = compile_offline(
+            ours.backward_kernel if backward else ours.forward_kernel, constants, types, c, capability
+        )
         assert '0 bytes spill stores, 0 bytes spill loads' in report, f'{N} {x} {add} {c}: {report}'
         assert compiled.metadata.shared <= shared_limit
         wide = [line for line in compiled.asm['ptx'].splitlines() if 'ld.global' in line and '.v4.b32' in line]

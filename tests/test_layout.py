@@ -10,7 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NANOGPT = ROOT / 'nanoGPT'
 PHASES = {path.name: path for path in ROOT.glob('phase*_*') if (path / 'train.py').exists()}
-CHANGES = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp': 'train.py'}  # the one file each phase changes
+CHANGES = {
+    'phase1_zero1': 'train.py',
+    'phase2_triton': 'model.py',
+    'phase3_fsdp': 'train.py',
+}  # the one file each phase changes
 
 
 def common_files():
@@ -42,5 +46,9 @@ def test_the_changed_file_is_a_small_diff(phase):
     """At most the contract's scale and a quarter: 30, 60 and 120 lines, a changed line counting once."""
     name = CHANGES[phase]
     old, new = ((folder / name).read_text().splitlines() for folder in (NANOGPT, PHASES[phase]))
-    changed = sum(max(b - a, d - c) for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if tag != 'equal')
+    changed = sum(
+        max(b - a, d - c)
+        for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+        if tag != 'equal'
+    )
     assert 0 < changed <= 1.25 * {'phase1_zero1': 30, 'phase2_triton': 60, 'phase3_fsdp': 120}[phase]

@@ -26,16 +26,32 @@ class Machine:
     """A network namespace with an interface of its own, as a machine that torchrun can run on."""
 
     def __init__(self, number):
-        self.number, self.name, self.interface, self.address = number, f'machine{number}-{os.getpid()}', f'eth{number}', f'10.77.0.{number + 1}'
+        self.number, self.name, self.interface, self.address = (
+            number,
+            f'machine{number}-{os.getpid()}',
+            f'eth{number}',
+            f'10.77.0.{number + 1}',
+        )
 
     def torchrun(self, log, script, *flags, nproc=1):
         rendezvous = ['--rdzv_backend=c10d', '--rdzv_id=test', '--rdzv_endpoint=10.77.0.1:29500']
         # both have one host name, which stands for 127.0.0.1: so torchrun is told which of them is 10.77.0.1, and gloo which interface to use
         rendezvous += [f'--rdzv_conf=is_host={1 - self.number}', f'--local_addr={self.address}']
-        command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--nproc_per_node={nproc}', *rendezvous, script, *flags]
+        command = [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--nnodes=2',
+            f'--nproc_per_node={nproc}',
+            *rendezvous,
+            script,
+            *flags,
+        ]
         env = dict(os.environ, PYTHONUNBUFFERED='1', GLOO_SOCKET_IFNAME=self.interface)
         with open(log, 'w') as out:
-            return subprocess.Popen(['ip', 'netns', 'exec', self.name, *command], stdout=out, stderr=subprocess.STDOUT, env=env)
+            return subprocess.Popen(
+                ['ip', 'netns', 'exec', self.name, *command], stdout=out, stderr=subprocess.STDOUT, env=env
+            )
 
     def set_link(self, state):
         ip('-n', self.name, 'link', 'set', self.interface, state)
@@ -89,7 +105,10 @@ def wait_for(text, log, agent):
 
 def survive_the_loss_of_a_machine(launch, machines, script, nproc):
     flags = [*FLAGS, '--eval_interval=20', '--lr_decay_iters=1000']
-    agents = [m.torchrun(f'log{m.number}', script, *flags, '--max_iters=1000000', '--dist_timeout=4', nproc=nproc) for m in machines]
+    agents = [
+        m.torchrun(f'log{m.number}', script, *flags, '--max_iters=1000000', '--dist_timeout=4', nproc=nproc)
+        for m in machines
+    ]
     wait_for('\niter 50:', 'log0', agents[0])
     machines[1].set_link('down')  # the other side gets no reset and no end of the connection: it hears nothing more
     cut = time.time()
@@ -142,7 +161,10 @@ def test_one_machine_of_two_ranks_is_cut_off(launch, work, machines, phase):
         ('phase1_zero1', ['--model_dir=../phase2_triton']),
         ('phase2_triton', []),
         ('phase3_fsdp', ['--fsdp_min_num_params=1']),
-        ('phase3_fsdp', ['--fsdp_min_num_params=1', '--fsdp_shard_size=2']),  # shards inside a machine, replicas between them
+        (
+            'phase3_fsdp',
+            ['--fsdp_min_num_params=1', '--fsdp_shard_size=2'],
+        ),  # shards inside a machine, replicas between them
         ('phase3_fsdp', ['--fsdp_min_num_params=1', '--ckpt_format=sharded', '--model_dir=../phase2_triton']),
     ],
 )
@@ -151,7 +173,9 @@ def test_two_machines_are_one_machine_with_as_many_ranks(launch, work, machines,
     two = train_on(machines, script, *FLAGS, *flags, nproc=2)
     one = launch(script, *FLAGS, *flags, '--out_dir=one', nproc=4).stdout
     assert len(losses(two)) == 24 and losses(two) == losses(one)
-    assert ('Wrapping' in two) == (phase == 'phase3_fsdp') and ('2 groups of ranks hold all' in two) == ('--fsdp_shard_size=2' in flags)
+    assert ('Wrapping' in two) == (phase == 'phase3_fsdp') and ('2 groups of ranks hold all' in two) == (
+        '--fsdp_shard_size=2' in flags
+    )
 
 
 @pytest.mark.full
@@ -159,7 +183,10 @@ def test_says_what_to_do_where_gloo_takes_the_wrong_interface(work, machines):
     """As it does without GLOO_SOCKET_IFNAME where the host name stands for a loopback address."""
     for machine in machines:
         machine.interface = 'lo'
-    agents = [machine.torchrun(f'log{machine.number}', ROOT / 'nanoGPT' / 'train.py', *FLAGS, '--dist_timeout=5') for machine in machines]
+    agents = [
+        machine.torchrun(f'log{machine.number}', ROOT / 'nanoGPT' / 'train.py', *FLAGS, '--dist_timeout=5')
+        for machine in machines
+    ]
     assert all(agent.wait(timeout=60) for agent in agents)
     text = open('log0').read() + open('log1').read()
     assert 'set GLOO_SOCKET_IFNAME' in text and 'train.py", line' not in text, text

@@ -35,22 +35,39 @@ def test_initial_weights_are_drawn_in_upstreams_order():
     assert torch.equal(model.transformer.wpe.weight, wpe)
     assert torch.equal(model.lm_head.weight, head) and model.lm_head.weight is model.transformer.wte.weight
     for i, block in enumerate(model.transformer.h):
-        assert torch.equal(block.attn.c_attn.weight, blocks[4 * i]) and torch.equal(block.mlp.c_fc.weight, blocks[4 * i + 2])
-        assert torch.equal(block.attn.c_proj.weight, projections[2 * i]) and torch.equal(block.mlp.c_proj.weight, projections[2 * i + 1])
+        assert torch.equal(block.attn.c_attn.weight, blocks[4 * i]) and torch.equal(
+            block.mlp.c_fc.weight, blocks[4 * i + 2]
+        )
+        assert torch.equal(block.attn.c_proj.weight, projections[2 * i]) and torch.equal(
+            block.mlp.c_proj.weight, projections[2 * i + 1]
+        )
         assert (block.ln_1.weight == 1).all() and (block.ln_1.bias == 0).all() and (block.attn.c_attn.bias == 0).all()
 
 
 def test_parameter_names_are_upstreams():
-    block = ['ln_1.weight', 'attn.c_attn.weight', 'attn.c_proj.weight', 'ln_2.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight']
-    names = ['transformer.wte.weight', 'transformer.wpe.weight', *[f'transformer.h.{i}.{name}' for i in range(2) for name in block],
-             'transformer.ln_f.weight']  # fmt: skip
+    block = [
+        'ln_1.weight',
+        'attn.c_attn.weight',
+        'attn.c_proj.weight',
+        'ln_2.weight',
+        'mlp.c_fc.weight',
+        'mlp.c_proj.weight',
+    ]
+    names = [
+        'transformer.wte.weight',
+        'transformer.wpe.weight',
+        *[f'transformer.h.{i}.{name}' for i in range(2) for name in block],
+        'transformer.ln_f.weight',
+    ]
     assert [name for name, _ in GPT(GPTConfig(**TINY, bias=False)).named_parameters()] == names
 
 
 def test_gpt2_has_the_known_number_of_parameters(capsys):
     with torch.device('meta'):
         model = GPT(GPTConfig(bias=False))
-        assert GPT(GPTConfig(vocab_size=50257)).get_num_params(non_embedding=False) == 124_439_808  # as transformers counts gpt2
+        assert (
+            GPT(GPTConfig(vocab_size=50257)).get_num_params(non_embedding=False) == 124_439_808
+        )  # as transformers counts gpt2
     assert 'number of parameters: 123.59M' in capsys.readouterr().out
     assert model.get_num_params(non_embedding=False) == 124_373_760
 
@@ -74,7 +91,10 @@ def test_forward_equals_a_plain_implementation():
     x = w['transformer.wte.weight'][idx] + w['transformer.wpe.weight']
     for i in range(2):
         h = f'transformer.h.{i}'
-        q, k, v = (t.view(3, 16, 2, 16).transpose(1, 2) for t in linear(norm(x, f'{h}.ln_1'), f'{h}.attn.c_attn').split(32, dim=2))
+        q, k, v = (
+            t.view(3, 16, 2, 16).transpose(1, 2)
+            for t in linear(norm(x, f'{h}.ln_1'), f'{h}.attn.c_attn').split(32, dim=2)
+        )
         scores = (q @ k.transpose(2, 3) / 4).masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf)
         x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(3, 16, 32), f'{h}.attn.c_proj')
         y = linear(norm(x, f'{h}.ln_2'), f'{h}.mlp.c_fc')
@@ -104,8 +124,16 @@ def test_activation_checkpointing_changes_no_bit():
 def test_only_matrices_decay():
     optimizer = GPT(GPTConfig(**TINY, bias=True)).configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     matrices, vectors = optimizer.param_groups
-    assert matrices['weight_decay'] == 0.1 and all(p.dim() == 2 for p in matrices['params']) and len(matrices['params']) == 2 + 4 * 2
-    assert vectors['weight_decay'] == 0.0 and all(p.dim() == 1 for p in vectors['params']) and len(vectors['params']) == 8 * 2 + 2
+    assert (
+        matrices['weight_decay'] == 0.1
+        and all(p.dim() == 2 for p in matrices['params'])
+        and len(matrices['params']) == 2 + 4 * 2
+    )
+    assert (
+        vectors['weight_decay'] == 0.0
+        and all(p.dim() == 1 for p in vectors['params'])
+        and len(vectors['params']) == 8 * 2 + 2
+    )
 
 
 def test_generate():
@@ -127,7 +155,10 @@ def test_crop_block_size():
     model = GPT(GPTConfig(**TINY))
     before = model.transformer.wpe.weight.clone()
     model.crop_block_size(8)
-    assert torch.equal(model.transformer.wpe.weight, before[:8]) and model.transformer.wpe.weight.untyped_storage().nbytes() == 8 * 32 * 4
+    assert (
+        torch.equal(model.transformer.wpe.weight, before[:8])
+        and model.transformer.wpe.weight.untyped_storage().nbytes() == 8 * 32 * 4
+    )
     with pytest.raises(AssertionError, match='does not fit block_size=8'):
         model(torch.zeros(1, 9, dtype=torch.long))
 
@@ -161,13 +192,22 @@ def test_peak_flops(monkeypatch):
         monkeypatch.setattr(hardware, 'device_name', lambda device: name)
         assert hardware.peak_flops('cuda', dtype) == tflops * 1e12
     # near to names in the table, and a slice of a GPU
-    for name in ('NVIDIA H100', 'NVIDIA GeForce RTX 4090 Laptop GPU', 'cpu', 'NVIDIA A1000', 'NVIDIA A100-SXM4-40GB MIG 1g.5gb'):
+    for name in (
+        'NVIDIA H100',
+        'NVIDIA GeForce RTX 4090 Laptop GPU',
+        'cpu',
+        'NVIDIA A1000',
+        'NVIDIA A100-SXM4-40GB MIG 1g.5gb',
+    ):
         monkeypatch.setattr(hardware, 'device_name', lambda device: name)
         assert hardware.peak_flops('cuda', 'bfloat16') is None
     assert hardware.peak_flops('cpu', 'bfloat16', peak_tflops=2) == 2e12
 
 
-@pytest.mark.parametrize('own', [{}, {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}, {'PYTORCH_ALLOC_CONF': 'max_split_size_mb:512'}])
+@pytest.mark.parametrize(
+    'own',
+    [{}, {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}, {'PYTORCH_ALLOC_CONF': 'max_split_size_mb:512'}],
+)
 def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
     """Unless the user has set it up otherwise. On a GPU, what the allocator makes of it."""
     import hardware
@@ -176,7 +216,13 @@ def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
     if torch.cuda.is_available():
         code = 'import torch, hardware; hardware.choose("cuda", "auto", "auto", "auto"); torch.ones(1, device="cuda"); '
         code += 'print(torch.cuda.memory_snapshot()[0]["is_expandable"])'
-        run = subprocess.run([sys.executable, '-c', code], env=environ, cwd=os.path.dirname(hardware.__file__), capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, '-c', code],
+            env=environ,
+            cwd=os.path.dirname(hardware.__file__),
+            capture_output=True,
+            text=True,
+        )
         assert run.stdout == f'{not own}\n', run
         return
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
@@ -218,19 +264,30 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(cuda_graph, 'use_side_stream', lambda device: None)
 
     def use(wanted, world_size=1, device='cuda:0', **flags):
-        return cuda_graph.use_cuda_graph(dict(dict(cuda_graph=wanted, device=device, dropout=0.1, backend='nccl'), **flags), world_size)
+        return cuda_graph.use_cuda_graph(
+            dict(dict(cuda_graph=wanted, device=device, dropout=0.1, backend='nccl'), **flags), world_size
+        )
 
     assert use('auto') is True and use(False) is False and use(True, world_size=4) is True
     assert use('auto', world_size=2) is True and use('auto', device='cpu') is False
     assert use('auto', world_size=2, use_fsdp=True) is True
-    assert use('auto', world_size=2, use_fsdp=True, fsdp_cpu_offload=True) is False and use('auto', use_fsdp=True, fsdp_cpu_offload=True) is True
+    assert (
+        use('auto', world_size=2, use_fsdp=True, fsdp_cpu_offload=True) is False
+        and use('auto', use_fsdp=True, fsdp_cpu_offload=True) is True
+    )
     assert use('auto', world_size=2, backend='gloo') is False and use('auto', backend='gloo') is True
-    assert use('auto', activation_checkpointing=True) is False and use('auto', activation_checkpointing=True, dropout=0.0) is True
+    assert (
+        use('auto', activation_checkpointing=True) is False
+        and use('auto', activation_checkpointing=True, dropout=0.0) is True
+    )
     for flags, message in (
         (dict(device='cpu'), 'needs a CUDA device'),
         (dict(activation_checkpointing=True), 'dropout under activation_checkpointing is not supported'),
         (dict(world_size=2, backend='gloo'), 'over NCCL only'),
-        (dict(world_size=2, use_fsdp=True, fsdp_cpu_offload=True), 'cuda_graph=True with fsdp_cpu_offload, .* is not supported'),
+        (
+            dict(world_size=2, use_fsdp=True, fsdp_cpu_offload=True),
+            'cuda_graph=True with fsdp_cpu_offload, .* is not supported',
+        ),
     ):
         with pytest.raises(UserError, match=message):
             use(True, **flags)
@@ -251,7 +308,9 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'graph', refuse)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
     monkeypatch.setattr(cuda_graph, 'WARMUP', 0)
-    with pytest.raises(UserError, match=r'\(not permitted when stream is capturing\): --cuda_graph=False trains without'):
+    with pytest.raises(
+        UserError, match=r'\(not permitted when stream is capturing\): --cuda_graph=False trains without'
+    ):
         cuda_graph.MicroStepGraph(reads_on_the_cpu, torch.nn.Linear(1, 1))(torch.zeros(1), torch.zeros(1))
 
     def interrupted(x, y):

@@ -22,8 +22,17 @@ WORLD_SIZES = [1, 2, 4]
 ITERATIONS = 50
 CLIP = {1: 1.3, 2: 1.1, 4: 1.0}  # the mean gradient of more sequences is shorter
 # weight decay, accumulation, a clipping that holds in some iterations only; 24 rows of 32 are more than one program of a kernel takes
-FLAGS = [*TINY, '--block_size=8', '--batch_size=3', '--learning_rate=1e-3', '--min_lr=1e-4', '--weight_decay=0.2',
-         f'--lr_decay_iters={ITERATIONS}', '--eval_interval=1000', '--eval_iters=1']  # fmt: skip
+FLAGS = [
+    *TINY,
+    '--block_size=8',
+    '--batch_size=3',
+    '--learning_rate=1e-3',
+    '--min_lr=1e-4',
+    '--weight_decay=0.2',
+    f'--lr_decay_iters={ITERATIONS}',
+    '--eval_interval=1000',
+    '--eval_iters=1',
+]
 # float32 has steps of 1.2e-7. FSDP adds up gradients and norms in another order than DDP, Triton's kernels rows in another than
 # F.layer_norm. One or two steps are what this was seen to make in 50 iterations (of a loss 1.6e-7, of a norm 2.4e-7, of the weights
 # 2.2e-7); the contract allows 8 for a loss
@@ -32,7 +41,12 @@ GOLDEN = Path(__file__).with_name('golden_losses.json')
 
 
 def flags_of(nproc, iterations):
-    return [*FLAGS, f'--gradient_accumulation_steps={2 * nproc}', f'--grad_clip={CLIP[nproc]}', f'--max_iters={iterations - 1}']
+    return [
+        *FLAGS,
+        f'--gradient_accumulation_steps={2 * nproc}',
+        f'--grad_clip={CLIP[nproc]}',
+        f'--max_iters={iterations - 1}',
+    ]
 
 
 @pytest.fixture(scope='module')
@@ -52,8 +66,19 @@ def train(launch, launch_interpreted, tmp_path_factory):
             if '--compile=True' in more:
                 program.insert(0, ROOT / 'tests' / 'aot_eager.py')
             start = launch_interpreted if model == 'triton' else launch
-            run = start(*program, *flags_of(nproc, iterations), *MODELS[model], *more, f'--out_dir={out_dir}', nproc=nproc, cwd=folder, timeout=400)
-            runs[cell] = SimpleNamespace(stdout=run.stdout, iterations=log_of(out_dir)['iterations'], checkpoint=load(out_dir / 'ckpt.pt'))
+            run = start(
+                *program,
+                *flags_of(nproc, iterations),
+                *MODELS[model],
+                *more,
+                f'--out_dir={out_dir}',
+                nproc=nproc,
+                cwd=folder,
+                timeout=400,
+            )
+            runs[cell] = SimpleNamespace(
+                stdout=run.stdout, iterations=log_of(out_dir)['iterations'], checkpoint=load(out_dir / 'ckpt.pt')
+            )
         return runs[cell]
 
     return train
@@ -65,16 +90,22 @@ def deviations(run, reference):
     worst = {key: max(abs(ours[key] / theirs[key] - 1) for ours, theirs in pairs) for key in ('loss', 'grad_norm')}
     weights = reference.checkpoint['model']
     assert run.checkpoint['model'].keys() == weights.keys()
-    worst['weights'] = max(((p - weights[k]).norm() / weights[k].norm()).item() for k, p in run.checkpoint['model'].items())
+    worst['weights'] = max(
+        ((p - weights[k]).norm() / weights[k].norm()).item() for k, p in run.checkpoint['model'].items()
+    )
     return worst
 
 
 def assert_agree(run, reference, exactly=False):
     assert [record['iter'] for record in run.iterations] == list(range(len(reference.iterations)))
     found = deviations(run, reference)
-    assert all(math.isfinite(value) and value <= (0 if exactly else TOLERANCE[key]) for key, value in found.items()), found
+    assert all(math.isfinite(value) and value <= (0 if exactly else TOLERANCE[key]) for key, value in found.items()), (
+        found
+    )
     if exactly:
-        for ours, theirs in ((run.checkpoint[k], reference.checkpoint[k]) for k in ('model', 'optimizer', 'iter_num', 'best_val_loss')):
+        for ours, theirs in (
+            (run.checkpoint[k], reference.checkpoint[k]) for k in ('model', 'optimizer', 'iter_num', 'best_val_loss')
+        ):
             assert_same(ours, theirs)
 
 
@@ -99,12 +130,15 @@ def test_same_numbers_as_the_reference(train, trainer, nproc):
 
 CHECKPOINTING = ['--activation_checkpointing', '--fsdp_reshard=True', '--fsdp_min_num_params=1']
 BRIEFLY = [('nanoGPT', 1, []), ('phase1_zero1', 4, []), ('phase3_fsdp', 2, CHECKPOINTING)]
-TRITON_CELLS = [(trainer, nproc, []) for trainer in TRAINERS for nproc in WORLD_SIZES] + [('phase3_fsdp', 2, CHECKPOINTING)]
+TRITON_CELLS = [(trainer, nproc, []) for trainer in TRAINERS for nproc in WORLD_SIZES] + [
+    ('phase3_fsdp', 2, CHECKPOINTING)
+]
 
 
 @pytest.mark.parametrize(
     'trainer, nproc, more, iterations',
-    [(*cell, 4) for cell in BRIEFLY] + [pytest.param(*cell, ITERATIONS, marks=pytest.mark.full) for cell in TRITON_CELLS],
+    [(*cell, 4) for cell in BRIEFLY]
+    + [pytest.param(*cell, ITERATIONS, marks=pytest.mark.full) for cell in TRITON_CELLS],
     ids=lambda value: 'checkpointing' * bool(value) if isinstance(value, list) else None,
 )
 def test_same_numbers_with_triton(train, trainer, nproc, more, iterations):
@@ -118,7 +152,9 @@ def test_same_numbers_with_triton(train, trainer, nproc, more, iterations):
         assert_agree(run, train('nanoGPT', 'triton', nproc, iterations), exactly=True)
 
 
-@pytest.mark.parametrize('checkpointing', [[], pytest.param(CHECKPOINTING, marks=pytest.mark.full)], ids=['', 'checkpointing'])
+@pytest.mark.parametrize(
+    'checkpointing', [[], pytest.param(CHECKPOINTING, marks=pytest.mark.full)], ids=['', 'checkpointing']
+)
 def test_triton_model_compiled_under_fsdp(train, checkpointing):
     """Kernels that run need no compiler and get none; the numbers are the reference's."""
     run = train('phase3_fsdp', 'triton', 2, 4, '--compile=True', '--fsdp_min_num_params=1', *checkpointing)
@@ -128,8 +164,17 @@ def test_triton_model_compiled_under_fsdp(train, checkpointing):
 
 def machine():
     """What the last bits of a loss depend on."""
-    cpu = re.search(r'^model name\s*: (.*)$', Path('/proc/cpuinfo').read_text(), re.M) if platform.system() == 'Linux' else None
-    return dict(torch=torch.__version__, capability=torch.backends.cpu.get_cpu_capability(), machine=platform.machine(), cpu=cpu and cpu[1])
+    cpu = (
+        re.search(r'^model name\s*: (.*)$', Path('/proc/cpuinfo').read_text(), re.M)
+        if platform.system() == 'Linux'
+        else None
+    )
+    return dict(
+        torch=torch.__version__,
+        capability=torch.backends.cpu.get_cpu_capability(),
+        machine=platform.machine(),
+        cpu=cpu and cpu[1],
+    )
 
 
 def test_golden_losses(train, pytestconfig, tmp_path, capsys):
@@ -141,16 +186,23 @@ def test_golden_losses(train, pytestconfig, tmp_path, capsys):
     """
     make_letters(tmp_path)
     data = hashlib.sha256((tmp_path / 'data' / 'letters' / 'train.bin').read_bytes()).hexdigest()
-    losses = {str(nproc): [record['loss'] for record in train('nanoGPT', 'reference', nproc, ITERATIONS).iterations] for nproc in (1, 2)}
+    losses = {
+        str(nproc): [record['loss'] for record in train('nanoGPT', 'reference', nproc, ITERATIONS).iterations]
+        for nproc in (1, 2)
+    }
     flags = {nproc: ' '.join(flags_of(int(nproc), ITERATIONS)) for nproc in losses}
     now = dict(machine=machine(), flags=flags, data=data, losses=losses)
     if pytestconfig.getoption('regenerate_golden'):
         before = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
         GOLDEN.write_text(json.dumps(now, indent=1) + '\n')
         with capsys.disabled():
-            print(f'\nwrote {GOLDEN.name}; changed: {", ".join(k for k in now if now[k] != before.get(k)) or "nothing"}')
+            print(
+                f'\nwrote {GOLDEN.name}; changed: {", ".join(k for k in now if now[k] != before.get(k)) or "nothing"}'
+            )
             for nproc, values in before.get('losses', {}).items():
-                print(f'{nproc} processes: by up to {max(abs(a / b - 1) for a, b in zip(losses[nproc], values)):.1e}, relative')
+                print(
+                    f'{nproc} processes: by up to {max(abs(a / b - 1) for a, b in zip(losses[nproc], values)):.1e}, relative'
+                )
     golden = json.loads(GOLDEN.read_text())
     assert golden['flags'] == flags and golden['data'] == data, 'these are losses of another run'
     if golden['machine'] == now['machine']:

@@ -48,7 +48,9 @@ def test_a_changed_number_is_noticed(results):
 def test_a_picture_of_other_numbers_is_noticed(results):
     path = results / 'trainers_h200x4.json'
     trainers = json.loads(path.read_text())
-    row = next(row for row in trainers['rows'] if (row['trainer'], row['size'], row['micro_steps']) == ('zero1', '1.5B', 5))
+    row = next(
+        row for row in trainers['rows'] if (row['trainer'], row['size'], row['micro_steps']) == ('zero1', '1.5B', 5)
+    )
     row['memory_bytes']['rest'] += 2**30
     path.write_text(json.dumps(trainers))
     assert 'benchmarks/results/overview.png' in report.stale()
@@ -65,29 +67,68 @@ def test_results_that_are_not_there_promise_nothing(results):
     """Of the trainers on GPUs nothing is measured: no table, and no row."""
     for path in results.glob('trainers_*.json'):
         path.unlink()
-    assert report.rewrite('<!-- table: trainers_speed --><!-- end -->', 'README.md') == '<!-- table: trainers_speed --><!-- end -->'
+    assert (
+        report.rewrite('<!-- table: trainers_speed --><!-- end -->', 'README.md')
+        == '<!-- table: trainers_speed --><!-- end -->'
+    )
 
 
 def test_results_of_bench_trainers_become_tables(results):
     """Of two trainers, one of which ran out of memory."""
-    row = dict(trainer='ddp', size='124M', processes=4, micro_steps=1, batch_size=12, block_size=1024, parameters=124373760, rounds=2, mfu=0.5)
+    row = dict(
+        trainer='ddp',
+        size='124M',
+        processes=4,
+        micro_steps=1,
+        batch_size=12,
+        block_size=1024,
+        parameters=124373760,
+        rounds=2,
+        mfu=0.5,
+    )
     row.update(
-        tokens_per_sec=dict(median=1e6, min=9e5, max=1.1e6, n=8), time_ms=dict(median=49.2, min=45.0, max=54.0, n=8), first_step_seconds=[60.0, 9.0]
+        tokens_per_sec=dict(median=1e6, min=9e5, max=1.1e6, n=8),
+        time_ms=dict(median=49.2, min=45.0, max=54.0, n=8),
+        first_step_seconds=[60.0, 9.0],
     )
     parts = dict(parameters=497495040, gradients=497495040, optimizer=994990080)
-    row['memory_bytes'] = parts | dict(rest=2 * 2**30, peak=10 * 2**30, peak_reserved=11 * 2**30, not_accounted_for=1, activations=8 * 2**30)
-    row['checkpoint'] = dict(bytes=2**30, save_seconds=[2.0], write_seconds=[1.0], ready_seconds_resumed=[3.0], first_step_seconds_resumed=[9.0])
+    row['memory_bytes'] = parts | dict(
+        rest=2 * 2**30, peak=10 * 2**30, peak_reserved=11 * 2**30, not_accounted_for=1, activations=8 * 2**30
+    )
+    row['checkpoint'] = dict(
+        bytes=2**30,
+        save_seconds=[2.0],
+        write_seconds=[1.0],
+        ready_seconds_resumed=[3.0],
+        first_step_seconds_resumed=[9.0],
+    )
     faster = row | dict(trainer='zero1', tokens_per_sec=dict(median=1.25e6, min=1.2e6, max=1.3e6, n=8))
-    failed = dict(trainer='fsdp', size='124M', processes=4, micro_steps=None, batch_size=12, block_size=1024, error='OutOfMemoryError: of 80 GiB')
+    failed = dict(
+        trainer='fsdp',
+        size='124M',
+        processes=4,
+        micro_steps=None,
+        batch_size=12,
+        block_size=1024,
+        error='OutOfMemoryError: of 80 GiB',
+    )
     versions = dict(python='3.12', torch='2.11', cuda='13.0', triton='3.6', nccl='2.28')
     session = dict(
-        device='NVIDIA H200', device_type='cuda', driver='580', versions=versions, commit=None, command='x', date='2036-01-01 00:00:00 UTC'
+        device='NVIDIA H200',
+        device_type='cuda',
+        driver='580',
+        versions=versions,
+        commit=None,
+        command='x',
+        date='2036-01-01 00:00:00 UTC',
     )
     report.write_json(results / 'trainers_h200x4.json', dict(sessions=[session], runs=[], rows=[failed, faster, row]))
     speed = report.trainers_speed('README.md')
     assert '| 4 | 124M × 1 | phase 1 | 1,250,000 (1,200,000 to 1,300,000) | 312,500 | 125.0% |' in speed
     assert '| 4 | 124M | phase 3 | OutOfMemoryError |' in speed
-    assert '| 4 | 124M × 1 | DDP | 0.46 | 0.46 | 0.93 | 0.00 | 2.00 | 8.00 | 10.00 |' in report.trainers_memory('README.md')
+    assert '| 4 | 124M × 1 | DDP | 0.46 | 0.46 | 0.93 | 0.00 | 2.00 | 8.00 | 10.00 |' in report.trainers_memory(
+        'README.md'
+    )
     assert '| 4 | 124M | phase 1 | 1.00 | 2.0 | 3.0 |' in report.trainers_checkpoint('README.md')
     short = report.trainers_on_4('README.md')
     assert '| DDP | 1,000,000 | 2.00, 10.0 |' in short and '| phase 1 | 125.0% | 2.00, 10.0 |' in short
@@ -95,11 +136,19 @@ def test_results_of_bench_trainers_become_tables(results):
 
 def test_memory_and_checkpoints_have_one_row_of_each_trainer(results):
     """One trainer has run with 1 and 5, the other with 5 alone."""
-    memory = dict.fromkeys(('parameters', 'gradients', 'optimizer', 'not_accounted_for', 'rest', 'activations', 'peak'), 2**30)
+    memory = dict.fromkeys(
+        ('parameters', 'gradients', 'optimizer', 'not_accounted_for', 'rest', 'activations', 'peak'), 2**30
+    )
     checkpoint = dict(bytes=2**30, save_seconds=[2.0], ready_seconds_resumed=[3.0])
     row = dict(trainer='ddp', size='124M', processes=4, micro_steps=1, memory_bytes=memory, checkpoint=checkpoint)
     rows = [row, row | dict(micro_steps=5), row | dict(trainer='zero1', micro_steps=5)]
-    session = dict(device='NVIDIA H200', device_type='cuda', driver='580', versions=dict(torch='2.11'), date='2026-01-01 00:00:00 UTC')
+    session = dict(
+        device='NVIDIA H200',
+        device_type='cuda',
+        driver='580',
+        versions=dict(torch='2.11'),
+        date='2026-01-01 00:00:00 UTC',
+    )
     for path in results.glob('trainers_*.json'):
         path.unlink()
     report.write_json(results / 'trainers_h200x4.json', dict(sessions=[session], rows=rows))
@@ -122,7 +171,9 @@ def test_runs_of_another_kind_get_a_file_of_their_own(tmp_path, change):
     session = bench_trainers.facts(cpu=True) | dict(init='gpu', flag=[]) | change
     report.write_json(tmp_path / 'of_another.json', dict(sessions=[session], runs=[], rows=[]))
     flags = ['--device=cpu', '--plan', f'--onto={tmp_path / "of_another.json"}']
-    done = subprocess.run([sys.executable, ROOT / 'benchmarks' / 'bench_trainers.py', *flags], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'benchmarks' / 'bench_trainers.py', *flags], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 1 and not done.stdout
     assert f'has runs with {next(iter(change))} ' in done.stderr
 
@@ -143,7 +194,11 @@ def test_a_part_of_a_ladder_is_enough(results):
     (results / 'phase2_ladder_h200.json').unlink()
     report.load.cache_clear()
     measured = report.measured('README.md')
-    assert 'with a 16-bit residual stream' in measured and 'phase 2, the step' not in measured and 'it with CUDA graphs' not in measured
+    assert (
+        'with a 16-bit residual stream' in measured
+        and 'phase 2, the step' not in measured
+        and 'it with CUDA graphs' not in measured
+    )
     assert list(report.overview_data()['ladder']) == ['reference, compiled', 'phase 2, 16-bit, residual']
 
 
@@ -153,13 +208,23 @@ def test_curves_and_profiles_become_tables(results):
     (results / 'phase2_curves_h100.json').unlink()
     assert report.phase2_curves('README.md') == ''  # the old file has no summary
     rows = [dict(kind='reference', seed=0, losses=[2.0, 1.0])]
-    report.write_json(results / 'phase2_curves_h100.json', facts | dict(rows=rows, summary=['between seeds: 0.1', 'phase 2: 0.01']))
+    report.write_json(
+        results / 'phase2_curves_h100.json', facts | dict(rows=rows, summary=['between seeds: 0.1', 'phase 2: 0.01'])
+    )
     curves = report.phase2_curves('README.md')
-    assert curves.startswith('NVIDIA H100, torch 2.11') and curves.endswith(':\n\n```\nbetween seeds: 0.1\nphase 2: 0.01\n```')
+    assert curves.startswith('NVIDIA H100, torch 2.11') and curves.endswith(
+        ':\n\n```\nbetween seeds: 0.1\nphase 2: 0.01\n```'
+    )
     kernels = [[1500.0, 12.0, 'k' * 70], [90.0, 1.0, 'short']]
-    report.write_json(results / 'phase2_profile_h100.json', facts | dict(rows=[dict(name='a', ms=1.6, span_ms=2.0, kernels=kernels)]))
+    report.write_json(
+        results / 'phase2_profile_h100.json', facts | dict(rows=[dict(name='a', ms=1.6, span_ms=2.0, kernels=kernels)])
+    )
     profile = report.phase2_profile('README.md')
-    assert 'a, 1.60 ms of kernels in a micro-step of 2.00 ms:' in profile and f'| 1.50 | 12.0 | `{"k" * 60}` |' in profile and 'short' not in profile
+    assert (
+        'a, 1.60 ms of kernels in a micro-step of 2.00 ms:' in profile
+        and f'| 1.50 | 12.0 | `{"k" * 60}` |' in profile
+        and 'short' not in profile
+    )
 
 
 def test_first_line_of_an_error_without_text():
@@ -170,7 +235,15 @@ def test_first_line_of_an_error_without_text():
 def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
     """The real train.py of phase 3 on 2 processes: 8 of 16 bytes a parameter on each; one run for two numbers of micro-steps, and a resume."""
     out = tmp_path / 'trainers.json'
-    flags = ['--device=cpu', '--nproc=2', '--rounds=1', '--trainers=fsdp', '--micro_steps=1,2', '--save', f'--out={out}']
+    flags = [
+        '--device=cpu',
+        '--nproc=2',
+        '--rounds=1',
+        '--trainers=fsdp',
+        '--micro_steps=1,2',
+        '--save',
+        f'--out={out}',
+    ]
     subprocess.run([sys.executable, ROOT / 'benchmarks' / 'bench_trainers.py', *flags], check=True, timeout=300)
     rows = json.loads(out.read_text())['rows']
     assert [row['micro_steps'] for row in rows] == [1, 2]
@@ -184,13 +257,21 @@ def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
 def test_curves_of_two_gpus_become_one_report(tmp_path):
     facts = dict(device='NVIDIA H100', versions={}, size='124M', batch_size=12, micro_steps=1)
     curve = lambda kind, seed, loss: dict(kind=kind, seed=seed, losses=[loss] * 100)
-    report.write_json(tmp_path / 'a.json', facts | dict(command='a', rows=[curve('reference', 0, 2.0), curve('reference', 1, 2.5)]))
+    report.write_json(
+        tmp_path / 'a.json', facts | dict(command='a', rows=[curve('reference', 0, 2.0), curve('reference', 1, 2.5)])
+    )
     report.write_json(tmp_path / 'b.json', facts | dict(command='b', rows=[curve('phase 2', 1, 2.4)]))
     report.write_json(tmp_path / 'c.json', facts | dict(command='c', rows=[], device='NVIDIA H200'))
 
     def join(*names):
         files = ','.join(str(tmp_path / f'{name}.json') for name in names)
-        command = [sys.executable, ROOT / 'benchmarks' / 'bench_phase2.py', 'curves', f'--join={files}', f'--out={tmp_path / "out.json"}']
+        command = [
+            sys.executable,
+            ROOT / 'benchmarks' / 'bench_phase2.py',
+            'curves',
+            f'--join={files}',
+            f'--out={tmp_path / "out.json"}',
+        ]
         return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
     done = join('a', 'b')

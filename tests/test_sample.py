@@ -31,7 +31,9 @@ def test_samples_look_like_the_data(launch, trained):
 
 def test_prompt_from_a_file_and_other_checkpoint(launch, trained):
     (trained / 'prompt.txt').write_text('012', encoding='utf-8-sig')  # as editors on Windows do
-    out = launch(SAMPLE, '--start=FILE:prompt.txt', '--num_samples=1', '--max_new_tokens=5', '--ckpt=ckpt_best.pt').stdout
+    out = launch(
+        SAMPLE, '--start=FILE:prompt.txt', '--num_samples=1', '--max_new_tokens=5', '--ckpt=ckpt_best.pt'
+    ).stdout
     assert re.search(r'^012.{5}$', out, re.M)
 
 
@@ -58,7 +60,10 @@ def test_gpt2_encoding(launch, work):
     args = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False, vocab_size=50304, dropout=0.0)
     os.makedirs('out')
     model = {f'_orig_mod.{k}': v for k, v in GPT(GPTConfig(**args)).state_dict().items()}
-    torch.save({'model': model, 'model_args': args, 'iter_num': 1, 'best_val_loss': 9.9, 'config': {'dataset': 'elsewhere'}}, 'out/ckpt.pt')
+    torch.save(
+        {'model': model, 'model_args': args, 'iter_num': 1, 'best_val_loss': 9.9, 'config': {'dataset': 'elsewhere'}},
+        'out/ckpt.pt',
+    )
     out = launch(SAMPLE, '--start=<|endoftext|>Hello world', '--num_samples=1', '--max_new_tokens=20').stdout
     assert '<|endoftext|>Hello world' in out
     os.makedirs('data/bytes')
@@ -69,10 +74,26 @@ def test_gpt2_encoding(launch, work):
 
 
 def test_bench(launch, work):
-    shape = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--device=cpu', '--warmup=2', '--steps=3']
-    for flags in (['--dataset=letters'], ['--real_data=False', '--activation_checkpointing=True', '--gradient_accumulation_steps=2']):
+    shape = [
+        '--n_layer=2',
+        '--n_head=2',
+        '--n_embd=32',
+        '--block_size=16',
+        '--batch_size=4',
+        '--device=cpu',
+        '--warmup=2',
+        '--steps=3',
+    ]
+    for flags in (
+        ['--dataset=letters'],
+        ['--real_data=False', '--activation_checkpointing=True', '--gradient_accumulation_steps=2'],
+    ):
         out = launch(BENCH, *shape, *flags).stdout
-        assert re.search(r'^time per iteration: [\d.]+ms \(median of 3, .*\), [\d,]+ tokens/s, mfu n/a, peak memory [\d.]+ GiB$', out, re.M)
+        assert re.search(
+            r'^time per iteration: [\d.]+ms \(median of 3, .*\), [\d,]+ tokens/s, mfu n/a, peak memory [\d.]+ GiB$',
+            out,
+            re.M,
+        )
     assert 'aten::' in launch(BENCH, *shape, '--real_data=False', '--profile').stdout and os.listdir('bench_log')
     run = launch(BENCH, *shape, '--dataset=nowhere', check=False)
     assert run.returncode == 2 and "no data set 'nowhere'" in run.stderr

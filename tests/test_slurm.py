@@ -37,8 +37,14 @@ def sbatch(work):
     for name, text in COMMANDS.items():
         (work / 'bin' / name).write_text(f'#!/bin/bash\n{text}\n')
         (work / 'bin' / name).chmod(0o755)
-    env = dict(os.environ, PATH=f'{work}/bin:{os.environ["PATH"]}', PYTHONUNBUFFERED='1', SLURM_JOB_ID='4711', SLURM_NNODES='2',
-               SLURM_JOB_NODELIST='machine[1-2]')  # fmt: skip
+    env = dict(
+        os.environ,
+        PATH=f'{work}/bin:{os.environ["PATH"]}',
+        PYTHONUNBUFFERED='1',
+        SLURM_JOB_ID='4711',
+        SLURM_NNODES='2',
+        SLURM_JOB_NODELIST='machine[1-2]',
+    )
 
     def start(*args):
         for name in ('tasks', 'requeued'):
@@ -63,7 +69,9 @@ def test_saves_requeues_and_goes_on(launch, work, sbatch):
 
     job = sbatch(NANOGPT / 'train.py', *flags)  # as Slurm would
     assert job.wait(timeout=60) == 0 and not os.path.exists('requeued')
-    assert losses(open('slurm.out').read()) == losses(launch(NANOGPT / 'train.py', *flags, '--out_dir=once', nproc=2).stdout)
+    assert losses(open('slurm.out').read()) == losses(
+        launch(NANOGPT / 'train.py', *flags, '--out_dir=once', nproc=2).stdout
+    )
 
 
 @pytest.mark.full

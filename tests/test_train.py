@@ -25,10 +25,14 @@ def assert_same_state(a, b):
     assert_same(a, b, but=('config', 'log'))
 
 
-@pytest.mark.parametrize('dropout, bias, accumulation', [(0.0, False, 1), (0.2, True, 3), (0.1, False, 2), (0.0, True, 2)])
+@pytest.mark.parametrize(
+    'dropout, bias, accumulation', [(0.0, False, 1), (0.2, True, 3), (0.1, False, 2), (0.0, True, 2)]
+)
 def test_prints_the_numbers_of_the_minimal_loop(launch, work, dropout, bias, accumulation):
     """Random numbers are drawn, and losses computed, in upstream's order: to the last printed digit, so no tolerance."""
-    run = launch(TRAIN, *TINY, f'--dropout={dropout}', f'--bias={bias}', f'--gradient_accumulation_steps={accumulation}')
+    run = launch(
+        TRAIN, *TINY, f'--dropout={dropout}', f'--bias={bias}', f'--gradient_accumulation_steps={accumulation}'
+    )
     shape = '--data_dir=data/letters --vocab_size=40 --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4'
     rest = '--max_iters=20 --eval_interval=10 --eval_iters=3 --learning_rate=1e-2 --min_lr=1e-3 --warmup_iters=5 --lr_decay_iters=20'
     options = [f'--dropout={dropout}', f'--bias={int(bias)}', f'--accumulation={accumulation}']
@@ -44,13 +48,21 @@ def test_lines_keep_upstreams_form(launch, work):
     assert re.search(r'^iter 20: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%, [\d,]+ tokens/s$', out, re.M)
     assert re.search(r'^saving checkpoint to out$', out, re.M)
     assert re.search(r'^device cpu, dtype float32, compile False, processes 1$', out, re.M)
-    assert 'mfu n/a' in launch(TRAIN, *TINY, '--max_iters=6').stdout  # no peak is known of this CPU, and none is guessed
+    assert (
+        'mfu n/a' in launch(TRAIN, *TINY, '--max_iters=6').stdout
+    )  # no peak is known of this CPU, and none is guessed
 
 
 def test_learns(launch, work):
     """The data's entropy is log(3) = 1.0986 nats: the loss must come near it and cannot fall below it on new data."""
     out = launch(
-        TRAIN, *TINY, '--max_iters=500', '--lr_decay_iters=500', '--eval_interval=500', '--eval_iters=20', '--gradient_accumulation_steps=4'
+        TRAIN,
+        *TINY,
+        '--max_iters=500',
+        '--lr_decay_iters=500',
+        '--eval_interval=500',
+        '--eval_iters=20',
+        '--gradient_accumulation_steps=4',
     ).stdout
     val = float(re.search(r'step 500: .* val loss (\S+)', out)[1])
     assert 1.06 < val < 1.16  # 20 batches of 64 tokens: a standard error of about 0.01
@@ -83,7 +95,10 @@ def test_resume_elsewhere_goes_on_with_new_data(launch, work):
     os.makedirs('upstream')
     torch.save(upstream, 'upstream/ckpt.pt')
     shutil.copytree('out', 'two')
-    runs = [launch(TRAIN, *TINY, '--init_from=resume', f'--out_dir={folder}', nproc=n) for folder, n in (('out', 1), ('two', 2), ('upstream', 1))]
+    runs = [
+        launch(TRAIN, *TINY, '--init_from=resume', f'--out_dir={folder}', nproc=n)
+        for folder, n in (('out', 1), ('two', 2), ('upstream', 1))
+    ]
     firsts = [float(re.search(r'iter 10: loss (\S+?),', run.stdout)[1]) for run in runs]
     assert len(set(firsts)) == 3  # the exact one and two new data orders
     assert ['a new data order' in run.stdout for run in runs] == [False, True, True]
@@ -97,11 +112,23 @@ def test_checkpoint_has_upstreams_form(launch, work):
     launch(TRAIN, *TINY, '--max_iters=10')
     checkpoint = load('out/ckpt.pt')
     assert list(checkpoint) == ['model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'resume']
-    assert set(checkpoint['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+    assert set(checkpoint['model_args']) == {
+        'n_layer',
+        'n_head',
+        'n_embd',
+        'block_size',
+        'bias',
+        'vocab_size',
+        'dropout',
+    }
     assert type(checkpoint['best_val_loss']) is float and type(checkpoint['iter_num']) is int
     assert 'transformer.h.0.attn.c_attn.weight' in checkpoint['model'] and 'lm_head.weight' in checkpoint['model']
     params = [i for group in checkpoint['optimizer']['param_groups'] for i in group['params']]
-    assert params == list(range(len(params))) and set(checkpoint['optimizer']['state'][0]) == {'step', 'exp_avg', 'exp_avg_sq'}
+    assert params == list(range(len(params))) and set(checkpoint['optimizer']['state'][0]) == {
+        'step',
+        'exp_avg',
+        'exp_avg_sq',
+    }
     assert checkpoint['config']['n_embd'] == 32 and checkpoint['config']['dataset'] == 'letters'
 
 
@@ -111,9 +138,20 @@ def test_latest_and_best_are_both_kept(launch, work):
     best = load('out/ckpt_best.pt')
     launch(TRAIN, *TINY, '--init_from=resume', '--learning_rate=3', '--min_lr=3')
     assert load('out/ckpt.pt')['iter_num'] == 21
-    assert load('out/ckpt_best.pt')['iter_num'] == 10 and load('out/ckpt_best.pt')['best_val_loss'] == best['best_val_loss']
+    assert (
+        load('out/ckpt_best.pt')['iter_num'] == 10
+        and load('out/ckpt_best.pt')['best_val_loss'] == best['best_val_loss']
+    )
     # with always_save_checkpoint off only improvements and the last iteration are saved
-    out = launch(TRAIN, *TINY, '--init_from=resume', '--learning_rate=3', '--min_lr=3', '--always_save_checkpoint=False', '--max_iters=35').stdout
+    out = launch(
+        TRAIN,
+        *TINY,
+        '--init_from=resume',
+        '--learning_rate=3',
+        '--min_lr=3',
+        '--always_save_checkpoint=False',
+        '--max_iters=35',
+    ).stdout
     assert out.count('saving checkpoint') == 1 and load('out/ckpt.pt')['iter_num'] == 36
 
 
@@ -134,7 +172,12 @@ def test_warns_of_another_run_in_the_same_folder(launch, work):
 
 def test_warmup_may_end_where_the_decay_does(launch, work):
     launch(TRAIN, *TINY, '--max_iters=7', '--warmup_iters=5', '--lr_decay_iters=5')
-    assert [record['lr'] for record in log_of('out')['iterations']][4:] == [pytest.approx(1e-2 * 5 / 6), 1e-3, 1e-3, 1e-3]
+    assert [record['lr'] for record in log_of('out')['iterations']][4:] == [
+        pytest.approx(1e-2 * 5 / 6),
+        1e-3,
+        1e-3,
+        1e-3,
+    ]
 
 
 def test_help_into_a_closed_pipe(work):
@@ -151,7 +194,9 @@ def test_a_new_run_keeps_what_another_has_saved(launch, work):
     second = open('out/ckpt.pt', 'rb').read()
     out = launch(TRAIN, *TINY, '--n_layer=1', '--max_iters=10').stdout
     assert out.count('is of another run') == 3 and load('out/ckpt.pt')['model_args']['n_layer'] == 1
-    assert open('out/ckpt_before.pt', 'rb').read() == second and open('out/ckpt_best_before.pt', 'rb').read() == first[1]
+    assert (
+        open('out/ckpt_before.pt', 'rb').read() == second and open('out/ckpt_best_before.pt', 'rb').read() == first[1]
+    )
     assert os.path.isdir('out/ckpt_sharded_before/iter_0') and not os.path.exists('out/ckpt_sharded')
     assert 'iter 11:' in launch(TRAIN, *TINY, '--n_layer=1', '--init_from=auto', '--max_iters=11').stdout
     assert open('out/ckpt_before.pt', 'rb').read() == second
@@ -213,13 +258,36 @@ def test_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(launch, 
     launch(TRAIN, *TINY, '--max_iters=10')
     before = open('out/ckpt.pt', 'rb').read()
     for nproc in (1, 2):
-        run = launch(TRAIN, *TINY, '--init_from=resume', '--learning_rate=1e30', '--decay_lr=False', '--max_iters=40', nproc=nproc, check=False)
-        assert run.returncode == 2 and run.stderr.count('training diverged') == 1 and 'learning rate is 1.00e+30' in run.stderr
+        run = launch(
+            TRAIN,
+            *TINY,
+            '--init_from=resume',
+            '--learning_rate=1e30',
+            '--decay_lr=False',
+            '--max_iters=40',
+            nproc=nproc,
+            check=False,
+        )
+        assert (
+            run.returncode == 2
+            and run.stderr.count('training diverged') == 1
+            and 'learning rate is 1.00e+30' in run.stderr
+        )
         assert 'Traceback' not in run.stderr
-        log = json.load(open(max((f'out/{name}' for name in os.listdir('out') if name.endswith('.json')), key=os.path.getmtime)))
+        log = json.load(
+            open(max((f'out/{name}' for name in os.listdir('out') if name.endswith('.json')), key=os.path.getmtime))
+        )
         assert log['iterations'][-1]['skipped_steps'] == 5  # of the step that ended it
         # a run that ends by itself right after it broke must not save either
-        run = launch(TRAIN, *TINY, '--init_from=resume', '--learning_rate=1e30', '--decay_lr=False', '--max_iters=13', nproc=nproc)
+        run = launch(
+            TRAIN,
+            *TINY,
+            '--init_from=resume',
+            '--learning_rate=1e30',
+            '--decay_lr=False',
+            '--max_iters=13',
+            nproc=nproc,
+        )
         assert 'not finite' in run.stdout and '2 steps skipped' in run.stdout
         assert open('out/ckpt.pt', 'rb').read() == before
     log = json.load(open(sorted(p for p in os.listdir('out') if p.endswith('.json'))[-1].join(['out/', ''])))
@@ -250,7 +318,9 @@ sys.argv[0] = {str(TRAIN)!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
 """)
     run = launch(limited, *TINY, '--init_from=resume', '--max_iters=30', '--lr_decay_iters=30', check=False)
-    assert 'iter 30:' in run.stdout and run.stderr.count('could not be saved') == 3  # at 20, at 30, and at the end, where it is an error
+    assert (
+        'iter 30:' in run.stdout and run.stderr.count('could not be saved') == 3
+    )  # at 20, at 30, and at the end, where it is an error
     assert run.returncode == 2 and 'Traceback' not in run.stderr
     assert open('out/ckpt.pt', 'rb').read() == before and not os.path.exists('out/ckpt.pt.tmp')
 
@@ -280,7 +350,9 @@ def test_sigterm_saves_the_current_step(launch, work):
     """Under the real torchrun. The stopped and resumed run equals one that was never stopped."""
     env = dict(os.environ, PYTHONUNBUFFERED='1')
     flags = [*TINY, '--max_iters=1000000', '--eval_interval=1000000', '--lr_decay_iters=100']
-    run = subprocess.Popen([*TORCHRUN, TRAIN, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    run = subprocess.Popen(
+        [*TORCHRUN, TRAIN, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    )
     printed = []
     for line in run.stdout:
         printed.append(line)
@@ -315,7 +387,9 @@ def test_a_reader_that_goes_away_stops_the_run(work):
     """As `tee` does at a Ctrl-C: what nobody reads must not cost the checkpoint. Nor must a name that the terminal cannot show."""
     env = dict(os.environ, PYTHONUNBUFFERED='1', PYTHONIOENCODING='ascii')
     flags = [*TINY, '--max_iters=1000000', '--eval_interval=1000000', '--out_dir=ö']
-    run = subprocess.Popen([sys.executable, TRAIN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    run = subprocess.Popen(
+        [sys.executable, TRAIN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
     try:
         assert any(line.startswith('iter 5:') for line in iter(run.stdout.readline, ''))
         run.stdout.close()
@@ -327,7 +401,9 @@ def test_a_reader_that_goes_away_stops_the_run(work):
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which Linux has')
 def test_a_log_on_a_full_disk_does_not_stop_the_run(work):
     with open('/dev/full', 'w') as full:
-        run = subprocess.run([sys.executable, TRAIN, *TINY], stdout=full, stderr=full, env=dict(os.environ, PYTHONUNBUFFERED='1'))
+        run = subprocess.run(
+            [sys.executable, TRAIN, *TINY], stdout=full, stderr=full, env=dict(os.environ, PYTHONUNBUFFERED='1')
+        )
     assert run.returncode == 0 and load('out/ckpt.pt')['iter_num'] == 21
 
 
@@ -336,7 +412,11 @@ def test_resume_without_the_flags_of_the_model(launch, work):
     launch(TRAIN, *TINY, '--max_iters=3')
     val = work / 'data' / 'letters' / 'val.bin'
     val.write_bytes(val.read_bytes() * 3)  # enough for a block of 1024
-    flags = [*(flag for flag in TINY if not flag.startswith(('--n_', '--block_size'))), '--init_from=resume', '--max_iters=5']
+    flags = [
+        *(flag for flag in TINY if not flag.startswith(('--n_', '--block_size'))),
+        '--init_from=resume',
+        '--max_iters=5',
+    ]
     run = launch(TRAIN, *flags, check=False)
     assert run.returncode == 2 and 'trained with block_size=16, but here it is 1024: give --block_size=16' in run.stderr
     launch(TRAIN, *flags, '--block_size=16')
@@ -347,28 +427,54 @@ def test_resume_without_the_flags_of_the_model(launch, work):
 def test_works_from_anywhere(work):
     """From the root with paths as a user types them; out_dir belongs to the folder that one is in."""
     flags = ['--dataset=data/letters', *TINY[1:], '--max_iters=1']
-    subprocess.run([sys.executable, TRAIN, NANOGPT / 'config' / 'train_python_char.py', *flags, '--out_dir=a'], check=True, capture_output=True)
-    subprocess.run([sys.executable, TRAIN, 'config/train_python_char.py', *flags, '--out_dir=b'], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, TRAIN, NANOGPT / 'config' / 'train_python_char.py', *flags, '--out_dir=a'],
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run(
+        [sys.executable, TRAIN, 'config/train_python_char.py', *flags, '--out_dir=b'], check=True, capture_output=True
+    )
     os.symlink(TRAIN, 'link.py')
-    subprocess.run([sys.executable, 'link.py', 'config/train_python_char.py', *flags, '--out_dir=c'], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, 'link.py', 'config/train_python_char.py', *flags, '--out_dir=c'],
+        check=True,
+        capture_output=True,
+    )
     assert all(os.path.exists(f'{out_dir}/ckpt.pt') for out_dir in 'abc')
 
 
 def test_json_log(launch, work):
     launch(TRAIN, *TINY, '--max_iters=9')
     launch(TRAIN, *TINY, '--init_from=resume', nproc=2)
-    first, second = (json.load(open(f'out/{name}')) for name in sorted(f for f in os.listdir('out') if f.endswith('.json')))
-    assert [record['iter'] for record in first['iterations']] == list(range(10)) and first['run']['status'] == 'completed'
-    assert [record['iter'] for record in second['iterations']] == list(range(10, 21)) and second['run']['world_size'] == 2
+    first, second = (
+        json.load(open(f'out/{name}')) for name in sorted(f for f in os.listdir('out') if f.endswith('.json'))
+    )
+    assert [record['iter'] for record in first['iterations']] == list(range(10)) and first['run'][
+        'status'
+    ] == 'completed'
+    assert [record['iter'] for record in second['iterations']] == list(range(10, 21)) and second['run'][
+        'world_size'
+    ] == 2
     assert [record['iter'] for record in second['evaluations']] == [10, 20]
-    assert [record['iter'] for record in second['checkpoints']] == [10, 20, 21] and second['checkpoints'][0]['bytes'] > 100_000
+    assert [record['iter'] for record in second['checkpoints']] == [10, 20, 21] and second['checkpoints'][0][
+        'bytes'
+    ] > 100_000
     assert first['config']['n_embd'] == 32 and first['run']['phase'] == 'nanoGPT'
     record = first['iterations'][-1]
-    assert record['loss'] > 0 and record['lr'] > 0 and record['time_ms'] > 0 and record['tokens_per_sec'] > 0 and record['grad_norm'] > 0
+    assert (
+        record['loss'] > 0
+        and record['lr'] > 0
+        and record['time_ms'] > 0
+        and record['tokens_per_sec'] > 0
+        and record['grad_norm'] > 0
+    )
     assert record['mfu'] is None and record['peak_memory_bytes'] > 10**7
     launch(TRAIN, *TINY, '--json_log=False', '--out_dir=silent', '--max_iters=1')
     assert os.listdir('silent') == ['ckpt.pt']
-    launch(TRAIN, *TINY, '--init_from=resume', '--json_log=False', '--max_iters=22')  # the chain goes on behind a run without a log
+    launch(
+        TRAIN, *TINY, '--init_from=resume', '--json_log=False', '--max_iters=22'
+    )  # the chain goes on behind a run without a log
     assert load('out/ckpt.pt')['resume']['log'] == max(name for name in os.listdir('out') if name.endswith('.json'))
 
 
@@ -394,18 +500,34 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU
 )
 def test_on_a_gpu(work, options):
     """Learns, resumes to the printed digit where the arithmetic is deterministic enough for that, and stays finite."""
-    flags = [arg for arg in TINY if not arg.startswith('--device')] + ['--max_iters=60', '--lr_decay_iters=60', *options]
-    once = subprocess.run([sys.executable, TRAIN, *flags, '--out_dir=once'], capture_output=True, text=True, check=True).stdout
-    subprocess.run([sys.executable, TRAIN, *flags, '--out_dir=twice', '--max_iters=29'], check=True, capture_output=True)
+    flags = [arg for arg in TINY if not arg.startswith('--device')] + [
+        '--max_iters=60',
+        '--lr_decay_iters=60',
+        *options,
+    ]
+    once = subprocess.run(
+        [sys.executable, TRAIN, *flags, '--out_dir=once'], capture_output=True, text=True, check=True
+    ).stdout
+    subprocess.run(
+        [sys.executable, TRAIN, *flags, '--out_dir=twice', '--max_iters=29'], check=True, capture_output=True
+    )
     second = subprocess.run(
-        [sys.executable, TRAIN, *flags, '--out_dir=twice', '--init_from=resume'], capture_output=True, text=True, check=True
+        [sys.executable, TRAIN, *flags, '--out_dir=twice', '--init_from=resume'],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert 'compile False' in once or 'compile True' in once
-    a, b = ([float(re.search(r'loss (\d\.\d+)$', line)[1]) for line in losses(text) if line.startswith('iter')] for text in (once, second))
+    a, b = (
+        [float(re.search(r'loss (\d\.\d+)$', line)[1]) for line in losses(text) if line.startswith('iter')]
+        for text in (once, second)
+    )
     # atomics in the embedding's backward leave rounding noise, which 30 steps let grow
     assert len(b) == 31 and max(abs(x - y) for x, y in zip(a[30:], b, strict=True)) < 0.02
     assert a[-1] < 2.2 < 3.5 < a[0]
-    recorded = '--cuda_graph=False' not in options and not {'--activation_checkpointing', '--dropout=0.05'} <= set(options)
+    recorded = '--cuda_graph=False' not in options and not {'--activation_checkpointing', '--dropout=0.05'} <= set(
+        options
+    )
     assert log_of('once')['config']['cuda_graph'] is recorded
 
 
@@ -432,11 +554,15 @@ def test_graphs_on_two_gpus(launch, work, folder, options):
         return [float(re.search(r'loss (\d\.\d+)$', line)[1]) for line in losses(out) if line.startswith('iter')]
 
     ours, theirs = run('--out_dir=graph'), run('--cuda_graph=False', '--out_dir=launched')
-    norms = [[record['grad_norm'] for record in log_of(out_dir)['iterations'][12:]] for out_dir in ('graph', 'launched')]
+    norms = [
+        [record['grad_norm'] for record in log_of(out_dir)['iterations'][12:]] for out_dir in ('graph', 'launched')
+    ]
     assert log_of('graph')['config']['cuda_graph'] is True
     # the losses alone would hide a gradient of the wrong scale, which clipping and AdamW undo
     assert 0.9 < statistics.median(a / b for a, b in zip(*norms, strict=True)) < 1.1
-    assert len(ours) == 41 and ours[0] > 3.5 and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.02  # as above
+    assert (
+        len(ours) == 41 and ours[0] > 3.5 and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.02
+    )  # as above
 
 
 @pytest.mark.gpu

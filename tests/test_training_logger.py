@@ -22,7 +22,13 @@ import training_logger
 from training_logger import PAGE, Speed, TrainingLogger
 
 FOLDER = Path(training_logger.__file__).parent
-RUN = {'phase': 'nanoGPT', 'command': 'train.py', 'world_size': 1, 'device': 'cpu', 'versions': {'torch': torch.__version__}}
+RUN = {
+    'phase': 'nanoGPT',
+    'command': 'train.py',
+    'world_size': 1,
+    'device': 'cpu',
+    'versions': {'torch': torch.__version__},
+}
 
 
 def read(log):
@@ -42,14 +48,24 @@ def read(log):
 
 
 def step(log, i, **changes):
-    usual = {'loss': 4.0 / (i + 1), 'lr': 1e-3, 'time_ms': 20.0, 'tokens_per_sec': 1e5, 'mfu': 0.3, 'grad_norm': 1.0, 'peak_memory_bytes': 2**30}
+    usual = {
+        'loss': 4.0 / (i + 1),
+        'lr': 1e-3,
+        'time_ms': 20.0,
+        'tokens_per_sec': 1e5,
+        'mfu': 0.3,
+        'grad_norm': 1.0,
+        'peak_memory_bytes': 2**30,
+    }
     log.iteration(i, **usual | changes)
 
 
 def child(code, *args):
     """A Python process that runs `code` behind an import of training_logger, and of nothing else."""
     code = f'import sys; sys.path.insert(0, {str(FOLDER)!r})\nfrom training_logger import *\n{code}'
-    return subprocess.Popen([sys.executable, '-S', '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, '-S', '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_schema_and_values(tmp_path):
@@ -86,26 +102,64 @@ def test_schema_and_values(tmp_path):
         key: document[key] for key in ('config', 'iterations', 'evaluations', 'checkpoints', 'summary')
     }
     summary = closed['summary']
-    assert (summary['first_loss'], summary['best_loss'], summary['best_loss_iter'], summary['final_loss']) == (4.0, 4 / 12, 11, 4 / 12)
-    assert (summary['first_val_loss'], summary['best_val_loss'], summary['best_val_loss_iter'], summary['final_val_loss']) == (4.3, 3.3, 10, 3.3)
-    assert summary['time_ms_mean'] == 28.0 == pytest.approx(summary['time_ms_median'], rel=0.002)  # of the steps 5 to 11: 25, 26, ... 31 ms
-    assert summary['tokens_per_sec_mean'] == 1e5 and summary['mfu_median'] == pytest.approx(0.3, rel=0.002) and summary['peak_memory_bytes'] == 2**30
+    assert (summary['first_loss'], summary['best_loss'], summary['best_loss_iter'], summary['final_loss']) == (
+        4.0,
+        4 / 12,
+        11,
+        4 / 12,
+    )
+    assert (
+        summary['first_val_loss'],
+        summary['best_val_loss'],
+        summary['best_val_loss_iter'],
+        summary['final_val_loss'],
+    ) == (4.3, 3.3, 10, 3.3)
+    assert (
+        summary['time_ms_mean'] == 28.0 == pytest.approx(summary['time_ms_median'], rel=0.002)
+    )  # of the steps 5 to 11: 25, 26, ... 31 ms
+    assert (
+        summary['tokens_per_sec_mean'] == 1e5
+        and summary['mfu_median'] == pytest.approx(0.3, rel=0.002)
+        and summary['peak_memory_bytes'] == 2**30
+    )
     assert summary['iterations'] == 12 and summary['dropped_records'] == 0 and summary['total_time_s'] >= 0
     assert os.listdir(tmp_path) == [os.path.basename(log.path)]
 
 
 def test_values_json_does_not_know(tmp_path):
-    config = {'path': Path('a'), 'dtype': torch.bfloat16, 'betas': (0.9, math.inf), 'x': np.float32(0.5), 'name': 'ü"\ud800'}
+    config = {
+        'path': Path('a'),
+        'dtype': torch.bfloat16,
+        'betas': (0.9, math.inf),
+        'x': np.float32(0.5),
+        'name': 'ü"\ud800',
+    }
     log = TrainingLogger(tmp_path, config, RUN)
     step(log, 0, loss=math.nan, grad_norm=math.inf, mfu=None, time_ms=np.float64(3.0), lr=torch.tensor(0.5))
     step(log, 1, loss=2.0)
     step(log, 2, loss=np.float32('-inf'))
     log.evaluation(2, train_loss=math.nan, val_loss=math.nan, lr=0.1)
     document = read(log)
-    assert document['config'] == {'path': 'a', 'dtype': 'torch.bfloat16', 'betas': [0.9, None], 'x': 0.5, 'name': 'ü"\ud800'}
+    assert document['config'] == {
+        'path': 'a',
+        'dtype': 'torch.bfloat16',
+        'betas': [0.9, None],
+        'x': 0.5,
+        'name': 'ü"\ud800',
+    }
     first = document['iterations'][0]
-    assert (first['loss'], first['grad_norm'], first['mfu'], first['time_ms'], first['lr']) == (None, None, None, 3.0, 0.5)
-    assert (document['summary']['first_loss'], document['summary']['best_loss'], document['summary']['final_loss']) == (2.0, 2.0, None)
+    assert (first['loss'], first['grad_norm'], first['mfu'], first['time_ms'], first['lr']) == (
+        None,
+        None,
+        None,
+        3.0,
+        0.5,
+    )
+    assert (document['summary']['first_loss'], document['summary']['best_loss'], document['summary']['final_loss']) == (
+        2.0,
+        2.0,
+        None,
+    )
     assert document['summary']['best_val_loss'] is None
     log.close('completed')
 
@@ -120,17 +174,23 @@ def test_disabled_does_nothing(tmp_path, capfd):
 
 
 def test_two_runs_in_one_second(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_logger.time, 'strftime', lambda form, *_: form.replace('%Y%m%d_%H%M%S', '20260102_030405'))
+    monkeypatch.setattr(
+        training_logger.time, 'strftime', lambda form, *_: form.replace('%Y%m%d_%H%M%S', '20260102_030405')
+    )
     logs = [TrainingLogger(tmp_path, {}, RUN) for _ in range(3)]
     for i, log in enumerate(logs):
         step(log, i)
         log.close('completed')
-    assert [os.path.basename(log.path) for log in logs] == [f'run_20260102_030405{suffix}.json' for suffix in ('', '_2', '_3')]
+    assert [os.path.basename(log.path) for log in logs] == [
+        f'run_20260102_030405{suffix}.json' for suffix in ('', '_2', '_3')
+    ]
     assert [read(log)['iterations'][0]['iter'] for log in logs] == [0, 1, 2]
 
 
 def test_many_processes_in_one_second(tmp_path):
-    children = [child('TrainingLogger(sys.argv[1], {"n": sys.argv[2]}, {}).close("completed")', tmp_path, i) for i in range(6)]
+    children = [
+        child('TrainingLogger(sys.argv[1], {"n": sys.argv[2]}, {}).close("completed")', tmp_path, i) for i in range(6)
+    ]
     assert [process.wait() for process in children] == [0] * 6
     assert sorted(read(path)['config']['n'] for path in tmp_path.iterdir()) == [str(i) for i in range(6)]
 
@@ -163,10 +223,16 @@ def test_kill_nine_at_200_random_moments(tmp_path):
         document, sent = read(path), int.from_bytes(counter.read_bytes(), 'little')
         iters = [record['iter'] for record in document['iterations']]
         assert iters == list(range(len(iters))) and sent - 1 <= len(iters) <= sent + 1
-        assert [record['iter'] for record in document['evaluations']] in (list(range(0, len(iters), 10)), list(range(0, len(iters) - 1, 10)))
+        assert [record['iter'] for record in document['evaluations']] in (
+            list(range(0, len(iters), 10)),
+            list(range(0, len(iters) - 1, 10)),
+        )
         assert document['run']['status'] == 'running' and document['config'] == {'a': 1}
         summary = document['summary']
-        assert 0 <= len(iters) - summary['iterations'] <= 1 and 0 <= len(document['evaluations']) - summary['evaluations'] <= 1
+        assert (
+            0 <= len(iters) - summary['iterations'] <= 1
+            and 0 <= len(document['evaluations']) - summary['evaluations'] <= 1
+        )
         behind += summary['iterations'] < len(iters)
         if summary['iterations']:
             assert summary['final_loss'] == 1.0 / summary['iterations'] == summary['best_loss']
@@ -181,7 +247,10 @@ def test_no_write_crosses_a_page_nor_grows_with_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'pwrite', lambda fd, data, at: writes.append((at, len(data))) or pwrite(fd, data, at))
     per_record, copied = [], 0
     for i in range(3000):
-        for add in (lambda: step(log, i, loss=1 / 3 + i, grad_norm=i / 7), lambda: log.evaluation(i, train_loss=i / 3, val_loss=i / 7, lr=1e-3)):
+        for add in (
+            lambda: step(log, i, loss=1 / 3 + i, grad_norm=i / 7),
+            lambda: log.evaluation(i, train_loss=i / 3, val_loss=i / 7, lr=1e-3),
+        ):
             writes.clear()
             fd = log.fd
             add()
@@ -193,7 +262,9 @@ def test_no_write_crosses_a_page_nor_grows_with_the_run(tmp_path, monkeypatch):
                 per_record.append(sum(size for _, size in writes))
     assert max(per_record[-1000:]) <= max(per_record[:1000]) + 16  # the numbers themselves get longer
     final = os.path.getsize(log.path)
-    assert copied < 6 * final  # by growing by half, each of the two lists copies at most 1 + 2/3 + 4/9 + ... = 3 times what is there in the end
+    assert (
+        copied < 6 * final
+    )  # by growing by half, each of the two lists copies at most 1 + 2/3 + 4/9 + ... = 3 times what is there in the end
     document = read(log)
     assert len(document['iterations']) == len(document['evaluations']) == 3000
     log.close('completed')
@@ -245,7 +316,9 @@ def test_disk_that_fills_up(tmp_path, monkeypatch, capfd):
 def test_disk_without_room_to_grow(tmp_path, monkeypatch, capfd):
     log = TrainingLogger(tmp_path, {}, RUN)
     real = os.open
-    monkeypatch.setattr(os, 'open', lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    monkeypatch.setattr(
+        os, 'open', lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    )
     for i in range(1000):
         step(log, i)
     full = read(log)
@@ -285,7 +358,9 @@ print(log.path)
 @pytest.mark.parametrize('make', ['file', 'parent', 'proc'])
 def test_folder_that_cannot_be_written(tmp_path, capfd, make):
     (tmp_path / 'file').write_text('')
-    log = TrainingLogger({'file': tmp_path / 'file', 'parent': tmp_path / 'file' / 'out', 'proc': '/proc/out'}[make], {}, RUN)
+    log = TrainingLogger(
+        {'file': tmp_path / 'file', 'parent': tmp_path / 'file' / 'out', 'proc': '/proc/out'}[make], {}, RUN
+    )
     step(log, 0)
     log.close('completed')
     assert log.path is None and capfd.readouterr().err.count('\n') == 1
@@ -338,7 +413,9 @@ log.close('completed')
 """
 
 
-@pytest.mark.parametrize('before', ['', 'import errors'])  # train.py imports it first; its excepthook ends with os._exit
+@pytest.mark.parametrize(
+    'before', ['', 'import errors']
+)  # train.py imports it first; its excepthook ends with os._exit
 @pytest.mark.parametrize(
     ('code', 'status'),
     [
@@ -351,7 +428,9 @@ log.close('completed')
     ],
 )
 def test_status_of_every_end(tmp_path, before, code, status):
-    start = 'log = TrainingLogger(sys.argv[1], {}, {})\nfor i in range(3): log.evaluation(i, train_loss=1.0, val_loss=1.0)'
+    start = (
+        'log = TrainingLogger(sys.argv[1], {}, {})\nfor i in range(3): log.evaluation(i, train_loss=1.0, val_loss=1.0)'
+    )
     process = child(f'{before}\n{start}\n{code}', tmp_path)
     process.communicate(timeout=60)
     (path,) = tmp_path.iterdir()
@@ -376,7 +455,9 @@ def test_training_waits_for_the_record_before_and_close_for_the_last(tmp_path, m
     pwrite = os.pwrite
     monkeypatch.setattr(os, 'pwrite', lambda *args: disk.wait() and pwrite(*args))
     step(log, 0)  # returns while the disk hangs
-    training = threading.Thread(target=lambda: (step(log, 1), done.append('step'), log.close('completed'), done.append('close')))
+    training = threading.Thread(
+        target=lambda: (step(log, 1), done.append('step'), log.close('completed'), done.append('close'))
+    )
     training.start()
     time.sleep(0.1)
     assert done == []
@@ -395,8 +476,15 @@ def test_resumed_run_names_its_predecessor(tmp_path):
 
 def test_speed_of_any_stream():
     noise = random.Random(0)
-    streams = [[20 * math.exp(noise.gauss(0, 0.05)) for _ in range(3000)], [noise.choice([1.0, 1000.0]) for _ in range(3000)], [5.0] * 100]
-    streams += [[30_000.0] + [1e-3 * 1.01**i for i in range(1500)], sorted(noise.uniform(1, 9) for _ in range(1000))[::-1]]
+    streams = [
+        [20 * math.exp(noise.gauss(0, 0.05)) for _ in range(3000)],
+        [noise.choice([1.0, 1000.0]) for _ in range(3000)],
+        [5.0] * 100,
+    ]
+    streams += [
+        [30_000.0] + [1e-3 * 1.01**i for i in range(1500)],
+        sorted(noise.uniform(1, 9) for _ in range(1000))[::-1],
+    ]
     for stream in streams:
         speed = Speed()
         for i, value in enumerate(stream):

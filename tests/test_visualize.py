@@ -23,10 +23,28 @@ from visualize_training import draw, main, smoothed, thin
 SCRIPT = Path(vis.__file__)
 
 
-def write_log(folder, phase='nanoGPT', steps=200, start=0, status='completed', speed=1e5, memory=2**31, resumed_from=None, nan_from=None, **config):
+def write_log(
+    folder,
+    phase='nanoGPT',
+    steps=200,
+    start=0,
+    status='completed',
+    speed=1e5,
+    memory=2**31,
+    resumed_from=None,
+    nan_from=None,
+    **config,
+):
     """A log of a simulated run: loss 4 falling to 1, validation 0.1 above it and best at iteration 120, one step of 20 that is slow."""
     config = {'dataset': 'shakespeare_char', 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'out_dir': str(folder)} | config
-    run = {'phase': phase, 'world_size': 4, 'device': 'NVIDIA H200', 'dtype': 'bfloat16', 'parameters': 10_646_784, 'tokens_per_iter': 16384}
+    run = {
+        'phase': phase,
+        'world_size': 4,
+        'device': 'NVIDIA H200',
+        'dtype': 'bfloat16',
+        'parameters': 10_646_784,
+        'tokens_per_iter': 16384,
+    }
     log = TrainingLogger(folder, config, run, resumed_from=resumed_from)
     for i in range(start, steps):
         loss = 1 + 3 * math.exp(-i / 30)
@@ -68,16 +86,33 @@ def overlaps(figure):
     FigureCanvasAgg(figure).draw()
     boxes = []
     for ax in figure.axes:
-        ticks = [label for axis in (ax.xaxis, ax.yaxis) if axis.get_visible() for label in axis.get_ticklabels() if label.get_text()]
-        for text in (ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label, *ax.texts, *(ticks if ax.axison else ())):
+        ticks = [
+            label
+            for axis in (ax.xaxis, ax.yaxis)
+            if axis.get_visible()
+            for label in axis.get_ticklabels()
+            if label.get_text()
+        ]
+        for text in (
+            ax.title,
+            ax._left_title,
+            ax.xaxis.label,
+            ax.yaxis.label,
+            *ax.texts,
+            *(ticks if ax.axison else ()),
+        ):
             if text.get_text() and text.get_visible() and (ax.axison or text in ax.texts or text is ax._left_title):
                 box = text.get_window_extent()
                 low, high = (ax.get_window_extent().min - 2, ax.get_window_extent().max + 2)
-                if text in ticks and not (low[0] <= (box.x0 + box.x1) / 2 <= high[0] or low[1] <= (box.y0 + box.y1) / 2 <= high[1]):
+                if text in ticks and not (
+                    low[0] <= (box.x0 + box.x1) / 2 <= high[0] or low[1] <= (box.y0 + box.y1) / 2 <= high[1]
+                ):
                     continue  # the label of a tick outside of the limits is not drawn
                 boxes.append((text.get_text(), box))
     size = figure.bbox
-    cut = [name for name, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > size.width + 1 or box.y1 > size.height + 1]
+    cut = [
+        name for name, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > size.width + 1 or box.y1 > size.height + 1
+    ]
     return cut + [
         (a, b)
         for i, (a, one) in enumerate(boxes)
@@ -91,22 +126,41 @@ def test_single_run_shows_everything(tmp_path):
     figure = draw([run])
     axes = axes_of(figure)
     assert set(axes) == {'loss', 'lr', 'time_ms', 'tokens_per_sec', 'mfu', 'grad_norm', 'peak_memory_bytes', 'facts'}
-    assert 'nanoGPT' in figure.get_suptitle() and 'shakespeare_char' in figure.get_suptitle() and 'completed' in figure.get_suptitle()
+    assert (
+        'nanoGPT' in figure.get_suptitle()
+        and 'shakespeare_char' in figure.get_suptitle()
+        and 'completed' in figure.get_suptitle()
+    )
     loss = axes['loss']
     assert len(line(loss, '_raw').get_xdata()) == 200 and line(loss, '_raw').get_alpha() < 0.5
     assert 'mean of 4 records' in line(loss, 'training').get_label()
     assert line(loss, 'validation').get_xdata().tolist() == [0, 40, 80, 120, 160]
     best = line(loss, 'best validation')
-    assert best.get_xdata().tolist() == [120] and f'{1.1 + 3 * math.exp(-4):.4f}' in best.get_label() and '120' in best.get_label()
+    assert (
+        best.get_xdata().tolist() == [120]
+        and f'{1.1 + 3 * math.exp(-4):.4f}' in best.get_label()
+        and '120' in best.get_label()
+    )
     assert line(loss, 'checkpoint').get_xdata().tolist() == [50, 100, 150]
     assert {text.get_text() for text in loss.get_legend().get_texts()} >= {'validation', 'checkpoint', best.get_label()}
     assert line(axes['lr'], 'nanoGPT').get_ydata()[:2].tolist() == [1e-3, 1e-3 * (1 - 1 / 400)]
     slow = line(axes['time_ms'], '10 slower')
-    assert slow.get_xdata().tolist() == list(range(19, 200, 20)) and slow.get_color() != line(axes['time_ms'], 'median').get_color()
+    assert (
+        slow.get_xdata().tolist() == list(range(19, 200, 20))
+        and slow.get_color() != line(axes['time_ms'], 'median').get_color()
+    )
     assert slow.get_ydata().max() <= axes['time_ms'].get_ylim()[1]
     assert axes['mfu'].lines[0].get_ydata()[100] == pytest.approx(40) and '%' in axes['mfu'].get_ylabel()
     assert axes['peak_memory_bytes'].lines[0].get_ydata()[0] == 2.0 and 'GiB' in axes['peak_memory_bytes'].get_ylabel()
-    for fact in ('completed', 'nanoGPT', '10.6M parameters', '6 layers, 6 heads, 384 wide', 'shakespeare_char', '16,384 tokens', '4 × NVIDIA H200'):
+    for fact in (
+        'completed',
+        'nanoGPT',
+        '10.6M parameters',
+        '6 layers, 6 heads, 384 wide',
+        'shakespeare_char',
+        '16,384 tokens',
+        '4 × NVIDIA H200',
+    ):
         assert fact in texts(axes['facts'])
     assert all(ax.get_xlabel() and ax.get_ylabel() for name, ax in axes.items() if name not in ('facts', 'mfu'))
     assert overlaps(figure) == []
@@ -125,8 +179,16 @@ def test_comparison_against_the_first(tmp_path):
     assert legend == ['nanoGPT', 'phase1_zero1', 'phase3_fsdp', 'validation']
     assert len({line(axes['loss'], name).get_color() for name in legend[:3]}) == 3
     bars = {name: [patch.get_width() for patch in axes[name].patches] for name in vis.BARS}
-    assert bars['tokens_per_sec_median'] == pytest.approx([1e5, 9e4, 2e5]) and bars['peak_memory_bytes'] == [2.0, 1.0, 0]
-    assert [text.get_text() for text in axes['tokens_per_sec_median'].texts] == ['100k  baseline', '90k  0.900×', '200k  2.000×']
+    assert bars['tokens_per_sec_median'] == pytest.approx([1e5, 9e4, 2e5]) and bars['peak_memory_bytes'] == [
+        2.0,
+        1.0,
+        0,
+    ]
+    assert [text.get_text() for text in axes['tokens_per_sec_median'].texts] == [
+        '100k  baseline',
+        '90k  0.900×',
+        '200k  2.000×',
+    ]
     assert [text.get_text() for text in axes['peak_memory_bytes'].texts] == ['2  baseline', '1  0.500×', 'not recorded']
     assert [label.get_text() for label in axes['tokens_per_sec_median'].get_yticklabels()] == legend[:3]
     assert overlaps(figure) == []
@@ -136,7 +198,9 @@ def test_more_runs_than_colors_differ_all_the_same(tmp_path):
     runs = vis.load_runs([write_log(tmp_path / str(i), steps=12) for i in range(12)])
     lines = [each for each in axes_of(draw(runs))['loss'].lines if not each.get_label().startswith('_')]
     assert len(lines) == 12 == len({(each.get_color(), str(each._unscaled_dash_pattern)) for each in lines})
-    assert [each.get_linestyle() for each in lines] == ['-'] + ['--'] * 11  # a solid one would cover those that it agrees with
+    assert [each.get_linestyle() for each in lines] == ['-'] + [
+        '--'
+    ] * 11  # a solid one would cover those that it agrees with
 
 
 def test_labels_say_what_differs(tmp_path):
@@ -150,7 +214,12 @@ def test_labels_say_what_differs(tmp_path):
     reference = write_log(tmp_path / 'a', 'nanoGPT', steps=2)
     again = write_log(tmp_path / 'a', 'phase1_zero1', steps=2)
     assert labels(a, reference) == ['phase1_zero1', 'nanoGPT']
-    assert labels(a, b, c, triton) == ['phase1_zero1, a', 'phase1_zero1, b', 'phase1_zero1, c', 'phase1_zero1 with phase2_triton']
+    assert labels(a, b, c, triton) == [
+        'phase1_zero1, a',
+        'phase1_zero1, b',
+        'phase1_zero1, c',
+        'phase1_zero1 with phase2_triton',
+    ]
     assert labels(a, again) == [f'phase1_zero1, {os.path.basename(path)}' for path in (a, again)]
     copy = tmp_path / 'copy' / os.path.basename(a)
     copy.parent.mkdir()
@@ -206,7 +275,13 @@ def test_running_and_dead(tmp_path):
     path = Path(write_log(tmp_path, steps=30, status='running'))
     assert Run(path).status == 'running'
     log = json.loads(path.read_text())
-    cases = ((9, 100, 1, 'running'), (11, 100, 1, 'died'), (11, 60_000, 1, 'running'), (25, 10_000, 100, 'running'), (30, 60_000, 1, 'died'))
+    cases = (
+        (9, 100, 1, 'running'),
+        (11, 100, 1, 'died'),
+        (11, 60_000, 1, 'running'),
+        (25, 10_000, 100, 'running'),
+        (30, 60_000, 1, 'died'),
+    )
     for minutes, slowest_ms, log_interval, status in cases:
         log['config']['log_interval'] = log_interval
         log['run']['last_record_time'] = (datetime.now(UTC) - timedelta(minutes=minutes)).strftime('%Y-%m-%dT%H:%M:%SZ')
@@ -221,7 +296,9 @@ def test_running_and_dead(tmp_path):
 
 def test_resumed_chain_is_one_run(tmp_path):
     first = write_log(tmp_path, steps=130, status='stopped')
-    second = write_log(tmp_path, start=100, steps=170, status='running', resumed_from={'log': os.path.basename(first), 'iter': 100})
+    second = write_log(
+        tmp_path, start=100, steps=170, status='running', resumed_from={'log': os.path.basename(first), 'iter': 100}
+    )
     third = write_log(tmp_path, start=150, resumed_from={'log': os.path.basename(second), 'iter': 150})
     log = load_log(third)
     assert [record['iter'] for record in log['iterations']] == list(range(200))
@@ -235,7 +312,9 @@ def test_resumed_chain_is_one_run(tmp_path):
     assert load_log(third)['iterations'][0]['iter'] == 100  # what there is
     Path(first).write_text('{"run": ')
     assert load_log(third)['iterations'][0]['iter'] == 100 and 'drawn without it' in Run(third).notes[0]
-    nameless = write_log(tmp_path / 'other', start=100, resumed_from={'log': None, 'iter': 100})  # the checkpoint was one of upstream's
+    nameless = write_log(
+        tmp_path / 'other', start=100, resumed_from={'log': None, 'iter': 100}
+    )  # the checkpoint was one of upstream's
     assert load_log(nameless)['segments'] == [nameless]
 
 
@@ -251,7 +330,9 @@ def test_a_resumed_run_has_speed_memory_and_tokens_of_its_own(tmp_path, capsys):
     assert row['peak_memory_bytes'] == 2**31
     assert run.x(np.array([0, 140, 141.0]), 'tokens').tolist() == [0, 140_000, 140_000 + 16384]
     assert '2026-01-01 00:00 UTC, resumed 1×' in texts(axes_of(draw([run]))['facts'])
-    assert main([str(first), second]) == 0 and 'goes on from iteration 140' in capsys.readouterr().err  # 140 to 149 are not drawn
+    assert (
+        main([str(first), second]) == 0 and 'goes on from iteration 140' in capsys.readouterr().err
+    )  # 140 to 149 are not drawn
 
 
 def test_axes_smoothing_and_metrics(tmp_path):
@@ -260,7 +341,10 @@ def test_axes_smoothing_and_metrics(tmp_path):
     assert set(tokens) == {'loss', 'lr', 'facts'} and line(tokens['loss'], '_raw').get_xdata()[-1] == 199 * 16384
     assert 'tokens' in tokens['loss'].get_xlabel()
     seconds = axes_of(draw([run], x='time', smooth=1))['loss']
-    assert line(seconds, '_raw').get_xdata()[-1] == pytest.approx((190 + 10 * 8) * 0.16384) and 'seconds' in seconds.get_xlabel()
+    assert (
+        line(seconds, '_raw').get_xdata()[-1] == pytest.approx((190 + 10 * 8) * 0.16384)
+        and 'seconds' in seconds.get_xlabel()
+    )
     assert line(seconds, 'training').get_ydata().tolist() == line(seconds, '_raw').get_ydata().tolist()
     overlaid = axes_of(draw([run, run], metrics=['time_ms', 'grad_norm']))
     assert set(overlaid) == {'time_ms', 'grad_norm', *vis.BARS}
@@ -269,7 +353,9 @@ def test_axes_smoothing_and_metrics(tmp_path):
 def test_smoothing():
     values = np.array([5.0, 4, 3, 2, 1, 1, 1, math.nan, 1, 1])
     assert smoothed(values, 1)[:7].tolist() == values[:7].tolist() and math.isnan(smoothed(values, 1)[7])
-    assert smoothed(np.linspace(4, 1, 100), 20)[:80] == pytest.approx(np.linspace(4, 1, 100)[:80])  # no lag behind a falling loss
+    assert smoothed(np.linspace(4, 1, 100), 20)[:80] == pytest.approx(
+        np.linspace(4, 1, 100)[:80]
+    )  # no lag behind a falling loss
     assert np.isfinite(smoothed(values, 8)).all() and np.isnan(smoothed(np.full(20, math.nan), 8)).all()
     assert smoothed(np.full(50, 2.0), 9) == pytest.approx(np.full(50, 2.0))
     spike = np.where(np.arange(100) == 20, 1e18, 1.0)
@@ -280,14 +366,19 @@ def test_smoothing():
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    old, new = (os.path.relpath(write_log(Path(name), phase)) for name, phase in (('out-old', 'nanoGPT'), ('out-new', 'phase1_zero1')))
+    old, new = (
+        os.path.relpath(write_log(Path(name), phase))
+        for name, phase in (('out-old', 'nanoGPT'), ('out-new', 'phase1_zero1'))
+    )
     os.utime(old, (1, 1))
     assert main([]) == 0
     picture = Path(new).with_name(Path(new).stem + '_analysis.png')
     assert picture.read_bytes()[:4] == b'\x89PNG' and f'wrote {picture}' in capsys.readouterr().out
     assert main(['out-old', 'out-*/run_*.json', '--json', '--title', 'Mine']) == 0  # the first one twice is one run
     table = json.loads(capsys.readouterr().out)
-    assert [row['label'] for row in table] == ['nanoGPT', 'phase1_zero1'] and table[1]['tokens_per_sec_median_ratio'] == pytest.approx(1)
+    assert [row['label'] for row in table] == ['nanoGPT', 'phase1_zero1'] and table[1][
+        'tokens_per_sec_median_ratio'
+    ] == pytest.approx(1)
     assert table[0]['best_val_loss_iter'] == 120 and table[0]['peak_memory_bytes'] == 2**31
     assert Path(old).with_name(Path(old).stem + '_comparison_analysis.png').exists()
     assert main(['out-new', '--output', 'curve.svg', '--metrics', 'loss', '--x', 'time', '--smooth', '3']) == 0
@@ -332,11 +423,15 @@ def test_names_that_matplotlib_and_terminals_would_trip_over(tmp_path):
     for shown in (runs[:1], runs):
         assert overlaps(draw(shown, title=name)) == []
     assert len(axes_of(draw(runs))['loss'].get_legend().get_texts()) == 3
-    run = subprocess.run([sys.executable, SCRIPT, path], env=os.environ | {'PYTHONIOENCODING': 'ascii'}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, SCRIPT, path], env=os.environ | {'PYTHONIOENCODING': 'ascii'}, capture_output=True, text=True
+    )
     assert run.returncode == 0 and 'xfc' in run.stdout, run.stderr
 
 
-@pytest.mark.parametrize(('series', 'strange', 'top'), [('evaluations', 4e5, 6), ('iterations', 0.3, 4), ('evaluations', 1e308, 6)])
+@pytest.mark.parametrize(
+    ('series', 'strange', 'top'), [('evaluations', 4e5, 6), ('iterations', 0.3, 4), ('evaluations', 1e308, 6)]
+)
 def test_outliers_leave_the_loss_in_sight(tmp_path, series, strange, top):
     """A validation loss that diverges at the end, or a first loss far below the rest."""
     path = Path(write_log(tmp_path, start=0, steps=100))
@@ -386,16 +481,35 @@ def test_time_and_last_iteration_of_a_run_without_iterations(tmp_path):
 
 
 def document(**changes):
-    return json.dumps({'run': {'start_time': '2026-01-01T00:00:00Z'}, 'config': {}, 'iterations': [], 'evaluations': [], 'checkpoints': []} | changes)
+    return json.dumps(
+        {
+            'run': {'start_time': '2026-01-01T00:00:00Z'},
+            'config': {},
+            'iterations': [],
+            'evaluations': [],
+            'checkpoints': [],
+        }
+        | changes
+    )
 
 
 NO_JSON = ('{"iterations": [', '', '\udcff\udcfe', '[' * 100_000)
-NO_LOG = ('[1, 2]', '{"model": 1}', document(iterations=[{'loss': 1}]), document(iterations=[{'iter': 0, 'loss': {}}]), document(evaluations=[3]))
-NO_LOG += (document(iterations=[{'iter': 0, 'loss': 10**400}]), document(run={'resumed_from': {'log': 'x', 'iter': None}}))
+NO_LOG = (
+    '[1, 2]',
+    '{"model": 1}',
+    document(iterations=[{'loss': 1}]),
+    document(iterations=[{'iter': 0, 'loss': {}}]),
+    document(evaluations=[3]),
+)
+NO_LOG += (
+    document(iterations=[{'iter': 0, 'loss': 10**400}]),
+    document(run={'resumed_from': {'log': 'x', 'iter': None}}),
+)
 
 
 @pytest.mark.parametrize(
-    ('content', 'words'), [(text, 'not a JSON document') for text in NO_JSON] + [(text, 'not a training log') for text in NO_LOG]
+    ('content', 'words'),
+    [(text, 'not a JSON document') for text in NO_JSON] + [(text, 'not a training log') for text in NO_LOG],
 )
 def test_what_is_no_log_gets_one_message(tmp_path, capsys, content, words):
     path = tmp_path / 'run_1.json'
@@ -495,7 +609,9 @@ print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM'
 """
     environment = {key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'WAYLAND_DISPLAY')}
     start = time.perf_counter()
-    process = subprocess.run([sys.executable, '-c', code, path, '--json'], env=environment, capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, '-c', code, path, '--json'], env=environment, capture_output=True, text=True, check=True
+    )
     peak_kib = int(process.stderr.split()[-1])
     print(f'{time.perf_counter() - start:.1f} s, {peak_kib / 2**10:.0f} MiB for {path.stat().st_size / 2**20:.0f} MiB')
     assert json.loads(process.stdout)[0]['last_iter'] == 599_999 and peak_kib < 2**20

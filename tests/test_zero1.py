@@ -25,7 +25,15 @@ def test_equals_ddp_to_the_bit_also_after_a_resume_at_another_world_size(launch,
     is in a whole parameter or in a piece of it.
     """
     for i, nproc in enumerate((3, 4, 2)):
-        run = found(launch, 'parity', 50, 50 * i, tmp_path / str(nproc), *[tmp_path / str(n) for n in {1: [3], 2: [4]}.get(i, [])], nproc=nproc)
+        run = found(
+            launch,
+            'parity',
+            50,
+            50 * i,
+            tmp_path / str(nproc),
+            *[tmp_path / str(n) for n in {1: [3], 2: [4]}.get(i, [])],
+            nproc=nproc,
+        )
         assert run.items() >= ALL_EQUAL.items(), nproc
         assert sum(run['kept_by']) == 2 * run['n'] and max(run['kept_by']) <= 1.05 * 2 * run['n'] / nproc
         assert run['state_bytes'] == [4 * max(run['kept_by']), 8 * run['n']]
@@ -78,13 +86,18 @@ def test_prints_and_saves_what_the_reference_does(launch, work):
     zero1 = launch(ZERO1, *args, '--out_dir=zero', nproc=2)
     assert losses(zero1.stdout) == losses(reference.stdout) and len(losses(zero1.stdout)) == 13
     n = sum(v.numel() for k, v in load('zero/ckpt.pt')['model'].items() if k != 'lm_head.weight')
-    line = re.search(r'^Using ZeRO-1 optimizer state sharding: (\S+) bytes on the fullest rank, (\S+) unsharded$', zero1.stdout, re.M)
+    line = re.search(
+        r'^Using ZeRO-1 optimizer state sharding: (\S+) bytes on the fullest rank, (\S+) unsharded$', zero1.stdout, re.M
+    )
     fullest, unsharded = (int(number.replace(',', '')) for number in line.groups())
     assert unsharded == 8 * n and 0.5 <= fullest / unsharded <= 0.5 * 1.05
     assert_same(load('ddp/ckpt.pt'), load('zero/ckpt.pt'), but=('out_dir', 'log', 'use_zero1'))
     # and alone, where there is nothing to shard
     alone = launch(ZERO1, *args, '--out_dir=zero', '--init_from=resume', '--max_iters=12')
-    assert 'not using ZeRO-1 optimizer state sharding: there is one process' in alone.stdout and len(losses(alone.stdout)) == 2
+    assert (
+        'not using ZeRO-1 optimizer state sharding: there is one process' in alone.stdout
+        and len(losses(alone.stdout)) == 2
+    )
     off = launch(ZERO1, *args, '--out_dir=ddp', '--init_from=resume', '--max_iters=12', '--use_zero1=False', nproc=2)
     assert 'not using ZeRO-1 optimizer state sharding: use_zero1=False' in off.stdout and len(losses(off.stdout)) == 2
 
@@ -120,7 +133,9 @@ def test_a_rank_that_dies_in_a_save_ends_the_run_and_leaves_the_last_checkpoint(
     assert run.returncode == -signal.SIGKILL
     assert run.stdout.count('saving checkpoint') == 1
     assert load('out/ckpt.pt')['iter_num'] == 10
-    assert len(losses(launch(ZERO1, *TINY, '--init_from=resume', nproc=2).stdout)) == 13  # iterations 10 to 20, evaluations at 10 and 20
+    assert (
+        len(losses(launch(ZERO1, *TINY, '--init_from=resume', nproc=2).stdout)) == 13
+    )  # iterations 10 to 20, evaluations at 10 and 20
 
 
 def test_sigterm_in_a_save(launch, work):
@@ -142,7 +157,11 @@ def test_on_gpus(launch, tmp_path):
     the next fused step fails (pytorch#124133). A save needs no memory on the GPU.
     """
     nproc = min(4, torch.cuda.device_count())
-    run = json.loads(launch(CASES, 'gpu', tmp_path / 'x', nproc=nproc, env={'CUBLAS_WORKSPACE_CONFIG': ':4096:8'}).stdout.splitlines()[-1])
+    run = json.loads(
+        launch(
+            CASES, 'gpu', tmp_path / 'x', nproc=nproc, env={'CUBLAS_WORKSPACE_CONFIG': ':4096:8'}
+        ).stdout.splitlines()[-1]
+    )
     assert run['equal'] and run['equal after resume'] and run['state']
     assert run['step_devices True'] == ['cuda:0']
     assert run['save_bytes True'] <= 2**20  # the step counts, stacked or cast

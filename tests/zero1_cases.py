@@ -30,7 +30,9 @@ def start(backend='gloo'):
 
 def make_model(**changes):
     torch.manual_seed(1)
-    config = dict(n_layer=1, n_head=2, n_embd=48, block_size=16, vocab_size=67, bias=True) | changes  # 67 and 48 leave remainders
+    config = (
+        dict(n_layer=1, n_head=2, n_embd=48, block_size=16, vocab_size=67, bias=True) | changes
+    )  # 67 and 48 leave remainders
     with redirect_stdout(None):
         return GPT(GPTConfig(**config)).to(device)
 
@@ -52,7 +54,11 @@ def equal(a, b):
         return len(a) == len(b) and all(map(equal, a, b))
     if isinstance(a, torch.Tensor):
         a, b = a.detach().cpu(), b.detach().cpu()
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(torch.nan_to_num(a, nan=-1.5e30), torch.nan_to_num(b, nan=-1.5e30))
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(torch.nan_to_num(a, nan=-1.5e30), torch.nan_to_num(b, nan=-1.5e30))
+        )
     return a == b
 
 
@@ -88,7 +94,11 @@ def train(sharded, steps, state=None, first=0, fused=None, fp16=False, ruin=(), 
         norms.append(torch.nn.utils.clip_grad_norm_(ddp.parameters(), 0.3))
         step_guard.step(optimizer, norms[-1])
         optimizer.zero_grad(set_to_none=True)
-    return {'losses': losses, 'norms': norms, 'scale': scaler.get_scale(), 'params': list(model.parameters())}, model, optimizer
+    return (
+        {'losses': losses, 'norms': norms, 'scale': scaler.get_scale(), 'params': list(model.parameters())},
+        model,
+        optimizer,
+    )
 
 
 def parity(steps, first, out, resume='', **options):
@@ -111,7 +121,9 @@ def parity(steps, first, out, resume='', **options):
         results.append((numbers, saved_optimizer, untouched))
     (ddp, ddp_state, _), (zero, zero_state, untouched) = results
     # on every rank, not only on the one that prints
-    same = torch.tensor([equal(ddp[k], zero[k]) for k in ddp] + [untouched, all(s.grad is None for s in optimizer.zero._all_params)]).int()
+    same = torch.tensor(
+        [equal(ddp[k], zero[k]) for k in ddp] + [untouched, all(s.grad is None for s in optimizer.zero._all_params)]
+    ).int()
     dist.all_reduce(same, op=dist.ReduceOp.MIN)
     kept = torch.tensor([sum(v.numel() for s in optimizer.zero.optim.state.values() for v in s.values() if v.dim())])
     kept_by = [torch.zeros_like(kept) for _ in range(world_size)]
@@ -119,8 +131,14 @@ def parity(steps, first, out, resume='', **options):
     found = dict(zip((*ddp, 'untouched', 'grads_freed'), map(bool, same.tolist())))
     if rank == 0:
         found |= {'state': equal(ddp_state, zero_state), 'kept_by': [int(k) for k in kept_by]}
-        found |= {'n': sum(p.numel() for p in zero['params']), 'finite_norms': int(sum(map(torch.isfinite, zero['norms'])))}
-        found |= {'first_and_last_loss': [2 * zero['losses'][i].item() for i in (0, -1)], 'steps_counted': zero_state['state'][0]['step'].item()}
+        found |= {
+            'n': sum(p.numel() for p in zero['params']),
+            'finite_norms': int(sum(map(torch.isfinite, zero['norms']))),
+        }
+        found |= {
+            'first_and_last_loss': [2 * zero['losses'][i].item() for i in (0, -1)],
+            'steps_counted': zero_state['state'][0]['step'].item(),
+        }
         found |= {'state_bytes': optimizer.state_bytes()}
         print(json.dumps(found))
     dist.destroy_process_group()
@@ -132,8 +150,14 @@ def few_tensors():
     params = []
     for sharded in (False, True):
         torch.manual_seed(2)
-        p = [torch.nn.Parameter(torch.randn(5, 7)), torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(2, 2))]
-        optimizer = torch.optim.AdamW([{'params': [p[2], p[0]], 'weight_decay': 0.1}, {'params': p[1:2], 'weight_decay': 0.0}], lr=0.1)
+        p = [
+            torch.nn.Parameter(torch.randn(5, 7)),
+            torch.nn.Parameter(torch.randn(3)),
+            torch.nn.Parameter(torch.randn(2, 2)),
+        ]
+        optimizer = torch.optim.AdamW(
+            [{'params': [p[2], p[0]], 'weight_decay': 0.1}, {'params': p[1:2], 'weight_decay': 0.0}], lr=0.1
+        )
         optimizer = Zero1Optimizer(optimizer) if sharded else optimizer
         empty = optimizer.state_dict()
         for _ in range(5):
@@ -166,7 +190,9 @@ def table():
     models = {}
     for name, (n_layer, n_head, n_embd) in SIZES.items():
         with torch.device('meta'), redirect_stdout(None):
-            models[name] = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=1024, vocab_size=50304, bias=False))
+            models[name] = GPT(
+                GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=1024, vocab_size=50304, bias=False)
+            )
     rows = {}
     for ranks in (2, 3, 4, 6, 8, 16):
         dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=ranks)
@@ -176,7 +202,9 @@ def table():
             assert unsharded == 8 * sum(p.numel() for p in model.parameters())
             plain = ZeroRedundancyOptimizer(list(model.parameters()), torch.optim.AdamW, lr=1e-3)
             whole = max(sum(p.numel() for g in groups for p in g['params']) for groups in plain._partition_parameters())
-            in_place = sum(whole_param.numel() for whole_param, _ in optimizer.zero.in_place) / sum(p.numel() for p in model.parameters())
+            in_place = sum(whole_param.numel() for whole_param, _ in optimizer.zero.in_place) / sum(
+                p.numel() for p in model.parameters()
+            )
             rows[f'{name} {ranks}'] = (fullest / (unsharded / ranks), whole / (unsharded / 8 / ranks), in_place)
         dist.destroy_process_group()
     print(json.dumps(rows))
@@ -194,9 +222,13 @@ def graphs():
         model = make_model(n_layer=2, n_embd=192, vocab_size=256)
         make_optimizer(model, sharded=kind == 'zero1')
         if kind == 'bucket_view':
-            ZeroRedundancyOptimizer(list(model.parameters()), torch.optim.AdamW, parameters_as_bucket_view=True, lr=1e-3)
+            ZeroRedundancyOptimizer(
+                list(model.parameters()), torch.optim.AdamW, parameters_as_bucket_view=True, lr=1e-3
+            )
         seen = []
-        compiled = torch.compile(model, backend=partial(lambda seen, graph, inputs: seen.append(graph) or graph.forward, seen))
+        compiled = torch.compile(
+            model, backend=partial(lambda seen, graph, inputs: seen.append(graph) or graph.forward, seen)
+        )
         x = torch.zeros(1, 16, dtype=torch.long)
         DDP(compiled, bucket_cap_mb=1.1)(x, x)  # one block has 1.7 MB
         counts[kind] = len(seen)
@@ -233,7 +265,11 @@ def gpu(out):
         found[f'step_devices {sharded}'] = sorted({str(s['step'].device) for s in inner.state.values()})
         del model, optimizer, inner
     (ddp, ddp_more, ddp_state), (zero, zero_more, zero_state) = runs
-    found |= {'equal': equal(ddp, zero), 'equal after resume': equal(ddp_more, zero_more), 'state': equal(ddp_state, zero_state)}
+    found |= {
+        'equal': equal(ddp, zero),
+        'equal after resume': equal(ddp_more, zero_more),
+        'state': equal(ddp_state, zero_state),
+    }
     if rank == 0:
         print(json.dumps(found))
     dist.destroy_process_group()

@@ -17,7 +17,9 @@ from contextlib import suppress
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # dataset.py and errors.py; there are packages of these names
+sys.path.insert(
+    0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+)  # dataset.py and errors.py; there are packages of these names
 from dataset import download, gpt2_encoding
 from errors import UserError
 
@@ -115,7 +117,9 @@ class DatasetWriter:
         """Makes the new files the data set; raises UserError where train or val is empty. Prints what there is now."""
         counts = {split: self.tokens(split) for split in self.files}
         if not all(counts.values()):
-            raise UserError(f'the text is too short: {counts["train"]} tokens for train, {counts["val"]} for val. Nothing was written')
+            raise UserError(
+                f'the text is too short: {counts["train"]} tokens for train, {counts["val"]} for val. Nothing was written'
+            )
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -266,7 +270,12 @@ def char_encoder(chars):
 
 def char_meta(chars):
     """meta.pkl for one token per character of chars, with upstream's keys."""
-    return {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {char: i for i, char in enumerate(chars)}, 'encoding': 'char'}
+    return {
+        'vocab_size': len(chars),
+        'itos': dict(enumerate(chars)),
+        'stoi': {char: i for i, char in enumerate(chars)},
+        'encoding': 'char',
+    }
 
 
 def dtype_for(vocab_size):
@@ -285,7 +294,9 @@ def write_char_dataset(out_dir, train_text, val_text, chars):
         out.write('train', train)
         out.write('val', val)
         out.commit(meta)
-    print(f'unigram entropy: {meta["unigram_entropy"]:.4f} nats (a validation loss below it means that context was learned)')
+    print(
+        f'unigram entropy: {meta["unigram_entropy"]:.4f} nats (a validation loss below it means that context was learned)'
+    )
 
 
 def stdlib_sources():

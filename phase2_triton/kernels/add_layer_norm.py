@@ -33,7 +33,9 @@ class AddLayerNormFunction(torch.autograd.Function):
         if dy is None:
             return dtotal, None if dtotal is None else dtotal.to(ctx.branch_dtype), None, None, None, None
         need_dw, need_db = ctx.needs_input_grad[2:4]
-        dx, dw, db, dbranch = launch_backward(dy, total, weight, ctx.bias_dtype, stats, True, need_dw, need_db, dtotal, ctx.branch_dtype)
+        dx, dw, db, dbranch = launch_backward(
+            dy, total, weight, ctx.bias_dtype, stats, True, need_dw, need_db, dtotal, ctx.branch_dtype
+        )
         return dx, dbranch, dw, db, None, None
 
 
@@ -62,7 +64,9 @@ def _(x, branch, weight, bias, eps, out_dtype):
 )
 def add_layer_norm_backward_op(dtotal, dy, total, weight, stats, has_bias, branch_dtype):
     """launch_backward; results of an operator may not be one tensor twice, so what is not needed comes back empty."""
-    dx, dw, db, dbranch = launch_backward(dy, total, weight, weight.dtype, stats, True, True, has_bias, dtotal, branch_dtype)
+    dx, dw, db, dbranch = launch_backward(
+        dy, total, weight, weight.dtype, stats, True, True, has_bias, dtotal, branch_dtype
+    )
     return dx, dx.new_empty(0) if dbranch is dx else dbranch, dw, dw.new_empty(0) if db is None else db
 
 

@@ -118,7 +118,14 @@ def launch_cross_entropy(logits, targets, ignore_index, need_grad, config=None):
     c = config or cross_entropy_config(V, programs=2 if at_work <= l2_bytes(logits.device) else 1)
     if M > 0:
         grid = min(M, c.programs * num_multiprocessors(logits.device))
-        launch(cross_entropy_kernel, (grid,), (logits, targets, losses), (M, ignore_index), (V, c.rows, c.chunk, need_grad), c)
+        launch(
+            cross_entropy_kernel,
+            (grid,),
+            (logits, targets, losses),
+            (M, ignore_index),
+            (V, c.rows, c.chunk, need_grad),
+            c,
+        )
     return losses
 
 
@@ -198,7 +205,9 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_
     tied = tied and can_leave_gradient(weight)
     with torch.autocast(x.device.type, enabled=False):
         if chunk_rows > 0:
-            return ChunkedLinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied, chunk_rows)
+            return ChunkedLinearCrossEntropyFunction.apply(
+                x, weight, targets, ignore_index, dtype, need_grad, tied, chunk_rows
+            )
         return LinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied)
 
 

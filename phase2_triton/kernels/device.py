@@ -16,13 +16,20 @@ try:
     import triton.language as tl
     from triton import knobs
 except ImportError as error:  # CPU-only wheels, Windows, macOS
-    triton, tl, missing = None, SimpleNamespace(constexpr=None), str(error)  # tl only for the annotations of the kernels
+    triton, tl, missing = (
+        None,
+        SimpleNamespace(constexpr=None),
+        str(error),
+    )  # tl only for the annotations of the kernels
     interpreted = False
 else:
     missing = None
     interpreted = knobs.runtime.interpret  # TRITON_INTERPRET=1; read now, because jit() below reads it now too
 
-min_capability = (8, 0)  # Ampere: the oldest with bfloat16 and with cp.async, and the oldest these kernels are compiled for in tests
+min_capability = (
+    8,
+    0,
+)  # Ampere: the oldest with bfloat16 and with cp.async, and the oldest these kernels are compiled for in tests
 
 
 def jit(fn):
@@ -49,7 +56,9 @@ def _unavailable_reason(kind, index):
     if interpreted and kind in ('cpu', 'cuda'):
         return None
     if kind != 'cuda':
-        return f'Triton does not run on {kind} tensors' + (' (TRITON_INTERPRET=1 was not set at import)' if kind == 'cpu' else '')
+        return f'Triton does not run on {kind} tensors' + (
+            ' (TRITON_INTERPRET=1 was not set at import)' if kind == 'cpu' else ''
+        )
     if not torch.cuda.is_available():
         return 'no CUDA device is available'
     if torch.version.hip:

@@ -23,7 +23,9 @@ def normal(x, EXACT: tl.constexpr):
         below = 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
     else:
         t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))  # 0.3275911 / sqrt(2)
-        tail = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t * bell * 0.5
+        tail = (
+            ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t * bell * 0.5
+        )
         below = tl.where(x < 0, tail, 1.0 - tail)
     return below, bell * 0.3989422804014327
 
@@ -50,7 +52,14 @@ def launch_elementwise(kernel, *tensors):
     size = tensors[0].numel()
     config = Config(1, 65536 if interpreted else 2048, 4)
     if size > 0:
-        launch(kernel, (-(-size // config.chunk),), tensors, (size,), (config.chunk, tensors[0].dtype == torch.float32), config)
+        launch(
+            kernel,
+            (-(-size // config.chunk),),
+            tensors,
+            (size,),
+            (config.chunk, tensors[0].dtype == torch.float32),
+            config,
+        )
     return tensors[-1]
 
 
@@ -73,6 +82,11 @@ def gelu(x):
     torch.nn.functional.gelu(x) for x of any shape in float32, bfloat16 or float16, by a Triton kernel where it can run and by that very
     function elsewhere. Differentiable once.
     """
-    if type(x) is torch.Tensor and x.dtype in float_dtypes and available(x.device) and not torch.compiler.is_compiling():
+    if (
+        type(x) is torch.Tensor
+        and x.dtype in float_dtypes
+        and available(x.device)
+        and not torch.compiler.is_compiling()
+    ):
         return GeluFunction.apply(x)
     return F.gelu(x)

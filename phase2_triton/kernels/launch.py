@@ -45,7 +45,16 @@ def launch(kernel, grid, tensors, numbers, constants, config):
     key = None
     if pointers % 16 == 0:
         kinds = [(n % 16 == 0, n == 1, n < 2**31) for n in numbers]
-        key = (kernel, device, config.warps, config.pdl, config.registers, constants, *[tensor.dtype for tensor in tensors], *kinds)
+        key = (
+            kernel,
+            device,
+            config.warps,
+            config.pdl,
+            config.registers,
+            constants,
+            *[tensor.dtype for tensor in tensors],
+            *kinds,
+        )
         compiled = compiled_kernels.get(key)
         if compiled is not None:
             compiled[grid](*tensors, *numbers, *constants)

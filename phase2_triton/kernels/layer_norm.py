@@ -39,7 +39,9 @@ def load_rows(ptr, rows, stride, M, N: tl.constexpr, CHUNK: tl.constexpr):
     tiles = ()
     for start in tl.static_range(0, N, CHUNK):
         cols = (start + tl.arange(0, CHUNK))[None, :]
-        tiles = tiles + (tl.load(ptr + rows[:, None] * stride + cols, mask=(rows < M)[:, None] & (cols < N), other=0.0),)
+        tiles = tiles + (
+            tl.load(ptr + rows[:, None] * stride + cols, mask=(rows < M)[:, None] & (cols < N), other=0.0),
+        )
     return tiles
 
 
@@ -237,7 +239,9 @@ def backward_kernel(
                     tl.store(db_ptr + cols, tl.load(db_ptr + cols, mask=cols < N) + dy, mask=cols < N)
 
         if NEED_DX:
-            sum_g, sum_gx = tl.split(tl.sum(tl.join(sum_g, sum_gx), 1))  # together, so that warps that share a row meet once
+            sum_g, sum_gx = tl.split(
+                tl.sum(tl.join(sum_g, sum_gx), 1)
+            )  # together, so that warps that share a row meet once
             shift = (-rstd * sum_g / N)[:, None]
             slope = (-rstd * sum_gx / N)[:, None]
             for c in tl.static_range(CHUNKS):
@@ -378,7 +382,15 @@ def launch_forward(x, branch, weight, bias, eps, out_dtype):
         launch(
             forward_kernel,
             (cdiv(M, c.rows),),
-            (rows, rows if branch is None else branch.contiguous(), weight, weight if bias is None else bias.contiguous(), total, y, stats),
+            (
+                rows,
+                rows if branch is None else branch.contiguous(),
+                weight,
+                weight if bias is None else bias.contiguous(),
+                total,
+                y,
+                stats,
+            ),
             (stride, M, eps),
             (N, c.rows, c.chunk, c.resident, branch is not None, bias is not None, c.pdl),
             c,
@@ -403,7 +415,9 @@ def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db,
         return dx, dw if dw is None else dw.zero_(), db if db is None else db.zero_(), dbranch
     c = backward_config(N, x.element_size(), programmatic_launch(x.device))
     P = min(cdiv(M, c.rows), c.programs * num_multiprocessors(x.device))
-    partial = (torch.empty if c.resident else torch.zeros)((2, P, N) if need_dw or need_db else 1, dtype=torch.float32, device=x.device)
+    partial = (torch.empty if c.resident else torch.zeros)(
+        (2, P, N) if need_dw or need_db else 1, dtype=torch.float32, device=x.device
+    )
     launch(
         backward_kernel,
         (P,),
@@ -452,7 +466,9 @@ class LayerNormFunction(torch.autograd.Function):
 
 
 @torch.library.custom_op(
-    'nanogpt::layer_norm', mutates_args=(), schema='(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype) -> (Tensor, Tensor)'
+    'nanogpt::layer_norm',
+    mutates_args=(),
+    schema='(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype) -> (Tensor, Tensor)',
 )
 def layer_norm_op(x, weight, bias, eps, out_dtype):
     """launch_forward for torch.compile and FakeTensor, which see it as one opaque node."""
@@ -461,7 +477,9 @@ def layer_norm_op(x, weight, bias, eps, out_dtype):
 
 @layer_norm_op.register_fake
 def _(x, weight, bias, eps, out_dtype):
-    return torch.empty(x.shape, dtype=out_dtype, device=x.device), x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device), x.new_empty(
+        (2, x.numel() // x.shape[-1]), dtype=torch.float32
+    )
 
 
 @torch.library.custom_op(
@@ -496,7 +514,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, _):
     x, weight, stats = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    grads = layer_norm_backward_op(dy, x, weight, ctx.bias_dtype, stats, *need)  # has no derivative: double backward raises
+    grads = layer_norm_backward_op(
+        dy, x, weight, ctx.bias_dtype, stats, *need
+    )  # has no derivative: double backward raises
     return *(grad if needed else None for grad, needed in zip(grads, need)), None, None
 
 
@@ -509,7 +529,9 @@ def check_parameters(x, weight, bias):
         if p is None:
             continue
         if p.shape != x.shape[-1:]:
-            raise ValueError(f'layer_norm: {name} has shape {tuple(p.shape)}, but the last dimension of x is {tuple(x.shape[-1:])}')
+            raise ValueError(
+                f'layer_norm: {name} has shape {tuple(p.shape)}, but the last dimension of x is {tuple(x.shape[-1:])}'
+            )
         if p.device != x.device:
             raise ValueError(f'layer_norm: {name} is on {p.device}, x on {x.device}')
         if p.dtype != x.dtype and torch.promote_types(p.dtype, x.dtype) != p.dtype:
@@ -531,7 +553,12 @@ def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
     check_parameters(x, weight, bias)
     if out_dtype is None:
         out_dtype = reference_dtype(x)
-    if not (x.dtype in float_dtypes and weight.dtype in float_dtypes and 0 < x.shape[-1] <= max_width and available(x.device)):
+    if not (
+        x.dtype in float_dtypes
+        and weight.dtype in float_dtypes
+        and 0 < x.shape[-1] <= max_width
+        and available(x.device)
+    ):
         return reference(x, weight, bias, eps, out_dtype)
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
         return layer_norm_op(x, weight, bias, eps, out_dtype)[0]
@@ -540,10 +567,16 @@ def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
 
 def reference_dtype(x):
     """What F.layer_norm would return for x: autocast on CUDA (not on the CPU) makes it float32."""
-    return torch.float32 if x.device.type == 'cuda' and x.dtype in float_dtypes and torch.is_autocast_enabled('cuda') else x.dtype
+    return (
+        torch.float32
+        if x.device.type == 'cuda' and x.dtype in float_dtypes and torch.is_autocast_enabled('cuda')
+        else x.dtype
+    )
 
 
 def reference(x, weight, bias=None, eps=1e-5, out_dtype=None):
     """F.layer_norm, also for weights wider than x, which CUDA's refuses."""
     wide = torch.promote_types(x.dtype, weight.dtype)
-    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(out_dtype or x.dtype)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(
+        out_dtype or x.dtype
+    )

@@ -58,7 +58,12 @@ def weight_gradient(weight, dy, x):
 
 def can_leave_gradient(weight):
     """Whether gradients of weight, a parameter that is used twice, may wait in weight.grad for the last of them; see leave_gradient."""
-    return weight.is_leaf and weight.requires_grad and weight.dtype == torch.float32 and type(weight) in (torch.Tensor, torch.nn.Parameter)
+    return (
+        weight.is_leaf
+        and weight.requires_grad
+        and weight.dtype == torch.float32
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+    )
 
 
 def leave_gradient(weight, dw):

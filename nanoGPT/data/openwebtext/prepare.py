@@ -25,7 +25,9 @@ def load(source, revision=None):
     try:
         import datasets
     except ImportError:
-        raise UserError('OpenWebText needs the package datasets: pip install datasets (or install this project with its extra `data`)') from None
+        raise UserError(
+            'OpenWebText needs the package datasets: pip install datasets (or install this project with its extra `data`)'
+        ) from None
     try:
         dataset = datasets.load_dataset(source, revision=revision, split='train')
     except Exception as error:  # of very many kinds: no network, no such data set, a disk that is full, ...
@@ -50,11 +52,22 @@ def prepare(dataset, out_dir, num_proc):
 
     gpt2_encoding()  # its errors first, and its files in the cache before many processes want them
     splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    features = datasets.Features({'ids': datasets.Sequence(datasets.Value('uint16'))})  # a quarter of the default's disk space
-    tokenized = splits.map(tokenize, batched=True, remove_columns=dataset.column_names, features=features, num_proc=num_proc, desc='tokenizing')
+    features = datasets.Features(
+        {'ids': datasets.Sequence(datasets.Value('uint16'))}
+    )  # a quarter of the default's disk space
+    tokenized = splits.map(
+        tokenize,
+        batched=True,
+        remove_columns=dataset.column_names,
+        features=features,
+        num_proc=num_proc,
+        desc='tokenizing',
+    )
     with DatasetWriter(out_dir) as out:
         for split, rows in (('train', tokenized['train']), ('val', tokenized['test'])):
-            for table in tqdm(rows.with_format('arrow').iter(batch_size=10_000), f'writing {split}', len(rows) // 10_000 + 1):
+            for table in tqdm(
+                rows.with_format('arrow').iter(batch_size=10_000), f'writing {split}', len(rows) // 10_000 + 1
+            ):
                 for chunk in table.column('ids').chunks:
                     out.write(split, chunk.flatten().to_numpy())
         out.commit()
@@ -62,8 +75,12 @@ def prepare(dataset, out_dir, num_proc):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--num_proc', type=int, default=max((os.cpu_count() or 1) // 2, 1), help='processes (default: half the cores)')
-    parser.add_argument('--source', default='Skylion007/openwebtext', help='a data set of the Hugging Face Hub, or a folder')
+    parser.add_argument(
+        '--num_proc', type=int, default=max((os.cpu_count() or 1) // 2, 1), help='processes (default: half the cores)'
+    )
+    parser.add_argument(
+        '--source', default='Skylion007/openwebtext', help='a data set of the Hugging Face Hub, or a folder'
+    )
     parser.add_argument('--revision', help='its revision on the Hub')
     args = parser.parse_args()
     prepare(load(args.source, args.revision), HERE, args.num_proc)

@@ -20,5 +20,7 @@ if __name__ == '__main__':
     parts = {'train': [], 'val': []}
     for split, text in assign_splits(((len(text), text) for text in texts), val_fraction=0.1):
         parts[split].append(text)
-    print(f'Python {sys.version.split()[0]}: {len(texts)} modules, {sum(map(len, texts)):,} characters; {len(parts["val"])} modules for val')
+    print(
+        f'Python {sys.version.split()[0]}: {len(texts)} modules, {sum(map(len, texts)):,} characters; {len(parts["val"])} modules for val'
+    )
     write_char_dataset(HERE, ''.join(parts['train']), ''.join(parts['val']), PYTHON_CHARS)

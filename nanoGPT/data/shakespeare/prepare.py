@@ -16,7 +16,9 @@ from prepare_common import SHAKESPEARE_URL, DatasetWriter, gpt2_encode, gpt2_enc
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--input', metavar='FILE', help='use this file, without a download; another text is accepted with a note')
+    parser.add_argument(
+        '--input', metavar='FILE', help='use this file, without a download; another text is accepted with a note'
+    )
     parser.add_argument('--url', default=SHAKESPEARE_URL, help='a mirror of input.txt')
     args = parser.parse_args()
     gpt2_encoding()  # its errors first

@@ -56,7 +56,9 @@ def files_below(top):
     for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in seen]
         seen.update(os.path.realpath(os.path.join(folder, name)) for name in folders)
-        yield from (path for file in files if _kind(file) and os.path.exists(path := os.path.join(folder, file)))  # not a link to nowhere
+        yield from (
+            path for file in files if _kind(file) and os.path.exists(path := os.path.join(folder, file))
+        )  # not a link to nowhere
 
 
 def unreadable(error):
@@ -97,9 +99,13 @@ def read_pieces(path, update):
             try:
                 text = rest + newlines.decode(decoder.decode(block, final=not block), final=not block)
             except UnicodeDecodeError as error:
-                position += len(block) - len(error.object) + error.start  # its object starts with what the decoder had kept
+                position += (
+                    len(block) - len(error.object) + error.start
+                )  # its object starts with what the decoder had kept
                 byte = error.object[error.start]
-                raise UserError(f'{path} is not UTF-8 text: byte {position:,} is 0x{byte:02x}. Convert it: iconv -t UTF-8') from None
+                raise UserError(
+                    f'{path} is not UTF-8 text: byte {position:,} is 0x{byte:02x}. Convert it: iconv -t UTF-8'
+                ) from None
             if not block:
                 break
             position += len(block)
@@ -123,14 +129,18 @@ def read_jsonl(path, field, update):
             try:
                 record = json.loads(line.decode('utf-8-sig'))
             except UnicodeDecodeError as error:
-                raise UserError(f'{path}, line {number}: not UTF-8 text: byte {error.start:,} of the line is 0x{line[error.start]:02x}') from None
+                raise UserError(
+                    f'{path}, line {number}: not UTF-8 text: byte {error.start:,} of the line is 0x{line[error.start]:02x}'
+                ) from None
             except (ValueError, RecursionError) as error:
                 raise UserError(f'{path}, line {number}: not JSON: {error}') from None
             if isinstance(record, dict) and field in record and record[field] is None:
                 continue
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 has = f'the fields {", ".join(record)}' if isinstance(record, dict) else f'a {type(record).__name__}'
-                raise UserError(f'{path}, line {number}: there is no text in the field {field!r}, only {has}. Name another with --field')
+                raise UserError(
+                    f'{path}, line {number}: there is no text in the field {field!r}, only {has}. Name another with --field'
+                )
             yield from read_string(record[field])
 
 
@@ -166,9 +176,13 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('inputs', nargs='+', metavar='FILE_OR_FOLDER')
     parser.add_argument('--encoding', choices=('gpt2', 'char', 'byte'), default='gpt2')
-    parser.add_argument('--field', default='text', help='where .jsonl and .parquet files have their text (default: text)')
+    parser.add_argument(
+        '--field', default='text', help='where .jsonl and .parquet files have their text (default: text)'
+    )
     parser.add_argument('--val_fraction', type=float, default=0.1)
-    parser.add_argument('--out', metavar='FOLDER', default=HERE, help='where to write the data set (default: beside this script)')
+    parser.add_argument(
+        '--out', metavar='FOLDER', default=HERE, help='where to write the data set (default: beside this script)'
+    )
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise UserError(f'--val_fraction {args.val_fraction} is not between 0 and 1')
@@ -191,5 +205,7 @@ if __name__ == '__main__':
         encode, meta, dtype = char_encoder(sorted(chars)), char_meta(sorted(chars)), dtype_for(len(chars))
 
     with DatasetWriter(args.out, dtype) as out:
-        encode_documents(out, read_documents(paths, args.field, progress('encoding', total)), encode, end, args.val_fraction)
+        encode_documents(
+            out, read_documents(paths, args.field, progress('encoding', total)), encode, end, args.val_fraction
+        )
         out.commit(meta)
