@@ -6,18 +6,15 @@ Each function is called on every rank, and each works in a single process as wel
 
 import atexit
 import os
-import signal
 import socket
 import sys
 import time
 import uuid
-from contextlib import suppress
 from datetime import timedelta
 
+import errors
 import torch
 import torch.distributed as dist
-
-import errors
 from errors import UserError
 
 
@@ -113,68 +110,6 @@ def gather_from_ranks(x):
     everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(x, everyone)
     return everyone
-
-
-class StopSignal:
-    """
-    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) ask a run to stop at the next step boundary instead of killing it in mid-step. The handler
-    may only take note: another rank may be inside a collective, and only together can ranks leave the loop.
-    """
-
-    def __init__(self):
-        self.received = None  # time of the first signal
-        self.unread = False  # what is printed, because its reader has gone
-        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []  # nohup has it ignored
-        for number in (signal.SIGTERM, signal.SIGINT, *hangup):
-            signal.signal(number, self._handle)
-        sys.stdout, sys.stderr = (Output(stream or open(os.devnull, 'w'), self) for stream in (sys.stdout, sys.stderr))
-
-    def _handle(self, number, frame):
-        # a Ctrl-C reaches a process twice, from the terminal and from torchrun; a later one is from an impatient user
-        if number == signal.SIGINT and self.received and time.time() - self.received > 2:
-            raise KeyboardInterrupt
-        self.received = self.received or time.time()
-
-    def requested(self):
-        """True on every rank if any rank is to stop. Collective, over the CPU: does not wait for the GPU."""
-        wanted = self.received is not None or self.unread
-        if not dist.is_initialized():
-            return wanted
-        flag = torch.tensor(float(wanted))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
-
-
-class Output:
-    """
-    stdout or stderr, of which no failure ends a run: what cannot be printed (a full disk, under nohup a closed terminal) is lost. Where nobody reads
-    a pipe any more, the run saves and stops: a Ctrl-C ends the `tee` of `| tee` too.
-    """
-
-    def __init__(self, stream, stop_signal):
-        self.stream, self.stop_signal = stream, stop_signal
-        with suppress(
-            AttributeError, OSError
-        ):  # a stream of a notebook's, or one with something to write to a full disk first
-            stream.reconfigure(errors='backslashreplace')  # what the terminal's encoding has no character for
-
-    def write(self, text):
-        self._attempt(self.stream.write, text)
-        return len(text)
-
-    def flush(self):
-        self._attempt(self.stream.flush)
-
-    def _attempt(self, function, *args):
-        try:
-            function(*args)
-        except BrokenPipeError:
-            self.stop_signal.unread = True
-        except OSError:
-            pass
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 def leave(graph=None):

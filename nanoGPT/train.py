@@ -21,14 +21,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
-from checkpoint import find_checkpoint, load_checkpoint, load_model, load_optimizer, make_out_dir
-from checkpoint import rank_state, restore_rank_state, resume_model_args, write_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint, load_model, write_checkpoint
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_cuda_graph
-from dataset import check_encoding, check_tokens, find_data_dir, load_meta, open_tokens
-from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
+from dataset import check_tokens, find_data_dir, load_meta, open_tokens
+from distributed import gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
+from encoding import check_encoding
 from errors import UserError
+from out_dir import make_out_dir
+from resume import load_optimizer, rank_state, restore_rank_state, resume_model_args
+from run_facts import run_facts
 from step_guard import StepGuard
+from stop_signal import StopSignal
 from training_logger import TrainingLogger
 
 # under torchrun every rank (process) runs this file; rank 0 speaks for all
@@ -268,7 +272,7 @@ def save_checkpoint(best):
 if master_process:
     make_out_dir(out_dir, init_from)
 resumed_from = {'log': checkpoint.get('resume', {}).get('log'), 'iter': iter_num} if init_from == 'resume' else None
-facts = hardware.run_facts(
+facts = run_facts(
     __file__, model_dir, device, world_size, parameters=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter
 )
 log = TrainingLogger(out_dir, config, facts, json_log and master_process, resumed_from)

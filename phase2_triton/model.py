@@ -82,16 +82,10 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
-    activation_checkpointing: bool = (
-        False  # keep only each block's input and compute the rest again in backward: less memory, more time
-    )
+    activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
     use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
-    half_residual: bool = (
-        False  # with use_triton and a 16-bit dtype, keep the residual stream in it too: faster, a little less exact
-    )
-    loss_rows: int = (
-        0  # with use_triton, tokens whose logits exist at a time in training: less memory, a little slower; 0: all
-    )
+    half_residual: bool = False  # keep the residual stream in the 16-bit dtype too: faster, a bit less exact
+    loss_rows: int = 0  # tokens whose logits exist at a time in training: less memory, slower; 0: all
 
 
 class GPT(nn.Module):
@@ -109,9 +103,7 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = (
-            self.lm_head.weight
-        )  # one matrix, both ways: Press & Wolf 2016, arxiv.org/abs/1608.05859
+        self.transformer.wte.weight = self.lm_head.weight  # tied: Press & Wolf 2016, arxiv.org/abs/1608.05859
 
         self.apply(self._init_weights)
         # GPT-2 scales what is added to the residual stream by 1/sqrt(number of additions)

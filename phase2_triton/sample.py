@@ -8,12 +8,12 @@ $ python sample.py --init_from=gpt2-xl --start="What is the answer to life, the 
 import os
 import sys
 
-import torch
-
 import hardware
+import torch
 from checkpoint import find_checkpoint, load_checkpoint, load_model
 from configurator import configure
-from dataset import find_data_dir, get_encoding, load_meta
+from dataset import find_data_dir, load_meta
+from encoding import get_encoding
 from errors import UserError
 
 # -----------------------------------------------------------------------------

@@ -87,9 +87,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
-    activation_checkpointing: bool = (
-        False  # keep only each block's input and compute the rest again in backward: less memory, more time
-    )
+    activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
 
 
 class GPT(nn.Module):
@@ -107,9 +105,7 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = (
-            self.lm_head.weight
-        )  # one matrix, both ways: Press & Wolf 2016, arxiv.org/abs/1608.05859
+        self.transformer.wte.weight = self.lm_head.weight  # tied: Press & Wolf 2016, arxiv.org/abs/1608.05859
 
         self.apply(self._init_weights)
         # GPT-2 scales what is added to the residual stream by 1/sqrt(number of additions)

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 import checkpoint as full_checkpoint
 from errors import UserError
+from out_dir import set_aside
 from sharding import like, own_rows
 
 FOLDER = 'ckpt_sharded'
@@ -216,7 +217,7 @@ def prepare(folder):
     saving = os.path.join(folder, 'saving')
     shutil.rmtree(saving, ignore_errors=True)  # of a run that was killed
     with suppress(OSError):
-        full_checkpoint.set_aside(os.path.dirname(folder))
+        set_aside(os.path.dirname(folder))
         os.makedirs(saving)
 
 
@@ -339,7 +340,7 @@ def own_part(checkpoint, model, optimizer):
     """
     The checkpoint, full or sharded, written by any number of ranks, with this rank's shards of its tensors: of the weights as
     DTensors, of ShardedAdamW's state as it has them. A tensor that does not fit is left as it is, for load_model() and
-    load_optimizer() of checkpoint.py to report. Collective.
+    load_optimizer() of resume.py to report. Collective.
     """
     to_read, block_size = {}, checkpoint['model_args'].get('block_size')
     reader, metadata = open_sharded(checkpoint['folder']) if 'folder' in checkpoint else (None, None)

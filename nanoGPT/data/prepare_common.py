@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path.insert(
     0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-)  # dataset.py and errors.py; there are packages of these names
-from dataset import download, gpt2_encoding
+)  # encoding.py and errors.py; there are packages of these names
+from encoding import download, gpt2_encoding
 from errors import UserError
 
 try:
