@@ -1,0 +1,192 @@
+"""
+Computes the GPU memory of a run, tensor by tensor. docs/planner.md derives each line.
+
+memory(run) returns the bytes that torch reserves on the GPU with the most, by component. Everything is derived from the
+code; only the numbers of ALLOCATOR, which describe rounding and fragmentation in torch's allocator, are fitted
+(benchmarks/bench_planner.py).
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from planner.gpus import GIB
+from planner.run import Run
+
+FITTED = Path(__file__).with_name('efficiencies.json')
+
+COMPONENTS = (
+    'parameters',
+    'gradients',
+    'optimizer',
+    'activations',
+    'logits',
+    'gathered_units',
+    'half_copies',
+    'graph_pools',
+    'allocator',
+)
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """Overhead of torch's caching allocator beyond the bytes of the tensors."""
+
+    workspace: float = 0.063 * GIB  # cuBLAS, and allocations before the model
+    rounding: float = 0.009  # fraction of all tensors: blocks larger than their tensor, half-used pages
+    stale_logits: float = 0.75  # fraction of the logits: gradients occupy the memory of the first micro-step's logits
+    # fraction of the gradients, which a compiled backward returns all at once: space in a graph's pool
+    pool_compiled: float = 0.45
+    pool_kernels: float = 0.2  # the same with the kernels, which add each gradient as soon as it is computed
+
+
+CONTEXT = 0.685 * GIB  # CUDA's own memory, outside torch's allocator; measured on an H200
+NCCL = 0.35 * GIB  # buffers of the communicators; assumed, within the free memory of the largest models that trained
+
+
+def saved_per_layer(run):
+    """
+    Returns the bytes per token that a block keeps for its backward. The residual stream is float32 under autocast and
+    16 bits under FSDP.
+    """
+    h, half = run.n_embd, run.half_bytes
+    residual = half if run.sharded or run.half_residual else 4
+    if run.checkpointing:  # the input of each block; the kernels' blocks also pass a branch that is not yet added
+        return h * (residual + half * run.kernels)
+    saved = 2 * residual  # inputs of the LayerNorms
+    saved += 2 * half  # outputs of the LayerNorms
+    saved += 3 * half + half  # query, key and value; the output of attention
+    saved += 4 * half + 4 * half  # input and output of GELU
+    return h * saved + 4 * run.n_head + 4 * 4  # and the softmax's sums per head, mean and 1/std of each LayerNorm
+
+
+def saved_at_ends(run):
+    """Returns the bytes per token kept before the first and after the last block, without logits."""
+    h, half = run.n_embd, run.half_bytes
+    residual = half if run.sharded or run.half_residual else 4
+    return h * (2 * residual + 2 * half if run.kernels else residual + half) + 16  # tokens and targets, int64
+
+
+def logits_bytes(run):
+    """Returns the bytes of all tensors with the shape of the logits at the start of the backward."""
+    half, rows = run.half_bytes, run.tokens
+    if run.kernels and run.loss_rows:
+        rows = 2 * min(run.loss_rows, run.tokens)  # one chunk and its gradient
+    if run.kernels:
+        per_logit = half  # the gradient replaces the logits in place
+    elif run.path == 'compiled':
+        per_logit = half if run.sharded else 3 * half  # under DDP also their gradient and a gradient of zeros
+    else:
+        per_logit = half + 4 + 4  # rounded, log-softmax in float32, and its gradient
+    extra = 4 * run.vocab_size * run.n_embd + 2 * run.tokens * run.n_embd if run.kernels and run.loss_rows else 0
+    return per_logit * rows * run.vocab_size + extra
+
+
+def at_loss(run):
+    """Returns the bytes by component when the last micro-step's backward starts, with the activations of all blocks."""
+    n, half, shards = run.parameters, run.half_bytes, run.shards
+    several = run.micro_steps > 1
+    result = dict.fromkeys(COMPONENTS, 0.0)
+    result['parameters'] = 4 * n / shards
+    result['optimizer'] = 8 * n / (run.gpus if run.trainer == 'zero1' else shards)
+    result['activations'] = run.tokens * (run.n_layer * saved_per_layer(run) + saved_at_ends(run))
+    result['logits'] = logits_bytes(run)
+    root = half * run.root_parameters
+    if run.sharded:
+        # whole float32 gradients until the last micro-step reduces them; with reshard each micro-step does
+        result['gradients'] = several * 4 * n / (shards if run.reshard else 1)
+        result['gathered_units'] = root + (root + 2 * half * run.unit_parameters if run.reshard else half * n)
+        if run.offload:
+            result['parameters'] = result['optimizer'] = result['gradients'] = 0.0
+    else:
+        result['gradients'] = 4 * n * several + 4 * n * (run.gpus > 1)  # and DDP's buckets
+        # rounded weights, kept for the backward; recomputed blocks round again, but graphs with kernels keep theirs
+        keeps = not run.checkpointing or (run.kernels and run.graphs)
+        result['half_copies'] = half * n if keeps and half < 4 else 0.0
+        if run.path == 'eager':  # autocast's cache
+            result['half_copies'] = half * n if half < 4 else 0.0
+    return result
+
+
+def at_end(run):
+    """Returns the bytes by component when the backward ends, with all gradients and one block's activations."""
+    n, half, shards, h = run.parameters, run.half_bytes, run.shards, run.n_embd
+    tied = run.vocab_size * h  # the embedding's second gradient, from the output layer
+    result = at_loss(run) | {'logits': 0.0, 'activations': run.tokens * 60.0 * h}
+    if run.sharded:
+        root, unit = run.root_parameters, run.unit_parameters
+        in_flight = (half + half + 4) * root + 4 * unit  # weights, gradients and reductions in flight
+        result['gathered_units'] = in_flight + (2 * half * unit if run.offload else 0.0)
+        result['gradients'] = 0.0 if run.offload else 4 * n / shards
+        if not run.reshard:
+            result['gathered_units'] += half * n
+        return result
+    result['half_copies'] = half * n if run.kernels and run.graphs else 0.0
+    if run.path == 'compiled' and run.gpus == 1:  # the backward returns all gradients before any is added
+        result['gradients'] += 4 * n
+        result['activations'] += (4 + half) * tied
+    elif run.micro_steps == 1 and run.gpus == 1:
+        result['gradients'] = 4 * n
+    return result
+
+
+def at_head(run):
+    """
+    Returns the bytes by component after the output layer's weight gradient: the peak of wide layers with few tokens.
+    """
+    tied = run.vocab_size * run.n_embd
+    result = at_loss(run)
+    if run.path != 'eager' or run.sharded:
+        return result
+    result['logits'] = run.half_bytes * run.tokens * run.vocab_size + 4 * tied
+    result['gradients'] += run.half_bytes * tied
+    return result
+
+
+def tensors(run):
+    """Returns the tensors' bytes at the peak, by component: torch.cuda.max_memory_allocated() with launched kernels."""
+    peak = max((at_loss(run), at_head(run), at_end(run)), key=lambda moment: sum(moment.values()))
+    return peak | {'allocator': ALLOCATOR.workspace}
+
+
+def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
+    """
+    Returns {component: bytes, 'total': bytes}: torch.cuda.max_memory_reserved() on the GPU with the most, with
+    expandable segments, which train.py enables.
+    """
+    allocator = allocator or ALLOCATOR
+    result, n = tensors(run), run.parameters
+    several = run.micro_steps > 1
+    result['allocator'] = allocator.workspace + allocator.rounding * sum(result.values())
+    if several and ((run.kernels and not run.loss_rows) or run.path == 'eager') and not run.offload:
+        per_logit = run.half_bytes if run.kernels else 4
+        result['allocator'] += allocator.stale_logits * per_logit * run.tokens * run.vocab_size
+    if run.sharded and not run.reshard:  # reduced gradients, which fit into no free block
+        result['gradients'] += 4 * n / run.shards
+    if run.graphs and not run.sharded:
+        pool = allocator.pool_kernels if run.kernels else allocator.pool_compiled
+        # with several ranks the gradients are in DDP's buckets, outside the pool
+        result['graph_pools'] = 0.12 * GIB + (pool * 4 * n if run.gpus == 1 else 0.0)
+    result['total'] = sum(result.values())
+    return result
+
+
+def needed(run: Run, allocator: Allocator | None = None) -> float:
+    """
+    Returns the least bytes with which the run can train. Out of memory, torch frees stale blocks, which costs speed.
+    """
+    allocator = allocator or ALLOCATOR
+    result = memory(run, replace(allocator, stale_logits=0.0, pool_compiled=0.0, pool_kernels=0.0))
+    return result['total']
+
+
+def outside_torch(run: Run) -> float:
+    """Returns the bytes that CUDA and NCCL take from the GPU in addition to torch's."""
+    return CONTEXT + NCCL * (run.gpus > 1)
+
+
+def load(path=FITTED):
+    return Allocator(**json.loads(path.read_text())['allocator']) if path.exists() else Allocator()
+
+
+ALLOCATOR = load()
