@@ -1,20 +1,30 @@
-"""stdout and stderr of a run."""
+"""
+Decides which rank prints, and keeps a failure to print from ending a run.
 
+Only rank 0 prints to stdout. Any rank may print warnings to stderr. The rank that error_reporter.py chooses prints the
+error that ends a run to stderr.
+"""
+
+import os
+import sys
 from contextlib import suppress
+
+import torchrun_env
 
 
 class Output:
     """
-    stdout or stderr, of which no failure ends a run: what cannot be printed (a full disk, under nohup a closed terminal) is lost. Where nobody reads
-    a pipe any more, the run saves and stops: a Ctrl-C ends the `tee` of `| tee` too.
+    Wraps stdout or stderr so that a failure to print never ends a run. Output is lost if the disk is full, or if the
+    terminal was closed under nohup. On a broken pipe, reader_gone becomes True, and StopSignal ends the run with a
+    save: in `train.py | tee`, Ctrl-C ends `tee` too.
     """
 
-    def __init__(self, stream, stop_signal):
-        self.stream, self.stop_signal = stream, stop_signal
-        with suppress(
-            AttributeError, OSError
-        ):  # a stream of a notebook's, or one with something to write to a full disk first
-            stream.reconfigure(errors='backslashreplace')  # what the terminal's encoding has no character for
+    reader_gone = False  # shared by all streams
+
+    def __init__(self, stream):
+        self.stream = stream
+        with suppress(AttributeError, OSError):  # a notebook's stream, or one that cannot flush to a full disk
+            stream.reconfigure(errors='backslashreplace')  # for characters that the terminal's encoding lacks
 
     def write(self, text):
         self._attempt(self.stream.write, text)
@@ -27,9 +37,26 @@ class Output:
         try:
             function(*args)
         except BrokenPipeError:
-            self.stop_signal.unread = True
+            Output.reader_gone = True
         except OSError:
             pass
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+
+def silence_other_ranks() -> None:
+    """Discards the stdout of every rank but rank 0."""
+    if torchrun_env.number('RANK', 0) != 0:
+        sys.stdout = open(os.devnull, 'w')
+
+
+def protect_output() -> None:
+    """Wraps stdout and stderr of this process in Output."""
+    sys.stdout, sys.stderr = (Output(stream or open(os.devnull, 'w')) for stream in (sys.stdout, sys.stderr))
+
+
+def print_error(text: str) -> None:
+    """Prints the error that ends this process. Uses sys.__stderr__, because torch's excepthook buffers sys.stderr."""
+    with suppress(OSError):  # a full disk
+        print(text, file=sys.__stderr__, flush=True)

@@ -1,0 +1,167 @@
+"""
+Reports the error that ends a script, from one rank, and exits. end_of_run.py calls it.
+
+A UserError becomes one message and exit status 2, and so do known failures of the machine (out of memory, a lost rank,
+a missing compiler). Any other error is a bug: one traceback and exit status 1. Under torchrun the first rank to fail
+claims the right to report through torchrun's key-value store, so a mistake that every rank notices is reported once.
+torchrun then ends the remaining ranks.
+"""
+
+import os
+import re
+import select
+import socket
+import sys
+import traceback
+from contextlib import suppress
+
+import torchrun_env
+from end_of_run import report_with
+from errors import OUT_OF_MEMORY, UserError, causes, first_line, out_of_memory
+from output import print_error
+from plan_command import plan_command
+from shell import pip_install
+
+OPTIONAL_PACKAGES = (
+    'wandb',
+    'trackio',
+    'tensorboard',
+    'transformers',
+    'datasets',
+    'tqdm',
+    'pyarrow',
+    'safetensors',
+    'tokenizers',
+    'huggingface_hub',
+)
+
+# messages of gloo, NCCL and the key-value store about a rank that is gone or out of reach
+LOST_RANK = re.compile(
+    r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused'
+    r'|(?<!launch )time[d-]? ?out',
+    re.I,
+)
+
+# messages of torch.compile's backend and of Triton about a missing or broken compiler, or its header Python.h
+MISSING_TOOL = re.compile(r'C(\+\+)? compiler|C\+\+ compile error|ptxas|Python\.h')
+
+
+def report(kind, error, trace):
+    """
+    Reports an error and ends this process, except after Ctrl-C in a single process. Arguments: see sys.excepthook.
+    """
+    alone = torchrun_env.number('WORLD_SIZE', 1) <= 1
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        if not alone:
+            os._exit(130)  # skip the interpreter's teardown, as below
+        return
+    if issubclass(kind, BrokenPipeError) and _stdout_has_no_reader():  # as in `train.py --help | head`
+        os._exit(141)
+
+    rank = os.environ.get('RANK')
+    place = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
+    may_report, message = _claim_report(), _explain(error, trace, place, alone)
+    if message:
+        if may_report:
+            print_error(f'error: {message}')
+    elif may_report and not alone and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
+        reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # drop the C++ source line
+        print_error(
+            f'error: {place} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
+            'reached. All checkpoints are intact: start all ranks again with --init_from=auto'
+        )
+    elif may_report:
+        print_error(''.join(traceback.format_exception(kind, error, trace)).rstrip())
+    else:  # usually because another rank failed in the middle of a collective
+        print_error(f'rank {rank} ends too: {kind.__name__}: {first_line(error)}')
+    with suppress(OSError, AttributeError):  # a full disk, or no stdout at all
+        sys.stdout.flush()
+    # skip the interpreter's teardown, which would wait for collectives and threads that can never finish
+    os._exit(2 if message else 1)
+
+
+def _explain(error, trace, place, alone):
+    """Returns the message about a user's mistake or a known failure of the machine, None for any other error."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
+        return f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'
+    if isinstance(error, OSError) and 'huggingface.co' in str(error):  # transformers could not fetch a model
+        return f'the pretrained model could not be fetched: {first_line(error)}'
+    if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
+        return f'{place} {_out_of_memory_message(out_of_memory(error), trace)}'
+    if _is_compile_error(error):
+        for cause in causes(error):
+            lines = [line for line in str(cause).splitlines() if MISSING_TOOL.search(line)]
+            if isinstance(cause, OSError) or (lines and not _is_compile_error(cause)):
+                return (
+                    'torch.compile cannot run its compiler '
+                    f'({lines[0] if lines else first_line(cause)}): --compile=False works without it; '
+                    '--compile=True needs a C++ compiler, such as g++, and the headers of Python'
+                )
+    if isinstance(error, RuntimeError) and 'CUDA driver error: operation not supported' in str(error):
+        # seen elsewhere with expandable_segments, which hardware.py sets
+        return (
+            f'{first_line(error)}: if this GPU has no virtual memory, as is the case for some vGPUs, '
+            'set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False'
+        )
+    return None
+
+
+def _is_compile_error(error):
+    """Returns whether torch.compile raised the error. Compares names, because torch._dynamo is slow to import."""
+    return any(base.__name__ == 'BackendCompilerFailed' for base in type(error).__mro__)
+
+
+def _out_of_memory_message(error, trace):
+    """Returns the message: where memory ran out, the error's own numbers, and advice."""
+    script = sys.argv[0]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(trace)
+        if os.path.basename(frame.filename) == os.path.basename(script)
+    ]
+    place = f' in line {lines[-1]} of {script}' if lines else ''
+    reasons = [line for line in str(error).splitlines() if OUT_OF_MEMORY.search(line)]
+    reason = reasons[0] if reasons else "no more of the CPU's"  # Python's own MemoryError has no message
+    reason = re.sub(r'^\[.*?\] (err == 0. )?', '', reason).split(' Of the allocated')[0].rstrip('.')
+    torch, plan = sys.modules.get('torch'), ''
+    if torch and torch.cuda.is_available():
+        command = plan_command(sys.argv, torchrun_env.number('WORLD_SIZE', 1), torch.cuda.get_device_name())
+        plan = f'. To see which of these fit, run: {command}' if command else ''
+    return (
+        f'ran out of memory{place}: {reason}. Training needs less with a smaller batch_size and more '
+        'gradient_accumulation_steps, with activation_checkpointing, with the Triton kernels and their loss_rows, and '
+        f'sharded with ZeRO-1 or FSDP{plan}'
+    )
+
+
+def _claim_report():
+    """
+    Returns True on the first rank that asks torchrun's store, and on every rank if there is no such store. If torchrun
+    no longer answers, returns True on one rank of each machine.
+    """
+    if torchrun_env.number('WORLD_SIZE', 1) <= 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return True
+    try:
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        host, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        # TCPStore by itself would retry for a long time and print every attempt
+        socket.create_connection((host, port), timeout=5).close()
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add(f'speaker/{torchrun_env.launch_id}', 1) == 1
+    except Exception:
+        return torchrun_env.number('LOCAL_RANK', 0) == 0
+
+
+def _stdout_has_no_reader():
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0))
+
+
+report_with(report)
