@@ -1,9 +1,10 @@
 """
 A GPT language model, all of it in this file.
 
-The architecture is GPT-2's (Radford et al. 2019; weights and TensorFlow code: github.com/openai/gpt-2): learned position
-embeddings, LayerNorm before attention and MLP, GELU, and an output layer that shares its weight with the token embedding.
-Parameter names, shapes and the order of random initialization are nanoGPT's, so checkpoints and losses are interchangeable.
+The architecture is GPT-2's (Radford et al. 2019; weights and TensorFlow code: github.com/openai/gpt-2): learned
+position embeddings, LayerNorm before attention and MLP, GELU, and an output layer that shares its weight with the token
+embedding. Parameter names, shapes and the order of random initialization are nanoGPT's, so checkpoints and losses are
+interchangeable.
 """
 
 import math
@@ -12,13 +13,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
+GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's gelu -> PyTorch's approximate
 
+from kernels.attention import causal_attention
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
-from kernels.device import runs_on_triton
+from kernels.device import announce_triton
+from kernels.embedding import embeddings
 from kernels.linear import autocast_dtype
-from kernels.modules import GELU, AddLayerNorm, Embedding, Linear
+from kernels.modules import AddLayerNorm, Gelu, Linear
 
 
 class CausalSelfAttention(nn.Module):
@@ -32,16 +36,11 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.dropout = config.dropout
+        self.use_triton = config.use_triton
 
     def forward(self, x):
-        B, T, C = x.size()  # batch size, sequence length, n_embd
-        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        # each token attends to itself and to what came before; (B, nh, T, T) is never written to memory
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side again
+        # each token attends to itself and to earlier tokens; the (B, nh, T, T) matrix is never written to memory
+        y = causal_attention(self.c_attn(x), self.n_head, self.dropout if self.training else 0.0, self.use_triton)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -49,7 +48,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias, use_triton=config.use_triton)
-        self.gelu = GELU(config.use_triton)
+        self.gelu = Gelu(approximate=GELU[config.gelu], use_triton=config.use_triton)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias, use_triton=config.use_triton)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -80,12 +79,15 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
-    # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
+    bias: bool = True  # in Linears and LayerNorms, as in GPT-2; False is slightly better and faster
+    gelu: str = 'erf'  # or tanh, as in OpenAI's GPT-2; stored in a checkpoint's config, not in its model_args
+    # the fields below change how the model is computed: they are flags of every script and not part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
     use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
-    half_residual: bool = False  # keep the residual stream in the 16-bit dtype too: faster, a bit less exact
-    loss_rows: int = 0  # tokens whose logits exist at a time in training: less memory, slower; 0: all
+    half_residual: bool = (
+        False  # keep the residual stream in the 16-bit dtype too: faster, a bit less exact; needs use_triton
+    )
+    loss_rows: int = 0  # tokens whose logits exist at a time in training: less memory, slower; 0: all; needs use_triton
 
 
 class GPT(nn.Module):
@@ -95,7 +97,7 @@ class GPT(nn.Module):
 
         self.transformer = nn.ModuleDict(
             dict(
-                wte=Embedding(config.vocab_size, config.n_embd, use_triton=config.use_triton),
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
@@ -106,7 +108,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: Press & Wolf 2016, arxiv.org/abs/1608.05859
 
         self.apply(self._init_weights)
-        # GPT-2 scales what is added to the residual stream by 1/sqrt(number of additions)
+        # GPT-2 scales the projections into the residual stream by 1/sqrt(number of additions)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -115,8 +117,8 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding=True):
         """
-        Number of parameters; by default without the position embeddings. The token embeddings count: they are the
-        output layer as well.
+        Returns the number of parameters, by default without the position embeddings. The token embeddings count,
+        because they are also the output layer.
         """
         n_params = sum(p.numel() for p in self.parameters())
         if non_embedding:
@@ -133,23 +135,20 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """
-        idx: int64 tokens (B, T), T <= block_size. With targets (B, T; -1 is ignored): logits (B, T, vocab_size), or None in
-        training with use_triton, and the mean cross-entropy in nats. Without: the logits of the last position only, (B, 1, vocab_size), and None.
+        Returns (logits, loss) for idx, int64 tokens (B, T) with T <= block_size. With targets (B, T; -1 is ignored):
+        logits (B, T, vocab_size), or None in training with use_triton, and the mean cross-entropy in nats. Without: the
+        last position's logits (B, 1, vocab_size) and None.
         """
-        self.runs_on_kernels(idx.device)  # says so, once
+        self.announce_kernels(idx.device)
         B, T = idx.size()
         assert T <= self.config.block_size, f'a sequence of {T} tokens does not fit block_size={self.config.block_size}'
-        pos = torch.arange(0, T, dtype=torch.long, device=idx.device)  # (T)
-
-        tok_emb = self.transformer.wte(idx)  # (B, T, n_embd)
-        pos_emb = self.transformer.wpe(pos)  # (T, n_embd)
-        x = self.transformer.drop(tok_emb + pos_emb)
-        if self.config.half_residual and self.config.use_triton:
-            x = x.to(autocast_dtype(x) or x.dtype)
+        wte, wpe, use_triton = self.transformer.wte.weight, self.transformer.wpe.weight, self.config.use_triton
+        dtype = autocast_dtype(wte) if self.config.half_residual and use_triton else None
+        x = self.transformer.drop(embeddings(idx, wte, wpe, dtype, use_triton))  # (B, T, n_embd)
         branch = None
         for block in self.transformer.h:
             if self.config.activation_checkpointing and self.training:
-                x, branch = checkpoint(
+                x, branch = activation_checkpoint(
                     block, x, branch, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
                 )
             else:
@@ -167,24 +166,29 @@ class GPT(nn.Module):
             entropy = cross_entropy if self.config.use_triton else F.cross_entropy
             loss = entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         else:
-            logits = self.lm_head(x[:, [-1], :])  # [-1] as a list keeps the time dimension
+            logits = self.lm_head(x[:, -1:, :])  # the slice keeps the time dimension
             loss = None
 
         return logits, loss
 
-    def runs_on_kernels(self, device):
-        """Whether Triton's kernels compute the model on this device."""
-        return runs_on_triton(self.config.use_triton, device)
+    def announce_kernels(self, device):
+        """Prints, once, whether Triton's kernels compute the model on this device. Returns whether they do."""
+        return announce_triton(self.config.use_triton, device)
+
+    def release_graph_state(self):
+        """Drops 16-bit weights that kernels/linear.py keeps in CUDA graphs' memory; MicroStep.release() calls it."""
+        for p in self.parameters():
+            vars(p).pop('rounded', None)
 
     def compile(self, *args, **kwargs):
-        """nn.Module's, but for Triton's kernels: they leave torch.compile nothing to fuse, and it could not see into them."""
-        if self.runs_on_kernels(self.lm_head.weight.device):
+        """Compiles the model, unless its kernels run: they are opaque to torch.compile and leave it nothing to fuse."""
+        if self.announce_kernels(self.lm_head.weight.device):
             print('not compiled after all: the kernels leave nothing to compile')
         else:
             super().compile(*args, **kwargs)
 
     def crop_block_size(self, block_size):
-        """Shortens the longest sequence the model takes, for instance of a pretrained one."""
+        """Reduces block_size, the longest sequence that the model accepts, for instance of a pretrained model."""
         assert block_size <= self.config.block_size, (
             f"block_size {block_size} is more than the model's {self.config.block_size}"
         )
@@ -194,8 +198,9 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """
-        GPT-2 as released by OpenAI, by way of Hugging Face transformers: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M)
-        or gpt2-xl (1558M). override_args may set the fields of GPTConfig that do not change the weights, such as dropout.
+        Returns GPT-2 with OpenAI's weights, loaded through Hugging Face transformers: gpt2 (124M), gpt2-medium (350M),
+        gpt2-large (774M) or gpt2-xl (1558M). override_args may set the fields of GPTConfig that do not change the
+        weights, such as dropout.
         """
         from transformers import GPT2LMHeadModel
 
@@ -215,13 +220,15 @@ class GPT(nn.Module):
         )
         weights = model_hf.state_dict()
         for name, p in model.state_dict().items():
-            # transformers keeps these (two are named c_proj) as (in, out); nn.Linear wants (out, in)
+            # transformers stores these (two are named c_proj) as (in, out); nn.Linear expects (out, in)
             transposed = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
             p.copy_(weights[name].t() if transposed else weights[name])
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW; matrices (matmul weights and embeddings) decay, vectors (biases and LayerNorm weights) do not."""
+        """
+        Returns AdamW. Matrices (matmul weights and embeddings) decay, vectors (biases and LayerNorm weights) do not.
+        """
         params = [p for p in self.parameters() if p.requires_grad]
         decay_params = [p for p in params if p.dim() >= 2]
         nodecay_params = [p for p in params if p.dim() < 2]
@@ -230,10 +237,12 @@ class GPT(nn.Module):
             {'params': nodecay_params, 'weight_decay': 0.0},
         ]
         print(
-            f'num decayed parameter tensors: {len(decay_params)}, with {sum(p.numel() for p in decay_params):,} parameters'
+            f'num decayed parameter tensors: {len(decay_params)}, '
+            f'with {sum(p.numel() for p in decay_params):,} parameters'
         )
         print(
-            f'num non-decayed parameter tensors: {len(nodecay_params)}, with {sum(p.numel() for p in nodecay_params):,} parameters'
+            f'num non-decayed parameter tensors: {len(nodecay_params)}, '
+            f'with {sum(p.numel() for p in nodecay_params):,} parameters'
         )
         fused = device_type == 'cuda'  # one kernel for all parameters instead of several for each
         print(f'using fused AdamW: {fused}')
@@ -241,8 +250,9 @@ class GPT(nn.Module):
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
         """
-        Model FLOPs utilization: the fraction of the device's peak_flops (FLOP/s; None: unknown) that fwdbwd_per_iter
-        sequences of block_size in dt seconds amount to. FLOPs as counted in PaLM, appendix B (arxiv.org/abs/2204.02311).
+        Returns the model FLOPs utilization: the fraction of the device's peak_flops (FLOP/s; None if unknown) achieved
+        by fwdbwd_per_iter forward and backward passes over block_size tokens in dt seconds. FLOPs are counted as in
+        PaLM, appendix B (arxiv.org/abs/2204.02311).
         """
         if peak_flops is None:
             return None
@@ -253,14 +263,14 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """
-        Continues idx (int64 (B, T)) by max_new_tokens tokens, each drawn from the top_k most likely ones (all, if None)
-        and fed back in. temperature < 1 sharpens the distribution, 0 takes the likeliest. You want model.eval() first.
+        Continues idx (int64 (B, T)) by max_new_tokens tokens, each drawn from the top_k likeliest (None: all) and fed
+        back in. temperature < 1 sharpens the distribution, 0 always picks the likeliest. Call model.eval() first.
         """
         for _ in range(max_new_tokens):
-            idx_cond = idx[:, -self.config.block_size :]  # no more context than the model can see
+            idx_cond = idx[:, -self.config.block_size :]  # the last block_size tokens
             logits, _ = self(idx_cond)
             logits = logits[:, -1, :].float()
-            if temperature == 0:
+            if temperature < 1e-10:  # dividing by it would overflow
                 idx_next = logits.argmax(dim=-1, keepdim=True)
             else:
                 logits = logits / temperature
