@@ -1,37 +1,53 @@
-# make demo: trains, samples and draws on this machine.  make test: proves that it works.  Both install what they need into .venv first.
-# make test-full: also the whole of the tables of which make test takes a part.  make soak: two minutes of faults at random moments.
-# make bench: measures the trainers with what this machine has.  make documents: puts the results into the documents.
+# make demo: trains, samples and draws on this machine.  make test: proves that it works.  Each first installs what it
+# needs into .venv.  make test-full: adds the rest of the long tables.  make soak: two minutes of random faults.
+# make bench: measures the trainers on this machine.  make documents: puts the results into the documents.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# uv where it is installed, else pip
+UV := $(shell command -v uv)
+MAKE_VENV := $(if $(UV),uv venv --quiet --python $(PYTHON),$(PYTHON) -m venv)
+PIP := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/pip install --quiet --disable-pip-version-check)
 
-# what every phase folder has in common with nanoGPT/, byte for byte
-COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distributed.py encoding.py errors.py hardware.py \
-	out_dir.py output.py resume.py run_facts.py run_logs.py sample.py step_guard.py stop_signal.py training_logger.py \
-	visualize_training.py config
+# `make sync` copies every file of nanoGPT/ except these: the two that phases change, and tools for checkpoints
+NOT_COPIED := model.py train.py evaluate.py export_hf.py import_hf.py hf_format.py
+COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 
 .PHONY: demo test test-full soak lint sync bench documents clean
 .DEFAULT_GOAL := demo
 
+# what training needs
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test]'
-	touch $@
+	@echo "Installing PyTorch, Triton, NumPy, tiktoken and matplotlib into $(VENV), with $(if $(UV),uv,pip)."
+	@echo "The download may take minutes."
+	@rm -rf $(VENV)
+	@$(MAKE_VENV) $(VENV)
+	@$(PIP) -c constraints.txt -e .
+	@du -sh $(VENV)
+	@touch $@
+
+# and what its tests need
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "Installing what the tests need."
+	@$(PIP) -c constraints.txt -e '.[test]'
+	@touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python demo.py
+	@$(BIN)/python demo.py
 
-# two files of tests at a time
-test: $(VENV)/installed lint
+# two test files at a time; the kernels separately, on the GPU or else in Triton's interpreter (tests/README.md)
+test: $(VENV)/installed-test lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-full: $(VENV)/installed lint
+test-full: $(VENV)/installed-test lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full' tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full'
 
-soak: $(VENV)/installed
+soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py --minutes=2 --seed=1
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -39,9 +55,10 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_trainers.py --out=out-bench/trainers.json
 
 documents: $(VENV)/installed
+	$(BIN)/python docs/embed_diffs.py
 	$(BIN)/python benchmarks/report.py
 
-# copies what a phase does not change; a test compares them
+# copies the files that a phase does not change; a test compares them
 sync:
 	for phase in phase1_zero1 phase2_triton phase3_fsdp; do \
 		[ -d $$phase ] || continue; \
@@ -50,6 +67,7 @@ sync:
 	done
 	for phase in phase1_zero1 phase3_fsdp; do [ ! -d $$phase ] || cp nanoGPT/model.py $$phase/; done
 	[ ! -d phase2_triton ] || cp nanoGPT/train.py phase2_triton/
+	[ ! -d phase3_fsdp ] || cp nanoGPT/train.py phase3_fsdp/train_ddp.py
 
 clean:
 	rm -rf $(VENV) out-demo out-bench *.egg-info

@@ -1,5 +1,5 @@
 """
-The pictures of training logs, checked by what is drawn: python -m pytest tests/test_visualize.py
+The pictures of training logs, checked by their contents: python -m pytest tests/test_visualize.py
 """
 
 import json
@@ -9,18 +9,22 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-import visualize_training as vis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+import visualize_training as vis
 from run_logs import LogError, Run, find_logs, label_runs, load_log
 from training_logger import TrainingLogger
 from visualize_training import draw, main, smoothed, thin
 
 SCRIPT = Path(vis.__file__)
+BARS = {'tokens_per_sec_median', 'peak_memory_bytes', 'final_val_loss'}  # in a picture of logs without state_bytes
 
 
 def write_log(
@@ -33,10 +37,15 @@ def write_log(
     memory=2**31,
     resumed_from=None,
     nan_from=None,
+    state_bytes=None,
     **config,
 ):
-    """A log of a simulated run: loss 4 falling to 1, validation 0.1 above it and best at iteration 120, one step of 20 that is slow."""
+    """
+    A log of a simulated run: loss 4 falling to 1, validation 0.1 above it and best at iteration 120, one step of 20
+    that is slow.
+    """
     config = {'dataset': 'shakespeare_char', 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'out_dir': str(folder)} | config
+    config |= {'phase1_zero1': {'use_zero1': True}, 'phase3_fsdp': {'use_fsdp': True}}.get(phase, {})
     run = {
         'phase': phase,
         'world_size': 4,
@@ -44,6 +53,7 @@ def write_log(
         'dtype': 'bfloat16',
         'parameters': 10_646_784,
         'tokens_per_iter': 16384,
+        'state_bytes': state_bytes,
     }
     log = TrainingLogger(folder, config, run, resumed_from=resumed_from)
     for i in range(start, steps):
@@ -82,7 +92,10 @@ def texts(ax):
 
 
 def overlaps(figure):
-    """Pairs of texts outside of the plotting areas (titles, labels, ticks, facts) that overlap, and those that are cut off."""
+    """
+    Pairs of texts outside of the plotting areas (titles, labels, ticks, facts) that overlap, and those that are cut
+    off.
+    """
     FigureCanvasAgg(figure).draw()
     boxes = []
     for ax in figure.axes:
@@ -127,7 +140,7 @@ def test_single_run_shows_everything(tmp_path):
     axes = axes_of(figure)
     assert set(axes) == {'loss', 'lr', 'time_ms', 'tokens_per_sec', 'mfu', 'grad_norm', 'peak_memory_bytes', 'facts'}
     assert (
-        'nanoGPT' in figure.get_suptitle()
+        'DDP' in figure.get_suptitle()
         and 'shakespeare_char' in figure.get_suptitle()
         and 'completed' in figure.get_suptitle()
     )
@@ -143,7 +156,7 @@ def test_single_run_shows_everything(tmp_path):
     )
     assert line(loss, 'checkpoint').get_xdata().tolist() == [50, 100, 150]
     assert {text.get_text() for text in loss.get_legend().get_texts()} >= {'validation', 'checkpoint', best.get_label()}
-    assert line(axes['lr'], 'nanoGPT').get_ydata()[:2].tolist() == [1e-3, 1e-3 * (1 - 1 / 400)]
+    assert line(axes['lr'], 'DDP').get_ydata()[:2].tolist() == [1e-3, 1e-3 * (1 - 1 / 400)]
     slow = line(axes['time_ms'], '10 slower')
     assert (
         slow.get_xdata().tolist() == list(range(19, 200, 20))
@@ -174,11 +187,11 @@ def test_comparison_against_the_first(tmp_path):
     runs = vis.load_runs(paths)
     figure = draw(runs)
     axes = axes_of(figure)
-    assert set(axes) == {'loss', *vis.BARS}
+    assert set(axes) == {'loss', *BARS}
     legend = [text.get_text() for text in axes['loss'].get_legend().get_texts()]
-    assert legend == ['nanoGPT', 'phase1_zero1', 'phase3_fsdp', 'validation']
+    assert legend == ['DDP', 'ZeRO-1', 'FSDP', 'validation']
     assert len({line(axes['loss'], name).get_color() for name in legend[:3]}) == 3
-    bars = {name: [patch.get_width() for patch in axes[name].patches] for name in vis.BARS}
+    bars = {name: [patch.get_width() for patch in axes[name].patches] for name in BARS}
     assert bars['tokens_per_sec_median'] == pytest.approx([1e5, 9e4, 2e5]) and bars['peak_memory_bytes'] == [
         2.0,
         1.0,
@@ -192,6 +205,44 @@ def test_comparison_against_the_first(tmp_path):
     assert [text.get_text() for text in axes['peak_memory_bytes'].texts] == ['2  baseline', '1  0.500×', 'not recorded']
     assert [label.get_text() for label in axes['tokens_per_sec_median'].get_yticklabels()] == legend[:3]
     assert overlaps(figure) == []
+
+
+def test_state_is_a_stacked_bar(tmp_path):
+    mib = 2**20
+    parts = {'nanoGPT': (4, 4, 8), 'phase1_zero1': (4, 4, 4), 'phase3_fsdp': (2, 2, 4)}
+    names = ('parameters', 'gradients', 'optimizer')
+    paths = [
+        write_log(tmp_path / phase, phase, state_bytes={name: n * mib for name, n in zip(names, sizes)})
+        for phase, sizes in parts.items()
+    ]
+    runs = vis.load_runs(paths)
+    figure = draw(runs)
+    ax = axes_of(figure)['state_bytes_total']
+    drawn = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
+    assert drawn == [(0, 4), (4, 4), (8, 8), (0, 4), (4, 4), (8, 4), (0, 2), (2, 2), (4, 4)]
+    words = [text.get_text() for text in ax.texts]
+    assert words == [*'PGO', '16  baseline', *'PGO', '12  0.750×', *'PGO', '8  0.500×']
+    assert 'MiB' in ax.get_xlabel() and overlaps(figure) == []
+    assert '16 MiB on each rank' in texts(axes_of(draw(runs[:1]))['facts'])
+    for run in runs:
+        run.run['device'] = 'cpu'  # whose peak is that of the whole process
+    assert 'peak_memory_bytes' not in axes_of(draw(runs))
+
+
+def test_labels_are_those_of_what_ran(tmp_path):
+    def label(phase, model=None, world_size=2, **config):
+        run = {'phase': phase, 'model': model or phase, 'world_size': world_size}
+        log = TrainingLogger(tmp_path, config, run)
+        log.close('completed')
+        return Run(log.path).label
+
+    assert label('nanoGPT') == 'DDP' and label('nanoGPT', world_size=1) == 'one process'
+    assert label('nanoGPT', 'phase2_triton') == label('phase2_triton', world_size=1) == 'Triton'
+    assert label('phase2_triton', use_triton=False) == 'DDP'
+    assert label('phase1_zero1', use_zero1=True) == 'ZeRO-1' and label('phase1_zero1', use_zero1=False) == 'DDP'
+    assert label('phase3_fsdp', 'phase2_triton', use_fsdp=True) == 'FSDP + Triton'
+    assert label('phase3_fsdp') == 'DDP'  # by its copy of the reference trainer, which has no such flag
+    assert label('mine') == 'mine' and label('nanoGPT', 'mine') == 'nanoGPT with mine'
 
 
 def test_more_runs_than_colors_differ_all_the_same(tmp_path):
@@ -213,18 +264,13 @@ def test_labels_say_what_differs(tmp_path):
     triton = write_log(tmp_path / 'd', 'phase1_zero1', steps=2, model_dir='../phase2_triton')
     reference = write_log(tmp_path / 'a', 'nanoGPT', steps=2)
     again = write_log(tmp_path / 'a', 'phase1_zero1', steps=2)
-    assert labels(a, reference) == ['phase1_zero1', 'nanoGPT']
-    assert labels(a, b, c, triton) == [
-        'phase1_zero1, a',
-        'phase1_zero1, b',
-        'phase1_zero1, c',
-        'phase1_zero1 with phase2_triton',
-    ]
-    assert labels(a, again) == [f'phase1_zero1, {os.path.basename(path)}' for path in (a, again)]
+    assert labels(a, reference) == ['ZeRO-1', 'DDP']
+    assert labels(a, b, c, triton) == ['ZeRO-1, a', 'ZeRO-1, b', 'ZeRO-1, c', 'ZeRO-1 + Triton']
+    assert labels(a, again) == [f'ZeRO-1, {os.path.basename(path)}' for path in (a, again)]
     copy = tmp_path / 'copy' / os.path.basename(a)
     copy.parent.mkdir()
     copy.write_bytes(Path(a).read_bytes())
-    assert labels(a, copy) == [f'phase1_zero1, {path}' for path in (a, copy)]
+    assert labels(a, copy) == [f'ZeRO-1, {path}' for path in (a, copy)]
 
 
 def test_crashed_run_with_nulls(tmp_path):
@@ -232,7 +278,7 @@ def test_crashed_run_with_nulls(tmp_path):
     axes = axes_of(figure)
     assert line(axes['loss'], 'loss not finite: 50 records').get_xdata().tolist() == list(range(150, 200))
     assert len(line(axes['loss'], '_raw').get_xdata()) == 150
-    assert line(axes['loss'], 'training').get_xdata().max() == 149  # no mean of what was before goes on behind it
+    assert line(axes['loss'], 'training').get_xdata().max() == 149  # no mean of earlier values continues after it
     assert 'not recorded' in texts(axes['peak_memory_bytes']) and 'mfu' not in axes
     status = next(text for text in axes['facts'].texts if text.get_text() == 'failed')
     assert status.get_color() == vis.VERMILLION and 'failed' in figure.get_suptitle()
@@ -250,7 +296,7 @@ def test_single_record_and_none(tmp_path):
 
 
 def test_panels_of_a_run_share_their_x_axis(tmp_path):
-    """Where a metric ends before the others, there is nothing, and one sees since when."""
+    """A metric that ends before the others leaves a visible gap."""
     path = Path(write_log(tmp_path))
     log = json.loads(path.read_text())
     for record in log['iterations'][120:]:
@@ -331,7 +377,7 @@ def test_a_resumed_run_has_speed_memory_and_tokens_of_its_own(tmp_path, capsys):
     assert run.x(np.array([0, 140, 141.0]), 'tokens').tolist() == [0, 140_000, 140_000 + 16384]
     assert '2026-01-01 00:00 UTC, resumed 1×' in texts(axes_of(draw([run]))['facts'])
     assert (
-        main([str(first), second]) == 0 and 'goes on from iteration 140' in capsys.readouterr().err
+        main([str(first), second]) == 0 and 'continues from iteration 140' in capsys.readouterr().err
     )  # 140 to 149 are not drawn
 
 
@@ -347,7 +393,7 @@ def test_axes_smoothing_and_metrics(tmp_path):
     )
     assert line(seconds, 'training').get_ydata().tolist() == line(seconds, '_raw').get_ydata().tolist()
     overlaid = axes_of(draw([run, run], metrics=['time_ms', 'grad_norm']))
-    assert set(overlaid) == {'time_ms', 'grad_norm', *vis.BARS}
+    assert set(overlaid) == {'time_ms', 'grad_norm', *BARS}
 
 
 def test_smoothing():
@@ -376,7 +422,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert picture.read_bytes()[:4] == b'\x89PNG' and f'wrote {picture}' in capsys.readouterr().out
     assert main(['out-old', 'out-*/run_*.json', '--json', '--title', 'Mine']) == 0  # the first one twice is one run
     table = json.loads(capsys.readouterr().out)
-    assert [row['label'] for row in table] == ['nanoGPT', 'phase1_zero1'] and table[1][
+    assert [row['label'] for row in table] == ['DDP', 'ZeRO-1'] and table[1][
         'tokens_per_sec_median_ratio'
     ] == pytest.approx(1)
     assert table[0]['best_val_loss_iter'] == 120 and table[0]['peak_memory_bytes'] == 2**31
@@ -413,7 +459,7 @@ def test_follow_before_the_folder():
     for argv in (['--follow', 'out'], ['out', '--follow'], ['--follow', '10', 'out']):
         args = vis.parse_args(argv)
         assert (args.logs, args.follow) == (['out'], 10)
-    assert vis.parse_args(['a', '--follow', 'b']).logs == ['a', 'b']  # the first is what the others are compared with
+    assert vis.parse_args(['a', '--follow', 'b']).logs == ['a', 'b']  # the others are compared with the first
 
 
 def test_names_that_matplotlib_and_terminals_would_trip_over(tmp_path):
@@ -427,6 +473,53 @@ def test_names_that_matplotlib_and_terminals_would_trip_over(tmp_path):
         [sys.executable, SCRIPT, path], env=os.environ | {'PYTHONIOENCODING': 'ascii'}, capture_output=True, text=True
     )
     assert run.returncode == 0 and 'xfc' in run.stdout, run.stderr
+
+
+ODD_NAMES = (b'M\xfcller', '中文'.encode(), b'line\nbreak\x07', '\U0001f9ea'.encode())
+
+
+@pytest.mark.parametrize('name', ODD_NAMES)
+def test_names_that_the_font_cannot_show_are_escaped(tmp_path, monkeypatch, capsys, name):
+    """
+    A folder name that is no UTF-8, or whose characters the font lacks, breaks neither the picture nor those of a glob.
+    """
+    name = os.fsdecode(name)
+    monkeypatch.chdir(tmp_path)
+    odd = write_log(Path(f'out-{name}'), name, steps=3, dataset=name)
+    write_log(Path('out-plain'), name, steps=3)
+    monkeypatch.setattr(vis.Figure, 'savefig', warnings_are_errors(vis.Figure.savefig))
+    for logs in (['out-*/run_*.json'], [f'out-{name}']):
+        assert main([*logs, '--metrics', 'loss', '--title', f'a title with {name}']) == 0, capsys.readouterr().err
+    assert Path(odd).with_name(Path(odd).stem + '_analysis.png').exists()
+    drawn = ' '.join(text.get_text() for text in draw([Run(odd)]).findobj(Text))
+    assert name.encode('unicode_escape').decode() in drawn and name not in drawn
+
+
+def warnings_are_errors(function):
+    """matplotlib warns of a glyph that is missing, and draws a box."""
+
+    def checked(*args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            return function(*args, **kwargs)
+
+    return checked
+
+
+def test_a_log_that_cannot_be_read_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good = [write_log(Path(f'out-{i}'), steps=3) for i in range(2)]
+    for i, broken in enumerate(('{"run": ', '[]')):
+        Path(f'out-broken{i}').mkdir()
+        Path(f'out-broken{i}/run_20260101_000000.json').write_text(broken)
+    for logs in (['out-*/run_*.json'], ['out-broken0', *good, 'out-broken1/run_20260101_000000.json']):
+        assert main(logs) == 0
+        captured = capsys.readouterr()
+        assert captured.err.count('the other logs are drawn without it') == 2
+        assert all(f'out-broken{i}' in captured.err for i in range(2))
+        assert captured.out.count('completed at iteration 2') == 2
+    assert main(['out-broken*']) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -505,11 +598,22 @@ NO_LOG += (
     document(iterations=[{'iter': 0, 'loss': 10**400}]),
     document(run={'resumed_from': {'log': 'x', 'iter': None}}),
 )
+WRONG_TYPES = (
+    (document(config=[]), 'its config is a list, not a dict'),
+    (
+        document(iterations={}, evaluations=None),
+        'its iterations is a dict, not a list, its evaluations is a null, not a list',
+    ),
+    ('{"run": {}}', 'it has no config, it has no iterations'),
+    ('[1]', 'it is a list'),
+)
 
 
 @pytest.mark.parametrize(
     ('content', 'words'),
-    [(text, 'not a JSON document') for text in NO_JSON] + [(text, 'not a training log') for text in NO_LOG],
+    [(text, 'not a JSON document') for text in NO_JSON]
+    + [(text, 'not a training log') for text in NO_LOG]
+    + list(WRONG_TYPES),
 )
 def test_what_is_no_log_gets_one_message(tmp_path, capsys, content, words):
     path = tmp_path / 'run_1.json'
@@ -593,7 +697,8 @@ def test_600_000_records_within_1_gib_without_a_display(tmp_path):
     path = tmp_path / 'run_big.json'
     before, behind = Path(write_log(tmp_path, steps=0)).read_text().split('"iterations": []')
     rest = [  # of a record, as long as real ones are
-        f'"loss": {3.1 + 1 / (i + 1)}, "lr": 0.0006, "time_ms": {20 + i % 7 / 3}, "tokens_per_sec": {24576 / 7}, "mfu": {i % 9 / 13}, '
+        f'"loss": {3.1 + 1 / (i + 1)}, "lr": 0.0006, "time_ms": {20 + i % 7 / 3}, '
+        f'"tokens_per_sec": {24576 / 7}, "mfu": {i % 9 / 13}, '
         '"grad_norm": 0.5432, "peak_memory_bytes": 41234567890}'
         for i in range(1000)
     ]
