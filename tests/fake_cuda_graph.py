@@ -1,7 +1,7 @@
 """
-CUDA graphs for tests without a GPU: notes each operation of PyTorch and each launch of a kernel with its tensors, and repeats them on the
-same memory. Like the real ones it knows nothing of the Python code between them, and recording changes no tensor that was there before.
-Unlike them it never uses memory twice.
+CUDA graphs for tests without a GPU: a capture records each PyTorch operation and each kernel launch with its tensors,
+and a replay repeats them on the same memory. As with real graphs, Python code in between is not captured, and a capture
+changes no existing tensor. Unlike real graphs, they never reuse memory.
 """
 
 import importlib
@@ -62,21 +62,35 @@ def graph(graph, pool=None, stream=None, capture_error_mode='global'):
             tensor.copy_(value)
 
 
-def noted(launch):
-    def launch_and_note(*args, **kwargs):
-        with _disable_current_modes():  # Triton's interpreter is made of PyTorch's operations, too, and so is gloo
-            launch(*args, **kwargs)
+def noted(function):
+    """Wraps the function so that its calls are recorded."""
+
+    def call_and_note(*args, **kwargs):
+        with _disable_current_modes():  # Triton's interpreter and gloo consist of PyTorch operations too
+            function(*args, **kwargs)
         if recording is not None:
-            recording.calls.append(lambda: launch(*args, **kwargs))
+            recording.calls.append(lambda: function(*args, **kwargs))
+
+    return call_and_note
+
+
+def noted_launch(launch):
+    """Wraps a kernel's launch so that its calls are recorded. A kernel may write to any of its tensors."""
+    note = noted(launch)
+
+    def launch_and_note(kernel, grid, tensors, *args, **kwargs):
+        if recording is not None:
+            recording.before += [(tensor, tensor.detach().clone()) for tensor in tensors]
+        note(kernel, grid, tensors, *args, **kwargs)
 
     return launch_and_note
 
 
 def install(monkeypatch):
-    """For the length of a test."""
-    for name in ('cross_entropy', 'gelu', 'layer_norm'):
+    """Installs the fake CUDA graphs for one test."""
+    for name in ('cross_entropy', 'embedding', 'gelu', 'layer_norm', 'layer_norm_gradients'):
         module = importlib.import_module(f'kernels.{name}')
-        monkeypatch.setattr(module, 'launch', noted(module.launch))
+        monkeypatch.setattr(module, 'launch', noted_launch(module.launch))
     linear = importlib.import_module('kernels.linear')
     monkeypatch.setattr(linear, 'capturing', lambda weight: recording is not None)
     install_in_torch(monkeypatch)

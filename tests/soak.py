@@ -1,12 +1,13 @@
 """
-Trains a tiny model for as long as it is told to, and disturbs it: SIGTERM or SIGKILL to one rank, or a full disk, at random moments
-of runs that save every few steps. Each run goes on where the last one ended (--init_from=auto), now and then at another world size and
-in the next phase. After each fault every file that a user relies on must be readable. Within a chain of runs at one world size every
-line must be that of a run that was never disturbed.
+Trains a tiny model for a given time and disturbs it: SIGTERM or SIGKILL to one rank, or a full disk, at random moments
+of runs that save every few steps. Each run continues where the last one ended (--init_from=auto), sometimes at another
+world size and with the next trainer. After each fault every file that a user relies on must be readable. Within a chain
+of runs at one world size, every line must equal that of an undisturbed run.
 
     python tests/soak.py --minutes=120 --seed=1
 
-Exit status 1 if anything was lost or different, or nothing was tried. It needs no root: the full disk is a limit on the size of files (RLIMIT_FSIZE).
+Exit status 1 if anything was lost or differed, or if nothing was tested. It needs no root: the full disk is a limit on
+the size of files (RLIMIT_FSIZE).
 """
 
 import argparse
@@ -20,8 +21,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import conftest
 import torch
+
+import conftest
 from launcher import Launcher
 
 PHASES = ('nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp')
@@ -35,46 +37,9 @@ FLAGS = [
 ]
 FLAGS += ['--learning_rate=1e-3', '--fsdp_min_num_params=1']
 WARM_UP_S = 3
-# What a trainer may grow between warm-up and its end. Seen: 0.4 to 1.4 MiB, all of it early, as allocators round to pages and arenas. A leak
-# of what is saved, 0.3 MiB every 4 steps, would pass this after 60 steps.
+# What a trainer may grow between warm-up and its end. Seen: 0.4 to 1.4 MiB, all of it early, as allocators round to
+# pages and arenas. A leak of what is saved, 0.3 MiB every 4 steps, would pass this after 60 steps.
 GROWTH_MIB = 4
-
-# runs train.py with a fault: FAULT is term, kill, disk or none; it happens on rank VICTIM, DELAY seconds after the first step of the run or, with
-# EARLY=1, after its start. Of rank 0 the memory is noted, four times a second.
-DISTURBED = """
-import os, resource, runpy, signal, sys, threading, time
-train = sys.argv[0] = os.environ['TRAIN']
-sys.path.insert(0, os.path.dirname(train))
-rank = os.environ.get('RANK', '0')
-
-def disturb():
-    while os.environ['EARLY'] == '0' and not os.path.exists('started'):
-        time.sleep(0.005)
-    time.sleep(float(os.environ['DELAY']))
-    if os.environ['FAULT'] == 'disk':
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-        time.sleep(0.3)
-        if os.environ['FREED'] == '1':  # else the last save fails, too
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            time.sleep(0.1)
-    os.kill(os.getpid(), signal.SIGKILL if os.environ['FAULT'] == 'kill' else signal.SIGTERM)
-
-def note_memory():
-    while True:
-        with open('/proc/self/statm') as f, open('memory', 'a') as out:
-            out.write(f'{time.time()} {int(f.read().split()[1]) * resource.getpagesize()}\\n')
-        time.sleep(0.25)
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write that is refused is an error, not the end
-if rank == '0':
-    import training_logger
-    iteration = training_logger.TrainingLogger.iteration
-    training_logger.TrainingLogger.iteration = lambda *args, **kwargs: (open('started', 'w').close(), iteration(*args, **kwargs))
-    threading.Thread(target=note_memory, daemon=True).start()
-if os.environ['FAULT'] != 'none' and rank == os.environ['VICTIM']:
-    threading.Thread(target=disturb, daemon=True).start()
-runpy.run_path(train, run_name='__main__')
-"""
 
 
 def numbers(stdout):
@@ -85,8 +50,9 @@ def numbers(stdout):
 
 def same(a, b, phase, nproc):
     """
-    Whether two values of numbers() are equal. With 3 ranks and more DDP sums the first gradients of a run in another order than all
-    later ones (it orders its buckets anew), which changes the last bit: there the last digit printed may differ by one.
+    Whether two values of numbers() are equal. With 3 ranks and more DDP sums the first gradients of a run in another
+    order than all later ones (it orders its buckets anew), which changes the last bit: there the last digit printed may
+    differ by one.
     """
     if a == b or b is None or nproc < 3 or phase == 'phase3_fsdp':
         return a == b
@@ -98,16 +64,16 @@ class Soak:
     def __init__(self, seed, phases, say=print):
         self.rng, self.phases, self.say, self.report = random.Random(seed), phases, say, Counter()
         self.launch = Launcher()
-        Path('disturbed.py').write_text(DISTURBED)
 
     def train(self, phase, nproc, fault, *flags, delay=0.0, early=False):
         for name in ('started', 'memory'):
             Path(name).unlink(missing_ok=True)
         script = conftest.ROOT / phase / 'train.py'
-        env = dict(TRAIN=str(script), FAULT=fault, DELAY=str(delay), EARLY=str(int(early)), FREED=self.rng.choice('01'))
+        env = dict(FAULT=fault, DELAY=str(delay), EARLY=str(int(early)), FREED=self.rng.choice('01'))
         env['VICTIM'] = str(self.rng.randrange(nproc)) if fault != 'disk' else '0'  # who writes
         rest = [flag for flag in FLAGS if phase == 'phase3_fsdp' or 'fsdp' not in flag]
-        return self.launch('disturbed.py', *rest, *flags, nproc=nproc, env=env, check=False, timeout=120)
+        disturbed = conftest.PROGRAMS / 'disturbed.py'
+        return self.launch(disturbed, script, *rest, *flags, nproc=nproc, env=env, check=False, timeout=120)
 
     def wrong(self, what, detail):
         self.report[what] += 1
@@ -196,7 +162,10 @@ class Soak:
         shutil.rmtree('long')
 
     def run(self, minutes):
-        """Chains for so many minutes, and on until all of SEEN has been seen: a slow machine needs more of them than a fast one."""
+        """
+        Chains for so many minutes, and on until all of SEEN has been seen: a slow machine needs more of them than a
+        fast one.
+        """
         deadline, turn = time.time() + 60 * minutes, 0
         while time.time() < deadline or (turn < 20 and not all(self.report[name] for name in SEEN)):
             phase = self.phases[turn % len(self.phases)]

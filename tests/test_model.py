@@ -1,4 +1,4 @@
-"""The reference model: its parameters, their initialization, and what it computes."""
+"""The reference model: its parameters, their initialization, and its outputs."""
 
 import contextlib
 import math
@@ -8,14 +8,17 @@ import sys
 
 import pytest
 import torch
-from model import GPT, GPTConfig
 from torch.nn import functional as F
+
+from model import GPT, GPTConfig
 
 TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 
 
 def test_initial_weights_are_drawn_in_upstreams_order():
-    """Replays the generator by hand: what the modules' constructors draw, then _init_weights, then the scaled projections."""
+    """
+    Replays the generator by hand: what the modules' constructors draw, then _init_weights, then the scaled projections.
+    """
     torch.manual_seed(1337)
     model = GPT(GPTConfig(**TINY, bias=True))
     V, T, C = TINY['vocab_size'], TINY['block_size'], TINY['n_embd']
@@ -73,7 +76,10 @@ def test_gpt2_has_the_known_number_of_parameters(capsys):
 
 
 def test_forward_equals_a_plain_implementation():
-    """Attention and GELU written out, in float64 from the same weights; float32's rounding through two blocks stays below 1e-5."""
+    """
+    Attention and GELU written out, in float64 from the same weights; float32's rounding through two blocks stays below
+    1e-5.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(**TINY, bias=True)).eval()
     for p in model.parameters():  # so that no weight is 1 or 0, which would hide a missing one
@@ -209,12 +215,13 @@ def test_peak_flops(monkeypatch):
     [{}, {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}, {'PYTORCH_ALLOC_CONF': 'max_split_size_mb:512'}],
 )
 def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
-    """Unless the user has set it up otherwise. On a GPU, what the allocator makes of it."""
+    """Unless the user has configured the allocator. On a GPU, also checks the allocator's own state."""
     import hardware
 
     environ = {name: value for name, value in os.environ.items() if not name.endswith('ALLOC_CONF')} | own
     if torch.cuda.is_available():
-        code = 'import torch, hardware; hardware.choose("cuda", "auto", "auto", "auto"); torch.ones(1, device="cuda"); '
+        code = 'import torch, hardware; hardware.resolve_auto("cuda", "auto", "auto", "auto"); '
+        code += 'torch.ones(1, device="cuda"); '
         code += 'print(torch.cuda.memory_snapshot()[0]["is_expandable"])'
         run = subprocess.run(
             [sys.executable, '-c', code],
@@ -229,15 +236,15 @@ def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     monkeypatch.setattr(os, 'environ', environ)
-    hardware.choose('cuda', 'float32', False, 'gloo')
+    hardware.resolve_auto('cuda', 'float32', False, 'gloo')
     set_up = {name: value for name, value in environ.items() if name.endswith('ALLOC_CONF')}
     assert set_up == (own or {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True'})
 
 
 def test_from_pretrained(monkeypatch):
     """
-    A transformers GPT-2 with random weights, by way of from_pretrained: equal logits to 1e-4. Random weights are small, so
-    the two GELUs are the same here: nanoGPT's is exact, GPT-2's an approximation of it.
+    A transformers GPT-2 with random weights, by way of from_pretrained: equal logits to 1e-4. Random weights are small,
+    so the two GELUs are the same here: nanoGPT's is exact, GPT-2's an approximation of it.
     """
     transformers = pytest.importorskip('transformers', reason='the test extra brings it')
     torch.manual_seed(0)
@@ -257,24 +264,18 @@ def test_from_pretrained(monkeypatch):
 
 
 def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
-    """By default a run on GPUs, if it can be; a failure has a message that says what to do."""
+    """By default a run on GPUs captures if possible; a failure has a message that says what to do."""
     import cuda_graph
     from errors import UserError
 
-    monkeypatch.setattr(cuda_graph, 'use_side_stream', lambda device: None)
-
     def use(wanted, world_size=1, device='cuda:0', **flags):
-        return cuda_graph.use_cuda_graph(
-            dict(dict(cuda_graph=wanted, device=device, dropout=0.1, backend='nccl'), **flags), world_size
-        )
+        offload = flags.pop('cpu_offload', False)
+        config = dict(cuda_graph=wanted, device=device, dropout=0.1, backend='nccl') | flags
+        return cuda_graph.resolve_cuda_graph(config, world_size, offload)
 
     assert use('auto') is True and use(False) is False and use(True, world_size=4) is True
     assert use('auto', world_size=2) is True and use('auto', device='cpu') is False
-    assert use('auto', world_size=2, use_fsdp=True) is True
-    assert (
-        use('auto', world_size=2, use_fsdp=True, fsdp_cpu_offload=True) is False
-        and use('auto', use_fsdp=True, fsdp_cpu_offload=True) is True
-    )
+    assert use('auto', world_size=2, cpu_offload=True) is False and use('auto', cpu_offload=True) is True
     assert use('auto', world_size=2, backend='gloo') is False and use('auto', backend='gloo') is True
     assert (
         use('auto', activation_checkpointing=True) is False
@@ -284,10 +285,7 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
         (dict(device='cpu'), 'needs a CUDA device'),
         (dict(activation_checkpointing=True), 'dropout under activation_checkpointing is not supported'),
         (dict(world_size=2, backend='gloo'), 'over NCCL only'),
-        (
-            dict(world_size=2, use_fsdp=True, fsdp_cpu_offload=True),
-            'cuda_graph=True with fsdp_cpu_offload, .* is not supported',
-        ),
+        (dict(world_size=2, cpu_offload=True), 'cuda_graph=True with CPU offload, .* is not supported'),
     ):
         with pytest.raises(UserError, match=message):
             use(True, **flags)
@@ -308,13 +306,11 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'graph', refuse)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
     monkeypatch.setattr(cuda_graph, 'WARMUP', 0)
-    with pytest.raises(
-        UserError, match=r'\(not permitted when stream is capturing\): --cuda_graph=False trains without'
-    ):
-        cuda_graph.MicroStepGraph(reads_on_the_cpu, torch.nn.Linear(1, 1))(torch.zeros(1), torch.zeros(1))
+    with pytest.raises(UserError, match=r'\(not permitted when stream is capturing\): train with --cuda_graph=False'):
+        cuda_graph.MicroStep(reads_on_the_cpu, torch.nn.Linear(1, 1), capture=True)(torch.zeros(1), torch.zeros(1))
 
     def interrupted(x, y):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cuda_graph.MicroStepGraph(interrupted, torch.nn.Linear(1, 1))(torch.zeros(1), torch.zeros(1))
+        cuda_graph.MicroStep(interrupted, torch.nn.Linear(1, 1), capture=True)(torch.zeros(1), torch.zeros(1))

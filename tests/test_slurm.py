@@ -1,6 +1,6 @@
 """
-slurm.sh, with programs in place of srun, scontrol and scancel that do what Slurm's do with their arguments: a SIGUSR1 to the batch
-script ends in a checkpoint and a requeue, and the next start goes on to the end. (The real Slurm is not part of this.)
+slurm.sh, with stand-ins for srun, scontrol and scancel (programs/slurm/): a SIGUSR1 to the batch script leads to a
+checkpoint and a requeue, and the next start continues to the end. (The real Slurm is not part of this.)
 """
 
 import os
@@ -10,38 +10,18 @@ import sys
 import time
 
 import pytest
-from conftest import NANOGPT, ROOT, TINY, losses
 
-COMMANDS = {
-    # runs the command once for each machine, as tasks whose process ids scancel can find
-    'srun': """
-while [ "${1#--}" != "$1" ]; do shift; done
-for i in $(seq "$SLURM_NNODES"); do "$@" & echo $! >> tasks; done
-status=0
-for pid in $(cat tasks); do wait "$pid" || status=$?; done
-exit $status""",
-    'scancel': '[ "$*" = "--signal=TERM 4711" ] && kill -TERM $(cat tasks)',
-    'scontrol': """
-case "$*" in
-    'show hostnames machine[1-2]') echo localhost; echo machine2;;
-    'requeue 4711') touch requeued;;
-    *) exit 1;;
-esac""",
-    'torchrun': f'exec {sys.executable} -m torch.distributed.run "$@"',
-}
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, losses
 
 
 @pytest.fixture
 def sbatch(work):
-    os.mkdir('bin')
-    for name, text in COMMANDS.items():
-        (work / 'bin' / name).write_text(f'#!/bin/bash\n{text}\n')
-        (work / 'bin' / name).chmod(0o755)
     env = dict(
         os.environ,
-        PATH=f'{work}/bin:{os.environ["PATH"]}',
+        PATH=f'{PROGRAMS / "slurm"}:{os.environ["PATH"]}',
+        PYTHON=sys.executable,
         PYTHONUNBUFFERED='1',
-        SLURM_JOB_ID='4711',
+        SLURM_JOB_ID=str(os.getpid()),  # slurm.sh derives a port from it
         SLURM_NNODES='2',
         SLURM_JOB_NODELIST='machine[1-2]',
     )
@@ -63,12 +43,12 @@ def test_saves_requeues_and_goes_on(launch, work, sbatch):
         assert job.poll() is None, open('slurm.out').read()
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=60) != 0 and os.path.exists('requeued')
+    assert job.wait(timeout=120) != 0 and os.path.exists('requeued')
     stopped = losses(open('slurm.out').read())
     assert len(stopped) < 300
 
     job = sbatch(NANOGPT / 'train.py', *flags)  # as Slurm would
-    assert job.wait(timeout=60) == 0 and not os.path.exists('requeued')
+    assert job.wait(timeout=120) == 0 and not os.path.exists('requeued')
     assert losses(open('slurm.out').read()) == losses(
         launch(NANOGPT / 'train.py', *flags, '--out_dir=once', nproc=2).stdout
     )

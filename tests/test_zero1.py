@@ -1,4 +1,7 @@
-"""Phase 1: the numbers of DDP to the bit, even shards, one checkpoint for all, and ends that leave the last one whole."""
+"""
+ZeRO-1: DDP's numbers to the bit, even shards, checkpoints for every trainer, and interruptions that leave the last one
+whole.
+"""
 
 import json
 import re
@@ -6,23 +9,24 @@ import signal
 
 import pytest
 import torch
-from conftest import NANOGPT, ROOT, TINY, assert_same, load, losses
+
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, assert_same, load, losses
 
 TRAIN = NANOGPT / 'train.py'
 ZERO1 = ROOT / 'phase1_zero1' / 'train.py'
-CASES = ROOT / 'tests' / 'zero1_cases.py'
+CASES = PROGRAMS / 'zero1_cases.py'
 ALL_EQUAL = dict(losses=True, norms=True, scale=True, params=True, state=True, untouched=True, grads_freed=True)
 
 
 def found(launch, *args, nproc):
-    """What the ranks of a case in zero1_cases.py found."""
+    """Returns the result of a case in zero1_cases.py."""
     return json.loads(launch(CASES, *args, nproc=nproc).stdout.splitlines()[-1])
 
 
 def test_equals_ddp_to_the_bit_also_after_a_resume_at_another_world_size(launch, tmp_path):
     """
-    50 steps on 3 ranks, 50 more on 4, 50 more on 2. No tolerance: AdamW does the same operations on each element, whether it
-    is in a whole parameter or in a piece of it.
+    50 steps on 3 ranks, 50 more on 4, 50 more on 2. No tolerance: AdamW does the same operations on each element,
+    whether it is in a whole parameter or in a piece of it.
     """
     for i, nproc in enumerate((3, 4, 2)):
         run = found(
@@ -44,7 +48,10 @@ def test_equals_ddp_to_the_bit_also_after_a_resume_at_another_world_size(launch,
 
 @pytest.mark.parametrize('case', ['plain_ruined', 'fused', 'fp16', 'fp16_fused'])
 def test_steps_are_skipped_on_all_ranks_or_none(launch, tmp_path, case):
-    """Two of 12 steps have a NaN in one gradient: StepGuard and GradScaler skip them, by way of found_inf where AdamW is fused."""
+    """
+    Two of 12 steps have a NaN in one gradient: StepGuard and GradScaler skip them, by way of found_inf where AdamW is
+    fused.
+    """
     run = found(launch, case, 12, 0, tmp_path / 'x', nproc=2)
     assert run.items() >= ALL_EQUAL.items()
     assert run['finite_norms'] == run['steps_counted'] == 10
@@ -53,11 +60,14 @@ def test_steps_are_skipped_on_all_ranks_or_none(launch, tmp_path, case):
 def test_more_ranks_than_tensors(launch):
     run = found(launch, 'few_tensors', nproc=4)
     assert run['equal']
-    assert len(set(run['owners'])) == 3  # and a rank with nothing takes part all the same
+    assert len(set(run['owners'])) == 3  # a rank without parameters takes part too
 
 
 def test_shards_are_even(launch, capsys):
-    """The fullest rank has at most 1.05 of its share, at every size and number of ranks; and almost all of it is gathered in place."""
+    """
+    The fullest rank has at most 1.05 of its share, at every size and number of ranks; and almost all of it is gathered
+    in place.
+    """
     rows = found(launch, 'table', nproc=1)
     with capsys.disabled():
         print('\nmodel, ranks: fullest rank / ideal; with whole tensors')
@@ -72,8 +82,8 @@ def test_shards_are_even(launch, capsys):
 
 def test_leaves_the_compiled_graphs_as_they_are(launch):
     """
-    torch.compile cuts the graph where the storages of parameters fill a bucket of DDP. parameters_as_bucket_view gives all
-    parameters of a rank one storage, hence a cut at nearly each of them: slower in every micro-step.
+    torch.compile splits the graph where parameter storages fill a DDP bucket. parameters_as_bucket_view puts all
+    parameters of a rank into one storage, hence a split at nearly every parameter: slower in every micro-step.
     """
     counts = found(launch, 'graphs', nproc=1)
     assert counts['zero1'] == counts['ddp'] < counts['bucket_view']
@@ -102,34 +112,9 @@ def test_prints_and_saves_what_the_reference_does(launch, work):
     assert 'not using ZeRO-1 optimizer state sharding: use_zero1=False' in off.stdout and len(losses(off.stdout)) == 2
 
 
-# runs a train.py in which rank 1 does something as it sends its first shard of the nth save
-IN_A_SAVE = """
-import os, runpy, signal, sys
-import torch.distributed as dist
-import torch.optim
-
-nth, action = int(sys.argv[1]), sys.argv[2]
-sys.argv = sys.argv[3:]
-sys.path[0] = os.path.dirname(sys.argv[0])
-gather, send, saves = dist.gather_object, dist.send, [0]
-
-def counting_gather(*args, **kwargs):
-    saves[0] += 1 # a save begins with what shards there are, then come the generators
-    return gather(*args, **kwargs)
-
-def acting_send(*args, **kwargs):
-    if saves[0] == 2 * nth - 1:
-        os.kill(os.getpid(), signal.SIGKILL if action == 'kill' else signal.SIGTERM)
-    return send(*args, **kwargs)
-
-dist.gather_object, dist.send = counting_gather, acting_send
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
-
 def test_a_rank_that_dies_in_a_save_ends_the_run_and_leaves_the_last_checkpoint(launch, work):
-    (work / 'in_a_save.py').write_text(IN_A_SAVE)
-    run = launch(work / 'in_a_save.py', 2, 'kill', ZERO1, *TINY, nproc=2, check=False, timeout=40)
+    env = dict(SIGNAL=str(int(signal.SIGKILL)), SAVE='2')
+    run = launch(PROGRAMS / 'signal_in_a_save.py', ZERO1, *TINY, nproc=2, env=env, check=False, timeout=40)
     assert run.returncode == -signal.SIGKILL
     assert run.stdout.count('saving checkpoint') == 1
     assert load('out/ckpt.pt')['iter_num'] == 10
@@ -139,10 +124,10 @@ def test_a_rank_that_dies_in_a_save_ends_the_run_and_leaves_the_last_checkpoint(
 
 
 def test_sigterm_in_a_save(launch, work):
-    """The save is completed, then the step; the run ends well, and resuming repeats nothing."""
+    """The save is finished, then the step; the run exits with status 0, and resuming repeats nothing."""
     once = launch(ZERO1, *TINY, '--out_dir=once', nproc=2)
-    (work / 'in_a_save.py').write_text(IN_A_SAVE)
-    first = launch(work / 'in_a_save.py', 1, 'term', ZERO1, *TINY, nproc=2)
+    env = dict(SIGNAL=str(int(signal.SIGTERM)), SAVE='1')
+    first = launch(PROGRAMS / 'signal_in_a_save.py', ZERO1, *TINY, nproc=2, env=env)
     assert load('out/ckpt.pt')['iter_num'] == 11
     second = launch(ZERO1, *TINY, '--init_from=resume', nproc=2)
     assert losses(first.stdout) + losses(second.stdout) == losses(once.stdout)
@@ -153,8 +138,8 @@ def test_sigterm_in_a_save(launch, work):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 def test_on_gpus(launch, tmp_path):
     """
-    Equal to DDP with fused AdamW; and resumed, where ZeroRedundancyOptimizer.load_state_dict leaves `step` on the CPU and
-    the next fused step fails (pytorch#124133). A save needs no memory on the GPU.
+    Equal to DDP with fused AdamW; and resumed, where ZeroRedundancyOptimizer.load_state_dict leaves `step` on the CPU
+    and the next fused step fails (pytorch#124133). A save needs no memory on the GPU.
     """
     nproc = min(4, torch.cuda.device_count())
     run = json.loads(
