@@ -16,8 +16,9 @@ import time
 from contextlib import suppress
 
 import torch
-from errors import UserError
+from errors import UserError, first_line
 from out_dir import set_aside
+from shell import python_command
 
 # what a model is, of all the fields of GPTConfig; dropout may differ between runs
 ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
@@ -50,7 +51,7 @@ def write_checkpoint(checkpoint, out_dir, best, required, name='ckpt.pt'):
             os.remove(path + '.tmp')  # half a checkpoint only takes space
         except OSError:
             pass
-        problem = f'{path} could not be saved ({str(e).splitlines()[0]}); an earlier one is untouched'
+        problem = f'{path} could not be saved ({first_line(e)}); an earlier one is untouched'
         if required:
             raise UserError(problem) from None
         print(f'WARNING: {problem}, and training goes on', file=sys.stderr)
@@ -113,10 +114,11 @@ def load_checkpoint(path):
     Raises UserError if it is missing, damaged, sharded, no checkpoint, or holds code.
     """
     if os.path.exists(os.path.join(path, 'rest.pt')):
+        phases = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        convert = os.path.join(phases, 'phase3_fsdp', 'sharded_checkpoint.py')
         raise UserError(
-            f'{path} is sharded, and only phase 3 with FSDP, so with several processes, resumes from that. It becomes a ckpt.pt, in the folder '
-            'phase3_fsdp, by: '
-            f'python sharded_checkpoint.py full {os.path.dirname(os.path.dirname(os.path.abspath(path)))}'
+            f'{path} is sharded, and only FSDP (phase3_fsdp/train.py, on several processes) resumes from that. This command makes '
+            f'a ckpt.pt from it:\n  {python_command(convert, "full", os.path.dirname(os.path.dirname(os.path.abspath(path))))}'
         )
     try:
         # mapped into memory, so that many ranks on one machine share what they read
@@ -133,7 +135,7 @@ def load_checkpoint(path):
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
         raise UserError(
-            f'{path} cannot be read as a checkpoint; it may have been cut short ({str(e).splitlines()[0]}). '
+            f'{path} cannot be read as a checkpoint; it may have been cut short ({first_line(e)}). '
             'The other checkpoint in its folder (ckpt.pt or ckpt_best.pt) may be whole'
         ) from None
     kinds = {'model': dict, 'model_args': dict, 'iter_num': (int, float, torch.Tensor)}

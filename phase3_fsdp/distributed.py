@@ -15,7 +15,7 @@ from datetime import timedelta
 import errors
 import torch
 import torch.distributed as dist
-from errors import UserError
+from errors import UserError, first_line
 
 
 def setup(backend, timeout_s):
@@ -41,7 +41,7 @@ def setup(backend, timeout_s):
             if 'connectFullMesh' not in str(e):
                 raise
             raise UserError(
-                f'rank {rank} on {socket.gethostname()} found the other ranks but cannot connect to one ({str(e).splitlines()[0]}). If that is not '
+                f'rank {rank} on {socket.gethostname()} found the other ranks but cannot connect to one ({first_line(e)}). If that is not '
                 'its address in the network between the machines, set GLOO_SOCKET_IFNAME, on each machine, to the network interface to use'
             ) from None
         dist.distributed_c10d.default_pg_timeout = timeout  # of further groups too, which would wait for half an hour

@@ -14,6 +14,8 @@ import sys
 import traceback
 from contextlib import suppress
 
+from shell import pip_install
+
 OPTIONAL_PACKAGES = ('wandb', 'transformers', 'datasets', 'tqdm', 'pyarrow')
 
 
@@ -34,6 +36,11 @@ start = os.environ.get(
 
 class UserError(Exception):
     """What was wrong, where, and what to do about it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of the error's message, or the name of its type if the message is empty."""
+    return next(iter(str(error).splitlines()), '') or type(error).__name__
 
 
 def _first_to_fail():
@@ -101,12 +108,12 @@ def _excepthook(kind, error, trace):
     if issubclass(kind, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
         kind, error = (
             UserError,
-            UserError(f'this needs the package {error.name}, which is not installed: pip install {error.name}'),
+            UserError(f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'),
         )
     if issubclass(kind, OSError) and 'huggingface.co' in str(
         error
     ):  # transformers, about a model that it neither has nor can fetch
-        kind, error = UserError, UserError(f'the pretrained model could not be fetched: {str(error).splitlines()[0]}')
+        kind, error = UserError, UserError(f'the pretrained model could not be fetched: {first_line(error)}')
     rank = os.environ.get('RANK')
     here = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
     if issubclass(kind, (RuntimeError, MemoryError)) and out_of_memory(error):
@@ -117,7 +124,7 @@ def _excepthook(kind, error, trace):
         advice = (
             'if this GPU has no virtual memory, as some vGPUs, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False'
         )
-        kind, error = UserError, UserError(f'{str(error).splitlines()[0]}: {advice}')
+        kind, error = UserError, UserError(f'{first_line(error)}: {advice}')
     speaks = _first_to_fail()
     if issubclass(kind, UserError):
         if speaks:
@@ -128,7 +135,7 @@ def _excepthook(kind, error, trace):
         and issubclass(kind, RuntimeError)
         and LOST.search(str(error))
     ):
-        reason = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0])  # without the line of C++
+        reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # without the line of C++
         _say(
             f'error: {here} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
             'reached. What was saved is whole: start all ranks again with --init_from=auto'
@@ -136,7 +143,7 @@ def _excepthook(kind, error, trace):
     elif speaks:
         _say(''.join(traceback.format_exception(kind, error, trace)).rstrip())
     else:  # most often the echo of another rank's failure: a collective whose partner is gone
-        _say(f'rank {rank} ends too: {kind.__name__}: {str(error).splitlines()[0] if str(error) else ""}')
+        _say(f'rank {rank} ends too: {kind.__name__}: {first_line(error)}')
     with suppress(OSError, AttributeError):  # a full disk, or no stdout at all
         sys.stdout.flush()
     # skip the interpreter's own teardown: it would wait for collectives and threads that can never finish

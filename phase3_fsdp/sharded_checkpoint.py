@@ -34,6 +34,7 @@ import checkpoint as full_checkpoint
 from errors import UserError
 from out_dir import set_aside
 from sharding import like, own_rows
+from shell import python_command
 
 FOLDER = 'ckpt_sharded'
 REST = 'rest.pt'  # in a sharded checkpoint: all that is not sharded
@@ -443,6 +444,7 @@ def convert(to, out_dir):
 if __name__ == '__main__':
     if len(sys.argv) != 3 or sys.argv[1] not in ('full', 'sharded'):
         raise UserError(
-            'usage: python sharded_checkpoint.py full|sharded OUT_DIR   # converts the checkpoint there to that format'
+            'sharded_checkpoint.py needs two arguments, the format to convert to (full or sharded) and the out_dir:\n'
+            f'  {python_command(__file__, "full", "OUT_DIR")}'
         )
     print(f'wrote {convert(*sys.argv[1:])}')
