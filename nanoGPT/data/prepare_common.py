@@ -13,7 +13,7 @@ import sysconfig
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -97,6 +97,13 @@ class DatasetWriter:
             os.makedirs(self.out_dir, exist_ok=True)
         except OSError as error:
             raise UserError(f'cannot make {self.out_dir}: {error.strerror}') from error
+        shards = sorted(name for name in os.listdir(self.out_dir) if re.fullmatch(r'.+(train|val)_\d+\.bin', name))
+        if shards:
+            folder = quote_path(shortest_path(self.out_dir))
+            raise UserError(
+                f'{self.path(shards[0])} is a shard of another data set, which must not be mixed with train.bin and val.bin. '
+                f'Choose another folder, or remove the shards:\n  rm -f {folder}/*_train_*.bin {folder}/*_val_*.bin {folder}/shards.json'
+            )
         try:
             for split in ('train', 'val'):
                 path = self.path(f'{split}.bin.tmp')
@@ -183,9 +190,10 @@ def print_written(documents: int, characters: int, tokens: int) -> None:
     print(f'wrote {", ".join([*parts, f"{tokens:,} tokens"])}')
 
 
-def print_training_command(out_dir: str, counts: dict[str, int], meta: dict | None) -> None:
-    """Prints the command that trains on the data set in out_dir: a model for its size and for this machine."""
-    context = min(counts.values()) - 1  # a window and its targets must fit into either split
+def print_training_command(out_dir: str, counts: dict[str, int], meta: dict | None, longest: int | None = None) -> None:
+    """Prints the command that trains on the data set in out_dir: a model for its size and for this machine. longest: tokens of the
+    longest file of either split, if a split has several files."""
+    context = (longest or min(counts.values())) - 1  # a window and its targets must fit into a file of either split
     if context < 1:
         print('This is too little text to train on: a split needs at least 2 tokens.')
         return
@@ -206,6 +214,22 @@ def print_training_command(out_dir: str, counts: dict[str, int], meta: dict | No
         flags.append(f'--block_size={context}')
     train = os.path.join(os.path.dirname(HERE), 'train.py')
     print(f'Train on it:\n  {python_command(train, *flags)}')
+
+
+@contextmanager
+def locked(folder: str):
+    """Makes folder if it is missing, and keeps other processes from preparing it. Raises UserError if one does, or if the folder
+    cannot be used."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, '.prepare.lock'), 'ab') as file:
+            if fcntl:
+                _lock(file.fileno())
+            yield
+    except BlockingIOError:
+        raise UserError(f'another process is preparing {folder}: wait for it, or end it') from None
+    except OSError as error:
+        raise UserError(f'cannot prepare {folder}: {error.strerror or error}') from error
 
 
 def _lock(descriptor):
@@ -280,16 +304,23 @@ def encode_documents(out, documents, encode, end, val_fraction):
 
 
 def in_parallel(function, items):
-    """function(item) for each item, in order, in as many threads as there are cores; never more than a few items ahead."""
+    """Yields function(item) for each item, in order, in as many threads as there are cores; never more than a few items ahead. If the
+    items end in a UserError, it is raised after their results."""
     workers = os.cpu_count() or 1
+    error = None
     with ThreadPoolExecutor(workers) as pool:
         running = deque()
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) > 2 * workers:
-                yield running.popleft().result()
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) > 2 * workers:
+                    yield running.popleft().result()
+        except UserError as e:
+            error = e
         while running:
             yield running.popleft().result()
+    if error:
+        raise error
 
 
 def gpt2_encode(text):

@@ -13,6 +13,7 @@ start of a document is dropped, and every kind of line end (CR LF, CR) becomes a
 import bz2
 import codecs
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -32,6 +33,7 @@ from errors import UserError, first_line
 from shell import pip_install, python_command, quote_path
 
 BLOCK = 1 << 20  # bytes that are read at a time
+FINGERPRINT = 1 << 16  # bytes at the start and at the end of a file that identify it
 KINDS = {'.txt': 'txt', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.parquet': 'parquet'}
 COMPRESSIONS = {'.gz': 'gzip', '.bz2': 'bzip2', '.xz': 'xz', '.zst': 'zstd'}
 # texts about a data set, which folders of data hold; read only if they are named themselves
@@ -56,6 +58,34 @@ class TextReader:
         self.bytes = sum(map(os.path.getsize, self.paths))
         self.empty = 0  # documents without text, which documents() leaves out
         self.unsplit = set()  # .txt files that hold <|endoftext|> as text
+
+    def fetch(self, index: int) -> str:
+        """Returns the path of file number `index`."""
+        return self.paths[index]
+
+    def release(self, end: int) -> None:
+        """Called when the files before number `end` are no longer needed."""
+
+    def bytes_before(self, index: int) -> int:
+        """Returns the size of the files before number `index`."""
+        return sum(map(os.path.getsize, self.paths[:index]))
+
+    def identity(self) -> dict:
+        """Returns what the documents depend on: the files, by their names, sizes, starts and ends, and the options."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with opened_raw(path) as file:
+                size = os.path.getsize(path)
+                start = file.read(FINGERPRINT)
+                file.seek(max(0, size - FINGERPRINT))
+                digest.update(repr((os.path.basename(path), size, start, file.read())).encode())
+        return {
+            'files': len(self.paths),
+            'bytes': self.bytes,
+            'contents': digest.hexdigest(),
+            'field': self.field,
+            'separator': self.separator,
+        }
 
     def report(self) -> None:
         """Prints which files are read, by kind, and which are skipped, with the reason."""
@@ -283,6 +313,13 @@ def why_skipped(path):
     if extension == '.txt' and name.lower().split('.')[0].split('-')[0].split('_')[0] in NOTES:
         return 'about the data, by its name; to train on it, name the file itself'
     return why_not_readable(path) or ('' if os.path.getsize(path) else 'empty')
+
+
+def opened_raw(path):
+    try:
+        return open(path, 'rb')
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from error
 
 
 @contextmanager

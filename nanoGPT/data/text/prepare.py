@@ -8,6 +8,11 @@ compressed (.gz, .bz2, .xz, .zst).
 gpt2 is GPT-2's vocabulary, <|endoftext|> after each document. char is one token per character, its vocabulary the characters of
 the files (read twice); byte is one token per byte of UTF-8: both end each document with a newline. Files of any size are read in
 pieces. Whole documents go to val, taken evenly from all over the files; where there are too few for that, val is the end.
+
+    python data/text/prepare.py FILE_OR_FOLDER ... --shards [--shard_tokens 100000000] [--val_fraction 0.1] [--out FOLDER]
+
+writes shards in llm.c's format instead (text_train_000001.bin, ...), in GPT-2's vocabulary, <|endoftext|> before each document. The
+first tokens are the validation shard. After an interruption, the same command continues after the last complete shard.
 """
 
 import argparse
@@ -29,6 +34,7 @@ from prepare_common import (
     gpt2_encoding,
     progress,
 )
+from shard_writer import write_shards
 from text_reader import TextReader
 
 
@@ -45,6 +51,10 @@ if __name__ == '__main__':
         metavar='TEXT',
         help="what separates documents in .txt files, such as '<|endoftext|>'",
     )
+    parser.add_argument('--shards', action='store_true', help="write shards in llm.c's format, in GPT-2's vocabulary")
+    parser.add_argument(
+        '--shard_tokens', type=int, default=100_000_000, help='tokens of a shard (default: 100,000,000)'
+    )
     parser.add_argument('--val_fraction', type=float, default=0.1)
     parser.add_argument(
         '--out', metavar='FOLDER', default=HERE, help='where to write the data set (default: next to this script)'
@@ -52,8 +62,17 @@ if __name__ == '__main__':
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise UserError(f'--val_fraction {args.val_fraction} is not between 0 and 1')
+    if args.shards and args.encoding != 'gpt2':
+        raise UserError(f'--shards writes GPT-2 tokens, but the encoding is {args.encoding}: leave out one of the two')
+    if not 2 <= args.shard_tokens < 2**31:
+        raise UserError(f'--shard_tokens {args.shard_tokens} is not between 2 and 2,147,483,647')
     reader = TextReader(args.inputs, args.field, args.separator)
     reader.report()
+
+    if args.shards:
+        gpt2_encoding()  # its errors first
+        write_shards(reader, args.out, 'text', args.shard_tokens, args.val_fraction)
+        sys.exit()
 
     end, dtype, meta = '\n', 'uint16', None
     if args.encoding == 'gpt2':
