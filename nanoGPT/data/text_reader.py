@@ -371,7 +371,8 @@ class _Counted(io.RawIOBase):
 
     def readinto(self, buffer):
         n = self.file.readinto(buffer)
-        self.update(n)
+        if n:
+            self.update(n)
         return n
 
 
