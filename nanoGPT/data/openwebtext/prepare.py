@@ -5,7 +5,7 @@ OpenWebText in GPT-2 tokens, each document followed by <|endoftext|>: about 9 bi
     python data/openwebtext/prepare.py [--num_proc 8]
     python data/openwebtext/prepare.py --source FOLDER    # its .parquet or .jsonl files, downloaded elsewhere
 
-Writes train.bin (about 18 GB) and val.bin beside this file. Hugging Face's cache takes about 54 GB for the text and 18 GB for the
+Writes train.bin (about 18 GB) and val.bin next to this file. Hugging Face's cache takes about 54 GB for the text and 18 GB for the
 tokens in addition (HF_HOME moves it); an interrupted run continues from that cache. Memory stays bounded.
 """
 
