@@ -3,7 +3,8 @@ Continues a run from its checkpoint: the architecture, AdamW's state, the random
 """
 
 import torch
-from checkpoint import ARCHITECTURE
+from checkpoint import ARCHITECTURE, load_checkpoint, load_model
+from distributed import same_on_all_ranks
 from errors import UserError
 
 
@@ -110,3 +111,43 @@ def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shap
     if device == 'mps' and 'mps_rng' in state:
         torch.mps.set_rng_state(state['mps_rng'])
     return state['X'].clone(), state['Y'].clone()
+
+
+class Resume:
+    """
+    Everything a run takes from a checkpoint. With path=None, for a run that starts from scratch or from pretrained
+    weights, it is empty: iteration 0, no best loss, and load() and next_batch() leave everything as it is.
+    """
+
+    def __init__(self, path: str | None = None):
+        self.path, self.checkpoint = path, self.read(path) if path else {}
+        self.iter_num, self.best_val_loss, self.log = 0, 1e9, None
+        if path:
+            self.iter_num = same_on_all_ranks(self.checkpoint['iter_num'], f'the iteration of {path}')
+            self.best_val_loss = self.checkpoint['best_val_loss']
+            self.log = {'log': self.checkpoint.get('resume', {}).get('log'), 'iter': self.iter_num}
+
+    def read(self, path: str) -> dict:
+        return load_checkpoint(path)
+
+    def model_args(self, model_args: dict, given: set) -> dict:
+        """Returns the checkpoint's architecture. Raises UserError where a flag that the user set contradicts it."""
+        return resume_model_args(self.checkpoint, model_args, given) if self.path else model_args
+
+    def load(self, model, optimizer, scaler):
+        """Loads weights, AdamW's state and the float16 loss scale. Raises UserError where they do not fit."""
+        if self.path:
+            load_model(model, self.checkpoint)
+            load_optimizer(optimizer, scaler, self.checkpoint)
+
+    def next_batch(self, rank: int, world_size: int, config: dict):
+        """
+        Restores the random generators and returns the batch (X, Y) that comes next, on config's device. Returns None
+        where there is none: a new data order begins. Frees the checkpoint's memory.
+        """
+        checkpoint, self.checkpoint = self.checkpoint, {}
+        if not self.path:
+            return None
+        shape, device = (config['batch_size'], config['block_size']), config['device']
+        batch = restore_rank_state(checkpoint, rank, world_size, device, config['dataset'], shape)
+        return batch and tuple(tokens.to(device) for tokens in batch)
