@@ -18,15 +18,15 @@ from errors import UserError
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
-out_dir = 'out'  # folder of the checkpoint
-ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
+out_dir = 'out'  # folder of the checkpoint; needs init_from=resume
+ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss; needs init_from=resume
 dataset = ''  # data set whose encoding to use; empty: the one that the checkpoint was trained on
 start = '\n'  # text to continue, such as "<|endoftext|>"; FILE:prompt.txt takes it from a file
 num_samples = 10  # number of samples to draw
 max_new_tokens = 500  # tokens in each
 temperature = 0.8  # 1.0: as trained; less: safer; more: wilder; 0.0: always the likeliest token
-top_k = 200  # draw from this many of the likeliest tokens only
-seed = 1337  # of the random numbers
+top_k = 200  # draw from this many of the likeliest tokens only; needs temperature
+seed = 1337  # of the random numbers; needs temperature
 model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this one
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
 dtype = 'auto'  # float32, bfloat16 or float16
@@ -34,7 +34,7 @@ compile = False  # use torch.compile?
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
-device, dtype, compile, _ = hardware.choose(device, dtype, compile, backend='auto')
+device, dtype, compile, _ = hardware.resolve_auto(device, dtype, compile, backend='auto')
 torch.manual_seed(seed)
 ctx = hardware.autocast(device, dtype)
 

@@ -84,8 +84,10 @@ class GPTConfig:
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
     use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
-    half_residual: bool = False  # keep the residual stream in the 16-bit dtype too: faster, a bit less exact
-    loss_rows: int = 0  # tokens whose logits exist at a time in training: less memory, slower; 0: all
+    half_residual: bool = (
+        False  # keep the residual stream in the 16-bit dtype too: faster, a bit less exact; needs use_triton
+    )
+    loss_rows: int = 0  # tokens whose logits exist at a time in training: less memory, slower; 0: all; needs use_triton
 
 
 class GPT(nn.Module):
@@ -175,6 +177,11 @@ class GPT(nn.Module):
     def runs_on_kernels(self, device):
         """Whether Triton's kernels compute the model on this device."""
         return runs_on_triton(self.config.use_triton, device)
+
+    def release_graph_state(self):
+        """Drops the 16-bit weights that kernels/linear.py keeps in the memory of CUDA graphs; MicroStep.release() calls it."""
+        for p in self.parameters():
+            vars(p).pop('rounded', None)
 
     def compile(self, *args, **kwargs):
         """nn.Module's, but for Triton's kernels: they leave torch.compile nothing to fuse, and it could not see into them."""

@@ -23,21 +23,19 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import hardware
 from checkpoint import find_checkpoint, load_checkpoint, load_model, write_checkpoint
 from configurator import configure
-from cuda_graph import MicroStepGraph, use_cuda_graph
+from cuda_graph import MicroStep
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
-from distributed import gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
+from distributed import gather_from_ranks, leave_ranks, mean_over_ranks, same_on_all_ranks
 from encoding import check_encoding
 from errors import UserError
 from out_dir import make_out_dir
 from resume import load_optimizer, rank_state, restore_rank_state, resume_model_args
 from run_facts import run_facts
+from startup import setup
 from step_guard import StepGuard
 from stop_signal import StopSignal
+from tracker import Tracker
 from training_logger import TrainingLogger
-
-# under torchrun every rank (process) runs this file; rank 0 speaks for all
-if int(os.environ.get('RANK', 0)) != 0:
-    sys.stdout = open(os.devnull, 'w')
 
 # -----------------------------------------------------------------------------
 # default config values designed to train a GPT-2 (124M) on OpenWebText; each is a flag
@@ -50,10 +48,11 @@ eval_only = False  # evaluate once and end
 always_save_checkpoint = True  # save after each evaluation, not only after the best so far
 init_from = 'scratch'  # scratch, resume, auto (resume if there is a checkpoint, else scratch), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
 json_log = True  # write out_dir/run_*.json, for visualize_training.py
-# wandb logging
-wandb_log = False  # log to Weights & Biases too
-wandb_project = 'owt'  # its project
-wandb_run_name = 'gpt2'  # its name for this run
+# trackers
+tracker = ''  # also send losses to wandb, trackio or tensorboard
+wandb_log = False  # the same as tracker=wandb
+wandb_project = 'owt'  # the tracker's project; needs wandb_log or tracker
+wandb_run_name = 'gpt2'  # the tracker's name for this run; needs wandb_log or tracker
 # data
 dataset = 'openwebtext'  # folder in data/, or a path
 gradient_accumulation_steps = 5 * 8  # micro-steps of one iteration, shared out among the ranks
@@ -75,9 +74,9 @@ beta2 = 0.95  # decay of the gradient's square
 grad_clip = 1.0  # clip gradients at this norm; 0.0: do not
 # learning rate decay settings
 decay_lr = True  # warmup, then a cosine; False: learning_rate throughout
-warmup_iters = 2000  # iterations of linear warmup
-lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (Hoffmann et al. 2022)
-min_lr = 6e-5  # learning rate from there on; about learning_rate / 10
+warmup_iters = 2000  # iterations of linear warmup; needs decay_lr
+lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (Hoffmann et al. 2022); needs decay_lr
+min_lr = 6e-5  # learning rate from there on; about learning_rate / 10; needs decay_lr
 # system; auto is the best that this machine has
 backend = 'auto'  # nccl or gloo
 dist_timeout = 600  # seconds that a rank waits for the others, which may be saving or on a machine that is gone, before the run ends
@@ -89,11 +88,10 @@ peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py kn
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
-device, dtype, compile, backend = hardware.choose(device, dtype, compile, backend)
-config.update(device=device, dtype=dtype, compile=compile, backend=backend)
+rank, world_size = setup(config)
+device, dtype, compile, backend = (config[k] for k in ('device', 'dtype', 'compile', 'backend'))
+init_from, cuda_graph = config['init_from'], config['cuda_graph']
 device_type = device.split(':')[0]
-rank, world_size = setup(backend, dist_timeout)
-cuda_graph = config['cuda_graph'] = use_cuda_graph(config, world_size)
 ddp = world_size > 1
 master_process = rank == 0
 stop_signal = StopSignal()  # from here on SIGTERM and Ctrl-C save a checkpoint first
@@ -137,11 +135,6 @@ def get_batch(split):
 iter_num = 0
 best_val_loss = 1e9
 checkpoint_path = find_checkpoint(out_dir)
-if init_from == 'auto':
-    found = mean_over_ranks(
-        torch.tensor(float(os.path.exists(checkpoint_path)))
-    )  # all ranks do the same, even if not all of them see it
-    init_from = 'resume' if found else 'scratch'
 if model_dir:
     sys.path.insert(0, model_dir)
 from model import GPT, GPTConfig
@@ -210,15 +203,14 @@ def forward_backward(X, Y):
     return loss.detach()
 
 
-graph = MicroStepGraph(forward_backward, model) if cuda_graph else None
+micro_step = MicroStep(forward_backward, model, capture=cuda_graph)
 
 
 # mean losses over eval_iters batches of either split on every rank; None if a stop was requested meanwhile
 @torch.no_grad()
 def estimate_loss():
     out = {}
-    if graph:
-        graph.release()  # evaluation, which is not recorded, needs memory, too
+    micro_step.release()  # evaluation, which is not captured, needs memory too
     model.eval()
     for split in ['train', 'val']:
         losses = torch.zeros(eval_iters, device=device)
@@ -276,10 +268,7 @@ facts = run_facts(
     __file__, model_dir, device, world_size, parameters=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter
 )
 log = TrainingLogger(out_dir, config, facts, json_log and master_process, resumed_from)
-if wandb_log and master_process:
-    import wandb
-
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+tracker = Tracker(config, enabled=master_process)
 
 # training loop
 X, Y = get_batch('train')  # the very first batch
@@ -309,16 +298,6 @@ while True:
         if not done:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             log.evaluation(iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
-            if wandb_log and master_process:
-                wandb.log(
-                    {
-                        'iter': iter_num,
-                        'train/loss': losses['train'],
-                        'val/loss': losses['val'],
-                        'lr': lr,
-                        'mfu': (running_mfu or 0) * 100,
-                    }
-                )
             best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
             worth_it = best or (
@@ -326,6 +305,15 @@ while True:
             )  # what was just resumed is on the disk, but perhaps not as the best
             if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                 save_checkpoint(best)
+            tracker.log(
+                {
+                    'iter': iter_num,
+                    'train/loss': losses['train'],
+                    'val/loss': losses['val'],
+                    'lr': lr,
+                    'mfu': (running_mfu or 0) * 100,
+                }
+            )
     if done and local_iter_num > 0:
         # the last state is always saved, unless it is worthless
         if math.isfinite(loss_sum.item()):
@@ -339,12 +327,12 @@ while True:
 
     # forward and backward, with gradient accumulation to simulate a larger batch
     loss_sum = torch.zeros((), device=device)
-    for micro_step in range(gradient_accumulation_steps):
-        last = micro_step == gradient_accumulation_steps - 1
+    for k in range(gradient_accumulation_steps):
+        last = k == gradient_accumulation_steps - 1
         if ddp:
             # the ranks' gradients are averaged once, in the last backward
             model.require_backward_grad_sync = last
-        loss_sum += (graph or forward_backward)(X, Y)
+        loss_sum += micro_step(X, Y)
         # draw the next batch while the GPU is busy
         X, Y = get_batch('train')
     log.flush()  # the last record is written while the GPU works
@@ -361,7 +349,7 @@ while True:
     timed_iters += 1
     if iter_num % log_interval == 0:
         # the CPU waits for the GPU here, else only to evaluate and to save
-        lossf, normf, skipped_steps = step_guard.read(loss_sum, grad_norm)
+        lossf, normf, skipped_steps = step_guard.measure(loss_sum, grad_norm)
         t1 = time.perf_counter()
         dt = (t1 - t0) / timed_iters
         t0, timed_iters = t1, 0
@@ -385,9 +373,9 @@ while True:
             peak_memory_bytes=hardware.peak_memory_bytes(device),
             skipped_steps=skipped_steps,
         )
-        step_guard.check(iter_num, lr, skipped_steps)  # may end the run, so it comes after the step's record
+        step_guard.check(iter_num, lr, skipped_steps, model)  # may end the run, so it comes after the step's record
     iter_num += 1
     local_iter_num += 1
 
 log.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped')
-leave(graph)
+leave_ranks(micro_step)

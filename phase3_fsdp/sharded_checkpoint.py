@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
 import checkpoint as full_checkpoint
+from end_of_run import at_end
 from errors import UserError
 from out_dir import set_aside
 from sharding import like, own_rows
@@ -126,17 +127,7 @@ class ShardedSaver:
         self.group = dist.new_group(backend='gloo', timeout=6 * dist.distributed_c10d.default_pg_timeout)
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.running = None
-        hook = sys.excepthook
-
-        def finish(kind, error, trace):
-            if issubclass(
-                kind, UserError
-            ):  # the process ends, but first the save: the other ranks' part of it goes on, too
-                with suppress(Exception):
-                    self.wait(together=False)
-            hook(kind, error, trace)
-
-        sys.excepthook = finish
+        at_end('save', self._finish)
         # what is written is a copy in CPU memory; that is pinned, which is fast to copy to but slow to allocate, so it is done once
         shards = {f'model.{name}': p.to_local() for name, p in model.named_parameters()}
         shards |= {
@@ -168,6 +159,11 @@ class ShardedSaver:
         self.running = future, checkpoint['iter_num'], required, started, time.time() - started, on_saved
         if required:
             self.wait()
+
+    def _finish(self, error):
+        """Completes the running save before a UserError ends this process; the other ranks complete their parts too."""
+        if isinstance(error, UserError):
+            self.wait(together=False)
 
     def wait(self, together=True):
         """Returns when no save is running. Not together: on a rank that is about to end, where the others may be elsewhere."""

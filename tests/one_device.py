@@ -24,7 +24,7 @@ class Several(int):
         return True
 
 
-def setup(backend, timeout_s):
+def join_ranks(backend, timeout_s):
     dist.init_process_group(
         'cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=dist.HashStore(), rank=0, world_size=1
     )
@@ -34,5 +34,5 @@ def setup(backend, timeout_s):
 if int(os.environ.get('WORLD_SIZE', 1)) > 1:
     os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')  # the only GPU
 else:
-    distributed.setup = setup
+    distributed.join_ranks = join_ranks
 runpy.run_path(sys.argv[0], run_name='__main__')

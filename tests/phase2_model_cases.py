@@ -298,7 +298,7 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
             loss.backward()
             return loss.detach()
 
-        step = cuda_graph.MicroStepGraph(micro_step, model) if recorded else micro_step
+        step = cuda_graph.MicroStep(micro_step, model, capture=recorded)
         with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
             for i, count in enumerate((2, 2, 2, 2, 3, 1) if gpu else (2, 2, 2, 3)):
                 if recorded and i == 2:
@@ -345,7 +345,7 @@ def test_too_little_memory_for_a_recording(monkeypatch):
         def micro_step(x, y, error=error):
             raise error
 
-        step = cuda_graph.MicroStepGraph(micro_step, small(load_model('nanoGPT'), n_layer=1))
+        step = cuda_graph.MicroStep(micro_step, small(load_model('nanoGPT'), n_layer=1), capture=True)
         with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext(), pytest.raises(expected) as caught:
             step(*batches(1)[0])
         assert type(caught.value) is expected
@@ -424,7 +424,7 @@ def test_recorded_under_ddp(folder, micro_steps, monkeypatch):
             loss.backward()
             return loss.detach()
 
-        graph, buckets = cuda_graph.MicroStepGraph(micro_step, ddp), set()
+        graph, buckets = cuda_graph.MicroStep(micro_step, ddp, capture=True), set()
         for i in range(cuda_graph.WARMUP_DDP + 4):
             if i == cuda_graph.WARMUP_DDP + 2:
                 graph.release()  # as for an evaluation

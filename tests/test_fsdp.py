@@ -179,7 +179,7 @@ def train(recorded, **flags):
         loss.backward()
         return loss.detach()
 
-    graph = sharded_cuda_graph.ShardedMicroStepGraph(step, model) if recorded else step
+    graph = sharded_cuda_graph.ShardedMicroStep(step, model, capture=recorded)
     torch.manual_seed(dist.get_rank())
     for i, count in enumerate((3, 3, 3, 4, 1, 1, 3, 2)):
         if i == 3:
@@ -201,7 +201,7 @@ def train(recorded, **flags):
     limits.clear()
     if recorded:
         graph.release()
-        with pytest.raises(RuntimeError, match='more micro-steps than were recorded'):
+        with pytest.raises(RuntimeError, match='more micro-steps than were captured'):
             for last in (False, True, False, False):
                 set_last_micro_step(model, last)
                 graph(x[:, :-1].contiguous(), x[:, 1:].contiguous())
