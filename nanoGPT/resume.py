@@ -4,6 +4,7 @@ Continues a run from its checkpoint: the architecture, AdamW's state, the random
 
 import torch
 from checkpoint import ARCHITECTURE, load_checkpoint, load_model
+from data_identity import check_same_data
 from distributed import same_on_all_ranks
 from errors import UserError
 
@@ -117,18 +118,24 @@ class Resume:
     """
     Everything a run takes from a checkpoint. With path=None, for a run that starts from scratch or from pretrained
     weights, it is empty: iteration 0, no best loss, and load() and next_batch() leave everything as it is.
+
+    path: the checkpoint's file (or folder, for a subclass). data: the Dataset to continue on. Raises UserError if the
+    checkpoint cannot be used, or was trained on other data.
     """
 
-    def __init__(self, path: str | None = None):
+    def __init__(self, path: str | None = None, data=None):
         self.path, self.checkpoint = path, self.read(path) if path else {}
-        self.iter_num, self.best_val_loss, self.log = 0, 1e9, None
+        self.iter_num, self.best_val_loss, self.log, self.order = 0, 1e9, None, None
         if path:
             self.iter_num = same_on_all_ranks(self.checkpoint['iter_num'], f'the iteration of {path}')
             self.best_val_loss = self.checkpoint['best_val_loss']
-            self.log = {'log': self.checkpoint.get('resume', {}).get('log'), 'iter': self.iter_num}
+            extra = self.checkpoint.get('resume', {})  # nanoGPT's own checkpoints have none
+            self.log = {'log': extra.get('log'), 'iter': self.iter_num}
+            self.order = extra.get('order')
+            check_same_data(extra.get('data'), data)
 
     def read(self, path: str) -> dict:
-        return load_checkpoint(path)
+        return load_checkpoint(path, to_resume=True)
 
     def model_args(self, model_args: dict, given: set) -> dict:
         """Returns the checkpoint's architecture. Raises UserError where a flag that the user set contradicts it."""
@@ -142,12 +149,14 @@ class Resume:
 
     def next_batch(self, rank: int, world_size: int, config: dict):
         """
-        Restores the random generators and returns the batch (X, Y) that comes next, on config's device. Returns None
-        where there is none: a new data order begins. Frees the checkpoint's memory.
+        Restores the random generators and returns the batch (X, Y) that comes next, on config's device. Returns None if
+        the run's order of the data has it: a sequential one, or a new random one. Frees the checkpoint's memory.
         """
         checkpoint, self.checkpoint = self.checkpoint, {}
         if not self.path:
             return None
         shape, device = (config['batch_size'], config['block_size']), config['device']
         batch = restore_rank_state(checkpoint, rank, world_size, device, config['dataset'], shape)
-        return batch and tuple(tokens.to(device) for tokens in batch)
+        if batch is None or config['data_order'] == 'sequential':
+            return None
+        return tuple(tokens.to(device) for tokens in batch)

@@ -1,6 +1,7 @@
 """Reports a run: one record of an iteration or an evaluation becomes the printed line, the log's entry and the tracker's."""
 
 import math
+import os
 
 from tracker import Tracker
 from training_logger import TrainingLogger
@@ -15,15 +16,18 @@ class RunReport:
     def __init__(self, config: dict, facts: dict, enabled: bool, first_iter: int, resumed_from: dict | None):
         self.log = TrainingLogger(config['out_dir'], config, facts, enabled and config['json_log'], resumed_from)
         self.tracker = Tracker(config, enabled)
+        # without a log of its own, a checkpoint names that of its predecessor
+        self.log_name = os.path.basename(self.log.path or (resumed_from or {}).get('log') or '')
         self.max_iters, self.first_iter, self.running_mfu = config['max_iters'], first_iter, None
         self.for_tracker = {}  # sent with the next iteration, so that a checkpoint is saved before a tracker can fail
 
     def evaluation(self, iter_num: int, losses: dict, lr: float):
         """losses: {'train': nats, 'val': nats, ...}; further entries are logged as they are."""
-        print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        more = {k: v for k, v in losses.items() if k not in ('train', 'val')}
+        more = {k: v for k, v in losses.items() if k not in ('train', 'val') and v is not None}
+        text = f', {more["val_bits_per_byte"]:.4f} bits per byte' if 'val_bits_per_byte' in more else ''
+        print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}{text}')
         self.log.evaluation(iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr, **more)
-        self.for_tracker |= {f'{split}/loss': loss for split, loss in losses.items()}
+        self.for_tracker = {'train/loss': losses['train'], 'val/loss': losses['val'], **more}
         self.for_tracker |= {'iter': iter_num, 'lr': lr, 'mfu': (self.running_mfu or 0) * 100}
 
     def checkpoint(self, iter_num: int, **written):
@@ -49,7 +53,6 @@ class RunReport:
     def close(self, status: str):
         """status: completed, stopped or failed."""
         self._track()
-        self.tracker.finish()
         self.log.close(status)
 
     def _track(self):

@@ -18,22 +18,26 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
-from checkpoint import find_checkpoint, write_checkpoint
+from checkpoint import find_checkpoint, write_from_rank_0
 from configurator import configure
 from cuda_graph import MicroStep
+from data_order import training_order
+from data_scan import scan_in_background
 from dataset import open_dataset
 from distributed import gather_from_ranks, leave_ranks, mean_over_ranks
 from encoding import check_encoding
 from errors import UserError
+from evaluation import FirstTokens
 from out_dir import make_out_dir
 from progress import progress
 from resume import Resume, rank_state
 from run_facts import run_facts
 from run_report import RunReport
-from setup_run import setup
-from step_guard import StepGuard
+from startup import setup
+from step_guard import StepGuard, weights_are_finite
 from step_timer import StepTimer
 from stop_signal import StopSignal
+from token_files import inputs_and_targets
 
 # -----------------------------------------------------------------------------
 # default config values designed to train a GPT-2 (124M) on OpenWebText; each is a flag
@@ -42,16 +46,19 @@ out_dir = 'out'  # folder of checkpoints and logs
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between printed lines and log records
 eval_iters = 200  # batches of each split in an evaluation, on every rank
+val_tokens = 0  # N: the validation loss is the mean over exactly the first N tokens; 0: over eval_iters random batches
 eval_only = False  # evaluate once and end
 always_save_checkpoint = True  # save after each evaluation, not only after the best so far
-init_from = 'scratch'  # scratch, resume, auto (resume if there is a checkpoint, else scratch), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
+init_from = 'scratch'  # scratch, resume, auto (resume if there is a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl
 json_log = True  # write out_dir/run_*.json, for visualize_training.py
-# wandb logging
-wandb_log = False  # log to Weights & Biases too
-wandb_project = 'owt'  # its project
-wandb_run_name = 'gpt2'  # its name for this run
+# trackers
+tracker = ''  # wandb, trackio or tensorboard: log losses there too
+wandb_log = False  # the same as tracker=wandb
+wandb_project = 'owt'  # its project; needs wandb_log or tracker
+wandb_run_name = 'gpt2'  # its name for this run; needs wandb_log or tracker
 # data
-dataset = 'openwebtext'  # folder in data/, or a path
+dataset = 'openwebtext'  # name in data/, folder, or quoted pattern of token shards
+data_order = 'random'  # random windows, or sequential: every token once per epoch
 gradient_accumulation_steps = 5 * 8  # micro-steps of one iteration, shared out among the ranks
 batch_size = 12  # sequences in a micro-step
 block_size = 1024  # tokens in a sequence
@@ -76,11 +83,11 @@ lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (
 min_lr = 6e-5  # learning rate from there on; about learning_rate / 10
 # system; auto is the best that this machine has
 backend = 'auto'  # nccl or gloo
-dist_timeout = 600  # seconds that a rank waits for the others, which may be saving or on a machine that is gone, before the run ends
+dist_timeout = 600  # seconds that a rank waits for the others, whose machine may be gone, before it ends the run
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
 compile = 'auto'  # use torch.compile?
-cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them? auto: on GPUs, where possible
+cuda_graph = 'auto'  # capture forward and backward as CUDA graphs and replay them?
 peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
@@ -97,14 +104,16 @@ if gradient_accumulation_steps % world_size != 0:
 gradient_accumulation_steps //= world_size
 tokens_per_iter = gradient_accumulation_steps * world_size * batch_size * block_size
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
-stop_signal = StopSignal()  # from here on, SIGTERM and Ctrl-C save a checkpoint first
 torch.manual_seed(1337 + rank)
 ctx = hardware.autocast(device, dtype)  # matmuls in dtype; the weights stay float32
 
-# data and checkpoint
+# data: files of token ids, and which windows of them come next
 data = open_dataset(dataset, block_size)
-resume = Resume(find_checkpoint(out_dir) if init_from == 'resume' else None)  # empty unless a run continues
+resume = Resume(find_checkpoint(out_dir) if init_from == 'resume' else None, data)  # None: nothing to resume
 iter_num, best_val_loss = resume.iter_num, resume.best_val_loss
+order = training_order(data.train, config, rank, world_size, resume.order)
+first_tokens = FirstTokens(data, config)  # for val_tokens
+stop_signal = StopSignal(data)  # from here on, SIGTERM, Ctrl-C and a fault in the data save a checkpoint first
 
 # model
 if model_dir:
@@ -129,6 +138,8 @@ if block_size < model.config.block_size:
     model.crop_block_size(block_size)
     model_args['block_size'] = block_size
 config.update({k: v for k, v in model_args.items() if k in config})  # record the loaded architecture, not the flags
+vocab_size = model_args['vocab_size']
+scan_in_background(data, vocab_size)  # finds tokens outside the vocabulary early
 model.to(device)
 raw_model = model  # without the wrappers below
 
@@ -149,10 +160,9 @@ if world_size > 1:
     model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
 
 
-# draws batch_size windows of block_size + 1 tokens; y is x, one token later
-def get_batch(split):
-    rows = data[split].sample(batch_size, model_args['vocab_size'])  # int64 (batch_size, block_size + 1)
-    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+# a batch from windows of tokens, int64 (batch_size, block_size + 1)
+def get_batch(windows):
+    x, y = inputs_and_targets(windows)  # y is x, one token later
     if device_type == 'cuda':
         # pinned memory lets the copy to the GPU overlap with computation
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
@@ -176,15 +186,18 @@ def estimate_loss():
     out = {}
     micro_step.release()  # evaluation, which is not captured, needs memory too
     model.eval()
-    for split in ['train', 'val']:
+    for split in ['train'] if val_tokens else ['train', 'val']:
         losses = torch.zeros(eval_iters, device=device)
         for k in progress(range(eval_iters), f'evaluating {split}'):
             if stop_signal.requested():
                 return None
-            X, Y = get_batch(split)
+            X, Y = get_batch(data.splits[split].sample(batch_size, vocab_size))
             with ctx:
                 losses[k] = model(X, Y)[1]
         out[split] = mean_over_ranks(losses.mean()).item()
+    if val_tokens:
+        exact = first_tokens.loss(model, ctx, stop_signal)
+        out = None if exact is None else out | exact
     model.train()
     return out
 
@@ -207,7 +220,7 @@ facts = run_facts(__file__, config, world_size, raw_model, optimizer, tokens_per
 report = RunReport(config, facts, master_process, iter_num, resume.log)
 
 
-# a checkpoint of this iteration; False if it could not be written, which ends the run if it is required
+# returns False if the best checkpoint could not be written; if a required one cannot, the run ends
 def save_checkpoint(best, required):
     checkpoint = {
         'model': raw_model.state_dict(),
@@ -218,19 +231,21 @@ def save_checkpoint(best, required):
         'config': config,
         # nanoGPT ends here; this makes resuming exact
         'resume': {
-            'ranks': gather_from_ranks(resume_point),
+            'ranks': gather_from_ranks({k: v.cpu() for k, v in resume_point.items()}),
             'scaler': scaler.state_dict(),
             'log': report.log_name,
+            'data': data.manifest(),
+            'order': order.state(),
         },
     }
     print(f'saving checkpoint to {out_dir}')
-    written = write_checkpoint(checkpoint, out_dir, best, required)
+    written = write_from_rank_0(checkpoint, out_dir, best, required)
     report.checkpoint(iter_num, **written)
-    return written['bytes'] is not None
+    return written['best']
 
 
 # training loop
-X, Y = resume.next_batch(rank, world_size, config) or get_batch('train')
+X, Y = resume.next_batch(rank, world_size, config) or get_batch(order.next(vocab_size))
 peak_flops = hardware.peak_flops(device, dtype, peak_tflops)
 first_iter = iter_num  # of this process
 timer = StepTimer(device, iter_num)
@@ -256,7 +271,7 @@ while True:
                 if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                     if not save_checkpoint(best, required=False):
                         best_val_loss = previous_best  # ckpt_best.pt still is the previous one
-    if done and iter_num > first_iter and step_guard.weights_are_finite(model):
+    if done and iter_num > first_iter and weights_are_finite(model):
         save_checkpoint(best=False, required=True)  # the last state
     if done or eval_only:
         break
@@ -268,7 +283,7 @@ while True:
             # average the ranks' gradients once, in the last backward
             model.require_backward_grad_sync = step == gradient_accumulation_steps - 1
         loss_sum += micro_step(X, Y)
-        X, Y = get_batch('train')  # the next batch, while the GPU is busy
+        X, Y = get_batch(order.next(vocab_size))  # the next batch, while the GPU is busy
     report.flush()
     # clip the gradient and step the optimizer
     scaler.unscale_(optimizer)
@@ -288,7 +303,7 @@ while True:
             lr=lr,
             time_ms=dt * 1000,
             tokens_per_sec=tokens_per_iter / dt,
-            mfu=raw_model.estimate_mfu(batch_size * gradient_accumulation_steps, dt, peak_flops),
+            mfu=hardware.estimate_mfu(raw_model, batch_size * gradient_accumulation_steps, dt, peak_flops),
             grad_norm=norm,
             peak_memory_bytes=hardware.peak_memory_bytes(device),
             skipped_steps=skipped_steps,
@@ -296,5 +311,6 @@ while True:
         step_guard.check(iter_num, lr, skipped_steps, model)  # ends a run that diverges
     iter_num += 1
 
+data.raise_problem()
 report.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped')
 leave_ranks(micro_step)

@@ -8,18 +8,19 @@ import os
 import runpy
 import sys
 
+import torchrun_env
 from errors import UserError
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 REFERENCE = os.path.join(FOLDER, 'train_ddp.py')
 
 
-def hand_over_if_unsharded(config: dict, given: set, world_size: int):
+def hand_over_if_unsharded(config: dict, given: set):
     """
     With one process, or with use_fsdp=False, runs train_ddp.py with the flags in `given` that it knows, and ends this
     process with it. Otherwise returns. Raises UserError for ckpt_format=sharded, which needs shards.
     """
-    sharded = config['use_fsdp'] and world_size > 1
+    sharded = config['use_fsdp'] and torchrun_env.number('WORLD_SIZE', 1) > 1
     if config['ckpt_format'] not in ('full', 'sharded'):
         raise UserError(f"ckpt_format is '{config['ckpt_format']}', but it can be full or sharded")
     if config['ckpt_format'] == 'sharded' and not sharded:
