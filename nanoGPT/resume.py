@@ -3,6 +3,7 @@ Continues a run from its checkpoint: the architecture, AdamW's state, the random
 """
 
 import torch
+
 from checkpoint import ARCHITECTURE, load_checkpoint, load_model
 from data_identity import check_same_data
 from distributed import same_on_all_ranks

@@ -22,6 +22,7 @@ import sys
 
 import numpy as np
 import torch.distributed as dist
+
 from data_identity import make_manifest
 from encoding import encoding_fingerprint, get_encoding
 from errors import UserError

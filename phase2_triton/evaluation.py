@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+
 from distributed import mean_over_ranks
 from encoding import get_encoding
 from errors import UserError

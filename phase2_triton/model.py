@@ -14,7 +14,6 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.device import runs_on_triton
 from kernels.linear import autocast_dtype

@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import torch
+
 from hardware import device_name
 
 

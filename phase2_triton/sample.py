@@ -8,8 +8,9 @@ $ python sample.py --init_from=gpt2-xl --start="What is the answer to life, the 
 import os
 import sys
 
-import hardware
 import torch
+
+import hardware
 from checkpoint import find_checkpoint, load_checkpoint, load_model
 from configurator import configure
 from dataset import find_data_dir, load_meta

@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 
 import torch
+
 from errors import UserError
 from out_dir import set_aside
 

@@ -12,6 +12,7 @@ import threading
 import time
 
 import numpy as np
+
 from token_files import outside_vocabulary
 
 CHUNK = 4 << 20  # bytes; the thread needs no more memory than this

@@ -9,7 +9,6 @@ import importlib
 
 import pytest
 import torch
-from layer_norm_cases import bf16, bound, device, f16, f32, f64, gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from kernels.add_layer_norm import add_layer_norm
 from kernels.cross_entropy import cross_entropy, launch_cross_entropy, linear_cross_entropy
 from kernels.gelu import gelu
 from kernels.launch import Config
+from layer_norm_cases import bf16, bound, device, f16, f32, f64, gpu
 
 norm = importlib.import_module('kernels.layer_norm')
 dtypes = [f32, bf16, f16]

@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+
 from conftest import NANOGPT, TINY
 
 TRAIN = NANOGPT / 'train.py'
