@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # what every phase folder has in common with nanoGPT/, byte for byte
-COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distributed.py encoding.py errors.py hardware.py \
+COMMON := bench.py checkpoint.py checkpoint_crc.py checkpoint_fields.py configurator.py cuda_graph.py dataset.py distributed.py encoding.py errors.py hardware.py \
 	out_dir.py output.py resume.py run_facts.py run_logs.py sample.py step_guard.py stop_signal.py training_logger.py \
 	visualize_training.py config
 

@@ -2,8 +2,11 @@
 Continues a run from its checkpoint: the architecture, AdamW's state, the random generators and the next batch of each rank.
 """
 
+import math
+
 import torch
 from checkpoint import ARCHITECTURE
+from checkpoint_fields import check_finite
 from errors import UserError
 
 
@@ -41,32 +44,38 @@ def resume_model_args(checkpoint, model_args, given):
     return {**model_args, **{k: saved[k] for k in ARCHITECTURE}}
 
 
-def load_optimizer(optimizer, scaler, checkpoint):
+def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) -> None:
     """
     Puts the checkpoint's AdamW state into the optimizer, and its loss scale into the float16 scaler. Hyper-parameters stay
-    as the flags of this run have them. Raises UserError if the state does not fit.
+    as the flags of this run have them. Raises UserError if the state is incomplete or does not fit.
     """
-    saved, own = checkpoint.get('optimizer'), optimizer.state_dict()
+    saved, own = checkpoint['optimizer'], optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group['params']]
-    fits = (
-        isinstance(saved, dict)
-        and {'state', 'param_groups'} <= saved.keys()
-        and [len(g['params']) for g in saved['param_groups']] == [len(g['params']) for g in own['param_groups']]
-    )
-    block_size = checkpoint['model_args'].get(
-        'block_size'
-    )  # position embeddings may have been cut to a shorter one; then their state is, too
-    cut = lambda v, p: v[: len(p)] if v.dim() == 2 and len(v) == block_size > len(p) else v
-    state = {i: {k: cut(v, params[i]) for k, v in s.items()} for i, s in saved['state'].items()} if fits else {}
-    # each tensor of the state is as large as its parameter or, like the step count, a single number
-    if not fits or any(v.numel() not in (1, params[i].numel()) for i, s in state.items() for v in s.values()):
-        raise UserError(
-            "the checkpoint's optimizer state is missing or does not fit its model: training cannot go on from it, but sample.py can use its weights"
-        )
-    # what stays on the CPU is cloned: the loaded tensors are views of the file
-    state = {
-        i: {k: v if params[i].is_cuda and v.numel() > 1 else v.clone() for k, v in s.items()} for i, s in state.items()
-    }
+    block_size = checkpoint['model_args'].get('block_size')
+    no_fit = 'training cannot continue from it, but sample.py can use its weights'
+    if [g['params'] for g in saved['param_groups']] != [g['params'] for g in own['param_groups']]:
+        raise UserError(f"the checkpoint's optimizer state does not fit its model: it has other parameters; {no_fit}")
+    state = {}
+    for i, p in enumerate(params):
+        lacking = {'step', 'exp_avg', 'exp_avg_sq'} - saved['state'].get(i, {}).keys()
+        if lacking:
+            raise UserError(
+                f"the checkpoint's optimizer state is incomplete: {', '.join(sorted(lacking))} of parameter {i} of "
+                f'{len(params)}; {no_fit}'
+            )
+        state[i] = {}
+        for k, v in saved['state'][i].items():
+            if k != 'step':
+                if v.dim() == 2 and len(v) == block_size > len(p):
+                    v = v[: len(p)]  # position embeddings may have been cut to a shorter block_size
+                if v.shape != p.shape:
+                    raise UserError(
+                        f"the checkpoint's optimizer state does not fit its model: {k} of parameter {i} is "
+                        f'{tuple(v.shape)} instead of {tuple(p.shape)}; {no_fit}'
+                    )
+                check_finite(v, f'optimizer.state[{i}].{k}', least=0 if k == 'exp_avg_sq' else -math.inf)
+            # a tensor that stays on the CPU is cloned, because loaded tensors are views of the file
+            state[i][k] = v if p.is_cuda and v.numel() > 1 else v.clone()
     optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
     if checkpoint.get('resume', {}).get('scaler'):  # empty unless it was written in float16
         scaler.load_state_dict(checkpoint['resume']['scaler'])

@@ -21,7 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
-from checkpoint import find_checkpoint, load_checkpoint, load_model, write_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint, load_model, write_from_rank_0
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_cuda_graph
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
@@ -154,7 +154,7 @@ if init_from == 'scratch':
     model = GPT(GPTConfig(**model_args, **model_options))
 elif init_from == 'resume':
     print(f'Resuming training from {checkpoint_path}')
-    checkpoint = load_checkpoint(checkpoint_path)
+    checkpoint = load_checkpoint(checkpoint_path, to_resume=True)
     model_args = resume_model_args(checkpoint, model_args, given)
     model = GPT(GPTConfig(**model_args, **model_options))
     load_model(model, checkpoint)
@@ -263,9 +263,9 @@ def save_checkpoint(best):
         },
     }
     print(f'saving checkpoint to {out_dir}')
-    if master_process:
-        written = write_checkpoint(checkpoint, out_dir, best, required=done)
-        log.checkpoint(iter_num, **written)
+    written = write_from_rank_0(checkpoint, out_dir, best, required=done)
+    log.checkpoint(iter_num, **written)
+    return written['best']
 
 
 # logging
@@ -320,12 +320,13 @@ while True:
                     }
                 )
             best = losses['val'] < best_val_loss
-            best_val_loss = min(best_val_loss, losses['val'])
+            previous_best, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
             worth_it = best or (
                 always_save_checkpoint and local_iter_num > 0
             )  # what was just resumed is on the disk, but perhaps not as the best
             if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
-                save_checkpoint(best)
+                if not save_checkpoint(best):
+                    best_val_loss = previous_best  # that of ckpt_best.pt
     if done and local_iter_num > 0:
         # the last state is always saved, unless it is worthless
         if math.isfinite(loss_sum.item()):
@@ -365,7 +366,7 @@ while True:
         t1 = time.perf_counter()
         dt = (t1 - t0) / timed_iters
         t0, timed_iters = t1, 0
-        mfu = raw_model.estimate_mfu(batch_size * gradient_accumulation_steps, dt, peak_flops)
+        mfu = hardware.estimate_mfu(raw_model, batch_size * gradient_accumulation_steps, dt, peak_flops)
         if mfu is not None and local_iter_num >= 5:  # let the training loop settle first
             running_mfu = mfu if running_mfu is None else 0.9 * running_mfu + 0.1 * mfu
         mfu_text = 'n/a' if running_mfu is None else f'{running_mfu * 100:.2f}%'

@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
-from checkpoint import find_checkpoint, load_model, write_checkpoint
+from checkpoint import load_model, write_from_rank_0
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_cuda_graph
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
@@ -32,7 +32,7 @@ from errors import UserError
 from out_dir import make_out_dir
 from resume import load_optimizer, rank_state, restore_rank_state, resume_model_args
 from run_facts import run_facts
-from sharded_checkpoint import ShardedSaver, check_format, gather_full, load_checkpoint, own_part
+from sharded_checkpoint import ShardedSaver, check_format, find_checkpoint, gather_full, load_checkpoint, own_part
 from sharded_cuda_graph import ShardedMicroStepGraph
 from sharding import FSDPGradScaler, OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
 from step_guard import StepGuard
@@ -150,7 +150,7 @@ def get_batch(split):
 
 # model
 iter_num = 0
-best_val_loss = 1e9
+best_val_loss = previous_best = 1e9
 checkpoint_path = find_checkpoint(out_dir)
 if init_from == 'auto':
     found = mean_over_ranks(
@@ -297,12 +297,12 @@ def save_checkpoint(best):
     print(f'saving checkpoint to {out_dir}')
     if ckpt_format == 'sharded':
         sharded_saver.save(checkpoint, raw_model, best, required=done, on_saved=log.checkpoint)
-        return
+        return True  # so far: wait() says how it ended
     if fsdp:
         checkpoint = gather_full(checkpoint, raw_model)  # on rank 0's CPU
-    if master_process:
-        written = write_checkpoint(checkpoint, out_dir, best, required=done)
-        log.checkpoint(iter_num, **written)
+    written = write_from_rank_0(checkpoint, out_dir, best, required=done)
+    log.checkpoint(iter_num, **written)
+    return written['best']
 
 
 # logging
@@ -357,13 +357,16 @@ while True:
                         'mfu': (running_mfu or 0) * 100,
                     }
                 )
+            if sharded_saver and not sharded_saver.wait():
+                best_val_loss = previous_best  # the save of the last best one has failed
             best = losses['val'] < best_val_loss
-            best_val_loss = min(best_val_loss, losses['val'])
+            previous_best, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
             worth_it = best or (
                 always_save_checkpoint and local_iter_num > 0
             )  # what was just resumed is on the disk, but perhaps not as the best
             if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
-                save_checkpoint(best)
+                if not save_checkpoint(best):
+                    best_val_loss = previous_best  # that of ckpt_best.pt
     if done and local_iter_num > 0:
         # the last state is always saved, unless it is worthless
         if math.isfinite(loss_sum.item()):
@@ -411,7 +414,7 @@ while True:
         t1 = time.perf_counter()
         dt = (t1 - t0) / timed_iters
         t0, timed_iters = t1, 0
-        mfu = raw_model.estimate_mfu(batch_size * gradient_accumulation_steps, dt, peak_flops)
+        mfu = hardware.estimate_mfu(raw_model, batch_size * gradient_accumulation_steps, dt, peak_flops)
         if mfu is not None and local_iter_num >= 5:  # let the training loop settle first
             running_mfu = mfu if running_mfu is None else 0.9 * running_mfu + 0.1 * mfu
         mfu_text = 'n/a' if running_mfu is None else f'{running_mfu * 100:.2f}%'
