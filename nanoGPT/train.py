@@ -110,7 +110,8 @@ ctx = hardware.autocast(device, dtype)  # matmuls in dtype; the weights stay flo
 # data: files of token ids, and which windows of them come next
 data = open_dataset(dataset, block_size)
 resume = Resume(find_checkpoint(out_dir) if init_from == 'resume' else None, data)  # None: nothing to resume
-iter_num, best_val_loss = resume.iter_num, resume.best_val_loss
+iter_num = resume.iter_num
+best_val_loss = previous_best = resume.best_val_loss  # after and before the latest evaluation
 order = training_order(data.train, config, rank, world_size, resume.order)
 first_tokens = FirstTokens(data, config)  # for val_tokens
 stop_signal = StopSignal(data)  # from here on, SIGTERM, Ctrl-C and a fault in the data save a checkpoint first

@@ -6,6 +6,8 @@ optimizer to a float32 tensor of shape (), 1.0 to skip and 0.0 to step. Fused Ad
 torch.amp.GradScaler, which sets the same attribute in float16. An optimizer that wraps AdamW has to pass it on.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -78,3 +80,11 @@ def largest_weight(model: nn.Module) -> float:
     weights = [p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters()]
     largest = max(p.abs().max().item() if p.isfinite().all() else float('inf') for p in weights if p.numel())
     return max_over_ranks(largest)
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Returns whether no weight is inf or NaN; if one is, prints that the model is not saved. Collective."""
+    finite = math.isfinite(largest_weight(model))
+    if not finite:
+        print('not saving: weights are inf or NaN, so no run could continue from them')
+    return finite

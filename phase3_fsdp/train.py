@@ -32,8 +32,10 @@ from reference_trainer import hand_over_if_unsharded
 from resume import rank_state
 from run_facts import run_facts
 from run_report import RunReport
-from sharded_checkpoint import Saver, ShardedResume, find_checkpoint
+from sharded_checkpoint import find_checkpoint
 from sharded_cuda_graph import ShardedMicroStep
+from sharded_resume import ShardedResume
+from sharded_saver import make_saver
 from sharding import FSDPGradScaler, OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
 from startup import setup
 from step_guard import StepGuard, weights_are_finite
@@ -103,7 +105,7 @@ config, given = configure(globals())  # overrides from the command line and conf
 
 # decisions first: every 'auto' becomes what this machine and out_dir call for, and the ranks find each other
 hand_over_if_unsharded(config, given)  # one process, or use_fsdp=False: the reference trainer runs, and this file ends
-rank, world_size = setup(config, cpu_offload=fsdp_cpu_offload)
+rank, world_size = setup(config, find_checkpoint, cpu_offload=fsdp_cpu_offload)
 globals().update(config)
 master_process = rank == 0
 device_type = device.split(':')[0]
@@ -120,7 +122,8 @@ ctx = nullcontext()  # instead of autocast, FSDP gathers the weights in dtype; t
 # data: files of token ids, and which windows of them come next
 data = open_dataset(dataset, block_size)
 resume = ShardedResume(find_checkpoint(out_dir) if init_from == 'resume' else None, data)  # None: nothing to resume
-iter_num, best_val_loss = resume.iter_num, resume.best_val_loss
+iter_num = resume.iter_num
+best_val_loss = previous_best = resume.best_val_loss  # after and before the latest evaluation
 order = training_order(data.train, config, rank, world_size, resume.order)
 first_tokens = FirstTokens(data, config)  # for val_tokens
 stop_signal = StopSignal(data)  # from here on, SIGTERM, Ctrl-C and a fault in the data save a checkpoint first
@@ -224,7 +227,7 @@ if master_process:
     make_out_dir(out_dir, init_from)
 facts = run_facts(__file__, config, world_size, raw_model, optimizer, tokens_per_iter)
 report = RunReport(config, facts, master_process, iter_num, resume.log)
-saver = Saver(config, model, optimizer, on_saved=report.checkpoint)
+saver = make_saver(config, model, optimizer, on_saved=report.checkpoint)
 
 
 # returns False if the best checkpoint could not be written; if a required one cannot, the run ends
@@ -238,7 +241,7 @@ def save_checkpoint(best, required):
         'config': config,
         # nanoGPT ends here; this makes resuming exact
         'resume': {
-            'ranks': gather_from_ranks(resume_point),
+            'ranks': gather_from_ranks({k: v.cpu() for k, v in resume_point.items()}),
             'scaler': scaler.state_dict(),
             'log': report.log_name,
             'data': data.manifest(),
