@@ -86,5 +86,5 @@ def weights_are_finite(model: nn.Module) -> bool:
     """Returns whether no weight is inf or NaN; if one is, prints that the model is not saved. Collective."""
     finite = math.isfinite(largest_weight(model))
     if not finite:
-        print('not saving: weights are inf or NaN, so no run could continue from them')
+        print('not saving: weights are not finite (inf or NaN), so no run could continue from them')
     return finite

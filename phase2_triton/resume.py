@@ -140,7 +140,7 @@ class Resume:
     weights, it is empty: iteration 0, no best loss, and load() and next_batch() leave everything as it is.
 
     path: the checkpoint's file (or folder, for a subclass). data: the Dataset to continue on. Raises UserError if the
-    checkpoint cannot be used, or was trained on other data.
+    checkpoint cannot be used.
     """
 
     def __init__(self, path: str | None = None, data=None):
@@ -152,14 +152,18 @@ class Resume:
             extra = self.checkpoint.get('resume', {})  # nanoGPT's own checkpoints have none
             self.log = {'log': extra.get('log'), 'iter': self.iter_num}
             self.order = extra.get('order')
-            check_same_data(extra.get('data'), data)
+            self.data, self.saved_data = data, extra.get('data')
 
     def read(self, path: str) -> dict:
         return load_checkpoint(path, to_resume=True)
 
     def model_args(self, model_args: dict, given: set) -> dict:
-        """Returns the checkpoint's architecture. Raises UserError where a flag that the user set contradicts it."""
-        return resume_model_args(self.checkpoint, model_args, given) if self.path else model_args
+        """Returns the checkpoint's architecture. Raises UserError where it contradicts a flag that the user set, or the data."""
+        if not self.path:
+            return model_args
+        model_args = resume_model_args(self.checkpoint, model_args, given)
+        check_same_data(self.saved_data, self.data)
+        return model_args
 
     def load(self, model, optimizer, scaler):
         """Loads weights, AdamW's state and the float16 loss scale. Raises UserError where they do not fit."""
