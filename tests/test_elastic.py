@@ -11,12 +11,10 @@ import sys
 import time
 
 import pytest
-
-from conftest import NANOGPT, ROOT, TINY, losses
+from conftest import NANOGPT, ROOT, TINY, TORCHRUN, losses
 from test_train import assert_same_state, load
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3']
-FLAGS = [*TINY, '--max_iters=800', '--lr_decay_iters=800', '--eval_interval=20', '--dropout=0.1']
+FLAGS = [*TINY, '--max_iters=400', '--lr_decay_iters=400', '--eval_interval=20', '--dropout=0.1']
 
 
 def workers(agent, seen):
@@ -30,23 +28,19 @@ def workers(agent, seen):
     return []
 
 
-def train_and_kill(script, rng, out_dir, kills):
+def train_and_kill(launch, script, rng, out_dir, kills):
     """Runs to the end and kills one rank up to `kills` times. Returns (the lines of losses, kills done)."""
-    env = dict(os.environ, PYTHONUNBUFFERED='1')
     done, seen = 0, set()
     with open('log', 'w+') as log:
-        agent = subprocess.Popen(
-            [*TORCHRUN, script, *FLAGS, '--init_from=auto', f'--out_dir={out_dir}'],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=env,
-        )
+        options = ['--standalone', '--nproc_per_node=2', '--max-restarts=3']
+        flags = [*FLAGS, '--init_from=auto', f'--out_dir={out_dir}']
+        agent = launch.start(TORCHRUN, *options, script, *flags, stdout=log)
         while done < kills and (pids := workers(agent, seen)):
             seen.update(pids)
             training, begins = rng.random() < 0.8, open('log').read().count('\niter ')
             while training and agent.poll() is None and open('log').read().count('\niter ') == begins:
-                time.sleep(0.1)  # most kills come while it trains, some while it starts
-            time.sleep(rng.uniform(0, 1.5))  # undisturbed training would take about 4 s
+                time.sleep(0.05)  # most kills come while it trains, some while it starts
+            time.sleep(rng.uniform(0, 0.7))  # undisturbed training would take about 2 s
             victim = rng.choice(pids)
             try:
                 os.kill(victim, signal.SIGKILL)
@@ -63,7 +57,7 @@ def survive(launch, script, kills, seed):
     rng, done, run = random.Random(seed), 0, 0
     while done < kills:
         run += 1
-        printed, now = train_and_kill(script, rng, f'out{run}', min(3, kills - done))
+        printed, now = train_and_kill(launch, script, rng, f'out{run}', min(3, kills - done))
         done += now
         # a line printed while its writer is killed may be cut short; all others must be right, also those printed again by a replay
         assert len(set(printed) - set(expected)) <= now and set(printed) >= set(expected)
@@ -92,12 +86,12 @@ import sys
 sys.path.insert(0, {str(NANOGPT)!r})
 import atexit, threading, time
 import torch, torch.distributed as dist
-from distributed import join_ranks, leave_ranks
-join_ranks('gloo', 60)
+from distributed import leave, setup
+setup('gloo', 60)
 atexit.register(print, 'exit functions have run', flush=True)
 stop = threading.Event()
 threading.Thread(target=stop.wait).start()  # what the interpreter would wait for
-leave_ranks()
+leave()
 """)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -131,8 +125,8 @@ import sys
 sys.path.insert(0, {str(NANOGPT)!r})
 import time, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from distributed import join_ranks
-rank, world_size = join_ranks('gloo', 3)
+from distributed import setup
+rank, world_size = setup('gloo', 3)
 groups = [dist.new_group(backend='gloo'), init_device_mesh('cpu', (1, 2), mesh_dim_names=('replicate', 'shard')).get_group('shard')]
 if rank == 1:
     time.sleep(100)
@@ -152,12 +146,8 @@ raise RuntimeError('enough')
 def test_each_start_has_a_name(launch, work):
     """Who may speak of a failure is decided anew in each; how often torchrun has started the ranks each machine counts for itself."""
     script = work / 'names.py'
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(NANOGPT)!r})
-import distributed, torchrun_env
-distributed.join_ranks('gloo', 60)
-print(torchrun_env.launch_id)
-""")
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(NANOGPT)!r})\nimport distributed, errors\ndistributed.setup('gloo', 60)\nprint(errors.start)"
+    )
     names = [launch(script, nproc=2).stdout.split() for _ in range(2)]
     assert [len(its) for its in names] == [2, 2] and len({name for its in names for name in its}) == 2
