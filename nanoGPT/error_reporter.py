@@ -1,5 +1,5 @@
 """
-The excepthook of every script: it ends the run (end_of_run.py), then reports what ended it, from one rank, and exits.
+Reports the error that ends a script, from one rank, and exits. end_of_run.py calls it.
 
 A UserError is one message and exit status 2. Known failures of the machine (out of memory, a lost rank, a missing
 compiler) are such messages too. Anything else is a bug: one traceback and exit status 1. Under torchrun the first rank to
@@ -16,7 +16,7 @@ import traceback
 from contextlib import suppress
 
 import torchrun_env
-from end_of_run import end_run
+from end_of_run import report_with
 from errors import OUT_OF_MEMORY, UserError, causes, first_line, out_of_memory
 from output import print_error
 
@@ -33,9 +33,8 @@ MISSING_TOOL = re.compile(r'C(\+\+)? compiler|C\+\+ compile error|ptxas|Python\.
 
 
 def report(kind, error, trace):
-    """Ends this process with a message about the error; see sys.excepthook for the arguments."""
+    """Ends this process with a message about the error, unless it is a Ctrl-C; see sys.excepthook for the arguments."""
     alone = torchrun_env.number('WORLD_SIZE', 1) <= 1
-    end_run(error)
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         if not alone:
@@ -141,4 +140,4 @@ def _stdout_has_no_reader():
     return bool(poll.poll(0))
 
 
-sys.excepthook = report
+report_with(report)

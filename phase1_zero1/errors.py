@@ -1,6 +1,6 @@
 """
-UserError: a mistake of the user's. Raise it anywhere, on any rank: importing this module installs the excepthook of
-error_reporter.py, which prints one message from one rank, without a traceback, and exits with status 2.
+UserError: a mistake of the user's. Raise it anywhere, on any rank: importing this module makes error_reporter.py print one
+message from one rank, without a traceback, and exit with status 2.
 """
 
 import re
@@ -35,4 +35,4 @@ def out_of_memory(error: BaseException) -> BaseException | None:
     return None
 
 
-import error_reporter  # noqa: F401  last, because it imports the names above
+import error_reporter  # noqa: F401  at the end, because it imports the names above

@@ -4,14 +4,17 @@ What is done at the end of a run, however it ends, in this order:
 1. save: the save in the background is finished, and recorded in the log
 2. log: the log is closed
 3. tracker: the tracker is finished
+4. the error that ended the run, if one did, is reported
 
-After that, error_reporter.py reports the error that ended the run, if one did. A kill -9 ends a run without any of this.
+Importing this installs the excepthook that does so. A kill -9 ends a run without any of this.
 """
 
 import atexit
+import sys
 
 ORDER = ('save', 'log', 'tracker')
 _actions = []  # (place in ORDER, function)
+_report = sys.excepthook
 
 
 def at_end(name, action):
@@ -32,4 +35,16 @@ def end_run(error: BaseException | None = None) -> bool:
     return succeeded
 
 
+def report_with(function):
+    """Registers function(kind, error, trace), in place of Python's own, to report the error that ends the run."""
+    global _report
+    _report = function
+
+
+def _excepthook(kind, error, trace):
+    end_run(error)
+    _report(kind, error, trace)
+
+
+sys.excepthook = _excepthook
 atexit.register(end_run)  # after sys.exit() too
