@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import NANOGPT, TINY
 from torch.nn import functional as F
 
 root = Path(__file__).resolve().parent.parent
@@ -80,10 +81,9 @@ def test_switched_off(capsys):
     assert said(capsys) == ['not using Triton-accelerated LayerNorm: use_triton is off']
 
 
-def test_only_rank_0_speaks(monkeypatch, capsys):
-    monkeypatch.setenv('RANK', '1')
-    train('phase2_triton')
-    assert said(capsys) == []
+def test_only_rank_0_speaks(launch, work):
+    run = launch(NANOGPT / 'train.py', *TINY, '--max_iters=0', '--model_dir=../phase2_triton', nproc=2)
+    assert run.stdout.count('Triton-accelerated') == 1
 
 
 @pytest.mark.skipif(not has_triton, reason='Triton is not installed')
