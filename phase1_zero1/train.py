@@ -325,11 +325,13 @@ while True:
                 }
             )
     if done and local_iter_num > 0:
-        # the last state is always saved, unless it is worthless
-        if math.isfinite(loss_sum.item()):
+        # the last state is always saved, unless it is worthless; after a loss that is not finite, an evaluation tells
+        if math.isfinite(loss_sum.item()) or math.isfinite((estimate_loss() or {'val': math.nan})['val']):
             save_checkpoint(best=False)
         else:
-            print(f'not saving: the loss of iteration {iter_num - 1} is not finite')
+            print(
+                f'not saving: the loss of iteration {iter_num - 1}, and that of an evaluation after it, is not finite'
+            )
     if done or eval_only:
         break
     if paused is not None:

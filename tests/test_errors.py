@@ -329,3 +329,27 @@ def test_actions_at_the_end(work):
     )
     run = subprocess.run([sys.executable, '-u', 'ends.py'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 2 and run.stdout == 'save a mistake\ntracker a mistake\nerror: a mistake\n'
+
+
+@pytest.mark.parametrize('folder', ['nanoGPT', 'phase3_fsdp'])
+def test_a_nan_in_the_last_iteration(launch, work, folder):
+    """Its step is skipped, and an evaluation finds the weights good: they are saved. (Weights that are not: test_train.py.)"""
+    script = work / 'glitch.py'
+    script.write_text(f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT / folder)!r})
+import model
+forward, calls = model.GPT.forward, []
+def glitch(self, idx, targets=None):
+    logits, loss = forward(self, idx, targets)
+    calls.extend([1] * self.training)
+    return logits, loss * float('nan') if len(calls) == 11 and self.training else loss
+model.GPT.forward = glitch
+sys.argv[0] = {str(ROOT / folder / 'train.py')!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")
+    # with 2 ranks each has 1 of the 2 micro-steps of an iteration, so call 11 is in iteration 10
+    run = launch(script, *TINY, '--max_iters=10', '--eval_interval=7', nproc=2)
+    assert 'iter 10: loss nan' in run.stdout and '1 steps skipped' in run.stdout
+    checkpoint = torch.load('out/ckpt.pt', weights_only=True)
+    assert checkpoint['iter_num'] == 11 and all(w.isfinite().all() for w in checkpoint['model'].values())
