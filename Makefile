@@ -5,10 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# what every phase folder has in common with nanoGPT/, byte for byte
-COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distributed.py encoding.py end_of_run.py error_reporter.py \
-	errors.py flag_conflicts.py hardware.py out_dir.py output.py resume.py run_facts.py run_logs.py sample.py startup.py step_guard.py \
-	stop_signal.py torchrun_env.py tracker.py training_logger.py visualize_training.py config
+# `make sync` copies every file of nanoGPT/ but these: the two that phases change, and the tools that work on any checkpoint
+NOT_COPIED := model.py train.py evaluate.py export_hf.py import_hf.py
+COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 
 .PHONY: demo test test-full soak lint sync bench documents clean
 .DEFAULT_GOAL := demo
@@ -50,6 +49,7 @@ sync:
 	done
 	for phase in phase1_zero1 phase3_fsdp; do [ ! -d $$phase ] || cp nanoGPT/model.py $$phase/; done
 	[ ! -d phase2_triton ] || cp nanoGPT/train.py phase2_triton/
+	[ ! -d phase3_fsdp ] || cp nanoGPT/train.py phase3_fsdp/train_ddp.py
 
 clean:
 	rm -rf $(VENV) out-demo out-bench *.egg-info

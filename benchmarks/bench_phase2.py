@@ -29,18 +29,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import facts, write_json
 from torch.nn import functional as F
+
+from common import facts, write_json
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'phase2_triton'))
-from cuda_graph import MicroStep, use_side_stream
-from errors import out_of_memory
-
 import hardware
 import kernels.cross_entropy
 import kernels.linear
 import kernels.modules
+from cuda_graph import MicroStep, use_side_stream
+from errors import out_of_memory
 
 
 def load(folder, name):

@@ -1,5 +1,6 @@
 """This machine: the best device, dtype, compile and backend for it, its peak speed, its clock and its memory."""
 
+import inspect
 import os
 import re
 import resource
@@ -116,6 +117,9 @@ PEAK_TFLOPS = [
 ]
 
 
+A100_FLOPS = 312e12  # bfloat16; the peak that nanoGPT's estimate_mfu assumes
+
+
 def peak_flops(device, dtype, peak_tflops=0.0):
     """Returns the device's peak FLOP/s in this dtype, or peak_tflops * 1e12 if that is not 0. None: unknown, never a guess."""
     if peak_tflops:
@@ -129,6 +133,18 @@ def peak_flops(device, dtype, peak_tflops=0.0):
             tflops = tf32 if dtype == 'float32' else half
             return tflops and tflops * 1e12
     return None
+
+
+def estimate_mfu(model: torch.nn.Module, sequences: int, dt: float, peak: float | None) -> float | None:
+    """
+    Returns the model FLOPs utilization of `sequences` forward and backward passes in dt seconds, relative to `peak` (FLOP/s);
+    None if that is unknown or the model cannot tell its FLOPs. nanoGPT's own estimate_mfu takes no peak.
+    """
+    if peak is None or not hasattr(model, 'estimate_mfu'):
+        return None
+    if len(inspect.signature(model.estimate_mfu).parameters) == 2:
+        return model.estimate_mfu(sequences, dt) * A100_FLOPS / peak
+    return model.estimate_mfu(sequences, dt, peak)
 
 
 def peak_memory_bytes(device):

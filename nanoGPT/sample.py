@@ -8,8 +8,9 @@ $ python sample.py --init_from=gpt2-xl --start="What is the answer to life, the 
 import os
 import sys
 
-import hardware
 import torch
+
+import hardware
 from checkpoint import find_checkpoint, load_checkpoint, load_model
 from configurator import configure
 from dataset import find_data_dir, load_meta
@@ -47,7 +48,7 @@ model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_f
 if init_from == 'resume':
     checkpoint = load_checkpoint(find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt))
     known = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
-    model = GPT(GPTConfig(**{**known, 'dropout': 0.0}, **model_options))
+    model = GPT(GPTConfig(**{**known, 'dropout': 0.0, **model_options}))
     load_model(model, checkpoint)
     dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
 elif init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):

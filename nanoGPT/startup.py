@@ -5,16 +5,19 @@ import os
 from checkpoint import find_checkpoint
 from cuda_graph import resolve_cuda_graph, use_side_stream
 from distributed import check_environment, join_ranks, max_over_ranks
+from errors import UserError
 from hardware import resolve_auto
 from output import protect_output
 
+INIT_FROM = ('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
-def setup(config: dict, cpu_offload: bool = False) -> tuple[int, int]:
+
+def setup(config: dict, find_checkpoint=find_checkpoint, cpu_offload: bool = False) -> tuple[int, int]:
     """
     Returns (rank, world_size), with the ranks joined. Call it right after configure(). Replaces every 'auto' in config:
     device, dtype, compile, backend, cuda_graph, and init_from, which becomes 'resume' on all ranks if any rank sees a
-    checkpoint. cpu_offload: the trainer keeps weights in CPU memory. Raises UserError for a value that is unknown or does
-    not fit this machine.
+    checkpoint. find_checkpoint: the trainer's. cpu_offload: the trainer keeps weights in CPU memory. Raises UserError for a
+    value that is unknown or does not fit this machine.
     """
     protect_output()
     check_environment()
@@ -27,6 +30,8 @@ def setup(config: dict, cpu_offload: bool = False) -> tuple[int, int]:
     if config['init_from'] == 'auto':
         found = max_over_ranks(os.path.exists(find_checkpoint(config['out_dir'])))
         config['init_from'] = 'resume' if found else 'scratch'
+    if config['init_from'] not in INIT_FROM:
+        raise UserError(f"init_from is '{config['init_from']}', but it can be auto, {', '.join(INIT_FROM)}")
     if config['eval_only'] and config['init_from'] == 'scratch':
         print('note: eval_only=True evaluates an untrained model; --init_from=resume evaluates the one in out_dir')
     return rank, world_size

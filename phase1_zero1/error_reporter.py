@@ -124,6 +124,7 @@ def _claim_report():
         return True
     try:
         from datetime import timedelta
+
         from torch.distributed import TCPStore
 
         host, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])

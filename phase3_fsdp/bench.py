@@ -146,7 +146,8 @@ for k in range(steps):
     times.append(t1 - t0)
     t0 = t1
 dt = statistics.median(times)
-mfu = model.estimate_mfu(batch_size * gradient_accumulation_steps, dt, hardware.peak_flops(device, dtype, peak_tflops))
+peak_flops = hardware.peak_flops(device, dtype, peak_tflops)
+mfu = hardware.estimate_mfu(model, batch_size * gradient_accumulation_steps, dt, peak_flops)
 print(
     f'{hardware.device_name(device)}, {dtype}, compile {compile}, cuda_graph {cuda_graph}, '
     f'{batch_size} x {block_size} tokens x {gradient_accumulation_steps} micro-steps, '

@@ -299,10 +299,10 @@ class ShardedAdamW(torch.optim.AdamW):
         result = super().state_dict()
         for i, state in result['state'].items():
             p = self.sharded[i]
-            result['state'][i] = {k: v if v.dim() == 0 else like(p, v) for k, v in state.items()}
+            result['state'][i] = {k: v if v.dim() == 0 else as_dtensor(p, v) for k, v in state.items()}
         return result
 
 
-def like(p, shard):
-    """This rank's shard of some tensor as a DTensor of the form of p."""
+def as_dtensor(p, shard):
+    """Returns this rank's shard of a tensor as a DTensor that is sharded like p."""
     return DTensor(shard, p._spec, requires_grad=False)  # from_local() would move what is on the CPU to the GPU

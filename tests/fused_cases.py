@@ -9,14 +9,14 @@ import importlib
 
 import pytest
 import torch
-from layer_norm_cases import bf16, bound, device, f16, f32, f64, gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from kernels.add_layer_norm import add_layer_norm, add_layer_norm_backward_op, add_layer_norm_op
+from kernels.add_layer_norm import add_layer_norm
 from kernels.cross_entropy import cross_entropy, launch_cross_entropy, linear_cross_entropy
 from kernels.gelu import gelu
 from kernels.launch import Config
+from layer_norm_cases import bf16, bound, device, f16, f32, f64, gpu
 
 norm = importlib.import_module('kernels.layer_norm')
 dtypes = [f32, bf16, f16]
@@ -215,12 +215,10 @@ def test_constant_sums():
 
 def test_double_backward_of_sum_and_norm_raises():
     leaves, grads = residuals(4, 64)
-    for function in (add_layer_norm, lambda *a: add_layer_norm_op(*a, 1e-5, f32)[:2]):
-        (dx,) = torch.autograd.grad(
-            function(*leaves), leaves[0], [g.requires_grad_() for g in grads], create_graph=True
-        )
-        with pytest.raises(RuntimeError, match='once_differentiable|no autograd formula'):
-            dx.sum().backward()
+    grads = [g.requires_grad_() for g in grads]
+    (dx,) = torch.autograd.grad(add_layer_norm(*leaves), leaves[0], grads, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        dx.sum().backward()
 
 
 def test_sum_and_norm_with_another_eps_and_strided_parameters():
@@ -243,17 +241,6 @@ def test_sum_and_norm_have_the_same_bits_every_time():
     assert len({once() for _ in range(50 if gpu else 3)}) == 1
 
 
-@pytest.mark.parametrize('bias', [True, False])
-def test_opcheck_of_sum_and_norm(bias):
-    leaves, _ = residuals(6, 64, f32, bf16, bias=bias)
-    torch.library.opcheck(add_layer_norm_op, (*leaves, 1e-5, bf16))
-    total, y, stats = (t.detach() for t in add_layer_norm_op(*leaves, 1e-5, bf16))
-    for branch_dtype in (f32, bf16):
-        torch.library.opcheck(
-            add_layer_norm_backward_op, (total, y, total, leaves[2].detach(), stats, bias, branch_dtype)
-        )
-
-
 @pytest.mark.parametrize('mix', residual_mixes[:3], ids=['float32', 'autocast', 'half'])
 def test_sum_and_norm_compile_without_a_graph_break(mix):
     torch.compiler.reset()
@@ -266,7 +253,8 @@ def test_sum_and_norm_compile_without_a_graph_break(mix):
         for a, b in zip(
             *([*r, *torch.autograd.grad(r, wanted, [g.to(y.dtype) for g, y in zip(grads[used], r)])] for r in results)
         ):
-            assert same(a, b), used
+            # PyTorch sums in another order, and may round to the other neighbour among bfloat16's 8 bits
+            assert a.dtype == b.dtype and (a - b).norm() <= (1e-5 if mix[3] == f32 else 8e-3) * b.norm(), used
 
 
 def test_wider_rows_and_branches_take_two_operations():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'phase2_triton'))
@@ -103,10 +104,11 @@ def test_a_million_rows():
     compare(*tensors(1_000_000, 64, bf16, f32))
 
 
-def test_rows_wider_than_registers():
-    """N so large that forward re-reads the row and backward sums in memory."""
-    for mix in mixes[:2] if gpu else mixes[1:2]:
-        compare(*tensors(5 if gpu else 1, 65536 if gpu else 33000, *mix))
+@pytest.mark.parametrize('mix', mixes, ids=lambda m: '-'.join(str(d)[6:] for d in m))
+@pytest.mark.parametrize('N', [12289, 65536 if gpu else 33000])
+def test_rows_wider_than_registers(N, mix):
+    """PyTorch computes the gradients of both; forward reads the wider row three times."""
+    compare(*tensors(5 if gpu else 2, N, *mix, bias=N == 12289))
 
 
 @pytest.mark.parametrize('shape', [(768,), (2, 3, 768), (2, 1, 3, 768)])
@@ -209,10 +211,9 @@ def test_strides_of_x_and_dy(name):
 
 def test_eps():
     (x, w, b), dy = tensors(5, 96)
-    expected = run(lambda *a: F.layer_norm(a[0], w.shape, *a[1:], 0.5), (x, w, b), dy)
-    for function in (lambda *a: layer_norm(*a, 0.5), lambda *a: ours.layer_norm_op(*a, 0.5, f32)[0]):
-        for a, e in zip(run(function, (x, w, b), dy), expected):
-            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+    expected = run(lambda *leaves: F.layer_norm(leaves[0], w.shape, *leaves[1:], 0.5), (x, w, b), dy)
+    got = run(lambda *leaves: layer_norm(*leaves, 0.5), (x, w, b), dy)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # float32 sums in another order
 
 
 def test_parameters_with_strides():
@@ -230,8 +231,9 @@ def test_parameters_with_strides():
             )  # float32 sums in another order
 
 
-def test_frozen_parameters():
-    (x, w, b), dy = tensors(7, 768 if gpu else 96)
+@pytest.mark.parametrize('N', [768 if gpu else 96, 12289])
+def test_frozen_parameters(N):
+    (x, w, b), dy = tensors(7 if N < 12289 else 2, N)
     full = dict(zip('xwb', run(layer_norm, (x, w, b), dy)[1:]))
     for wanted in ('x', 'w', 'b', 'xw', 'xb', 'wb'):
         leaves = {k: t.detach().requires_grad_(k in wanted) for k, t in zip('xwb', (x, w, b))}
@@ -243,10 +245,9 @@ def test_frozen_parameters():
 
 def test_double_backward_raises():
     (x, w, b), dy = tensors(4, 64)
-    for function in (layer_norm, lambda *a: ours.layer_norm_op(*a, 1e-5, f32)[0]):
-        (dx,) = torch.autograd.grad(function(x, w, b), x, dy.requires_grad_(), create_graph=True)
-        with pytest.raises(RuntimeError, match='once_differentiable|no autograd formula'):
-            dx.sum().backward()
+    (dx,) = torch.autograd.grad(layer_norm(x, w, b), x, dy.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        dx.sum().backward()
 
 
 def test_the_same_bits_every_time():
@@ -267,22 +268,21 @@ def digest(M, N):
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_opcheck(bias):
-    (x, w, b), dy = tensors(6, 64, bias=bias)
-    torch.library.opcheck(ours.layer_norm_op, (x, w, b, 1e-5, bf16))
-    y, stats = ours.layer_norm_op(x.detach(), w, b, 1e-5, f32)
-    args = [t.detach() for t in (dy, x, w)] + [f32, stats.detach()]
-    torch.library.opcheck(ours.layer_norm_backward_op, (*args, True, True, bias))
-    torch.library.opcheck(ours.layer_norm_backward_op, (*args, True, False, False))
+@pytest.mark.parametrize('out_dtype', [None, bf16])
+def test_compiles_without_a_graph_break(bias, out_dtype):
+    leaves, dy = tensors(8, 96, bias=bias)
+    function = lambda x, w, b: layer_norm(x * 2, w, b, out_dtype=out_dtype) + 1
+    compiled = torch.compile(function, fullgraph=True, backend='inductor' if gpu else 'aot_eager')
+    # PyTorch sums in another order, and may round to the other neighbour among bfloat16's 8 bits
+    tolerance = 1e-5 if out_dtype is None else 8e-3
+    for a, b in zip(run(compiled, leaves, dy), run(function, leaves, dy), strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm()
 
 
-def test_compiles_without_a_graph_break():
-    leaves, dy = tensors(8, 96)
-    compiled = torch.compile(
-        lambda x, w, b: layer_norm(x * 2, w, b) + 1, fullgraph=True, backend='inductor' if gpu else 'aot_eager'
-    )
-    for a, b in zip(run(compiled, leaves, dy), run(lambda x, w, b: layer_norm(x * 2, w, b) + 1, leaves, dy)):
-        assert torch.equal(a, b)
+def test_fake_tensors_get_a_shape():
+    with FakeTensorMode():
+        y = layer_norm(torch.randn(3, 8, device=device), torch.randn(8, device=device), out_dtype=bf16)
+    assert y.shape == (3, 8) and y.dtype == bf16
 
 
 def test_output_dtypes():

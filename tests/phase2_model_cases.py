@@ -8,14 +8,14 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import fake_cuda_graph
 import pytest
 import torch
-from layer_norm_cases import bf16, device, f16, f32, f64, gpu
 from torch import nn
 
+import fake_cuda_graph
 from kernels import available
 from kernels.device import answers
+from layer_norm_cases import bf16, device, f16, f32, f64, gpu
 
 VOCABULARY, BLOCK, MICRO_STEPS = 65, 16 if gpu else 8, 3 if gpu else 2  # the interpreter takes half a second for one
 
@@ -279,7 +279,6 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
     since; so does a micro-step behind them that is not replayed, as the last one under DDP. Where there is no GPU, by graphs that are faked.
     """
     import cuda_graph
-
     import kernels.cross_entropy
     import kernels.linear
 

@@ -20,8 +20,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import conftest
 import torch
+
+import conftest
 from launcher import Launcher
 
 PHASES = ('nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp')

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from configurator import configure
 from conftest import NANOGPT, ROOT, TINY
 from errors import UserError

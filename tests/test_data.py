@@ -28,7 +28,6 @@ sys.path[:0] = [str(ROOT / 'nanoGPT'), str(ROOT / 'nanoGPT' / 'data')]
 import dataset
 import encoding
 import prepare_common
-
 from errors import UserError
 
 ENDOFTEXT = 50256

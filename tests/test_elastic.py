@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+
 from conftest import NANOGPT, ROOT, TINY, losses
 from test_train import assert_same_state, load
 

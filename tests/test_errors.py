@@ -13,6 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+
 from conftest import NANOGPT, ROOT, TINY, log_of
 
 TRAIN = NANOGPT / 'train.py'

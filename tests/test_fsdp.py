@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+
 from checkpoint import find_checkpoint
 from conftest import NANOGPT, ROOT, TINY, assert_same, load, log_of, losses
 

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from kernels import cross_entropy as cross_entropy_kernels
-from kernels import gelu as gelu_kernels  # below, on a GPU, gelu and cross_entropy are functions
 from kernels import device as kernel_device
+from kernels import gelu as gelu_kernels  # below, on a GPU, gelu and cross_entropy are functions
 from kernels.launch import Config
 
 if torch.cuda.is_available():

@@ -173,11 +173,11 @@ def test_compiles_without_spilling_registers(capability, backward):
             | {'eps': 'fp32'}
         )
         c = (ours.backward_config if backward else ours.forward_config)(N, size, pdl)
-        constants = dict(N=N, ROWS=c.rows, CHUNK=c.chunk, RESIDENT=c.resident, PDL=c.pdl, ADD=add)
+        constants = dict(N=N, ROWS=c.rows, CHUNK=c.chunk, PDL=c.pdl, ADD=add)
         constants |= (
             dict(PREFETCH=c.prefetch, COPY=add and x != y, NEED_DX=True, NEED_DW=True, NEED_DB=True)
             if backward
-            else dict(HAS_BIAS=True)
+            else dict(RESIDENT=c.resident, HAS_BIAS=True)
         )
         compiled, report = compile_offline(
             ours.backward_kernel if backward else ours.forward_kernel, constants, types, c, capability

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+
 from conftest import ROOT, TINY, losses
 from test_train import assert_same_state, load
 

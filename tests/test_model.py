@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from model import GPT, GPTConfig
 from torch.nn import functional as F
+
+from model import GPT, GPTConfig
 
 TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 

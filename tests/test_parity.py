@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from conftest import ROOT, TINY, assert_same, load, log_of, make_letters
 
 TRAINERS = ['nanoGPT', 'phase1_zero1', 'phase3_fsdp']

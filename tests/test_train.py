@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+
 from checkpoint import write_checkpoint
 from conftest import NANOGPT, TINY, assert_same, load, log_of, losses
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 import training_logger
 from training_logger import PAGE, Speed, TrainingLogger
 

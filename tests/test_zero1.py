@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+
 from conftest import NANOGPT, ROOT, TINY, assert_same, load, losses
 
 TRAIN = NANOGPT / 'train.py'
