@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from distributed import max_over_ranks
+from distributed import max_over_ranks, mean_over_ranks
 from errors import UserError
 
 MAX_IN_A_ROW = 5
@@ -82,9 +82,14 @@ def largest_weight(model: nn.Module) -> float:
     return max_over_ranks(largest)
 
 
-def weights_are_finite(model: nn.Module) -> bool:
-    """Returns whether no weight is inf or NaN; if one is, prints that the model is not saved. Collective."""
-    finite = math.isfinite(largest_weight(model))
-    if not finite:
-        print('not saving: weights are not finite (inf or NaN), so no run could continue from them')
-    return finite
+def worth_saving(model: nn.Module, loss: torch.Tensor, next_loss) -> bool:
+    """
+    Returns whether the last state of a run may replace its checkpoint: if the last loss (shape (), equal on all ranks) and all
+    weights are finite. If only the loss is not, its step was skipped and the weights may be good, so next_loss(), the loss of
+    the batch that comes next, decides. Prints a line if the state is not worth saving. Collective.
+    """
+    if math.isfinite(largest_weight(model)):
+        if math.isfinite(loss.item()) or math.isfinite(mean_over_ranks(next_loss()).item()):
+            return True
+    print('not saving: the last loss, or a weight, is not finite (inf or NaN)')
+    return False

@@ -34,7 +34,7 @@ from resume import Resume, rank_state
 from run_facts import run_facts
 from run_report import RunReport
 from startup import setup
-from step_guard import StepGuard, weights_are_finite
+from step_guard import StepGuard, worth_saving
 from step_timer import StepTimer
 from stop_signal import StopSignal
 from token_files import inputs_and_targets
@@ -282,7 +282,7 @@ while True:
                 if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                     if not save_checkpoint(best, required=False):
                         best_val_loss = previous_best  # ckpt_best.pt still is the previous one
-    if done and iter_num > first_iter and weights_are_finite(model):
+    if done and iter_num > first_iter and worth_saving(model, loss_sum, lambda: micro_step(X, Y)):
         save_checkpoint(best=False, required=True)  # the last state
     if done or eval_only:
         break

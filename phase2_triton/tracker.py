@@ -62,24 +62,14 @@ class Tracker:
             raise UserError(f"tracker is '{self.name}', but it can be {', '.join(TRACKERS)} or empty")
         if not self.name or not enabled:
             return
-        package, open_tracker = TRACKERS[self.name]
-        try:
-            module = importlib.import_module(package)
-        except BaseException as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == self.name:
-                raise UserError(
-                    f'this needs the package {self.name}, which is not installed: pip install {self.name}'
-                ) from None
-            self._warn(error)
-            return
-        self.queue, started = queue.SimpleQueue(), threading.Event()
-        self.thread = threading.Thread(
-            target=self._work, args=(open_tracker, module, dict(config), started), name='tracker', daemon=True
-        )
+        self.queue, started, self.missing = queue.SimpleQueue(), threading.Event(), False
+        self.thread = threading.Thread(target=self._work, args=(dict(config), started), name='tracker', daemon=True)
         self.thread.start()
         at_end('tracker', self._finish)
         if not started.wait(INIT_SECONDS):
             self._warn(f'it has not started within {INIT_SECONDS} s, and its records wait until it has')
+        if self.missing:
+            raise UserError(f'this needs the package {self.name}, which is not installed: pip install {self.name}')
 
     def log(self, record: dict):
         """Sends the record, {name: number}, with the iteration under the name 'iter'. Returns at once and never raises."""
@@ -87,13 +77,15 @@ class Tracker:
         if records is not None:
             records.put(record)
 
-    def _work(self, open_tracker, module, config, started):
-        hook = sys.excepthook
+    def _work(self, config, started):
+        hook, (package, open_tracker) = sys.excepthook, TRACKERS[self.name]
         try:
-            log, finish = open_tracker(module, config)
+            log, finish = open_tracker(importlib.import_module(package), config)
         except BaseException as error:  # sys.exit() too
             self.queue = None
-            self._warn(error)
+            self.missing = isinstance(error, ModuleNotFoundError) and error.name == self.name
+            if not self.missing:
+                self._warn(error)
             return
         finally:
             sys.excepthook = hook  # wandb puts its own around it, which prints a traceback for every error

@@ -77,9 +77,10 @@ def _explain(error, trace, place, alone):
         return f'{place} {_out_of_memory_message(out_of_memory(error), trace)}'
     if _is_compile_error(error):
         for cause in causes(error):
-            if isinstance(cause, OSError) or (not _is_compile_error(cause) and MISSING_TOOL.search(str(cause))):
+            lines = [line for line in str(cause).splitlines() if MISSING_TOOL.search(line)]
+            if isinstance(cause, OSError) or (lines and not _is_compile_error(cause)):
                 return (
-                    f'torch.compile cannot run its compiler ({first_line(cause)}): --compile=False works without it; '
+                    f'torch.compile cannot run its compiler ({lines[0] if lines else first_line(cause)}): --compile=False works without it; '
                     '--compile=True needs a C++ compiler, such as g++, and the headers of Python'
                 )
     if isinstance(error, RuntimeError) and 'CUDA driver error: operation not supported' in str(error):

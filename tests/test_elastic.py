@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+
 from conftest import NANOGPT, ROOT, TINY, TORCHRUN, losses
 from test_train import assert_same_state, load
 
@@ -86,12 +87,12 @@ import sys
 sys.path.insert(0, {str(NANOGPT)!r})
 import atexit, threading, time
 import torch, torch.distributed as dist
-from distributed import leave, setup
-setup('gloo', 60)
+from distributed import join_ranks, leave_ranks
+join_ranks('gloo', 60)
 atexit.register(print, 'exit functions have run', flush=True)
 stop = threading.Event()
 threading.Thread(target=stop.wait).start()  # what the interpreter would wait for
-leave()
+leave_ranks()
 """)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -125,8 +126,8 @@ import sys
 sys.path.insert(0, {str(NANOGPT)!r})
 import time, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from distributed import setup
-rank, world_size = setup('gloo', 3)
+from distributed import join_ranks
+rank, world_size = join_ranks('gloo', 3)
 groups = [dist.new_group(backend='gloo'), init_device_mesh('cpu', (1, 2), mesh_dim_names=('replicate', 'shard')).get_group('shard')]
 if rank == 1:
     time.sleep(100)
@@ -147,7 +148,7 @@ def test_each_start_has_a_name(launch, work):
     """Who may speak of a failure is decided anew in each; how often torchrun has started the ranks each machine counts for itself."""
     script = work / 'names.py'
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(NANOGPT)!r})\nimport distributed, errors\ndistributed.setup('gloo', 60)\nprint(errors.start)"
+        f"import sys\nsys.path.insert(0, {str(NANOGPT)!r})\nimport distributed, torchrun_env\ndistributed.join_ranks('gloo', 60)\nprint(torchrun_env.launch_id)"
     )
     names = [launch(script, nproc=2).stdout.split() for _ in range(2)]
     assert [len(its) for its in names] == [2, 2] and len({name for its in names for name in its}) == 2

@@ -11,6 +11,7 @@ import subprocess
 import time
 
 import pytest
+
 from conftest import ROOT, TINY, TORCHRUN, losses
 from test_train import assert_same_state, load
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+
 from conftest import NANOGPT, ROOT, TINY, TORCHRUN, losses
 
 COMMANDS = {
