@@ -35,6 +35,7 @@ from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import UserError, first_line
 from out_dir import set_aside
+from shell import python_command
 
 FOLDER = 'ckpt_sharded'
 UNSHARDED = 'unsharded.pt'  # in a sharded checkpoint: everything but the tensors of weights and of AdamW's state
@@ -318,6 +319,7 @@ def convert(to, out_dir):
 if __name__ == '__main__':
     if len(sys.argv) != 3 or sys.argv[1] not in ('full', 'sharded'):
         raise UserError(
-            'usage: python sharded_checkpoint.py full|sharded OUT_DIR   # converts the checkpoint there to that format'
+            'sharded_checkpoint.py needs two arguments, the format to convert to (full or sharded) and the out_dir:\n'
+            f'  {python_command(__file__, "full", "OUT_DIR")}'
         )
     print(f'wrote {convert(*sys.argv[1:])}')

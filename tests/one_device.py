@@ -6,6 +6,7 @@ that), all ranks share one GPU, and they send too:
     torchrun --standalone --nproc_per_node=2 tests/one_device.py phase3_fsdp/train.py --backend=gloo ...
 """
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -35,4 +36,8 @@ if int(os.environ.get('WORLD_SIZE', 1)) > 1:
     os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')  # the only GPU
 else:
     distributed.join_ranks = join_ranks
+    if importlib.util.find_spec('reference_trainer'):  # FSDP's: it would hand over a single process
+        import reference_trainer
+
+        reference_trainer.hand_over_if_unsharded = lambda config, given: None
 runpy.run_path(sys.argv[0], run_name='__main__')

@@ -148,7 +148,8 @@ def test_each_start_has_a_name(launch, work):
     """Who may speak of a failure is decided anew in each; how often torchrun has started the ranks each machine counts for itself."""
     script = work / 'names.py'
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(NANOGPT)!r})\nimport distributed, torchrun_env\ndistributed.join_ranks('gloo', 60)\nprint(torchrun_env.launch_id)"
+        f'import sys\nsys.path.insert(0, {str(NANOGPT)!r})\nimport distributed, torchrun_env\n'
+        "distributed.join_ranks('gloo', 60)\nprint(torchrun_env.launch_id)"
     )
     names = [launch(script, nproc=2).stdout.split() for _ in range(2)]
     assert [len(its) for its in names] == [2, 2] and len({name for its in names for name in its}) == 2

@@ -427,7 +427,7 @@ def test_mistakes_end_with_one_message(launch, work):
         assert (
             run.returncode == 2
             and 'is sharded' in run.stderr
-            and f'python sharded_checkpoint.py full {work}/out' in run.stderr
+            and f'sharded_checkpoint.py full {work}/out' in run.stderr
         )
     assert 'iter 1:' in launch(FSDP, *TINY, '--max_iters=1', '--out_dir=out').stdout  # nothing is to be resumed
     os.remove('out/ckpt.pt')

@@ -45,7 +45,7 @@ def test_lines_keep_upstreams_form(launch, work):
     assert re.search(r'^tokens per iteration will be: 128$', out, re.M)
     assert re.search(r'^number of parameters: 0\.03M$', out, re.M)
     assert re.search(r'^step 10: train loss \d\.\d{4}, val loss \d\.\d{4}$', out, re.M)
-    assert re.search(r'^iter 20: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%, [\d,]+ tokens/s$', out, re.M)
+    assert re.search(r'^iter 20: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%, [\d,]+ tokens/s, \d+ s left$', out, re.M)
     assert re.search(r'^saving checkpoint to out$', out, re.M)
     assert re.search(r'^device cpu, dtype float32, compile False, processes 1$', out, re.M)
     assert (

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import kernels
-from conftest import ROOT
+from conftest import NANOGPT, ROOT, TINY
 from kernels import cross_entropy as cross_entropy_kernels
 from kernels import device as kernel_device
 from kernels import gelu as gelu_kernels
