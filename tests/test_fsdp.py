@@ -107,7 +107,7 @@ def test_weights_at_the_start_are_the_references_to_the_bit(launch, work):
             """
 import torch, torch.distributed as dist
 from model import GPT, GPTConfig
-from sharded_checkpoint import gather_full
+from sharded_saver import gather_full
 from sharding import OnMeta, shard
 dist.init_process_group('gloo')
 rank = dist.get_rank()
