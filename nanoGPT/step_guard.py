@@ -73,6 +73,20 @@ class StepGuard:
             f'{advice}.'
         )
 
+    def worth_saving(self, model: nn.Module, estimate_loss, iter_num: int) -> bool:
+        """
+        Returns whether the last state of a run, before iteration iter_num, may replace its checkpoint. It may if the last
+        gradient and all weights are finite. Otherwise estimate_loss() decides, whose result has the key 'val' or is None: the
+        step was skipped, so the weights may be good. Prints if the state is not worth saving. Collective.
+        """
+        if not self.in_a_row and math.isfinite(largest_weight(model)):
+            return True
+        losses = estimate_loss()
+        if losses is not None and math.isfinite(losses['val']):
+            return True
+        print(f'not saving: the gradient of iteration {iter_num - 1}, or a weight after it, is not finite')
+        return False
+
 
 @torch.no_grad()
 def largest_weight(model: nn.Module) -> float:
@@ -80,19 +94,3 @@ def largest_weight(model: nn.Module) -> float:
     weights = [p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters()]
     largest = max(p.abs().max().item() if p.isfinite().all() else float('inf') for p in weights if p.numel())
     return max_over_ranks(largest)
-
-
-def worth_saving(model: nn.Module, loss: torch.Tensor, estimate_loss, iter_num: int) -> bool:
-    """
-    Returns whether the state of a run that ends before iteration iter_num may replace its checkpoint. It may if the last loss
-    (shape (), equal on all ranks) and all weights are finite. Otherwise estimate_loss() decides, whose result has the key
-    'val' or is None: the step of a loss that is not finite was skipped, so the weights may be good. If the state is not worth
-    saving, prints so. Collective.
-    """
-    if math.isfinite(loss.item()) and math.isfinite(largest_weight(model)):
-        return True
-    losses = estimate_loss()
-    if losses is not None and math.isfinite(losses['val']):
-        return True
-    print(f'not saving: the loss of iteration {iter_num - 1}, or a weight after it, is not finite')
-    return False

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NANOGPT, TINY
 from torch.nn import functional as F
+
+from conftest import NANOGPT, TINY
 
 root = Path(__file__).resolve().parent.parent
 phase2 = root / 'phase2_triton'

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+
 from conftest import NANOGPT, TINY, load, log_of
 from errors import UserError
 
