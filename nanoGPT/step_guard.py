@@ -73,6 +73,18 @@ class StepGuard:
             f'{advice}.'
         )
 
+    def worth_saving(self, model: nn.Module, next_loss) -> bool:
+        """
+        Returns whether the last state of a run may replace its checkpoint: if all weights and the last gradient are finite. If
+        only the gradient is not, its step was skipped and the weights may be good, so next_loss(), the loss of the batch that
+        comes next (shape ()), decides. Prints a line if the state is not worth saving. Collective.
+        """
+        if math.isfinite(largest_weight(model)):
+            if not self.in_a_row or math.isfinite(mean_over_ranks(next_loss()).item()):
+                return True
+        print('not saving: the last loss, or a weight, is not finite (inf or NaN)')
+        return False
+
 
 @torch.no_grad()
 def largest_weight(model: nn.Module) -> float:
@@ -80,16 +92,3 @@ def largest_weight(model: nn.Module) -> float:
     weights = [p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters()]
     largest = max(p.abs().max().item() if p.isfinite().all() else float('inf') for p in weights if p.numel())
     return max_over_ranks(largest)
-
-
-def worth_saving(model: nn.Module, loss: torch.Tensor, next_loss) -> bool:
-    """
-    Returns whether the last state of a run may replace its checkpoint: if the last loss (shape (), equal on all ranks) and all
-    weights are finite. If only the loss is not, its step was skipped and the weights may be good, so next_loss(), the loss of
-    the batch that comes next, decides. Prints a line if the state is not worth saving. Collective.
-    """
-    if math.isfinite(largest_weight(model)):
-        if math.isfinite(loss.item()) or math.isfinite(mean_over_ranks(next_loss()).item()):
-            return True
-    print('not saving: the last loss, or a weight, is not finite (inf or NaN)')
-    return False

@@ -34,7 +34,7 @@ from resume import Resume, rank_state
 from run_facts import run_facts
 from run_report import RunReport
 from startup import setup
-from step_guard import StepGuard, worth_saving
+from step_guard import StepGuard
 from step_timer import StepTimer
 from stop_signal import StopSignal
 from token_files import inputs_and_targets
@@ -78,9 +78,9 @@ beta2 = 0.95  # decay of the gradient's square
 grad_clip = 1.0  # clip gradients at this norm; 0.0: do not
 # learning rate decay settings
 decay_lr = True  # warmup, then a cosine; False: learning_rate throughout
-warmup_iters = 2000  # iterations of linear warmup
-lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (Hoffmann et al. 2022)
-min_lr = 6e-5  # learning rate from there on; about learning_rate / 10
+warmup_iters = 2000  # iterations of linear warmup; needs decay_lr
+lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (Hoffmann et al. 2022); needs decay_lr
+min_lr = 6e-5  # learning rate from there on; about learning_rate / 10; needs decay_lr
 # system; auto is the best that this machine has
 backend = 'auto'  # nccl or gloo
 dist_timeout = 600  # seconds that a rank waits for the others, whose machine may be gone, before it ends the run
@@ -249,7 +249,6 @@ def save_checkpoint(best, required):
 X, Y = resume.next_batch(rank, world_size, config) or get_batch(order.next(vocab_size))
 peak_flops = hardware.peak_flops(device, dtype, peak_tflops)
 first_iter = iter_num  # of this process
-loss_sum = None  # of the latest iteration, over its micro-steps
 timer = StepTimer(device, iter_num)
 while True:
     resume_point = rank_state(device, X, Y)  # a checkpoint of this iteration continues from here
@@ -273,7 +272,7 @@ while True:
                 if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                     if not save_checkpoint(best, required=False):
                         best_val_loss = previous_best  # ckpt_best.pt still is the previous one
-    if done and iter_num > first_iter and worth_saving(model, loss_sum, lambda: micro_step(X, Y)):
+    if done and iter_num > first_iter and step_guard.worth_saving(model, lambda: micro_step(X, Y)):
         save_checkpoint(best=False, required=True)  # the last state
     if done or eval_only:
         break
