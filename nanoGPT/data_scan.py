@@ -39,7 +39,8 @@ def _scan(data, vocab_size):
             for tokens in _chunks(file):
                 if tokens.max() >= vocab_size:  # without Python's lock
                     i = int(np.argmax(tokens >= vocab_size))
-                    data.problems.append(outside_vocabulary(file.path, position + i, tokens[i], vocab_size))
+                    message = outside_vocabulary(file.path, position + i, tokens[i], vocab_size)
+                    data.problems.append((file.path, message))
                     return
                 position += len(tokens)
                 done += tokens.nbytes
@@ -47,7 +48,7 @@ def _scan(data, vocab_size):
                     shown = time.monotonic()
                     print(f'checking the tokens: {done / 1e9:.1f} of {total / 1e9:.1f} GB', file=sys.stderr)
         except OSError as e:
-            data.problems.append(f'{file.path} cannot be read any more: {e.strerror}')
+            data.problems.append((file.path, f'{file.path} cannot be read any more: {e.strerror}'))
             return
 
 

@@ -22,7 +22,7 @@ import sys
 
 import numpy as np
 import torch.distributed as dist
-from data_identity import make_manifest
+from data_identity import make_manifest, without_fingerprints
 from encoding import encoding_fingerprint, get_encoding
 from errors import UserError
 from token_files import TokenFiles, recognize
@@ -49,7 +49,7 @@ class Dataset:
 
     @property
     def problem(self) -> str | None:
-        return self.problems[0] if self.problems else None
+        return self.problems[0][1] if self.problems else None
 
     def raise_problem(self) -> None:
         """Raises UserError on every rank if any rank has a problem. Collective."""
@@ -61,9 +61,12 @@ class Dataset:
             raise UserError(next(filter(None, problems)))
 
     def manifest(self) -> dict:
-        """Returns what check_same_data compares, as a plain dict for the checkpoint. Reads a part of each file, once."""
+        """
+        Returns what check_same_data compares, as a plain dict for the checkpoint. Reads a part of each file, once. A file with
+        a problem loses its fingerprint, so that the run can resume once the file is repaired.
+        """
         self._manifest = self._manifest or make_manifest(self)
-        return self._manifest
+        return without_fingerprints(self._manifest, {os.path.basename(path) for path, _ in self.problems})
 
 
 def open_dataset(dataset: str, block_size: int, splits: tuple[str, ...] = SPLITS) -> Dataset:
