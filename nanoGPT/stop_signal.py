@@ -18,6 +18,7 @@ class StopSignal:
 
     def __init__(self):
         self.received = None  # time of the first signal
+        self.data = None  # a Dataset; a problem with it stops the run too
         self.unread = False  # what is printed, because its reader has gone
         hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []  # nohup has it ignored
         for number in (signal.SIGTERM, signal.SIGINT, *hangup):
@@ -32,7 +33,7 @@ class StopSignal:
 
     def requested(self):
         """True on every rank if any rank is to stop. Collective, over the CPU: does not wait for the GPU."""
-        wanted = self.received is not None or self.unread
+        wanted = self.received is not None or self.unread or bool(self.data and self.data.problem)
         if not dist.is_initialized():
             return wanted
         flag = torch.tensor(float(wanted))

@@ -45,6 +45,7 @@ NOT_NEGATIVE = (
     'peak_tflops',
     'warmup',
     'loss_rows',
+    'val_tokens',
 )
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 

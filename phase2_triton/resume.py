@@ -85,22 +85,21 @@ def rank_state(device, X, Y):
     return state
 
 
-def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shape):
+def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shape, sequential):
     """
     Sets the random generators as they were and returns the batch X, Y that comes next, on the CPU. Where that cannot be
     (another world size, batch shape or data set, or a checkpoint of nanoGPT's) it starts a new data order, one that does
-    not repeat what the run has seen before, and returns None.
+    not repeat what the run has seen before, and returns None. With a sequential order only dropout is affected.
     """
     ranks = checkpoint.get('resume', {}).get('ranks', [])
     if (
         len(ranks) != world_size
         or ranks[rank]['X'].shape != batch_shape
-        or checkpoint.get('config', {}).get('dataset') != dataset
+        or not (checkpoint['resume'].get('data') or checkpoint.get('config', {}).get('dataset') == dataset)
     ):
         if rank == 0:
-            print(
-                "a new data order: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own"
-            )
+            new = 'new random numbers' if sequential else 'a new data order'
+            print(f"{new}: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own")
         torch.manual_seed(1337 + rank + 1_000_003 * checkpoint['iter_num'])
         return None
     state = ranks[rank]

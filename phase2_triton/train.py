@@ -16,7 +16,6 @@ import os
 import sys
 import time
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -24,15 +23,20 @@ import hardware
 from checkpoint import find_checkpoint, load_checkpoint, load_model, write_checkpoint
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_cuda_graph
-from dataset import check_tokens, find_data_dir, load_meta, open_tokens
+from data_identity import check_same_data
+from data_order import SequentialOrder
+from data_scan import scan_in_background
+from dataset import open_dataset
 from distributed import gather_from_ranks, leave, mean_over_ranks, same_on_all_ranks, setup
 from encoding import check_encoding
 from errors import UserError
+from evaluation import bits_per_byte, bytes_per_token, count_predictions, mean_loss
 from out_dir import make_out_dir
 from resume import load_optimizer, rank_state, restore_rank_state, resume_model_args
 from run_facts import run_facts
 from step_guard import StepGuard
 from stop_signal import StopSignal
+from token_files import inputs_and_targets
 from training_logger import TrainingLogger
 
 # under torchrun every rank (process) runs this file; rank 0 speaks for all
@@ -46,6 +50,7 @@ out_dir = 'out'  # folder of checkpoints and logs
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between printed lines and log records
 eval_iters = 200  # batches of each split in an evaluation, on every rank
+val_tokens = 0  # the validation loss is the mean over exactly the first N tokens; 0: over eval_iters random batches
 eval_only = False  # evaluate once and end
 always_save_checkpoint = True  # save after each evaluation, not only after the best so far
 init_from = 'scratch'  # scratch, resume, auto (resume if there is a checkpoint, else scratch), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -55,7 +60,8 @@ wandb_log = False  # log to Weights & Biases too
 wandb_project = 'owt'  # its project
 wandb_run_name = 'gpt2'  # its name for this run
 # data
-dataset = 'openwebtext'  # folder in data/, or a path
+dataset = 'openwebtext'  # name in data/, folder, or quoted pattern of shards
+data_order = 'random'  # random windows, or sequential: each token once per epoch
 gradient_accumulation_steps = 5 * 8  # micro-steps of one iteration, shared out among the ranks
 batch_size = 12  # sequences in a micro-step
 block_size = 1024  # tokens in a sequence
@@ -113,18 +119,21 @@ print(f'tokens per iteration will be: {tokens_per_iter:,}')
 torch.manual_seed(1337 + rank)
 ctx = hardware.autocast(device, dtype)  # matmuls in dtype; the weights stay float32
 
-# data: files of token ids, of which each batch takes pieces at random positions
-data_dir = find_data_dir(dataset)
-meta = load_meta(data_dir)
-tokens = {split: open_tokens(data_dir, split, block_size, meta) for split in ('train', 'val')}
+# data: files of token ids. Training takes windows of them in data_order, evaluation takes random ones
+data = open_dataset(dataset, block_size)
+data_dir, meta = data.name, data.meta
+if data_order not in ('random', 'sequential'):
+    raise UserError(f'data_order={data_order}, but it can be random or sequential')
+order = None  # of sequential training
+if val_tokens:
+    count_predictions(data.val, val_tokens)
+    text_bytes = bytes_per_token(data, val_tokens)
 
 
-def get_batch(split):
-    data = tokens[split]
-    ix = torch.randint(len(data) - block_size, (batch_size,))
-    rows = torch.stack([torch.from_numpy(data[i : i + block_size + 1].astype(np.int64)) for i in ix])
-    check_tokens(rows, model_args['vocab_size'], data_dir)
-    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # y is x, one token later
+def get_batch(split, training=False):
+    vocab_size = model_args['vocab_size']
+    rows = order.next(vocab_size) if training and order else data.splits[split].sample(batch_size, vocab_size)
+    x, y = inputs_and_targets(rows)  # y is x, one token later
     if device_type == 'cuda':
         # from pinned memory the copy to the GPU runs while the CPU goes on
         x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
@@ -160,6 +169,7 @@ elif init_from == 'resume':
     load_model(model, checkpoint)
     iter_num = same_on_all_ranks(checkpoint['iter_num'], f'the iteration of {checkpoint_path}')
     best_val_loss = checkpoint['best_val_loss']
+    check_same_data(checkpoint.get('resume', {}).get('data'), data)
     if iter_num > max_iters:
         print(f'nothing is left to do: iteration {iter_num} comes next, and max_iters={max_iters} is the last')
 elif init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
@@ -183,6 +193,8 @@ config.update(
 )  # a loaded model is what it is, whatever the flags say
 model.to(device)
 raw_model = model  # without the wrappers below
+scan_in_background(data, model_args['vocab_size'])
+stop_signal.data = data  # a token outside the vocabulary ends the run too, after a save
 
 # in float16 small gradients would vanish, so the loss is scaled up; in other dtypes the scaler does nothing
 scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
@@ -221,6 +233,13 @@ def estimate_loss():
         graph.release()  # evaluation, which is not recorded, needs memory, too
     model.eval()
     for split in ['train', 'val']:
+        if split == 'val' and val_tokens:
+            out['val'] = mean_loss(
+                model, data.val, val_tokens, block_size, batch_size, device, ctx, stop_signal.requested
+            )
+            if out['val'] is None:
+                return None
+            continue
         losses = torch.zeros(eval_iters, device=device)
         for k in range(eval_iters):
             if stop_signal.requested():
@@ -257,6 +276,8 @@ def save_checkpoint(best):
         'resume': {
             'ranks': gather_from_ranks({k: v.cpu() for k, v in here.items()}),
             'scaler': scaler.state_dict(),
+            'data': data.manifest(),
+            'order': order and order.state(),
             'log': os.path.basename(
                 log.path or (resumed_from or {}).get('log') or ''
             ),  # without a log, its predecessor
@@ -282,9 +303,14 @@ if wandb_log and master_process:
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 
 # training loop
-X, Y = get_batch('train')  # the very first batch
+if data_order == 'sequential':
+    saved = checkpoint.get('resume', {}).get('order') if init_from == 'resume' else None
+    order = SequentialOrder(data.train, batch_size, rank, world_size, saved)
+X, Y = get_batch('train', training=True)  # the very first batch
 if init_from == 'resume':
-    X, Y = restore_rank_state(checkpoint, rank, world_size, device, dataset, X.shape) or get_batch('train')
+    saved = restore_rank_state(checkpoint, rank, world_size, device, dataset, X.shape, bool(order))
+    if not order:
+        X, Y = saved or get_batch('train')
     X, Y, checkpoint = X.to(device), Y.to(device), None  # frees the checkpoint's memory
 t0 = hardware.now(device)
 local_iter_num = 0  # iterations in this process
@@ -307,7 +333,9 @@ while True:
         losses = estimate_loss()
         done = losses is None
         if not done:
-            print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            bpb = bits_per_byte(losses['val'], text_bytes) if val_tokens else None
+            bpb_text = f', val {bpb:.4f} bits per byte' if bpb is not None else ''
+            print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}{bpb_text}')
             log.evaluation(iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
             if wandb_log and master_process:
                 wandb.log(
@@ -346,7 +374,7 @@ while True:
             model.require_backward_grad_sync = last
         loss_sum += (graph or forward_backward)(X, Y)
         # draw the next batch while the GPU is busy
-        X, Y = get_batch('train')
+        X, Y = get_batch('train', training=True)
     log.flush()  # the last record is written while the GPU works
     # measure and clip the gradient
     scaler.unscale_(optimizer)
@@ -389,5 +417,6 @@ while True:
     iter_num += 1
     local_iter_num += 1
 
+data.raise_problem()
 log.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped')
 leave(graph)
