@@ -10,8 +10,10 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
+from errors import UserError
 from token_files import outside_vocabulary
 
 CHUNK = 4 << 20  # bytes; the thread needs no more memory than this
@@ -30,6 +32,8 @@ def scan_in_background(data, vocab_size: int) -> threading.Thread:
 
 
 def _scan(data, vocab_size):
+    with suppress(UserError):  # which comes again at the first save
+        data.manifest()  # now, before anything can replace the files
     files = [file for tokens in data.splits.values() for file in tokens.files if _can_exceed(file, vocab_size)]
     files.sort(key=lambda file: file.bytes)  # small ones are checked before the run has done its first steps
     total, done, shown = sum(file.bytes for file in files), 0, time.monotonic()

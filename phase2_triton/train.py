@@ -306,6 +306,8 @@ if wandb_log and master_process:
 if data_order == 'sequential':
     saved = checkpoint.get('resume', {}).get('order') if init_from == 'resume' else None
     order = SequentialOrder(data.train, batch_size, rank, world_size, saved)
+    if init_from == 'resume' and not saved:
+        print('the checkpoint has no position in the data: the sequential order starts at the first token')
 X, Y = get_batch('train', training=True)  # the very first batch
 if init_from == 'resume':
     saved = restore_rank_state(checkpoint, rank, world_size, device, dataset, X.shape, bool(order))
