@@ -97,22 +97,21 @@ def rank_state(device, X, Y):
     return state
 
 
-def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shape):
+def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shape, sequential):
     """
     Sets the random generators as they were and returns the batch X, Y that comes next, on the CPU. Where that cannot be
     (another world size, batch shape or data set, or a checkpoint of nanoGPT's) it starts a new data order, one that does
-    not repeat what the run has seen before, and returns None.
+    not repeat what the run has seen before, and returns None. With a sequential order only dropout is affected.
     """
     ranks = checkpoint.get('resume', {}).get('ranks', [])
     if (
         len(ranks) != world_size
         or ranks[rank]['X'].shape != batch_shape
-        or checkpoint.get('config', {}).get('dataset') != dataset
+        or not (checkpoint['resume'].get('data') or checkpoint.get('config', {}).get('dataset') == dataset)
     ):
         if rank == 0:
-            print(
-                "a new data order: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own"
-            )
+            new = 'new random numbers' if sequential else 'a new data order'
+            print(f"{new}: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own")
         torch.manual_seed(1337 + rank + 1_000_003 * checkpoint['iter_num'])
         return None
     state = ranks[rank]
@@ -184,7 +183,10 @@ class Resume:
                 f'nothing is left to do: iteration {self.iter_num} comes next, and max_iters={config["max_iters"]} is the last'
             )
         shape, device = (config['batch_size'], config['block_size']), config['device']
-        batch = restore_rank_state(checkpoint, rank, world_size, device, config['dataset'], shape)
-        if batch is None or config['data_order'] == 'sequential':
+        sequential = config['data_order'] == 'sequential'
+        if sequential and not self.order:
+            print('the checkpoint has no position in the data: the sequential order starts at the first token')
+        batch = restore_rank_state(checkpoint, rank, world_size, device, config['dataset'], shape, sequential)
+        if batch is None or sequential:
             return None
         return tuple(tokens.to(device) for tokens in batch)

@@ -118,7 +118,7 @@ def encoding_fingerprint(meta):
         return {'byte': 'one token per byte', 'llama-3': "Llama 3's"}[meta['encoding']]
     table = [sorted(_by_id(meta.get(key)).items(), key=repr) for key in ('stoi', 'itos')]
     digest = hashlib.sha256(repr(table).encode('utf-8', 'backslashreplace')).hexdigest()[:16]
-    return f'one of {meta["vocab_size"]:,} tokens of its own (fingerprint {digest})'
+    return f'{meta["vocab_size"]:,} tokens of its own (fingerprint {digest})'
 
 
 def _by_id(table):

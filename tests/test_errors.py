@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import NANOGPT, ROOT, TINY, log_of
+from conftest import NANOGPT, ROOT, TINY, log_of, make_letters
 
 TRAIN = NANOGPT / 'train.py'
 
@@ -154,13 +154,8 @@ MISTAKES = {
 def checkpoint_bytes(launch, tmp_path_factory):
     """A checkpoint of the tiny model, made once."""
     folder = tmp_path_factory.mktemp('made')
-    (folder / 'data').mkdir()
-    rng = np.random.default_rng(0)
-    for split in ('train', 'val'):
-        rng.integers(0, 40, 500).astype(np.uint16).tofile(folder / 'data' / f'{split}.bin')
-    with open(folder / 'data' / 'meta.pkl', 'wb') as f:
-        pickle.dump({'vocab_size': 40}, f)
-    launch(TRAIN, *TINY, '--dataset=data', '--max_iters=2', cwd=folder)
+    make_letters(folder)
+    launch(TRAIN, *TINY, '--max_iters=2', cwd=folder)
     return (folder / 'out' / 'ckpt.pt').read_bytes()
 
 

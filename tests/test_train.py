@@ -45,7 +45,9 @@ def test_lines_keep_upstreams_form(launch, work):
     assert re.search(r'^tokens per iteration will be: 128$', out, re.M)
     assert re.search(r'^number of parameters: 0\.03M$', out, re.M)
     assert re.search(r'^step 10: train loss \d\.\d{4}, val loss \d\.\d{4}$', out, re.M)
-    assert re.search(r'^iter 20: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%, [\d,]+ tokens/s, \d+ s left$', out, re.M)
+    assert re.search(
+        r'^iter 20: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%, [\d,]+ tokens/s, \d+ s left$', out, re.M
+    )
     assert re.search(r'^saving checkpoint to out$', out, re.M)
     assert re.search(r'^device cpu, dtype float32, compile False, processes 1$', out, re.M)
     assert (
@@ -407,9 +409,9 @@ def test_a_log_on_a_full_disk_does_not_stop_the_run(work):
 
 def test_resume_without_the_flags_of_the_model(launch, work):
     """What is logged is the model of the checkpoint. Only its block_size has to be given, and is not cropped to a default."""
-    launch(TRAIN, *TINY, '--max_iters=3')
     val = work / 'data' / 'letters' / 'val.bin'
     val.write_bytes(val.read_bytes() * 3)  # enough for a block of 1024
+    launch(TRAIN, *TINY, '--max_iters=3')
     flags = [
         *(flag for flag in TINY if not flag.startswith(('--n_', '--block_size'))),
         '--init_from=resume',
