@@ -3,18 +3,15 @@
 process group: FSDP then does all that it does on many, but for the sending. Under torchrun, with --backend=gloo (NCCL refuses
 that), all ranks share one GPU, and they send too:
 
-    torchrun --standalone --nproc_per_node=2 tests/one_device.py phase3_fsdp/train.py --backend=gloo ...
+    torchrun --standalone --nproc_per_node=2 tests/programs/one_device.py phase3_fsdp/train.py --backend=gloo ...
 """
 
 import importlib.util
 import os
-import runpy
-import sys
 
 import torch.distributed as dist
+from script import run_script
 
-del sys.argv[0]
-sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
 import distributed
 
 
@@ -40,4 +37,4 @@ else:
         import reference_trainer
 
         reference_trainer.hand_over_if_unsharded = lambda config, given: None
-runpy.run_path(sys.argv[0], run_name='__main__')
+run_script()
