@@ -114,7 +114,13 @@ def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shap
             print(f"{new}: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own")
         torch.manual_seed(1337 + rank + 1_000_003 * checkpoint['iter_num'])
         return None
-    state = ranks[rank]
+    state, vocab_size = ranks[rank], checkpoint['model_args']['vocab_size']
+    for k in ('X', 'Y'):
+        least, most = torch.aminmax(state[k])
+        if least < 0 or most >= vocab_size:
+            raise UserError(
+                f"the checkpoint's resume.ranks[{rank}].{k} has tokens from {least} to {most}, outside its vocabulary of {vocab_size}"
+            )
     torch.set_rng_state(state['rng'])
     if device.startswith('cuda') and 'cuda_rng' in state:
         torch.cuda.set_rng_state(state['cuda_rng'], device)

@@ -10,7 +10,6 @@ import re
 import pytest
 import torch
 
-from checkpoint import find_checkpoint
 from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of, losses
 
 TRAIN = NANOGPT / 'train.py'
@@ -142,7 +141,7 @@ def test_a_save_in_the_background_is_of_its_iteration(launch, work):
     """Iteration 20, the best, is being written while step 20 is taken."""
     env = dict(SAVE_SECONDS='0.5')
     launch(PROGRAMS / 'slow_sharded_save.py', FSDP, *TINY, SHARDED, nproc=2, env=env)
-    best = load(f'out/ckpt_sharded/{open("out/ckpt_sharded/best").read()}/rest.pt')
+    best = load(f'out/ckpt_sharded/{open("out/ckpt_sharded/best").read()}/unsharded.pt')
     assert best['iter_num'] == 20 and {int(s['step']) for s in best['optimizer']['state'].values()} == {20}
 
 
@@ -158,22 +157,24 @@ def test_a_run_that_diverges_finishes_its_save(launch, work):
 def test_parts_on_different_disks_are_no_checkpoint(launch, work):
     """out_dir is not shared, so that each machine has its own part: said at the first save, not when it is needed."""
     run = launch(PROGRAMS / 'folder_of_its_own.py', FSDP, *TINY, SHARDED, nproc=2, check=False)
-    assert run.returncode == 2 and 'Traceback' not in run.stderr and 'training goes on' in run.stderr
+    assert run.returncode == 2 and 'Traceback' not in run.stderr and 'training continues' in run.stderr
     assert run.stderr.count('Do all machines see the same out_dir?') > 1 and not os.path.exists(
         'out0/ckpt_sharded/latest'
     )
 
 
-def test_conversion_replaces_nothing_that_is_newer(launch, work, capsys):
+def test_conversion_replaces_nothing_that_is_newer(launch, work):
     launch(FSDP, *TINY, '--max_iters=3', nproc=2)
     launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
     run = launch(CONVERT, 'sharded', 'out', check=False)
     assert run.returncode == 2 and 'is of iteration 6, and what would replace it of 4' in run.stderr
     os.utime('out/ckpt.pt')  # a copy may have lost the times
-    assert 'iter_0000006' in find_checkpoint('out') and 'of an earlier iteration (4 of 6)' in capsys.readouterr().out
+    out = launch(PROGRAMS / 'find_checkpoint.py', ROOT / 'phase3_fsdp').stdout
+    assert 'iter_0000006' in out.splitlines()[-1] and 'of an earlier iteration (4 of 6)' in out
     with open('out/ckpt.pt', 'r+b') as f:
         f.truncate(1000)
-    assert 'iter_0000006' in find_checkpoint('out') and 'cannot be read' in capsys.readouterr().out
+    out = launch(PROGRAMS / 'find_checkpoint.py', ROOT / 'phase3_fsdp').stdout
+    assert 'iter_0000006' in out.splitlines()[-1] and 'unreadable' in out
     os.remove('out/ckpt.pt')
     assert launch(CONVERT, 'full', 'out').stdout == 'wrote out/ckpt.pt\n' and load('out/ckpt.pt')['iter_num'] == 6
 
@@ -184,7 +185,7 @@ def test_conversion_writes_the_latest_and_the_best_or_says_why_not(launch, work)
     launch(FSDP, *TINY, SHARDED, RESUME, '--learning_rate=3', '--min_lr=3', nproc=2)
     latest, best = (open(f'out/ckpt_sharded/{name}').read() for name in ('latest', 'best'))
     assert latest.startswith('iter_0000021') and best.startswith('iter_0000010')
-    assert sorted(os.listdir('out/ckpt_sharded')) == sorted([latest, best, 'latest', 'best'])
+    assert sorted(os.listdir('out/ckpt_sharded')) == sorted([latest, best, 'latest', 'best', 'README'])
     record = log_of('out')['checkpoints'][-1]
     assert (
         record['path'].endswith(latest) and record['bytes'] > 100_000 and record['stall_seconds'] <= record['seconds']
@@ -197,13 +198,13 @@ def test_conversion_writes_the_latest_and_the_best_or_says_why_not(launch, work)
     state = load('out/ckpt.pt')
     os.mkdir('weights')
     torch.save({key: state[key] for key in ('model', 'model_args', 'iter_num')}, 'weights/ckpt.pt')
-    assert 'error: weights/ckpt.pt has no optimizer state' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
+    assert 'error: the optimizer state is missing from weights/ckpt.pt' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
     assert (
         'error: there is no sharded checkpoint in weights/ckpt.pt'
         in launch(CONVERT, 'full', 'weights/ckpt.pt', check=False).stderr
     )
     torch.save({**state, 'optimizer': {'a': 1}}, 'weights/ckpt.pt')
-    assert 'error: weights/ckpt.pt has no optimizer state' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
+    assert 'error: the optimizer state is missing from weights/ckpt.pt' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
 
 
 def test_mistakes_end_with_one_message(launch, work):
@@ -229,21 +230,21 @@ def test_mistakes_end_with_one_message(launch, work):
     ):
         assert (
             run.returncode == 2
-            and 'is sharded' in run.stderr
+            and 'a sharded model' in run.stderr
             and f'python sharded_checkpoint.py full {work}/out' in run.stderr
         )
     assert 'iter 1:' in launch(FSDP, *TINY, '--max_iters=1', '--out_dir=out').stdout  # nothing is to be resumed
     os.remove('out/ckpt.pt')
     os.rename('out/ckpt_sharded_before', 'out/ckpt_sharded')  # where the new run has put it
     assert 'trained with n_embd=32, but n_embd=64' in message(RESUME, '--n_embd=64')
-    rest = load(f'{folder}/rest.pt')
-    torch.save({**rest, 'model_args': {**rest['model_args'], 'bias': True}}, f'{folder}/rest.pt')
+    rest = load(f'{folder}/unsharded.pt')
+    torch.save({**rest, 'model_args': {**rest['model_args'], 'bias': True}}, f'{folder}/unsharded.pt')
     assert 'transformer.h.0.ln_1.bias is missing' in message(RESUME)
-    torch.save({**rest, 'model_args': {**rest['model_args'], 'n_embd': 64}}, f'{folder}/rest.pt')
+    torch.save({**rest, 'model_args': {**rest['model_args'], 'n_embd': 64}}, f'{folder}/unsharded.pt')
     assert 'does not fit its own model_args: transformer.wte.weight is (40, 32) instead of (40, 64)' in message(
         RESUME, '--n_embd=64'
     )
-    torch.save(rest, f'{folder}/rest.pt')
+    torch.save(rest, f'{folder}/unsharded.pt')
     with open(f'{folder}/__1_0.distcp', 'r+b') as f:
         f.truncate(os.path.getsize(f.name) - 100)
     assert '__1_0.distcp has been cut short' in message(RESUME)
