@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from conftest import ROOT
 from encoding import gpt2_encoding
 from message_commands import commands_in, run_command

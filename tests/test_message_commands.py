@@ -15,6 +15,7 @@ import sys
 
 import numpy as np
 import pytest
+
 import shell
 from conftest import ROOT
 from errors import UserError

@@ -10,8 +10,9 @@ import runpy
 import sys
 
 import numpy as np
-import prepare_common
 import pytest
+
+import prepare_common
 import shard_writer
 import text_reader
 from conftest import ROOT

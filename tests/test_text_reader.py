@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+
 import text_reader
 from conftest import ROOT
 from errors import UserError

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import visualize_training as vis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
+
+import visualize_training as vis
 from run_logs import LogError, Run, find_logs, label_runs, load_log
 from training_logger import TrainingLogger
 from visualize_training import draw, main, smoothed, thin

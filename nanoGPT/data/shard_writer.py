@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from errors import UserError
 from prepare_common import (
     ENDOFTEXT,
     GROUP,
@@ -30,10 +32,8 @@ from prepare_common import (
     print_written,
     progress,
 )
-from text_reader import TextReader
-
-from errors import UserError
 from shell import quote_path, shortest_path
+from text_reader import TextReader
 
 HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1
 STATE = 'shards.json'

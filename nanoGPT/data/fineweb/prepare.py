@@ -22,12 +22,11 @@ from threading import Thread
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
+from errors import UserError, first_line
 from prepare_common import gpt2_encoding, print_training_command, print_written, python_command
 from shard_writer import read_header, shard_name, write_shards
-from text_reader import TextReader
-
-from errors import UserError, first_line
 from shell import pip_install
+from text_reader import TextReader
 
 NAMES = {'edu': 'edu_fineweb', 'fineweb': 'fineweb'}  # of the shards that are encoded here, as llm.c names them
 SOURCES = {

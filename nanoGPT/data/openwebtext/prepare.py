@@ -17,9 +17,8 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from prepare_common import ENDOFTEXT, DatasetWriter, gpt2_encode, gpt2_encoding
-
 from errors import UserError, first_line
+from prepare_common import ENDOFTEXT, DatasetWriter, gpt2_encode, gpt2_encoding
 from shell import pip_install, python_command
 
 
