@@ -50,8 +50,8 @@ def copy(tmp_path):
         copy / 'data',
         ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__'),
     )
-    for name in ('encoding.py', 'errors.py', 'shell.py'):
-        shutil.copy(ROOT / 'nanoGPT' / name, copy)
+    for path in (ROOT / 'nanoGPT').glob('*.py'):
+        shutil.copy(path, copy)
     return copy
 
 
@@ -139,8 +139,8 @@ def test_python_char_real(copy):
     phase = copy.parent / 'phase1_zero1'
     phase.mkdir()
     (phase / 'data').symlink_to('../nanoGPT/data')
-    for name in ('encoding.py', 'errors.py', 'shell.py'):
-        shutil.copy(copy / name, phase)
+    for path in copy.glob('*.py'):
+        shutil.copy(path, phase)
     run = subprocess.run([sys.executable, 'data/python_char/prepare.py'], cwd=phase, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     train, val, meta = read(copy / 'data' / 'python_char')

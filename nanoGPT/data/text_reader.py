@@ -20,15 +20,11 @@ import json
 import lzma
 import os
 import stat
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-sys.path.insert(
-    0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-)  # errors.py and shell.py; there are packages of these names
 from errors import UserError, first_line
 from shell import pip_install, python_command, quote_path
 
