@@ -20,12 +20,12 @@ import pickle
 import re
 import sys
 
-import numpy as np
 import torch.distributed as dist
 
-from data_identity import make_manifest
+from data_identity import make_manifest, without_fingerprints
 from encoding import encoding_fingerprint, get_encoding
 from errors import UserError
+from shell import python_command
 from token_files import TokenFiles, recognize
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -50,7 +50,7 @@ class Dataset:
 
     @property
     def problem(self) -> str | None:
-        return self.problems[0] if self.problems else None
+        return self.problems[0][1] if self.problems else None
 
     def raise_problem(self) -> None:
         """Raises UserError on every rank if any rank has a problem. Collective."""
@@ -62,9 +62,12 @@ class Dataset:
             raise UserError(next(filter(None, problems)))
 
     def manifest(self) -> dict:
-        """Returns what check_same_data compares, as a plain dict for the checkpoint. Reads a part of each file, once."""
+        """
+        Returns what check_same_data compares, as a plain dict for the checkpoint. Reads a part of each file, once. A file with
+        a problem loses its fingerprint, so that the run can resume once the file is repaired.
+        """
         self._manifest = self._manifest or make_manifest(self)
-        return self._manifest
+        return without_fingerprints(self._manifest, {os.path.basename(path) for path, _ in self.problems})
 
 
 def open_dataset(dataset: str, block_size: int, splits: tuple[str, ...] = SPLITS) -> Dataset:
@@ -267,9 +270,8 @@ def prepare_command(data_dir):
     """Returns the command that prepares data_dir, for error messages."""
     own, text = os.path.join(data_dir, 'prepare.py'), os.path.join(HERE, 'data', 'text', 'prepare.py')
     if not os.path.exists(own):
-        return f'python {os.path.relpath(text)} YOUR_FILES --out {data_dir}'
-    files = ' YOUR_FILES' if os.path.exists(text) and os.path.samefile(own, text) else ''
-    return f'python {os.path.relpath(own)}{files}'
+        return python_command(text, 'YOUR_FILES', '--out', data_dir)
+    return python_command(own, *['YOUR_FILES'] * (os.path.exists(text) and os.path.samefile(own, text)))
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -298,46 +300,6 @@ def load_meta(data_dir):
             f'{path} is not a usable meta.pkl: {error}. Prepare the data again: {prepare_command(data_dir)}'
         ) from error
     return meta
-
-
-def open_tokens(data_dir, split, block_size, meta):
-    """
-    The tokens of `split` ('train' or 'val') as a read-only np.memmap of shape (tokens,), uint16, or uint32 where meta says so.
-    Looks at the file's size only, never at its contents. Raises UserError for a file that is missing, truncated, or too short
-    for one block and its target.
-    """
-    path = os.path.join(data_dir, f'{split}.bin')
-    again = f'Prepare the data again: {prepare_command(data_dir)}'
-    if not os.path.exists(path):
-        raise UserError(f'{path} does not exist. Prepare the data first: {prepare_command(data_dir)}')
-    dtype = np.dtype(meta.get('dtype', 'uint16')).newbyteorder('<')
-    size, expected = os.path.getsize(path), meta.get(f'{split}_tokens')
-    tokens = size // dtype.itemsize
-    if size % dtype.itemsize:
-        raise UserError(f'{path} is truncated: {size:,} bytes are no whole number of {dtype.name} tokens. {again}')
-    if expected is not None and tokens != expected:
-        raise UserError(
-            f'{path} holds {tokens:,} tokens where meta.pkl says {expected:,}: truncated, or from another preparation. {again}'
-        )
-    if tokens < block_size + 1:
-        raise UserError(
-            f'{path} holds {tokens:,} tokens, too few for block_size {block_size} and its target: at least {block_size + 1:,} are '
-            f'needed. Set a smaller --block_size, or prepare more data'
-        )
-    try:
-        return np.memmap(path, dtype=dtype, mode='r')
-    except OSError as e:
-        raise UserError(f'{path} cannot be read: {e.strerror}') from None
-
-
-def check_tokens(x, vocab_size, data_dir):
-    """UserError where a token of x, an int64 CPU tensor of any shape, is outside the model's vocabulary. Costs microseconds."""
-    token = x.max().item()
-    if token >= vocab_size:
-        raise UserError(
-            f'token {token} in {data_dir} is outside the vocabulary of {vocab_size:,}. The model was made for other data (a '
-            f'checkpoint of another data set?), or the files do not belong together: {prepare_command(data_dir)}'
-        )
 
 
 def describe(data: Dataset) -> str:

@@ -19,6 +19,7 @@ import torchrun_env
 from end_of_run import report_with
 from errors import OUT_OF_MEMORY, UserError, causes, first_line, out_of_memory
 from output import print_error
+from shell import pip_install
 
 OPTIONAL_PACKAGES = ('wandb', 'trackio', 'tensorboard', 'transformers', 'datasets', 'tqdm', 'pyarrow')
 
@@ -70,7 +71,7 @@ def _explain(error, trace, place, alone):
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
-        return f'this needs the package {error.name}, which is not installed: pip install {error.name}'
+        return f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'
     if isinstance(error, OSError) and 'huggingface.co' in str(error):  # transformers could not fetch a model
         return f'the pretrained model could not be fetched: {first_line(error)}'
     if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):

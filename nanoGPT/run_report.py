@@ -24,7 +24,7 @@ class RunReport:
     def evaluation(self, iter_num: int, losses: dict, lr: float):
         """losses: {'train': nats, 'val': nats, ...}; further entries are logged as they are."""
         more = {k: v for k, v in losses.items() if k not in ('train', 'val') and v is not None}
-        text = f', {more["val_bits_per_byte"]:.4f} bits per byte' if 'val_bits_per_byte' in more else ''
+        text = f', val {more["val_bits_per_byte"]:.4f} bits per byte' if 'val_bits_per_byte' in more else ''
         print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}{text}')
         self.log.evaluation(iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr, **more)
         self.for_tracker = {'train/loss': losses['train'], 'val/loss': losses['val'], **more}

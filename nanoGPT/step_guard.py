@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from distributed import max_over_ranks
+from distributed import max_over_ranks, mean_over_ranks
 from errors import UserError
 
 MAX_IN_A_ROW = 5
@@ -73,18 +73,16 @@ class StepGuard:
             f'{advice}.'
         )
 
-    def worth_saving(self, model: nn.Module, estimate_loss, iter_num: int) -> bool:
+    def worth_saving(self, model: nn.Module, next_loss) -> bool:
         """
-        Returns whether the last state of a run, before iteration iter_num, may replace its checkpoint. It may if the last
-        gradient and all weights are finite. Otherwise estimate_loss() decides, whose result has the key 'val' or is None: the
-        step was skipped, so the weights may be good. Prints if the state is not worth saving. Collective.
+        Returns whether the last state of a run may replace its checkpoint: if all weights and the last gradient are finite. If
+        only the gradient is not, its step was skipped and the weights may be good, so next_loss(), the loss of the batch that
+        comes next (shape ()), decides. Prints a line if the state is not worth saving. Collective.
         """
-        if not self.in_a_row and math.isfinite(largest_weight(model)):
-            return True
-        losses = estimate_loss()
-        if losses is not None and math.isfinite(losses['val']):
-            return True
-        print(f'not saving: the gradient of iteration {iter_num - 1}, or a weight after it, is not finite')
+        if math.isfinite(largest_weight(model)):
+            if not self.in_a_row or math.isfinite(mean_over_ranks(next_loss()).item()):
+                return True
+        print('not saving: the last loss, or a weight, is not finite (inf or NaN)')
         return False
 
 

@@ -25,10 +25,13 @@ def check_fields(checkpoint, path: str, to_resume: bool, tensors: bool = True) -
     stored elsewhere, so that `model` maps names to names, and AdamW's state has the steps only.
     Raises UserError, which names the field, if one is missing or cannot be used.
     """
-    if not isinstance(checkpoint, dict) or not {'model', 'model_args', 'iter_num'} <= checkpoint.keys():
-        keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
-        lacking = ', '.join(k for k in ('model', 'model_args', 'iter_num') if k not in keys)
-        raise UserError(f'{path} is a file of torch, but no checkpoint of a training run: it lacks {lacking}')
+    kinds = {'model': dict, 'model_args': dict, 'iter_num': object}
+    fields = checkpoint if isinstance(checkpoint, dict) else {}
+    lacking = [k for k, kind in kinds.items() if k not in fields or not isinstance(fields[k], kind)]
+    if lacking:
+        raise UserError(
+            f'{path} is a file of torch, but no checkpoint of a training run: it lacks {", ".join(lacking)}'
+        )
     field = Field(path)
     result = dict(checkpoint)
     result['iter_num'] = field.number('iter_num', checkpoint['iter_num'], 0, 10**12, whole=True)
@@ -39,7 +42,7 @@ def check_fields(checkpoint, path: str, to_resume: bool, tensors: bool = True) -
     if 'dataset' in config:
         field.text('config.dataset', config['dataset'], 4096)
 
-    weights = field.dictionary('model', checkpoint['model'])
+    weights = checkpoint['model']
     for name, weight in weights.items():
         field.text('model (a name in it)', name, 4096)
         if tensors:
@@ -49,7 +52,7 @@ def check_fields(checkpoint, path: str, to_resume: bool, tensors: bool = True) -
     result['model_args'] = _model_args(field, checkpoint['model_args'], weights, tensors)
     if to_resume:
         result['optimizer'] = _optimizer(field, checkpoint.get('optimizer'), path)
-        _resume(field, checkpoint.get('resume', {}), result['model_args'])
+        _resume(field, checkpoint.get('resume', {}))
     return result
 
 
@@ -65,23 +68,22 @@ def check_finite(tensor: torch.Tensor, name: str, least: float = -math.inf) -> N
 
 
 def _model_args(field, model_args, weights, tensors):
-    args = dict(field.dictionary('model_args', model_args))
+    args = dict(model_args)
     for name in SIZES:
-        if name in args:
-            args[name] = field.number(f'model_args.{name}', args[name], 1, 2**31 - 1, whole=True)
+        args[name] = field.number(f'model_args.{name}', args.get(name), 1, 2**31 - 1, whole=True)
     if 'bias' in args:
         bias = args['bias']
         args['bias'] = bias if isinstance(bias, bool) else bool(field.number('model_args.bias', bias, 0, 1, whole=True))
     if 'dropout' in args:
         args['dropout'] = field.number('model_args.dropout', args['dropout'], 0, 1)
-    if 'n_embd' in args and args['n_embd'] % args.get('n_head', 1):
+    if args['n_embd'] % args['n_head']:
         field.wrong('model_args.n_embd', args['n_embd'], f'a multiple of model_args.n_head, {args["n_head"]}')
     # a model far larger than its weights would use up the memory before the two are compared
     most = {'n_layer': len(weights)}
     if tensors:
         widest = max((max(v.shape) for v in weights.values() if v.dim()), default=0)
         most |= {'n_embd': widest, 'vocab_size': widest, 'block_size': sum(v.numel() for v in weights.values())}
-    for name in most.keys() & args.keys():
+    for name in most:
         if args[name] > max(most[name], 1):
             field.wrong(f'model_args.{name}', args[name], f'at most {most[name]}, to go with the weights')
     return args
@@ -110,7 +112,7 @@ def _optimizer(field, optimizer, path):
     return {**optimizer, 'state': state}
 
 
-def _resume(field, resume, model_args):
+def _resume(field, resume):
     field.dictionary('resume', resume)
     for r, state in enumerate(field.list('resume.ranks', resume.get('ranks', []))):
         name = f'resume.ranks[{r}]'
@@ -133,9 +135,6 @@ def _resume(field, resume, model_args):
                 or tokens.shape != state['X'].shape
             ):
                 field.wrong(f'{name}.{k}', tokens, 'a batch of tokens, int64 (batch_size, block_size)')
-            least, most = torch.aminmax(tokens)
-            if least < 0 or most >= model_args.get('vocab_size', 2**31):
-                field.wrong(f'{name}.{k}', tokens, 'of tokens in the vocabulary')
     scaler = field.dictionary('resume.scaler', resume.get('scaler', {}))
     for k, (least, most) in SCALER.items() if scaler else ():  # empty unless the run was in float16
         field.number(f'resume.scaler.{k}', scaler.get(k), least, most)

@@ -10,9 +10,11 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 
+from errors import UserError
 from token_files import outside_vocabulary
 
 CHUNK = 4 << 20  # bytes; the thread needs no more memory than this
@@ -31,6 +33,8 @@ def scan_in_background(data, vocab_size: int) -> threading.Thread:
 
 
 def _scan(data, vocab_size):
+    with suppress(UserError):  # which comes again at the first save
+        data.manifest()  # now, before anything can replace the files
     files = [file for tokens in data.splits.values() for file in tokens.files if _can_exceed(file, vocab_size)]
     files.sort(key=lambda file: file.bytes)  # small ones are checked before the run has done its first steps
     total, done, shown = sum(file.bytes for file in files), 0, time.monotonic()
@@ -40,7 +44,8 @@ def _scan(data, vocab_size):
             for tokens in _chunks(file):
                 if tokens.max() >= vocab_size:  # without Python's lock
                     i = int(np.argmax(tokens >= vocab_size))
-                    data.problems.append(outside_vocabulary(file.path, position + i, tokens[i], vocab_size))
+                    message = outside_vocabulary(file.path, position + i, tokens[i], vocab_size)
+                    data.problems.append((file.path, message))
                     return
                 position += len(tokens)
                 done += tokens.nbytes
@@ -48,7 +53,7 @@ def _scan(data, vocab_size):
                     shown = time.monotonic()
                     print(f'checking the tokens: {done / 1e9:.1f} of {total / 1e9:.1f} GB', file=sys.stderr)
         except OSError as e:
-            data.problems.append(f'{file.path} cannot be read any more: {e.strerror}')
+            data.problems.append((file.path, f'{file.path} cannot be read any more: {e.strerror}'))
             return
 
 

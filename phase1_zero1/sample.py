@@ -89,6 +89,10 @@ x = torch.tensor(encoding.encode(start), dtype=torch.long, device=device)[None, 
 # generation
 sys.stdout.reconfigure(errors='backslashreplace')  # characters that a terminal cannot show
 with torch.no_grad(), ctx:
+    if not model(x[:, -model.config.block_size :])[0].isfinite().all():
+        raise UserError(
+            'the model computes numbers that are not finite: its weights are no result of a training that converged'
+        )
     for k in range(num_samples):
         y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k)
         print(encoding.decode(y[0].tolist()))

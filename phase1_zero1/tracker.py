@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from end_of_run import at_end
 from errors import UserError, first_line
+from shell import pip_install
 
 INIT_SECONDS = 10  # wait for the start, so that a login prompt comes before the training's lines
 FINISH_SECONDS = 20  # torchrun kills a rank 30 s after another has failed
@@ -69,7 +70,7 @@ class Tracker:
         if not started.wait(INIT_SECONDS):
             self._warn(f'it has not started within {INIT_SECONDS} s, and its records wait until it has')
         if self.missing:
-            raise UserError(f'this needs the package {self.name}, which is not installed: pip install {self.name}')
+            raise UserError(f'this needs the package {self.name}, which is not installed: {pip_install(self.name)}')
 
     def log(self, record: dict):
         """Sends the record, {name: number}, with the iteration under the name 'iter'. Returns at once and never raises."""

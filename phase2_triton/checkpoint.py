@@ -152,7 +152,8 @@ def find_checkpoint(out_dir: str) -> str:
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
     for name in sorted(name for name in names if is_checkpoint_folder(out_dir, name)):
         folder = os.path.join(out_dir, name)
-        if not os.path.exists(path) or os.path.getmtime(folder) > os.path.getmtime(path):
+        whole = any(entry.is_file() for entry in os.scandir(folder))  # the first save in it has come to its end
+        if whole and (not os.path.exists(path) or os.path.getmtime(folder) > os.path.getmtime(path)):
             path = folder
     return path
 
@@ -237,7 +238,7 @@ def load_model(model: torch.nn.Module, checkpoint: dict) -> None:
     own = model.state_dict()
     saved = fit_names(checkpoint['model'], own)
     wrong = [f'{k} is missing' for k in own if k not in saved] + [f'{k} is unknown' for k in saved if k not in own]
-    for k in own.keys() & saved.keys():
+    for k in (k for k in own if k in saved):
         if saved[k].shape != own[k].shape:
             wrong.append(f'{k} is {tuple(saved[k].shape)} instead of {tuple(own[k].shape)}')
         elif saved[k].is_floating_point() != own[k].is_floating_point():

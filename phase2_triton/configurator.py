@@ -47,6 +47,7 @@ NOT_NEGATIVE = (
     'temperature',
     'peak_tflops',
     'warmup',
+    'val_tokens',
 )
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 NAMES = ('device', 'dtype', 'backend')  # never True or False; other flags that are auto by default can be

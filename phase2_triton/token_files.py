@@ -170,11 +170,11 @@ class TokenFiles:
     count as resident memory, and a file that shrinks would kill the process.
 
     A problem with the data (a token outside the vocabulary, a file that cannot be read any more) raises no error in the
-    middle of a step, where the other ranks would wait for this one. It is appended to the list `problems`, and the
-    tokens in question become -1, which the loss ignores.
+    middle of a step, where the other ranks would wait for this one. It is appended to the list `problems`, as (path, message),
+    and the tokens in question become -1, which the loss ignores.
     """
 
-    def __init__(self, files: list[TokenFile], block_size: int, problems: list[str] | None = None):
+    def __init__(self, files: list[TokenFile], block_size: int, problems: list[tuple[str, str]] | None = None):
         self.files, self.block_size = files, block_size
         self.problems = [] if problems is None else problems
         # cumulative counts, from 0: of windows at any position, for random draws, and of rows that do not overlap
@@ -227,13 +227,15 @@ class TokenFiles:
             try:
                 tokens = self.read(k, position, self.block_size + 1)
             except OSError as e:
-                self.problems.append(f'{self.files[k].path} cannot be read any more: {e.strerror or e}')
+                path = self.files[k].path
+                self.problems.append((path, f'{path} cannot be read any more: {e.strerror or e}'))
                 continue
             row[: len(tokens)] = tokens
         if rows.max() >= vocab_size:
             r, i = np.argwhere(rows >= vocab_size)[0]
             k, position = places[r]
-            self.problems.append(outside_vocabulary(self.files[k].path, position + i, rows[r, i], vocab_size))
+            path = self.files[k].path
+            self.problems.append((path, outside_vocabulary(path, position + i, rows[r, i], vocab_size)))
             rows[rows >= vocab_size] = -1
         return torch.from_numpy(rows)
 

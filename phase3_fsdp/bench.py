@@ -9,13 +9,13 @@ import os
 import statistics
 import sys
 
-import numpy as np
 import torch
 
 import hardware
 from configurator import configure
 from cuda_graph import MicroStep, resolve_cuda_graph, use_side_stream
-from dataset import check_tokens, find_data_dir, load_meta, open_tokens
+from dataset import open_dataset
+from token_files import inputs_and_targets
 
 # -----------------------------------------------------------------------------
 batch_size = 12  # sequences in a micro-step
@@ -27,7 +27,7 @@ bias = False  # biases in Linear and LayerNorm layers?
 dropout = 0.0  # 0 for determinism
 gradient_accumulation_steps = 1  # micro-steps of one iteration
 real_data = True  # batches of a data set; False: the same random tokens each time
-dataset = 'openwebtext'  # folder in data/, or a path; needs real_data
+dataset = 'openwebtext'  # name in data/, folder, or quoted pattern of shards; needs real_data
 seed = 1337  # of the random numbers
 model_dir = ''  # folder of the model.py to time, such as ../phase2_triton; empty: this one
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
@@ -51,16 +51,12 @@ ctx = hardware.autocast(device, dtype)
 
 # data
 if real_data:
-    data_dir = find_data_dir(dataset)
-    meta = load_meta(data_dir)
-    vocab_size = meta.get('vocab_size', 50304)
-    train_data = open_tokens(data_dir, 'train', block_size, meta)
+    data = open_dataset(dataset, block_size, splits=('train',))
+    vocab_size = data.meta.get('vocab_size', 50304)
 
     def get_batch():
-        ix = torch.randint(len(train_data) - block_size, (batch_size,))
-        rows = torch.stack([torch.from_numpy(train_data[i : i + block_size + 1].astype(np.int64)) for i in ix])
-        check_tokens(rows, vocab_size, data_dir)
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        x, y = inputs_and_targets(data.train.sample(batch_size, vocab_size))
+        data.raise_problem()
         if device_type == 'cuda':
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)

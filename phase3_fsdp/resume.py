@@ -97,25 +97,30 @@ def rank_state(device, X, Y):
     return state
 
 
-def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shape):
+def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shape, sequential):
     """
     Sets the random generators as they were and returns the batch X, Y that comes next, on the CPU. Where that cannot be
     (another world size, batch shape or data set, or a checkpoint of nanoGPT's) it starts a new data order, one that does
-    not repeat what the run has seen before, and returns None.
+    not repeat what the run has seen before, and returns None. With a sequential order only dropout is affected.
     """
     ranks = checkpoint.get('resume', {}).get('ranks', [])
     if (
         len(ranks) != world_size
         or ranks[rank]['X'].shape != batch_shape
-        or checkpoint.get('config', {}).get('dataset') != dataset
+        or not (checkpoint['resume'].get('data') or checkpoint.get('config', {}).get('dataset') == dataset)
     ):
         if rank == 0:
-            print(
-                "a new data order: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own"
-            )
+            new = 'new random numbers' if sequential else 'a new data order'
+            print(f"{new}: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own")
         torch.manual_seed(1337 + rank + 1_000_003 * checkpoint['iter_num'])
         return None
-    state = ranks[rank]
+    state, vocab_size = ranks[rank], checkpoint['model_args']['vocab_size']
+    for k in ('X', 'Y'):
+        least, most = torch.aminmax(state[k])
+        if least < 0 or most >= vocab_size:
+            raise UserError(
+                f"the checkpoint's resume.ranks[{rank}].{k} has tokens from {least} to {most}, outside its vocabulary of {vocab_size}"
+            )
     torch.set_rng_state(state['rng'])
     if device.startswith('cuda') and 'cuda_rng' in state:
         torch.cuda.set_rng_state(state['cuda_rng'], device)
@@ -140,7 +145,7 @@ class Resume:
     weights, it is empty: iteration 0, no best loss, and load() and next_batch() leave everything as it is.
 
     path: the checkpoint's file (or folder, for a subclass). data: the Dataset to continue on. Raises UserError if the
-    checkpoint cannot be used, or was trained on other data.
+    checkpoint cannot be used.
     """
 
     def __init__(self, path: str | None = None, data=None):
@@ -152,14 +157,18 @@ class Resume:
             extra = self.checkpoint.get('resume', {})  # nanoGPT's own checkpoints have none
             self.log = {'log': extra.get('log'), 'iter': self.iter_num}
             self.order = extra.get('order')
-            check_same_data(extra.get('data'), data)
+            self.data, self.saved_data = data, extra.get('data')
 
     def read(self, path: str) -> dict:
         return load_checkpoint(path, to_resume=True)
 
     def model_args(self, model_args: dict, given: set) -> dict:
-        """Returns the checkpoint's architecture. Raises UserError where a flag that the user set contradicts it."""
-        return resume_model_args(self.checkpoint, model_args, given) if self.path else model_args
+        """Returns the checkpoint's architecture. Raises UserError where it contradicts a flag that the user set, or the data."""
+        if not self.path:
+            return model_args
+        model_args = resume_model_args(self.checkpoint, model_args, given)
+        check_same_data(self.saved_data, self.data)
+        return model_args
 
     def load(self, model, optimizer, scaler):
         """Loads weights, AdamW's state and the float16 loss scale. Raises UserError where they do not fit."""
@@ -180,7 +189,10 @@ class Resume:
                 f'nothing is left to do: iteration {self.iter_num} comes next, and max_iters={config["max_iters"]} is the last'
             )
         shape, device = (config['batch_size'], config['block_size']), config['device']
-        batch = restore_rank_state(checkpoint, rank, world_size, device, config['dataset'], shape)
-        if batch is None or config['data_order'] == 'sequential':
+        sequential = config['data_order'] == 'sequential'
+        if sequential and not self.order:
+            print('the checkpoint has no position in the data: the sequential order starts at the first token')
+        batch = restore_rank_state(checkpoint, rank, world_size, device, config['dataset'], shape, sequential)
+        if batch is None or sequential:
             return None
         return tuple(tokens.to(device) for tokens in batch)

@@ -35,12 +35,13 @@ from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import UserError, first_line
 from out_dir import set_aside
+from shell import python_command
 
 FOLDER = 'ckpt_sharded'
 UNSHARDED = 'unsharded.pt'  # in a sharded checkpoint: everything but the tensors of weights and of AdamW's state
 UNSHARDED_BEFORE = 'rest.pt'  # its name in older ones
-README = """Checkpoints of a sharded model, which only the FSDP trainer reads, with several processes. To write out_dir/ckpt.pt,
-which every trainer reads, run this in the folder phase3_fsdp: python sharded_checkpoint.py full OUT_DIR
+README = """It is sharded: only the FSDP trainer reads it, with several processes. To make a ckpt.pt of it, which every
+trainer reads, run this in the folder phase3_fsdp: python sharded_checkpoint.py full OUT_DIR
 """
 
 
@@ -95,7 +96,7 @@ def load_checkpoint(path, fsdp):
     if not fsdp:
         out_dir = os.path.dirname(os.path.dirname(os.path.abspath(path)))
         about = ' '.join(README.split()).replace('OUT_DIR', shlex.quote(out_dir))
-        raise UserError(f'{path} is sharded. {about}')
+        raise UserError(f'{path} is a folder. {about}')
     unsharded = unsharded_file(path)
     checkpoint = check_fields(full_checkpoint.read_file(unsharded), unsharded, to_resume=True, tensors=False)
     return {**checkpoint, 'folder': path}
@@ -214,17 +215,6 @@ def open_sharded(folder, crcs=None, rank=0, world_size=1):
     Returns the reader and the metadata of the sharded checkpoint in folder. Raises UserError if a part of it is missing or
     damaged. crcs: {file: CRC-32 of each of its chunks}, None in older checkpoints; each rank checks its share of the files.
     """
-    names = sorted(crcs or ())
-    for name in [
-        *names[rank::world_size],
-        *names[:1],
-    ]:  # .metadata, the first, says where the tensors are: on each rank
-        try:
-            found = crc32_of_chunks(os.path.join(folder, os.path.basename(name)))
-        except OSError:
-            continue  # reported below
-        if found != crcs[name]:
-            raise UserError(f'the sharded checkpoint {folder} is damaged: the checksum (CRC-32) of {name} is wrong')
     try:
         reader = SafeReader(folder)
         metadata = reader.read_metadata()
@@ -243,6 +233,10 @@ def open_sharded(folder, crcs=None, rank=0, world_size=1):
             )
         if os.path.getsize(path) < size:
             raise UserError(f'the sharded checkpoint {folder} is not whole: {name} has been cut short')
+    names = sorted(crcs or ())
+    for name in [*names[rank::world_size], *names[:1]]:  # each rank has read .metadata, the first
+        if crc32_of_chunks(os.path.join(folder, os.path.basename(name))) != crcs[name]:
+            raise UserError(f'the sharded checkpoint {folder} is damaged: the checksum (CRC-32) of {name} is wrong')
     return reader, metadata
 
 
@@ -318,6 +312,7 @@ def convert(to, out_dir):
 if __name__ == '__main__':
     if len(sys.argv) != 3 or sys.argv[1] not in ('full', 'sharded'):
         raise UserError(
-            'usage: python sharded_checkpoint.py full|sharded OUT_DIR   # converts the checkpoint there to that format'
+            'sharded_checkpoint.py needs two arguments, the format to convert to (full or sharded) and the out_dir:\n'
+            f'  {python_command(__file__, "full", "OUT_DIR")}'
         )
     print(f'wrote {convert(*sys.argv[1:])}')

@@ -6,7 +6,7 @@ from checkpoint import find_checkpoint
 from cuda_graph import resolve_cuda_graph, use_side_stream
 from distributed import check_environment, join_ranks, max_over_ranks
 from errors import UserError
-from hardware import resolve_auto
+from hardware import device_name, resolve_auto
 from output import protect_output
 
 INIT_FROM = ('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -27,6 +27,9 @@ def setup(config: dict, find_checkpoint=find_checkpoint, cpu_offload: bool = Fal
     config['cuda_graph'] = resolve_cuda_graph(config, world_size, cpu_offload)
     if config['cuda_graph']:
         use_side_stream(config['device'])
+    device, dtype, compile, backend = (config[name] for name in names)
+    over = f' over {backend}' if world_size > 1 else ''
+    print(f'device {device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}{over}')
     if config['init_from'] == 'auto':
         found = max_over_ranks(os.path.exists(find_checkpoint(config['out_dir'])))
         config['init_from'] = 'resume' if found else 'scratch'

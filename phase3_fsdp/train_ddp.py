@@ -272,7 +272,7 @@ while True:
                 if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                     if not save_checkpoint(best, required=False):
                         best_val_loss = previous_best  # ckpt_best.pt still is the previous one
-    if done and iter_num > first_iter and step_guard.worth_saving(model, estimate_loss, iter_num):
+    if done and iter_num > first_iter and step_guard.worth_saving(model, lambda: micro_step(X, Y)):
         save_checkpoint(best=False, required=True)  # the last state
     if done or eval_only:
         break

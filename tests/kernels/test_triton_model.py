@@ -1,6 +1,6 @@
 """
-Phase 2's model against the reference's, and both against float64: losses and gradients, alone and inside everything that wraps a model.
-test_fused.py runs these on the GPU where there is one, and elsewhere in a process with TRITON_INTERPRET=1.
+The Triton model against the reference's, and both against float64: losses and gradients, alone and inside everything that wraps a
+model.
 """
 
 import importlib.util
@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics import bf16, device, f16, f32, f64, gpu
 from torch import nn
 
 import fake_cuda_graph
 from kernels import available
 from kernels.device import answers
-from layer_norm_cases import bf16, device, f16, f32, f64, gpu
 
 VOCABULARY, BLOCK, MICRO_STEPS = 65, 16 if gpu else 8, 3 if gpu else 2  # the interpreter takes half a second for one
 
 
 def load_model(folder):
     spec = importlib.util.spec_from_file_location(
-        f'{folder}_model', Path(__file__).resolve().parent.parent / folder / 'model.py'
+        f'{folder}_model', Path(__file__).resolve().parents[2] / folder / 'model.py'
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -190,7 +190,7 @@ def test_evaluation_and_sampling():
         with torch.no_grad():
             logits, loss = model(x, y)
             torch.manual_seed(1)
-            results.append((logits, loss, model.generate(x[:, :3], 20, top_k=5)))
+            results.append((logits, loss, model.generate(x[:, :3], BLOCK + 4, top_k=5)))
     assert results[1][0].shape == (2, BLOCK, VOCABULARY)
     torch.testing.assert_close(results[1][:2], results[0][:2], rtol=1e-5, atol=1e-5)
     assert torch.equal(results[0][2], results[1][2])
