@@ -71,7 +71,7 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, again
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror}') from None
     if size == 0:
-        raise UserError(f'{path} is empty. {again}')
+        raise UserError(f'{path} is empty. {again}'.rstrip())
     for start, what in FOREIGN:
         if head.startswith(start):
             raise UserError(f'{path} is {what}')
@@ -85,7 +85,9 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, again
             f"--dataset='{os.path.join(os.path.dirname(path), 'NAME_*.bin')}'"
         )
     if _is_text(head):
-        raise UserError(f'{path} is text, not token ids: it begins {head[:40].decode("utf-8", "ignore")!r}. {again}')
+        raise UserError(
+            f'{path} is text, not token ids: it begins {head[:40].decode("utf-8", "ignore")!r}. {again}'.rstrip()
+        )
     if _has_megatron_index(path):
         raise UserError(
             f'{path} belongs to the Megatron index {os.path.splitext(path)[0]}.idx, and Megatron data sets are not read here. '
@@ -99,7 +101,9 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, again
             + ("; or let meta.pkl say 'dtype': 'uint32'" if wide == 32 else '')
         )
     if size % ids.itemsize:
-        raise UserError(f'{path} is truncated: {size:,} bytes are no whole number of {ids.name} tokens. {again}')
+        raise UserError(
+            f'{path} is truncated: {size:,} bytes are no whole number of {ids.name} tokens. {again}'.rstrip()
+        )
     return TokenFile(path, 'headerless', ids, 0, size // ids.itemsize)
 
 

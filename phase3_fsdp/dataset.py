@@ -131,13 +131,16 @@ def find_files(dataset: str) -> tuple[str, str, dict]:
 
 
 def _match(dataset):
-    """Returns (pattern, sorted paths) where dataset is a file or a pattern of files, and ('', []) where it is a folder or nothing."""
+    """
+    Returns (pattern, sorted paths) where dataset is a file or a pattern of files, and ('', []) where it is a folder or nothing.
+    Files other than .bin are ignored if any is one.
+    """
     candidates = _candidates(dataset)
     if not any(os.path.isdir(folder) for folder in candidates):
         for pattern in candidates:
             matches = sorted(path for path in glob.glob(pattern) if not os.path.isdir(path))
             if matches:
-                return pattern, matches
+                return pattern, [path for path in matches if path.endswith('.bin')] or matches
     return '', []
 
 

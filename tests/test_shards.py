@@ -127,6 +127,7 @@ def shards(tmp_path, monkeypatch):
 
 
 def test_a_data_set_is_a_name_a_folder_a_pattern_or_a_file(shards):
+    write(shards / 'data/web', {'shards.json': b'{}'})
     everything = [1] * 20 + [2] * 20 + [10] * 20
     for dataset in ('web', 'data/web', 'data/web/', str(shards / 'data/web'), 'data/web/web_*.bin', 'web/*'):
         data = open_dataset(dataset, 4)
@@ -286,7 +287,8 @@ def test_a_megatron_data_set_is_refused(tmp_path):
     index = b'MMIDIDX\0\0' + bytes(100)
     folder = write(tmp_path / 'a', {'web_document.bin': headerless(ENOUGH), 'web_document.idx': index})
     refuse(folder, 'web_document.bin belongs to the Megatron index', 'web_document.idx')
-    refuse(tmp_path / 'a/web_document*', 'web_document')
+    refuse(tmp_path / 'a/web_document*', 'web_document.bin belongs to')
+    refuse(tmp_path / 'a/web_document.idx', 'web_document.idx is the index of a Megatron data set')
     pair = {'train.bin': headerless(ENOUGH), 'train.idx': index, 'val.bin': headerless(ENOUGH)}
     refuse(write(tmp_path / 'b', pair), 'train.bin belongs to the Megatron index')
 
