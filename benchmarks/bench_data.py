@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'nanoGPT'))
-import data_scan
 import torch
+
+import data_scan
 from common import facts
 from data_order import SequentialOrder
 from dataset import open_dataset

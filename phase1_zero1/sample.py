@@ -8,8 +8,9 @@ $ python sample.py --init_from=gpt2-xl --start="What is the answer to life, the 
 import os
 import sys
 
-import hardware
 import torch
+
+import hardware
 from checkpoint import find_checkpoint, load_checkpoint, load_model
 from configurator import configure
 from dataset import find_data_dir, load_meta
@@ -18,15 +19,15 @@ from errors import UserError
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
-out_dir = 'out'  # folder of the checkpoint
-ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
+out_dir = 'out'  # folder of the checkpoint; needs init_from=resume
+ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss; needs init_from=resume
 dataset = ''  # data set whose encoding to use; empty: the one that the checkpoint was trained on
 start = '\n'  # text to continue, such as "<|endoftext|>"; FILE:prompt.txt takes it from a file
 num_samples = 10  # number of samples to draw
 max_new_tokens = 500  # tokens in each
 temperature = 0.8  # 1.0: as trained; less: safer; more: wilder; 0.0: always the likeliest token
-top_k = 200  # draw from this many of the likeliest tokens only
-seed = 1337  # of the random numbers
+top_k = 200  # draw from this many of the likeliest tokens only; needs temperature
+seed = 1337  # of the random numbers; needs temperature
 model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this one
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
 dtype = 'auto'  # float32, bfloat16 or float16
@@ -34,7 +35,7 @@ compile = False  # use torch.compile?
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
-device, dtype, compile, _ = hardware.choose(device, dtype, compile, backend='auto')
+device, dtype, compile, _ = hardware.resolve_auto(device, dtype, compile, backend='auto')
 torch.manual_seed(seed)
 ctx = hardware.autocast(device, dtype)
 
@@ -47,7 +48,7 @@ model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_f
 if init_from == 'resume':
     checkpoint = load_checkpoint(find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt))
     known = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
-    model = GPT(GPTConfig(**{**known, 'dropout': 0.0}, **model_options))
+    model = GPT(GPTConfig(**{**known, 'dropout': 0.0, **model_options}))
     load_model(model, checkpoint)
     dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
 elif init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
@@ -88,6 +89,10 @@ x = torch.tensor(encoding.encode(start), dtype=torch.long, device=device)[None, 
 # generation
 sys.stdout.reconfigure(errors='backslashreplace')  # characters that a terminal cannot show
 with torch.no_grad(), ctx:
+    if not model(x[:, -model.config.block_size :])[0].isfinite().all():
+        raise UserError(
+            'the model computes numbers that are not finite: its weights are no result of a training that converged'
+        )
     for k in range(num_samples):
         y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k)
         print(encoding.decode(y[0].tolist()))

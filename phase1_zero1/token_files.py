@@ -17,6 +17,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+
 from errors import UserError
 
 HEADER_BYTES = 256 * 4

@@ -12,6 +12,31 @@ from errors import UserError
 from token_files import TokenFiles
 
 
+def training_order(tokens: TokenFiles, config: dict, rank: int, world_size: int, state: dict | None):
+    """
+    Returns the order in which a run reads the training data: .next(vocab_size) -> rows, .state() -> dict or None. state: that
+    of a checkpoint, or None to start. Raises UserError for an unknown data_order.
+    """
+    if config['data_order'] not in ('random', 'sequential'):
+        raise UserError(f'data_order={config["data_order"]}, but it can be random or sequential')
+    if config['data_order'] == 'random':
+        return RandomOrder(tokens, config['batch_size'])
+    return SequentialOrder(tokens, config['batch_size'], rank, world_size, state)
+
+
+class RandomOrder:
+    """Random windows, with replacement. The state is that of torch's random generator, which a checkpoint has anyway."""
+
+    def __init__(self, tokens: TokenFiles, batch_size: int):
+        self.tokens, self.batch_size = tokens, batch_size
+
+    def next(self, vocab_size: int):
+        return self.tokens.sample(self.batch_size, vocab_size)
+
+    def state(self) -> None:
+        return None
+
+
 class SequentialOrder:
     """
     order = SequentialOrder(data.train, batch_size, rank, world_size, state)     # state of a checkpoint, or None to start

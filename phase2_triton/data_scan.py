@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 
 import numpy as np
+
 from errors import UserError
 from token_files import outside_vocabulary
 

@@ -21,9 +21,11 @@ import re
 import sys
 
 import torch.distributed as dist
+
 from data_identity import make_manifest, without_fingerprints
 from encoding import encoding_fingerprint, get_encoding
 from errors import UserError
+from shell import python_command
 from token_files import TokenFiles, recognize
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -271,9 +273,8 @@ def prepare_command(data_dir):
     """Returns the command that prepares data_dir, for error messages."""
     own, text = os.path.join(data_dir, 'prepare.py'), os.path.join(HERE, 'data', 'text', 'prepare.py')
     if not os.path.exists(own):
-        return f'python {os.path.relpath(text)} YOUR_FILES --out {data_dir}'
-    files = ' YOUR_FILES' if os.path.exists(text) and os.path.samefile(own, text) else ''
-    return f'python {os.path.relpath(own)}{files}'
+        return python_command(text, 'YOUR_FILES', '--out', data_dir)
+    return python_command(own, *['YOUR_FILES'] * (os.path.exists(text) and os.path.samefile(own, text)))
 
 
 class _PlainUnpickler(pickle.Unpickler):

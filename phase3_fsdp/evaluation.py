@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+
 from distributed import mean_over_ranks
 from encoding import get_encoding
 from errors import UserError
@@ -103,3 +104,19 @@ def bytes_per_token(data, num_tokens: int) -> float | None:
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
     """Returns a loss in nats per token as bits per byte of text, which is comparable between encodings; None if unknown."""
     return loss / math.log(2) / bytes_per_token if bytes_per_token else None
+
+
+class FirstTokens:
+    """The validation loss over exactly the first config['val_tokens'] tokens; nothing if that is 0. Raises UserError if there are fewer."""
+
+    def __init__(self, data, config: dict):
+        self.data, self.config, self.bytes_per_token = data, config, None
+        if config['val_tokens']:
+            count_predictions(data.val, config['val_tokens'])
+            self.bytes_per_token = bytes_per_token(data, config['val_tokens'])
+
+    def loss(self, model, context, stop_signal) -> dict | None:
+        """Returns {'val': nats, 'val_bits_per_byte': bits or None}; None if a stop was requested meanwhile. Collective."""
+        names = ('val_tokens', 'block_size', 'batch_size', 'device')
+        loss = mean_loss(model, self.data.val, *(self.config[k] for k in names), context, stop_signal.requested)
+        return None if loss is None else {'val': loss, 'val_bits_per_byte': bits_per_byte(loss, self.bytes_per_token)}

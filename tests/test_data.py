@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / 'nanoGPT'), str(ROOT / 'nanoGPT' / 'data')]
 import dataset
 import encoding
 import prepare_common
-
+import text_reader
 from errors import UserError
 
 ENDOFTEXT = 50256
@@ -50,7 +50,7 @@ def copy(tmp_path):
         copy / 'data',
         ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__'),
     )
-    for name in ('encoding.py', 'errors.py'):
+    for name in ('encoding.py', 'errors.py', 'shell.py'):
         shutil.copy(ROOT / 'nanoGPT' / name, copy)
     return copy
 
@@ -139,7 +139,7 @@ def test_python_char_real(copy):
     phase = copy.parent / 'phase1_zero1'
     phase.mkdir()
     (phase / 'data').symlink_to('../nanoGPT/data')
-    for name in ('encoding.py', 'errors.py'):
+    for name in ('encoding.py', 'errors.py', 'shell.py'):
         shutil.copy(copy / name, phase)
     run = subprocess.run([sys.executable, 'data/python_char/prepare.py'], cwd=phase, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -272,6 +272,7 @@ def test_text_gpt2(prepare, tmp_path, monkeypatch):
     text = ''.join(f'línea {i}:  "quoted"\tand 中文\r\n{" " * (i % 9)}\n' for i in range(3000))
     (tmp_path / 'one.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
     monkeypatch.setattr(prepare_common, 'GROUP', 1000)
+    monkeypatch.setattr(text_reader, 'BLOCK', 1000)
     train, val, _ = read(prepare('text', tmp_path / 'one.txt', '--val_fraction', 0.2))
     expected = [*encoding.get_encoding({}).encode(text.replace('\r\n', '\n')), ENDOFTEXT]
     assert [*train, *val] == expected and len(val) == int(len(expected) * 0.2)

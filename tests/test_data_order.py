@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from conftest import NANOGPT, TINY, load, log_of
 from data_order import SequentialOrder
 from dataset import open_dataset

@@ -4,10 +4,11 @@ import math
 import pickle
 from contextlib import nullcontext
 
-import evaluation
 import numpy as np
 import pytest
 import torch
+
+import evaluation
 from conftest import NANOGPT, TINY, log_of
 from dataset import open_dataset
 from errors import UserError

@@ -4,11 +4,12 @@ import os
 import pickle
 import shutil
 
-import data_identity
-import encoding
 import numpy as np
 import pytest
 import torch
+
+import data_identity
+import encoding
 from conftest import NANOGPT, TINY, load, losses
 from dataset import load_meta, open_dataset
 from errors import UserError

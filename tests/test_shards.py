@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import token_files
 import torch
+
+import token_files
 from dataset import find_data_dir, find_meta, open_dataset
 from errors import UserError
 

@@ -1,6 +1,6 @@
 """
-Phase 2's model against the reference's, and both against float64: losses and gradients, alone and inside everything that wraps a model.
-test_fused.py runs these on the GPU where there is one, and elsewhere in a process with TRITON_INTERPRET=1.
+The Triton model against the reference's, and both against float64: losses and gradients, alone and inside everything that wraps a
+model.
 """
 
 import importlib.util
@@ -8,12 +8,12 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import fake_cuda_graph
 import pytest
 import torch
-from layer_norm_cases import bf16, device, f16, f32, f64, gpu
+from numerics import bf16, device, f16, f32, f64, gpu
 from torch import nn
 
+import fake_cuda_graph
 from kernels import available
 from kernels.device import answers
 
@@ -22,7 +22,7 @@ VOCABULARY, BLOCK, MICRO_STEPS = 65, 16 if gpu else 8, 3 if gpu else 2  # the in
 
 def load_model(folder):
     spec = importlib.util.spec_from_file_location(
-        f'{folder}_model', Path(__file__).resolve().parent.parent / folder / 'model.py'
+        f'{folder}_model', Path(__file__).resolve().parents[2] / folder / 'model.py'
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -190,7 +190,7 @@ def test_evaluation_and_sampling():
         with torch.no_grad():
             logits, loss = model(x, y)
             torch.manual_seed(1)
-            results.append((logits, loss, model.generate(x[:, :3], 20, top_k=5)))
+            results.append((logits, loss, model.generate(x[:, :3], BLOCK + 4, top_k=5)))
     assert results[1][0].shape == (2, BLOCK, VOCABULARY)
     torch.testing.assert_close(results[1][:2], results[0][:2], rtol=1e-5, atol=1e-5)
     assert torch.equal(results[0][2], results[1][2])
@@ -279,7 +279,6 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
     since; so does a micro-step behind them that is not replayed, as the last one under DDP. Where there is no GPU, by graphs that are faked.
     """
     import cuda_graph
-
     import kernels.cross_entropy
     import kernels.linear
 
@@ -298,7 +297,7 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
             loss.backward()
             return loss.detach()
 
-        step = cuda_graph.MicroStepGraph(micro_step, model) if recorded else micro_step
+        step = cuda_graph.MicroStep(micro_step, model, capture=recorded)
         with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
             for i, count in enumerate((2, 2, 2, 2, 3, 1) if gpu else (2, 2, 2, 3)):
                 if recorded and i == 2:
@@ -345,7 +344,7 @@ def test_too_little_memory_for_a_recording(monkeypatch):
         def micro_step(x, y, error=error):
             raise error
 
-        step = cuda_graph.MicroStepGraph(micro_step, small(load_model('nanoGPT'), n_layer=1))
+        step = cuda_graph.MicroStep(micro_step, small(load_model('nanoGPT'), n_layer=1), capture=True)
         with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext(), pytest.raises(expected) as caught:
             step(*batches(1)[0])
         assert type(caught.value) is expected
@@ -424,7 +423,7 @@ def test_recorded_under_ddp(folder, micro_steps, monkeypatch):
             loss.backward()
             return loss.detach()
 
-        graph, buckets = cuda_graph.MicroStepGraph(micro_step, ddp), set()
+        graph, buckets = cuda_graph.MicroStep(micro_step, ddp, capture=True), set()
         for i in range(cuda_graph.WARMUP_DDP + 4):
             if i == cuda_graph.WARMUP_DDP + 2:
                 graph.release()  # as for an evaluation

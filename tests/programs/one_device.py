@@ -3,17 +3,15 @@
 process group: FSDP then does all that it does on many, but for the sending. Under torchrun, with --backend=gloo (NCCL refuses
 that), all ranks share one GPU, and they send too:
 
-    torchrun --standalone --nproc_per_node=2 tests/one_device.py phase3_fsdp/train.py --backend=gloo ...
+    torchrun --standalone --nproc_per_node=2 tests/programs/one_device.py phase3_fsdp/train.py --backend=gloo ...
 """
 
+import importlib.util
 import os
-import runpy
-import sys
 
 import torch.distributed as dist
+from script import run_script
 
-del sys.argv[0]
-sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
 import distributed
 
 
@@ -24,7 +22,7 @@ class Several(int):
         return True
 
 
-def setup(backend, timeout_s):
+def join_ranks(backend, timeout_s):
     dist.init_process_group(
         'cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=dist.HashStore(), rank=0, world_size=1
     )
@@ -34,5 +32,9 @@ def setup(backend, timeout_s):
 if int(os.environ.get('WORLD_SIZE', 1)) > 1:
     os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')  # the only GPU
 else:
-    distributed.setup = setup
-runpy.run_path(sys.argv[0], run_name='__main__')
+    distributed.join_ranks = join_ranks
+    if importlib.util.find_spec('reference_trainer'):  # FSDP's: it would hand over a single process
+        import reference_trainer
+
+        reference_trainer.hand_over_if_unsharded = lambda config, given: None
+run_script()
