@@ -108,6 +108,17 @@ def run_losses(out_dir):
 
 
 @pytest.mark.parametrize('nproc', [1, 2])
+def test_resume_where_the_next_batch_has_the_end_of_a_shard(launch, web, nproc):
+    """Row 25 is the last of shard 1, so the batch that was drawn for iteration 3 has targets that are ignored."""
+    launch(TRAIN, *SEQUENTIAL, '--out_dir=whole', nproc=nproc)
+    launch(TRAIN, *SEQUENTIAL, '--max_iters=2', nproc=nproc)
+    assert any((rank['Y'] == -1).any() for rank in load('out/ckpt.pt')['resume']['ranks'])
+    launch(TRAIN, *SEQUENTIAL, '--init_from=resume', nproc=nproc)
+    expected, got = run_losses('whole'), run_losses('out')
+    assert got == {i: expected[i] for i in range(3, 21)}
+
+
+@pytest.mark.parametrize('nproc', [1, 2])
 def test_two_resumes_give_the_losses_of_an_undisturbed_run(launch, web, nproc):
     launch(TRAIN, *SEQUENTIAL, '--out_dir=whole', nproc=nproc)
     expected = run_losses('whole')
