@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+
 from checkpoint import load_checkpoint, load_model, write_checkpoint
 from checkpoint_changes import changes, representatives
 from conftest import NANOGPT, ROOT, TINY, load, log_of, make_letters
