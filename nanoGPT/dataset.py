@@ -25,7 +25,7 @@ import torch.distributed as dist
 from data_identity import make_manifest, without_fingerprints
 from encoding import encoding_fingerprint, get_encoding
 from errors import UserError
-from shell import python_command
+from shell import python_command, quote
 from token_files import TokenFiles, recognize
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -128,18 +128,22 @@ def find_files(dataset: str) -> tuple[str, str, dict]:
     for split, other in (SPLITS, SPLITS[::-1]):
         if not paths[split]:
             start, file = os.path.split(pattern)
-            paths[split] = sorted(glob.glob(os.path.join(start, file.replace(other, split))))
+            found = sorted(glob.glob(os.path.join(start, file.replace(other, split))))
+            paths[split] = [path for path in found if path.endswith('.bin') and _split_of(path) == split]
     return pattern, os.path.dirname(matches[0]) or '.', paths
 
 
 def _match(dataset):
-    """Returns (pattern, sorted paths) where dataset is a file or a pattern of files, and ('', []) where it is a folder or nothing."""
+    """
+    Returns (pattern, sorted paths) where dataset is a file or a pattern of files, and ('', []) where it is a folder or nothing.
+    Files other than .bin are ignored if any is one.
+    """
     candidates = _candidates(dataset)
     if not any(os.path.isdir(folder) for folder in candidates):
         for pattern in candidates:
             matches = sorted(path for path in glob.glob(pattern) if not os.path.isdir(path))
             if matches:
-                return pattern, matches
+                return pattern, [path for path in matches if path.endswith('.bin')] or matches
     return '', []
 
 
@@ -168,14 +172,14 @@ def _files_in(folder):
     if pair and shards:
         raise UserError(
             f'{folder} holds {" and ".join(pair)} and also {shards[0]}, so it is unclear which to read. Give '
-            f"--dataset={os.path.join(folder, pair[0])}, or a pattern such as --dataset='{_pattern(folder, shards[0])}'"
+            f'--dataset={quote(os.path.join(folder, pair[0]))}, or a pattern such as --dataset={_pattern(folder, shards[0])}'
         )
     return {split: [os.path.join(folder, name) for name in files[split]] for split in SPLITS}
 
 
 def _pattern(folder, shard):
-    """Returns a pattern for the shards of both splits that are named like this one."""
-    return os.path.join(folder, re.sub('train|val|[0-9]+', '*', shard))
+    """Returns a pattern, quoted for a shell, for the shards of both splits that are named like this one."""
+    return quote(os.path.join(folder, re.sub('train|val|[0-9]+', '*', shard)))
 
 
 def _missing(folder, split, paths):

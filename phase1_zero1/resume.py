@@ -117,7 +117,7 @@ def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shap
     state, vocab_size = ranks[rank], checkpoint['model_args']['vocab_size']
     for k in ('X', 'Y'):
         least, most = torch.aminmax(state[k])
-        if least < 0 or most >= vocab_size:
+        if least < (-1 if k == 'Y' else 0) or most >= vocab_size:
             raise UserError(
                 f"the checkpoint's resume.ranks[{rank}].{k} has tokens from {least} to {most}, outside its vocabulary of {vocab_size}"
             )

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from errors import UserError
+from shell import quote
 
 HEADER_BYTES = 256 * 4
 SHARDS = {20240520: ('llm.c', 1, 'uint16'), 20240801: ('llm.c Llama 3', 7, 'uint32')}  # magic: name, version, dtype
@@ -72,7 +73,7 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, again
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror}') from None
     if size == 0:
-        raise UserError(f'{path} is empty. {again}')
+        raise UserError(f'{path} is empty. {again}'.rstrip())
     for start, what in FOREIGN:
         if head.startswith(start):
             raise UserError(f'{path} is {what}')
@@ -81,12 +82,15 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, again
         return _recognize_shard(path, size, magic, version, count)
     if 20240101 <= magic <= 20241231 and size >= HEADER_BYTES:  # llm.c's magic numbers are dates
         what = 'evaluation file (multiple-choice questions)' if magic == 20240522 else f'file with the magic {magic}'
+        pattern = quote(os.path.join(os.path.dirname(path), 'NAME_*.bin'))
         raise UserError(
-            f"{path} is llm.c's {what}, not a token shard. Remove it from the folder, or name the shards by a pattern: "
-            f"--dataset='{os.path.join(os.path.dirname(path), 'NAME_*.bin')}'"
+            f"{path} is llm.c's {what}, not a token shard. Move it to another folder, or name the shards by a pattern such as "
+            f'--dataset={pattern}'
         )
     if _is_text(head):
-        raise UserError(f'{path} is text, not token ids: it begins {head[:40].decode("utf-8", "ignore")!r}. {again}')
+        raise UserError(
+            f'{path} is text, not token ids: it begins {head[:40].decode("utf-8", "ignore")!r}. {again}'.rstrip()
+        )
     if _has_megatron_index(path):
         raise UserError(
             f'{path} belongs to the Megatron index {os.path.splitext(path)[0]}.idx, and Megatron data sets are not read here. '
@@ -95,12 +99,13 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, again
     ids = np.dtype(dtype).newbyteorder('<')
     if wide and not known_count:
         raise UserError(
-            f'{path} holds ids of {wide} bits, to judge by its zeros, but they are read as {ids.name}. Write them as uint16: '
-            "np.fromfile(path, 'int64').astype('uint16').tofile(path)".replace('int64', f'int{wide}')
-            + ("; or let meta.pkl say 'dtype': 'uint32'" if wide == 32 else '')
+            f'{path} holds ids of {wide} bits, to judge by its zeros, but they are read as {ids.name}. Write them as uint16, or as '
+            f"uint32 with 'dtype': 'uint32' in meta.pkl. {again}".rstrip()
         )
     if size % ids.itemsize:
-        raise UserError(f'{path} is truncated: {size:,} bytes are no whole number of {ids.name} tokens. {again}')
+        raise UserError(
+            f'{path} is truncated: {size:,} bytes are no whole number of {ids.name} tokens. {again}'.rstrip()
+        )
     return TokenFile(path, 'headerless', ids, 0, size // ids.itemsize)
 
 
@@ -170,8 +175,9 @@ class TokenFiles:
     count as resident memory, and a file that shrinks would kill the process.
 
     A problem with the data (a token outside the vocabulary, a file that cannot be read any more) raises no error in the
-    middle of a step, where the other ranks would wait for this one. It is appended to the list `problems`, as (path, message),
-    and the tokens in question become -1, which the loss ignores.
+    middle of a step, where the other ranks would wait for this one. It is appended to the list `problems`, as (path, message).
+    The tokens in question become -1, which the loss ignores. If a window has no other ones, an earlier window takes its
+    place, because the mean of no losses would be NaN.
     """
 
     def __init__(self, files: list[TokenFile], block_size: int, problems: list[tuple[str, str]] | None = None):
@@ -181,6 +187,7 @@ class TokenFiles:
         self.first_window = [0, *accumulate(max(file.tokens - block_size, 0) for file in files)]
         self.first_row = [0, *accumulate(-(-(file.tokens - 1) // block_size) for file in files)]
         self.windows, self.rows = self.first_window[-1], self.first_row[-1]
+        self.spare = np.zeros(block_size + 1, np.int64)  # an earlier window
         self._descriptors = {}
         weakref.finalize(self, _close, self._descriptors)
 
@@ -222,6 +229,7 @@ class TokenFiles:
         return np.frombuffer(data, file.dtype)
 
     def _windows_at(self, places, vocab_size):
+        problems = len(self.problems)
         rows = np.full((len(places), self.block_size + 1), -1, np.int64)
         for row, (k, position) in zip(rows, places):
             try:
@@ -237,6 +245,10 @@ class TokenFiles:
             path = self.files[k].path
             self.problems.append((path, outside_vocabulary(path, position + i, rows[r, i], vocab_size)))
             rows[rows >= vocab_size] = -1
+        if len(self.problems) > problems:
+            rows[(rows[:, 1:] < 0).all(axis=1)] = self.spare
+        else:
+            self.spare = rows[-1].copy()
         return torch.from_numpy(rows)
 
     def _descriptor(self, k):

@@ -1,6 +1,8 @@
 """--data_order=sequential: every token once per epoch, and a position that survives any number of resumes."""
 
+import glob
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -106,6 +108,17 @@ def run_losses(out_dir):
 
 
 @pytest.mark.parametrize('nproc', [1, 2])
+def test_resume_where_the_next_batch_has_the_end_of_a_shard(launch, web, nproc):
+    """Row 25 is the last of shard 1, so the batch that was drawn for iteration 3 has targets that are ignored."""
+    launch(TRAIN, *SEQUENTIAL, '--out_dir=whole', nproc=nproc)
+    launch(TRAIN, *SEQUENTIAL, '--max_iters=2', nproc=nproc)
+    assert any((rank['Y'] == -1).any() for rank in load('out/ckpt.pt')['resume']['ranks'])
+    launch(TRAIN, *SEQUENTIAL, '--init_from=resume', nproc=nproc)
+    expected, got = run_losses('whole'), run_losses('out')
+    assert got == {i: expected[i] for i in range(3, 21)}
+
+
+@pytest.mark.parametrize('nproc', [1, 2])
 def test_two_resumes_give_the_losses_of_an_undisturbed_run(launch, web, nproc):
     launch(TRAIN, *SEQUENTIAL, '--out_dir=whole', nproc=nproc)
     expected = run_losses('whole')
@@ -117,16 +130,19 @@ def test_two_resumes_give_the_losses_of_an_undisturbed_run(launch, web, nproc):
     assert got == expected  # in every digit
 
 
-def test_resume_after_sigkill(launch, web):
-    """What a killed run had saved continues as if nothing had happened, whenever the kill comes."""
+@pytest.mark.parametrize('nproc', [1, 2])
+def test_sigkill_and_two_resumes(launch, web, nproc):
+    """The run that was killed continues as if nothing had happened, whenever the kill comes."""
     flags = [*SEQUENTIAL, '--max_iters=120', '--lr_decay_iters=120', '--eval_iters=1']
-    launch(TRAIN, *flags, '--out_dir=whole')
-    for _ in range(2):
-        launch(TRAIN, *flags, '--init_from=auto', kill_after=0.6, check=False)
-    launch(TRAIN, *flags, '--init_from=auto')
+    launch(TRAIN, *flags, '--out_dir=whole', nproc=nproc)
+    launch(TRAIN, *flags, nproc=nproc, kill_after=1, check=False)
+    for max_iters in (60, 120):
+        launch(TRAIN, *flags, '--init_from=auto', f'--max_iters={max_iters}', nproc=nproc)
     expected = run_losses('whole')
-    got = run_losses('out')
-    assert got and got == {i: expected[i] for i in got}
+    for log in glob.glob('out/run_*.json'):
+        with open(log) as f:
+            for record in json.load(f)['iterations']:
+                assert record['loss'] == expected[record['iter']]  # in every digit
     assert load('out/ckpt.pt')['resume']['order'] == load('whole/ckpt.pt')['resume']['order']
 
 

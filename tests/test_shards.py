@@ -128,6 +128,7 @@ def shards(tmp_path, monkeypatch):
 
 
 def test_a_data_set_is_a_name_a_folder_a_pattern_or_a_file(shards):
+    write(shards / 'data/web', {'shards.json': b'{}'})
     everything = [1] * 20 + [2] * 20 + [10] * 20
     for dataset in ('web', 'data/web', 'data/web/', str(shards / 'data/web'), 'data/web/web_*.bin', 'web/*'):
         data = open_dataset(dataset, 4)
@@ -139,6 +140,7 @@ def test_a_data_set_is_a_name_a_folder_a_pattern_or_a_file(shards):
         'web_val_000001.bin'
     ]
     assert len(open_dataset('data/web/web_val_*.bin', 4).train) == 60
+    refuse('data/web/web*0002.bin', 'no shards of the split val: web_train_000002.bin is there')
     assert open_dataset('web', 4, splits=('val',)).train is None
 
 
@@ -275,7 +277,7 @@ def test_anything_else_is_refused_by_its_name(tmp_path, name, file):
     refuse(folder, str(tmp_path / file), message)
 
 
-@pytest.mark.parametrize('name', set(REFUSED) - {'odd number of bytes', 'short shard'})
+@pytest.mark.parametrize('name', [name for name in REFUSED if name not in ('odd number of bytes', 'short shard')])
 def test_one_bad_shard_among_good_ones_is_refused(tmp_path, name):
     content, message = REFUSED[name]
     files = {f'x_{split}_{i}.bin': shard(ENOUGH) for split in ('train', 'val') for i in range(3)}
@@ -287,7 +289,8 @@ def test_a_megatron_data_set_is_refused(tmp_path):
     index = b'MMIDIDX\0\0' + bytes(100)
     folder = write(tmp_path / 'a', {'web_document.bin': headerless(ENOUGH), 'web_document.idx': index})
     refuse(folder, 'web_document.bin belongs to the Megatron index', 'web_document.idx')
-    refuse(tmp_path / 'a/web_document*', 'web_document')
+    refuse(tmp_path / 'a/web_document*', 'web_document.bin belongs to')
+    refuse(tmp_path / 'a/web_document.idx', 'web_document.idx is the index of a Megatron data set')
     pair = {'train.bin': headerless(ENOUGH), 'train.idx': index, 'val.bin': headerless(ENOUGH)}
     refuse(write(tmp_path / 'b', pair), 'train.bin belongs to the Megatron index')
 
@@ -339,9 +342,9 @@ def test_a_token_outside_the_vocabulary_is_located_and_ignored(tmp_path):
 def test_a_file_that_shrinks_or_vanishes_becomes_a_problem(tmp_path):
     folder = write(tmp_path, {f'{split}.bin': headerless(ENOUGH) for split in ('train', 'val')})
     data = open_dataset(folder, 300)
-    data.train.sample(1, 500)
+    earlier = data.train.sample(1, 500)
     os.truncate(tmp_path / 'train.bin', 100)
-    assert (data.train.sample(2, 500) == -1).all()
+    assert torch.equal(data.train.sample(2, 500), earlier.expand(2, -1))  # a loss of nothing would be NaN
     assert 'train.bin cannot be read any more: it has become shorter than 798 bytes' in data.problem
     os.remove(tmp_path / 'val.bin')
     data = open_dataset(folder, 8, splits=('train',))
