@@ -449,6 +449,21 @@ def test_kill_at_any_moment(tmp_path):
         assert not killed and outcomes[0] == 'old' and outcomes[-1] == 'new'
 
 
+@pytest.mark.parametrize('bar', [True, False])
+def test_progress_on_a_terminal(monkeypatch, capsys, bar):
+    """With tqdm's bar if tqdm is installed; either way the end is shown once."""
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    if not bar:
+        monkeypatch.setitem(sys.modules, 'tqdm', None)
+        monkeypatch.setattr(prepare_common.time, 'monotonic', itertools.count().__next__)  # a second between calls
+    update = prepare_common.progress('encoding', 3_000_000)
+    for n in (1_000_000, 2_000_000):
+        update(n)
+    shown = capsys.readouterr().err
+    assert shown.startswith('\rencoding: ') and shown.count('3.00M/3.00M' if bar else '3 of 3 MB') == 1
+    assert shown.endswith('\n')
+
+
 def test_error_while_writing_keeps_the_old(tmp_path):
     write(tmp_path, [1, 2], [3], {'vocab_size': 10})
     before = contents(tmp_path)

@@ -463,9 +463,9 @@ def read_pieces(path: str, update: Callable[[int], None] = lambda n: None) -> It
         while True:
             block = stream.read(BLOCK)
             try:
+                text = newlines.decode(decoder.decode(block, final=not block), final=not block)
                 if (nul := block.find(b'\0')) >= 0:
                     raise UnicodeDecodeError('utf-8', block, nul, nul + 1, 'NUL')
-                text = newlines.decode(decoder.decode(block, final=not block), final=not block)
             except UnicodeDecodeError as error:
                 position += (
                     len(block) - len(error.object) + error.start
