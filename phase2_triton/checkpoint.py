@@ -19,9 +19,6 @@ import torch
 from errors import UserError
 from out_dir import set_aside
 
-# what a model is, of all the fields of GPTConfig; dropout may differ between runs
-ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
-
 
 def write_checkpoint(checkpoint, out_dir, best, required, name='ckpt.pt'):
     """

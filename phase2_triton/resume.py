@@ -3,7 +3,7 @@ Continues a run from its checkpoint: the architecture, AdamW's state, the random
 """
 
 import torch
-from checkpoint import ARCHITECTURE
+from configurator import ARCHITECTURE
 from errors import UserError
 
 
