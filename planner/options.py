@@ -49,6 +49,14 @@ def train_flags():
     return flags
 
 
+def kernel_flags():
+    """The flags of phase2_triton's model that say how to compute."""
+    from configurator import model_options
+
+    script = str(ROOT / 'phase2_triton' / 'train.py')
+    return model_options('', script)
+
+
 def micro_steps_of(config, gpus):
     """Micro-steps of each rank. Raises train.py's UserError where they do not divide."""
     total = config['gradient_accumulation_steps']
