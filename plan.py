@@ -79,7 +79,10 @@ def main():
     way_out = None if fits else plan.change_that_fits(config, gpu, gpus, network)
 
     if config['json']:
-        print(json.dumps(report.as_json(found, gpu, gpus, best, arguments, tokens, config['price']), indent=1))
+        result = report.as_json(found, gpu, gpus, best, arguments, tokens, config['price'])
+        if config['largest']:
+            result['largest'] = report.largest_of(config['largest'], found, config, gpu, gpus, network)
+        print(json.dumps(result, indent=1))
     else:
         print(report.as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out))
         if config['largest']:

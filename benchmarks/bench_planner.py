@@ -2,9 +2,10 @@
 Fits plan.py's efficiencies on the measured rows, and says how far its predictions are from rows that the fit did not see.
 
     python benchmarks/bench_planner.py --fit       # writes planner/efficiencies.json
+    python benchmarks/bench_planner.py --predict=benchmarks/results/planner_8gpus.json
     python benchmarks/bench_planner.py             # writes results/planner_error.json and .png, and the tables in docs/planner.md
 
-Needs numpy and matplotlib, no GPU; about a minute. In turn each configuration (a shape, batch, trainer and its options, on any kind and
+Needs numpy and matplotlib, no GPU; a few seconds. In turn each configuration (a shape, batch, trainer and its options, on any kind and
 number of GPUs and micro-steps) is left out, everything is fitted on the others, and the rows left out are predicted.
 """
 
@@ -13,7 +14,9 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
+import time
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +25,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'nanoGPT')]
-from planner import measured, memory, speed
+from planner import measured, memory, options, plan, speed
+from planner import report as report_module
 from planner.gpus import GIB, GPUS
 from planner.run import Run
 
@@ -197,14 +201,27 @@ def external_checks():
                 'source': 'llm.c, about 45 minutes',
             }
         )
-    xl = Run(h200, 32, 48, 25, 1600, batch_size=27, block_size=1024, micro_steps=1, trainer='fsdp')
-    for graphs in (True, False):
-        run = xl.change(graphs=graphs, compiled=graphs)
-        seconds = 10466 * run.tokens_per_iter / speed.tokens_per_sec(run)
+    large = Run(h100, 8, 48, 25, 1600, batch_size=16, block_size=1024, micro_steps=8)
+    for name, run in (('ddp', large), ('triton', large.change(kernels=True))):
+        seconds = 32000 * 2**20 / speed.tokens_per_sec(run)
         checks.append(
             {
-                'what': f'1.5B, 10,466 × 884,736 tokens, 32 × H200, FSDP, {"compiled, CUDA graphs" if graphs else "eager"}',
+                'what': f'1.5B, 32,000 × 1,048,576 tokens, 8 × H100, 16 sequences a GPU, {name}',
                 'predicted_hours': seconds / 3600,
+                'published_hours': 24.0,
+                'source': 'llm.c, scripts/run_gpt2_1558M.sh, about 24 hours',
+            }
+        )
+    xl = Run(h200, 32, 48, 25, 1600, batch_size=27, block_size=1024, micro_steps=1, trainer='fsdp')
+    for network, change, how in (
+        (50e9, {}, 'compiled, CUDA graphs, 50 GB/s a GPU'),
+        (3.1e9, dict(graphs=False, reshard=True), 'gathered twice, no graphs, 3.1 GB/s a GPU'),
+    ):
+        run = xl.change(**change)
+        checks.append(
+            {
+                'what': f'1.5B, 10,466 × 884,736 tokens, 32 × H200, FSDP, {how}',
+                'predicted_hours': 10466 * run.tokens_per_iter / speed.tokens_per_sec(run, network=network) / 3600,
                 'published_hours': 14.5,
                 'source': 'nanoGPT PR #632, config/train_gpt2_xl.py',
             }
@@ -283,6 +300,11 @@ def scatter(report, path):
         axis.fill_between(ends, ends * (1 - limit), ends * (1 + limit), color='#dddddd', zorder=0)
         axis.set(xscale='log', yscale='log', xlabel=f'measured, {label}', ylabel=f'predicted, {label}')
         axis.legend(fontsize=8, frameon=False)
+        axis.xaxis.set_minor_formatter('')
+        axis.yaxis.set_minor_formatter('')
+    ticks = [2, 5, 10, 20, 50, 100]
+    axes[0].set_xticks(ticks[:-1], ticks[:-1])
+    axes[0].set_yticks(ticks, ticks)
     axes[0].set_title('with its configuration left out of the fit; band: ±5%', fontsize=9)
     axes[1].set_title('with its configuration left out of the fit; band: ±7%', fontsize=9)
     figure.tight_layout()
@@ -337,11 +359,33 @@ def tables(report):
     return result
 
 
+def predictions():
+    """What plan.py says of 8 GPUs of one machine, before any such run: to be compared with a measurement."""
+    found = []
+    for kind in ('h100', 'h200'):
+        for size, batch_size in (('124M', 12), ('1.5B', 8)):
+            flags = dict(zip(('n_layer', 'n_head', 'n_embd'), measured.SHAPES[size]))
+            config = options.train_flags() | options.kernel_flags() | flags
+            config |= dict(vocab_size=50304, batch_size=batch_size)
+            for micro_steps in (1, 5):
+                config['gradient_accumulation_steps'] = 8 * micro_steps
+                plan_8 = plan.make_plan(config, GPUS[kind], 8, network=50e9)
+                trainers = report_module.as_json(plan_8, GPUS[kind], 8, None, [], 0, 0)['trainers']
+                for values in trainers.values():
+                    for key in ('hours', 'cost', 'command'):
+                        del values[key]
+                found.append(
+                    dict(gpu=kind, gpus=8, size=size, batch_size=batch_size, block_size=1024, micro_steps=micro_steps)
+                    | {'trainers': trainers}
+                )
+    return found
+
+
 def put_tables(report, path=ROOT / 'docs' / 'planner.md'):
     text = path.read_text()
     for name, lines in tables(report).items():
         text = re.sub(
-            rf'(<!-- table: {name} -->\n).*?(\n<!-- end -->)',
+            rf'(<!-- planner: {name} -->\n).*?(\n<!-- end planner -->)',
             lambda match: match[1] + '\n' + '\n'.join(lines) + '\n' + match[2],
             text,
             flags=re.S,
@@ -405,7 +449,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--fit', action='store_true', help='only fit, and write planner/efficiencies.json')
     parser.add_argument('--out', default=str(RESULTS), help='folder of planner_error.json and .png')
+    parser.add_argument('--predict', default='', help='only predict 8 GPUs, into this JSON file')
     args = parser.parse_args()
+    if args.predict:
+        commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        command = 'python benchmarks/bench_planner.py --predict=planner_8gpus.json'
+        note = 'predicted: no run of 8 GPUs existed when this file was committed; random tokens, bfloat16, CUDA graphs'
+        facts = dict(date=time.strftime('%Y-%m-%d'), commit=commit, command=command, note=note)
+        Path(args.predict).write_text(json.dumps(facts | {'predictions': predictions()}, indent=1) + '\n')
+        return
     rows = measured.all_rows()
     if args.fit:
         speed.FITTED.write_text(json.dumps(fit_all(rows), indent=1) + '\n')

@@ -50,11 +50,8 @@ def header(path):
     return [
         f'{BEGIN}, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:',
         *(f'#   {line}' for line in lines),
-        *(
-            [f'# It recommends {fastest}. On 8 GPUs these are extrapolated; docs/planner.md states the errors.']
-            if fastest
-            else []
-        ),
+        *([f'# It recommends {fastest}.'] if fastest else []),
+        '# Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.',
         END,
     ]
 

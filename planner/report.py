@@ -136,16 +136,23 @@ def as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out):
     return '\n\n'.join(parts)
 
 
-def largest_text(what, found, config, gpu, gpus, network):
-    lines = []
+def largest_of(what, found, config, gpu, gpus, network):
+    """{trainer: {n_layer or batch_size: the most that fits, 0 if one does not; 'parameters': of that model}}."""
+    key = {'model': 'n_layer', 'batch': 'batch_size'}[what]
+    result = {}
     for name in found:
         number, e = plan.largest(what, name, config, gpu, gpus, network)
-        if not e:
-            text = 'none'
-        elif what == 'batch':
-            text = f'{number} × {config["block_size"]}'
+        result[name] = {key: number, 'parameters': e.run.parameters if e else 0}
+    return result
+
+
+def largest_text(what, found, config, gpu, gpus, network):
+    lines = []
+    for name, most in largest_of(what, found, config, gpu, gpus, network).items():
+        if what == 'batch':
+            text = f'{most["batch_size"]} × {config["block_size"]}'
         else:
-            text = f'{number} layers, {e.run.parameters / 1e9:.2f} billion parameters'
+            text = f'{most["n_layer"]} layers, {most["parameters"] / 1e9:.2f} billion parameters'
         lines.append([name, text])
     unit = 'sequences in a micro-step' if what == 'batch' else f'blocks of width {config["n_embd"]}'
     return '\n' + table([f'the most {unit} that fit', ''], lines)
@@ -172,7 +179,7 @@ def draw(found, config, gpu, gpus, network, path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, (memory_axis, speed_axis) = plt.subplots(1, 2, figsize=(13, 5.5))
+    figure, (memory_axis, speed_axis, each_axis) = plt.subplots(1, 3, figsize=(17, 5.5))
     names, left = list(found), [0.0] * len(found)
     for key, colour in zip((*COMPONENTS, 'context'), COLOURS):
         sizes = [(e.context_bytes if key == 'context' else e.memory_bytes[key]) / GIB for e in found.values()]
@@ -186,16 +193,16 @@ def draw(found, config, gpu, gpus, network, path):
     memory_axis.legend(fontsize=8, frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=4)
     for name, colour, marker in zip(names, COLOURS, 'osD^v<>Px'):
         points = scaling(config, gpu, name, network)
-        if points:
-            speed_axis.plot(*zip(*points), color=colour, marker=marker, markersize=4, label=name)
-    speed_axis.axvline(gpu.per_machine, color='black', linewidth=0.8, linestyle=':')
-    speed_axis.set(
-        xscale='log',
-        yscale='log',
-        xlabel=f'GPUs; beyond {gpu.per_machine}: {config["network"]:g} GB/s for each GPU',
-        ylabel='tokens/s',
-    )
-    speed_axis.set_xticks([4**i for i in range(6)], [str(4**i) for i in range(6)])
+        look = dict(color=colour, marker=marker, markersize=4, label=name)
+        speed_axis.plot([count for count, _ in points], [rate for _, rate in points], **look)
+        each_axis.plot([count for count, _ in points], [rate / count / 1e3 for count, rate in points], **look)
+    for axis, label in ((speed_axis, 'tokens/s'), (each_axis, 'thousand tokens/s per GPU')):
+        axis.axvline(gpu.per_machine, color='black', linewidth=0.8, linestyle=':')
+        axis.set(xscale='log', ylabel=label)
+        axis.set_xlabel(f'GPUs; beyond {gpu.per_machine}: {config["network"]:g} GB/s for each GPU between machines')
+        axis.set_xticks([4**i for i in range(6)], [str(4**i) for i in range(6)])
+    speed_axis.set_yscale('log')
+    each_axis.set_ylim(bottom=0)
     speed_axis.legend(fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

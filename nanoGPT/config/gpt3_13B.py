@@ -1,5 +1,6 @@
-# GPT-3 13B, not trained here: sizes, batch and learning rate are those of table 2.1 of the GPT-3 paper (arxiv.org/abs/2005.14165), the rest of its
-# appendix B, for 300 billion tokens. Attention is dense in every block; GPT-3 alternated with banded sparse attention. Its width of 5,140 is a misprint for 40 heads of 128.
+# GPT-3 13B, not trained here. Sizes, batch and learning rate are those of table 2.1 of the GPT-3 paper (arxiv.org/abs/2005.14165); the rest is from
+# its appendix B, for 300 billion tokens. Attention is dense in every block; GPT-3 alternated with banded sparse attention.
+# The table has a width of 5,140 for 40 heads of 128; here it is 40 * 128 = 5,120.
 # For FSDP, whose train.py knows the flags below; checkpoints are sharded, because one rank cannot hold all of the state.
 # $ torchrun --standalone --nproc_per_node=8 phase3_fsdp/train.py config/gpt3_13B.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
@@ -13,7 +14,8 @@
 #   hybrid                   -             -  76 GiB 39k       -   125 GiB 22k  76 GiB 40k
 #   fsdp+checkpointing       -  53 GiB 15.8k  29 GiB 31k       -  53 GiB 16.4k  29 GiB 32k
 #   fsdp+offload             -  28 GiB 18.5k  28 GiB 34k       -  28 GiB 19.2k  28 GiB 36k
-# It recommends fsdp+triton on 8 H100 (89.5 days), fsdp+triton on 8 H200 (86.8 days). On 8 GPUs these are extrapolated; docs/planner.md states the errors.
+# It recommends fsdp+triton on 8 H100 (89.5 days), fsdp+triton on 8 H200 (86.8 days).
+# Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
 use_fsdp = True

@@ -1,5 +1,5 @@
-# GPT-3 2.7B, not trained here: sizes, batch and learning rate are those of table 2.1 of the GPT-3 paper (arxiv.org/abs/2005.14165), the rest of its
-# appendix B, for 300 billion tokens. Attention is dense in every block; GPT-3 alternated with banded sparse attention.
+# GPT-3 2.7B, not trained here. Sizes, batch and learning rate are those of table 2.1 of the GPT-3 paper (arxiv.org/abs/2005.14165); the rest is from
+# its appendix B, for 300 billion tokens. Attention is dense in every block; GPT-3 alternated with banded sparse attention.
 # For FSDP, whose train.py knows the flags below; checkpoints are sharded, because one rank cannot hold all of the state.
 # $ torchrun --standalone --nproc_per_node=8 phase3_fsdp/train.py config/gpt3_2.7B.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
@@ -13,7 +13,8 @@
 #   hybrid                       -  42 GiB 102k  32 GiB 196k           -  56 GiB 115k  46 GiB 229k
 #   fsdp+checkpointing  56 GiB 22k   13 GiB 78k   8 GiB 153k  56 GiB 23k   27 GiB 89k  22 GiB 177k
 #   fsdp+offload        75 GiB 28k   22 GiB 90k  22 GiB 162k  75 GiB 30k   22 GiB 93k  22 GiB 167k
-# It recommends zero1+triton on 8 H100 (15.3 days), triton on 8 H200 (14.7 days). On 8 GPUs these are extrapolated; docs/planner.md states the errors.
+# It recommends zero1+triton on 8 H100 (15.3 days), triton on 8 H200 (14.7 days).
+# Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
 use_fsdp = True

@@ -1,5 +1,5 @@
-# GPT-3 6.7B, not trained here: sizes, batch and learning rate are those of table 2.1 of the GPT-3 paper (arxiv.org/abs/2005.14165), the rest of its
-# appendix B, for 300 billion tokens. Attention is dense in every block; GPT-3 alternated with banded sparse attention.
+# GPT-3 6.7B, not trained here. Sizes, batch and learning rate are those of table 2.1 of the GPT-3 paper (arxiv.org/abs/2005.14165); the rest is from
+# its appendix B, for 300 billion tokens. Attention is dense in every block; GPT-3 alternated with banded sparse attention.
 # For FSDP, whose train.py knows the flags below; checkpoints are sharded, because one rank cannot hold all of the state.
 # $ torchrun --standalone --nproc_per_node=8 phase3_fsdp/train.py config/gpt3_6.7B.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
@@ -13,7 +13,8 @@
 #   hybrid                   -  68 GiB 39k  43 GiB 73k              -   68 GiB 41k    43 GiB 76k
 #   fsdp+checkpointing       -  28 GiB 30k  16 GiB 58k   139 GiB 9.7k   28 GiB 31k    16 GiB 60k
 #   fsdp+offload             -  18 GiB 35k  18 GiB 65k  144 GiB 12.4k   18 GiB 36k    18 GiB 67k
-# It recommends fsdp+triton on 8 H100 (47.4 days), zero1+triton on 8 H200 (34.3 days). On 8 GPUs these are extrapolated; docs/planner.md states the errors.
+# It recommends fsdp+triton on 8 H100 (47.4 days), zero1+triton on 8 H200 (34.3 days).
+# Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
 use_fsdp = True

@@ -12,7 +12,8 @@
 #   hybrid                       -  40 GiB 181k  35 GiB 360k           -  40 GiB 192k  35 GiB 383k
 #   fsdp+checkpointing  33 GiB 36k  17 GiB 139k  14 GiB 278k  33 GiB 38k  17 GiB 148k  14 GiB 295k
 #   fsdp+offload        53 GiB 46k  20 GiB 148k  20 GiB 269k  53 GiB 50k  20 GiB 156k  20 GiB 281k
-# It recommends triton on 8 H100 (1.0 days), triton on 8 H200 (1.0 days). On 8 GPUs these are extrapolated; docs/planner.md states the errors.
+# It recommends triton on 8 H100 (1.0 days), triton on 8 H200 (1.0 days).
+# Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
 n_layer, n_head, n_embd = 48, 25, 1600

@@ -1,4 +1,4 @@
-# GPT-2 medium (350M). The recipe was trained: llm.c, scripts/run_gpt2_350M.sh, 31 billion tokens of FineWeb, which its author ran on 8 A100s.
+# GPT-2 medium (350M). The recipe was trained: llm.c, scripts/run_gpt2_350M.sh, 31 billion tokens of FineWeb, 14 hours on 8 A100s.
 # Here without biases, as in train_gpt2.py; llm.c has them. Its 64 sequences a GPU are 32 here, in twice as many micro-steps.
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_350M.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
@@ -12,7 +12,8 @@
 #   hybrid                        -  32 GiB 718k  31 GiB 1426k            -  32 GiB 770k  31 GiB 1528k
 #   fsdp+checkpointing  19 GiB 143k   8 GiB 560k   8 GiB 1115k  19 GiB 155k   8 GiB 601k   8 GiB 1195k
 #   fsdp+offload        44 GiB 184k  28 GiB 593k  28 GiB 1021k  44 GiB 199k  28 GiB 628k  28 GiB 1072k
-# It recommends fsdp+triton on 8 H100 (0.2 days), fsdp+triton on 8 H200 (0.2 days). On 8 GPUs these are extrapolated; docs/planner.md states the errors.
+# It recommends fsdp+triton on 8 H100 (0.2 days), fsdp+triton on 8 H200 (0.2 days).
+# Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
 n_layer, n_head, n_embd = 24, 16, 1024

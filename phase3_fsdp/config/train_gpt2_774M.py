@@ -12,7 +12,8 @@
 #   hybrid                       -  35 GiB 348k  32 GiB 692k            -  35 GiB 371k  32 GiB 737k
 #   fsdp+checkpointing  21 GiB 69k  10 GiB 269k   9 GiB 536k   21 GiB 75k  10 GiB 287k   9 GiB 570k
 #   fsdp+offload        45 GiB 90k  25 GiB 279k  25 GiB 476k   45 GiB 97k  25 GiB 293k  25 GiB 497k
-# It recommends fsdp+triton on 8 H100 (2.4 days), fsdp+triton on 8 H200 (2.2 days). On 8 GPUs these are extrapolated; docs/planner.md states the errors.
+# It recommends fsdp+triton on 8 H100 (2.4 days), fsdp+triton on 8 H200 (2.2 days).
+# Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
 n_layer, n_head, n_embd = 36, 20, 1280
