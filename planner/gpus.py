@@ -50,9 +50,10 @@ GPUS = {
 
 
 def find_gpu(name):
-    """Returns the GPU of that name. Raises UserError with the known names for any other."""
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
+    """Returns the GPU of that name, or of the device name that torch prints. Raises UserError with the known names for any other."""
+    known = GPUS.get(name.lower()) or gpu_of_device(name)
+    if known:
+        return known
     near = difflib.get_close_matches(name.lower(), GPUS, n=1)
     raise UserError(
         f"gpu is '{name}', but it can be {', '.join(GPUS)}" + (f'; did you mean {near[0]}?' if near else '')
