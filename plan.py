@@ -14,6 +14,7 @@ docs/planner.md states every formula and how far the numbers are from measured o
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 
 ROOT = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'nanoGPT')]
@@ -50,7 +51,8 @@ def parse():
     own = {name: default for name, (default, _) in FLAGS.items()}
     kernels = options.kernel_flags()
     namespace = {'__file__': os.path.join(ROOT, 'nanoGPT', 'train.py'), **options.train_flags(), **kernels, **own}
-    config, given = configure(namespace)
+    with redirect_stdout(sys.stderr):  # notes about flags must not mix with --json
+        config, given = configure(namespace)
     arguments = [arg for arg in sys.argv[1:] if arg[2:].split('=')[0] not in own or not arg.startswith('--')]
     if config['largest'] not in ('', 'model', 'batch'):
         raise UserError(f"largest is '{config['largest']}', but it can be model or batch")

@@ -25,20 +25,17 @@ NAMES = (
 
 
 def flags_of(path):
-    """The flags at the top of a train.py, {name: default}: its assignments of plain values, read without running the file."""
+    """The flags of a train.py, {name: default}: the plain values that it assigns above configure(), read without running it."""
     flags = {}
     for node in ast.parse(Path(path).read_text(encoding='utf-8')).body:
-        plain = isinstance(node, ast.Assign) and not any(
-            isinstance(part, (ast.Call, ast.Name, ast.Attribute)) for part in ast.walk(node.value)
-        )
-        if not plain or not isinstance(node.targets[0], ast.Name):
-            continue
-        value = eval(compile(ast.Expression(node.value), path, 'eval'), {'__builtins__': {}})
-        if isinstance(value, (int, float, str)) and not node.targets[0].id.startswith('_'):
-            flags[node.targets[0].id] = value
-        if 'config' in flags or node.targets[0].id == 'config':
-            break
-    return {name: value for name, value in flags.items() if name not in ('iter_num', 'best_val_loss')}
+        calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+        if any(isinstance(function, ast.Name) and function.id == 'configure' for function in calls):
+            return flags
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and not calls:
+            value = eval(compile(ast.Expression(node.value), path, 'eval'), {'__builtins__': {}})
+            if isinstance(value, (int, float, str)):
+                flags[node.targets[0].id] = value
+    raise ValueError(f'{path} does not call configure()')
 
 
 def train_flags():

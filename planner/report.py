@@ -1,5 +1,6 @@
 """What plan.py says: the tables, the recommendation, the JSON object and the picture."""
 
+from errors import UserError
 from planner import options, plan, speed
 from planner.gpus import GIB
 from planner.memory import COMPONENTS
@@ -118,7 +119,8 @@ def advice(found, gpu, gpus, asked, best, arguments, way_out):
     )
     room = (gpu.memory_bytes - best.context_bytes - best.memory_bytes['total']) / GIB
     return (
-        f'Recommended: {best.name}, {why}; {room:.1f} GiB of each GPU stay free:\n'
+        (f'{asked} fits. ' if asked and asked != best.name else '')
+        + f'Recommended: {best.name}, {why}; {room:.1f} GiB of each GPU stay free:\n'
         f'  {options.command(best.name, best.run, arguments)}'
     )
 
@@ -173,8 +175,13 @@ def scaling(config, gpu, name, network):
 
 
 def draw(found, config, gpu, gpus, network, path):
-    """Writes the picture. Raises ModuleNotFoundError without matplotlib."""
-    import matplotlib
+    """Writes the picture. Raises UserError without matplotlib."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UserError(
+            '--picture needs the package matplotlib, which is not installed: pip install matplotlib'
+        ) from None
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt

@@ -11,6 +11,7 @@ import hardware
 import pytest
 import torch
 from conftest import NANOGPT, ROOT
+from configurator import model_options
 from model import GPT, GPTConfig
 
 sys.path += [str(ROOT), str(ROOT / 'benchmarks')]
@@ -37,7 +38,7 @@ def as_json(*args):
 def test_needs_no_torch(tmp_path):
     (tmp_path / 'torch.py').write_text("raise ImportError('plan.py imports torch')")
     run = run_plan('config/train_gpt2.py', '--gpu=h100', '--gpus=8', cwd=tmp_path, env={'PYTHONPATH': str(tmp_path)})
-    assert (run.returncode, run.stderr) == (0, '')
+    assert run.returncode == 0, run.stderr
     assert 'Recommended: ' in run.stdout and 'torchrun --standalone --nproc_per_node=8' in run.stdout
 
 
@@ -157,8 +158,10 @@ def test_a_world_size_that_does_not_divide_has_train_pys_message(launch, work):
 def test_takes_the_flags_of_train_py_with_their_defaults(launch, folder, tmp_path):
     text = launch(ROOT / folder / 'train.py', '--help', cwd=tmp_path).stdout
     listed = dict(re.findall(r'^  --(\w+)=(.*?)(?: {2,}.*| )?$', text, re.M))
-    known = options.train_flags() | options.kernel_flags()
-    assert {k: str(known[k]) for k in listed} == {k: v.strip() for k, v in listed.items()}
+    script = ROOT / folder / 'train.py'
+    known = options.flags_of(script) | model_options('', str(script))
+    assert {k: str(v) for k, v in known.items()} == {k: v.strip() for k, v in listed.items()}
+    assert known.items() <= (options.train_flags() | options.kernel_flags()).items()
 
 
 def test_what_does_not_fit_is_said_with_a_way_out():
@@ -252,6 +255,12 @@ def test_the_predictions_for_8_gpus_cover_every_trainer():
 def test_picture(tmp_path):
     run = run_plan('--gpu=h200', '--gpus=4', f'--picture={tmp_path}/plan.png')
     assert run.returncode == 0 and (tmp_path / 'plan.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_picture_without_matplotlib(tmp_path):
+    (tmp_path / 'matplotlib.py').write_text("raise ModuleNotFoundError(name='matplotlib')")
+    run = run_plan('--gpu=h200', f'--picture={tmp_path}/plan.png', env={'PYTHONPATH': str(tmp_path)})
+    assert run.returncode == 2 and run.stderr.startswith('error: --picture needs the package matplotlib')
 
 
 def test_eleutherai_formula():

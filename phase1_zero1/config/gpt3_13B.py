@@ -38,4 +38,3 @@ weight_decay = 1e-1
 eval_interval = 1000
 eval_iters = 50
 log_interval = 10
-wandb_run_name = 'gpt3-13B'

@@ -33,4 +33,3 @@ weight_decay = 1e-1
 eval_interval = 1000
 eval_iters = 100
 log_interval = 10
-wandb_run_name = 'gpt2-1.5B'
