@@ -26,7 +26,8 @@ def _gpu(name, device_name, gib, terabytes_per_s, tflops, link_gb_per_s, **more)
     return GPU(name, device_name, gib * GIB, terabytes_per_s * 1e12, tflops * 1e12, link_gb_per_s * 1e9, **more)
 
 
-# Memory and bandwidth: NVIDIA's data sheets, except total_memory of the H100 and the H200, which is what torch says there.
+# Memory: what torch reports as total_memory; measured on the H200, for the others as out-of-memory messages of such GPUs state it.
+# Bandwidth: NVIDIA's data sheets.
 # Peak: hardware.PEAK_TFLOPS, which a test compares. Link: NVLink 4 is 450 GB/s in each direction, NVLink 3 300, NVLink 5 900,
 # PCIe 4.0 x16 32, PCIe 5.0 x16 64.
 GPUS = {

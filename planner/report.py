@@ -89,7 +89,7 @@ def speed_table(found, tokens, gpus, price):
         hours = e.hours(tokens)
         cost = [f'{hours * gpus * price:,.0f}'] * bool(price)
         bounds = f'{e.low:,.0f} to {e.high:,.0f}'
-        rows.append([name, f'{e.tokens_per_sec:,.0f}', bounds, f'{e.mfu:.1%}', f'{hours:,.1f}', *cost, e.basis])
+        rows.append([name, f'{e.tokens_per_sec:,.0f}', bounds, f'{e.mfu:.1%}', f'{hours:,.2f}', *cost, e.basis])
     return table(header, rows)
 
 
