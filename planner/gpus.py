@@ -26,7 +26,7 @@ def _gpu(name, device_name, gib, terabytes_per_s, tflops, link_gb_per_s, **more)
     return GPU(name, device_name, gib * GIB, terabytes_per_s * 1e12, tflops * 1e12, link_gb_per_s * 1e9, **more)
 
 
-# Memory: what torch reports as total_memory; measured on the H200, for the others as out-of-memory messages of such GPUs state it.
+# Memory: what torch reports as total_memory; measured on the H200, approximate for the others (2% less than the data sheet in most).
 # Bandwidth: NVIDIA's data sheets.
 # Peak: hardware.PEAK_TFLOPS, which a test compares. Link: NVLink 4 is 450 GB/s in each direction, NVLink 3 300, NVLink 5 900,
 # PCIe 4.0 x16 32, PCIe 5.0 x16 64.
