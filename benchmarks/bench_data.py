@@ -60,15 +60,17 @@ def read_batches(folder, rank, ranks, batches):
         ('random', lambda: data.train.sample(BATCH_SIZE, VOCAB_SIZE)),
         ('sequential', lambda: order.next(VOCAB_SIZE)),
     ):
-        micros, resident = [], []
+        micros, resident, cpu = [], [], time.process_time()
         for i in range(batches):
             start = time.perf_counter()
             draw()
             micros.append(1e6 * (time.perf_counter() - start))
             if i in (batches // 100, batches - 1):
                 resident.append(resident_bytes())
+        cpu = time.process_time() - cpu
         micros.sort()
         result[name] = {
+            'cpu_us': 1e6 * cpu / batches,
             'median_us': statistics.median(micros),
             'p99_us': micros[int(0.99 * len(micros))],
             'resident_bytes': resident,
@@ -108,17 +110,19 @@ def main():
         ranks = [json.loads(worker.communicate()[0]) for worker in workers]
         rest = scan_and_fingerprint(folder)
     print(f'{args.shards} shards of {args.mb} MB, {args.batches:,} batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens')
-    print('| ranks | order | open, ms | batch, µs: median, 99% | % of a 25 ms step | resident memory, growth in MB |')
+    print(
+        '| ranks | order | open, ms | batch, µs: CPU, median, 99% | CPU, % of a 25 ms step | resident memory, growth in MB |'
+    )
     print('|---|---|---|---|---|---|')
     for name, results in (('1', [alone]), (f'{args.ranks}, slowest', ranks)):
         for order in ('random', 'sequential'):
-            worst = {key: max(result[order][key] for result in results) for key in ('median_us', 'p99_us')}
+            keys = ('cpu_us', 'median_us', 'p99_us')
+            batch = [max(result[order][key] for result in results) for key in keys]
             growth = max(last - first for first, last in (result[order]['resident_bytes'] for result in results)) / 1e6
             opened = max(result['open_ms'] for result in results)
-            share = 100 * worst['median_us'] / (1000 * STEP_MS)
-            print(
-                f'| {name} | {order} | {opened:.0f} | {worst["median_us"]:.0f}, {worst["p99_us"]:.0f} | {share:.2f} | {growth:.1f} |'
-            )
+            share = 100 * batch[0] / (1000 * STEP_MS)
+            batch = ', '.join(f'{us:.0f}' for us in batch)
+            print(f'| {name} | {order} | {opened:.0f} | {batch} | {share:.2f} | {growth:.1f} |')
     print(f'manifest {rest["manifest_ms"]:.0f} ms, scan {rest["scan_bytes_per_sec"] / 1e9:.1f} GB/s')
     if args.out:
         content = {**facts(cpu=True), 'settings': vars(args), 'alone': alone, 'ranks': ranks, **rest}
