@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'nanoGPT'))
 import torch
 
 import data_scan
-from common import facts
+from common import facts, write_json
 from data_order import SequentialOrder
 from dataset import open_dataset
 
@@ -79,15 +79,16 @@ def read_batches(folder, rank, ranks, batches):
 
 
 def scan_and_fingerprint(folder):
-    """Returns the bytes per second of the scan, and the milliseconds of a manifest."""
+    """Returns the bytes per second of the scan, also per second of CPU time, and the milliseconds of a manifest."""
     data = open_dataset(folder, BLOCK_SIZE)
     total = sum(file.bytes for tokens in data.splits.values() for file in tokens.files)
     start = time.perf_counter()
     data.manifest()
     manifest_ms = 1000 * (time.perf_counter() - start)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     data_scan.scan_in_background(data, VOCAB_SIZE).join()
-    return {'manifest_ms': manifest_ms, 'scan_bytes_per_sec': total / (time.perf_counter() - start)}
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {'manifest_ms': manifest_ms, 'scan_bytes_per_sec': total / seconds, 'scan_bytes_per_cpu_sec': total / cpu}
 
 
 def main():
@@ -123,10 +124,11 @@ def main():
             share = 100 * batch[0] / (1000 * STEP_MS)
             batch = ', '.join(f'{us:.0f}' for us in batch)
             print(f'| {name} | {order} | {opened:.0f} | {batch} | {share:.2f} | {growth:.1f} |')
-    print(f'manifest {rest["manifest_ms"]:.0f} ms, scan {rest["scan_bytes_per_sec"] / 1e9:.1f} GB/s')
+    print(
+        f'manifest {rest["manifest_ms"]:.0f} ms, scan {rest["scan_bytes_per_sec"] / 1e9:.1f} GB/s, {rest["scan_bytes_per_cpu_sec"] / 1e9:.1f} GB per CPU second'
+    )
     if args.out:
-        content = {**facts(cpu=True), 'settings': vars(args), 'alone': alone, 'ranks': ranks, **rest}
-        Path(args.out).write_text(json.dumps(content, indent=1) + '\n')
+        write_json(args.out, {**facts(cpu=True), 'alone': alone, 'ranks': ranks, **rest})
 
 
 if __name__ == '__main__':
