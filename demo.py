@@ -63,6 +63,9 @@ def table_row(name, summary, printed):
 
 
 def main():
+    sys.stdout.reconfigure(
+        errors='backslashreplace'
+    )  # escapes what the terminal cannot show in the name of this folder
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     gpus = torch.cuda.device_count()
     processes = gpus or 2

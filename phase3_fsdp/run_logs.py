@@ -60,11 +60,17 @@ def _read(path):
             if attempt == 4:
                 raise LogError(f'{path} is not a JSON document: {error}') from error
             time.sleep(0.05)
-    if not isinstance(log, dict) or not all(
-        isinstance(log.get(key), kind) for key, kind in {'run': dict, 'config': dict, **LISTS}.items()
-    ):
+    problems = [f'it is a {type(log).__name__}'] if not isinstance(log, dict) else []
+    for key, kind in {} if problems else {'run': dict, 'config': dict, **LISTS}.items():
+        if key not in log:
+            problems.append(f'it has no {key}')
+        elif not isinstance(log[key], kind):
+            problems.append(f'its {key} is a {type(log[key]).__name__}, not a {kind.__name__}')
+    if problems:
         raise LogError(
-            f'{path} is not a training log: it has no run, config, {", ".join(LISTS)} as training_logger.py writes them'
+            f'{path} is not a training log as training_logger.py writes them: {", ".join(problems)}'.replace(
+                'NoneType', 'null'
+            )
         )
     if not all(
         isinstance(record, dict) and isinstance(record.get('iter'), (int, float))

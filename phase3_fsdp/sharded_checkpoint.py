@@ -215,6 +215,13 @@ def open_sharded(folder, crcs=None, rank=0, world_size=1):
     Returns the reader and the metadata of the sharded checkpoint in folder. Raises UserError if a part of it is missing or
     damaged. crcs: {file: CRC-32 of each of its chunks}, None in older checkpoints; each rank checks its share of the files.
     """
+    names = sorted(crcs or ())  # the first is .metadata, which every rank reads
+
+    def check_crcs(names):
+        for name in names:
+            if crc32_of_chunks(os.path.join(folder, os.path.basename(name))) != crcs[name]:
+                raise UserError(f'the sharded checkpoint {folder} is damaged: the checksum (CRC-32) of {name} is wrong')
+
     try:
         reader = SafeReader(folder)
         metadata = reader.read_metadata()
@@ -225,6 +232,7 @@ def open_sharded(folder, crcs=None, rank=0, world_size=1):
         raise UserError(f'the sharded checkpoint {folder} is not whole: {e.filename} is missing') from None
     except Exception as e:  # bytes that are no pickle can end in any error
         raise UserError(f'the sharded checkpoint {folder} was not loaded, its .metadata is damaged: {e}') from None
+    check_crcs(names[:1])
     for name, size in needed.items():
         path = os.path.join(folder, os.path.basename(name))
         if not os.path.exists(path):
@@ -233,10 +241,7 @@ def open_sharded(folder, crcs=None, rank=0, world_size=1):
             )
         if os.path.getsize(path) < size:
             raise UserError(f'the sharded checkpoint {folder} is not whole: {name} has been cut short')
-    names = sorted(crcs or ())
-    for name in [*names[rank::world_size], *names[:1]]:  # each rank has read .metadata, the first
-        if crc32_of_chunks(os.path.join(folder, os.path.basename(name))) != crcs[name]:
-            raise UserError(f'the sharded checkpoint {folder} is damaged: the checksum (CRC-32) of {name} is wrong')
+    check_crcs(names[1:][rank::world_size])
     return reader, metadata
 
 

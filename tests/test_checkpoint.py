@@ -2,17 +2,20 @@
 Checkpoints: any change of a byte or of a field is noticed, names of other versions are understood, and a save loses nothing.
 """
 
+import glob
 import json
 import os
-import re
+import random
 import shutil
 
 import pytest
 import torch
-from checkpoint import find_checkpoint, load_checkpoint, load_model, write_checkpoint
+
+from checkpoint import load_checkpoint, load_model, write_checkpoint
 from checkpoint_changes import changes, representatives
 from conftest import NANOGPT, ROOT, TINY, load, log_of, make_letters
 from errors import UserError
+from model import GPT, GPTConfig
 
 TRAIN, SAMPLE = NANOGPT / 'train.py', NANOGPT / 'sample.py'
 RESUME = [*TINY, '--init_from=resume', '--max_iters=5', '--eval_interval=100', '--eval_iters=1']
@@ -80,3 +83,276 @@ def test_a_changed_field_is_accepted_or_named(launch, run, name):
 def test_every_changed_field_is_accepted_or_named(launch, run, folder, name):
     script, flags = SCRIPTS[name]
     run_changed(launch, ROOT / folder / script.name, list(range(len(changes(load('out/ckpt.pt'))))), flags)
+
+
+SHARDED = ['--ckpt_format=sharded', '--fsdp_min_num_params=1']
+TRAINERS = {'nanoGPT': [], 'phase1_zero1': [], 'phase3_fsdp': [], 'phase3_fsdp sharded': SHARDED}
+
+
+@pytest.mark.parametrize('trainer', TRAINERS)
+def test_training_state_is_checked_on_all_ranks(launch, run, trainer):
+    """Incomplete state would be replaced by zero moments. A step count that is an int is as good as a tensor."""
+    script, flags = ROOT / trainer.split()[0] / 'train.py', [*TINY, *TRAINERS[trainer], '--n_layer=1']
+    if TRAINERS[trainer]:
+        shutil.rmtree('out')
+        launch(script, *flags, '--max_iters=4', nproc=2)
+        path = glob.glob('out/ckpt_sharded/*/unsharded.pt')[0]
+    else:
+        path = 'out/ckpt.pt'
+    whole, state = load(path), load(path)['optimizer']['state']
+    without = {i: {k: v for k, v in s.items() if i != 5 or k != 'step'} for i, s in state.items()}
+    ints = {i: {**s, 'step': int(s['step'])} for i, s in state.items()}
+    for changed, message in (
+        (
+            {'optimizer': {**whole['optimizer'], 'state': {}}},
+            'incomplete: exp_avg, exp_avg_sq, step of parameter 0 of 9',
+        ),
+        ({'optimizer': {**whole['optimizer'], 'state': without}}, 'incomplete: step of parameter 5 of 9'),
+        ({'resume': {**whole['resume'], 'scaler': {'scale': -1.0}}}, 'its resume.scaler.scale is -1.0'),
+        ({'best_val_loss': None}, 'its best_val_loss is None, but it must be a number'),
+        ({'optimizer': {**whole['optimizer'], 'state': ints}}, None),
+    ):
+        torch.save({**whole, **changed}, path)
+        ended = launch(script, *flags, '--init_from=resume', '--max_iters=5', nproc=2, check=False, timeout=60)
+        assert acceptable(ended.returncode, ended.stderr) and (message or '') in ended.stderr, ended.stderr
+        assert ended.returncode == (2 if message else 0)
+
+
+def flipped(content, position):
+    return content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :]
+
+
+def test_a_flipped_bit_anywhere_in_a_file_is_noticed(run):
+    with open('out/ckpt.pt', 'rb') as f:
+        content = f.read()
+    load_checkpoint('out/ckpt.pt', to_resume=True)
+    rng = random.Random(0)
+    # the headers are a hundredth of the file: each of their bytes near its ends, and any bytes in between
+    positions = [*range(300), *rng.sample(range(len(content)), 300), *range(len(content) - 400, len(content))]
+    accepted = []
+    for position in positions:
+        with open('out/flipped.pt', 'wb') as f:
+            f.write(flipped(content, position))
+        try:
+            load_checkpoint('out/flipped.pt')
+            accepted.append(position)
+        except UserError as e:
+            assert 'out/flipped.pt is damaged' in str(e) and 'ckpt.pt' in str(e)
+    assert accepted == []
+
+
+def test_a_flipped_bit_in_a_file_of_another_program_is_noticed(run):
+    """nanoGPT's files have the checksums of torch.save only, which cover all that is read from them."""
+    torch.save(load('out/ckpt.pt'), 'other.pt')
+    load_checkpoint('other.pt')
+    with open('other.pt', 'rb') as f:
+        content = f.read()
+    weight = content.index(load('other.pt')['model']['transformer.wte.weight'].numpy().tobytes())
+    with open('other.pt', 'wb') as f:
+        f.write(flipped(content, weight + 100))
+    with pytest.raises(UserError, match='is damaged: the checksum'):
+        load_checkpoint('other.pt')
+
+
+def test_a_flipped_bit_in_a_sharded_checkpoint_is_noticed(launch, run):
+    launch(ROOT / 'phase3_fsdp' / 'train.py', *TINY, *SHARDED, '--max_iters=2', '--out_dir=shards', nproc=2)
+    (run / 'flips.py').write_text(f"""
+import os, random, sys
+sys.path.insert(0, {str(ROOT / 'phase3_fsdp')!r})
+from errors import UserError
+from sharded_checkpoint import as_full, find_checkpoint
+folder, rng = find_checkpoint('shards'), random.Random(0)
+as_full(folder)
+for name in sorted(os.listdir(folder)):
+    path = os.path.join(folder, name)
+    content = open(path, 'rb').read()
+    for position in rng.sample(range(len(content)), 20):
+        with open(path, 'wb') as f:
+            f.write(content[:position] + bytes([content[position] ^ 4]) + content[position + 1:])
+        try:
+            as_full(folder)
+            print('accepted', name, position)
+        except UserError:
+            pass
+    open(path, 'wb').write(content)
+    print('tried', name)
+""")
+    out = launch('flips.py').stdout
+    assert out.count('tried') == 4 and 'accepted' not in out, out
+
+
+def test_names_of_wrappers_and_masks_of_other_versions(launch, run):
+    checkpoint = load('out/ckpt.pt')
+    model = GPT(GPTConfig(**checkpoint['model_args']))
+
+    def wrapped(name, i):
+        parts = name.split('.')
+        parts.insert(len(parts) - 1, ('_checkpoint_wrapped_module', 'module._orig_mod', '_fsdp_wrapped_module')[i % 3])
+        return ('module._orig_mod.', '_orig_mod.module.')[i % 2] + '.'.join(parts)
+
+    weights = {wrapped(name, i): w for i, (name, w) in enumerate(checkpoint['model'].items())}
+    weights['module._orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
+    weights['transformer.h.0.attn.masked_bias'] = torch.tensor(-1e4)
+    load_model(model, {**checkpoint, 'model': weights})
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, checkpoint['model'][name])
+    torch.save({**checkpoint, 'model': weights}, 'out/ckpt.pt')
+    for folder in ('phase1_zero1', 'phase3_fsdp'):
+        shutil.copytree('out', f'out_{folder}')
+        ended = launch(ROOT / folder / 'train.py', *RESUME, '--n_layer=1', f'--out_dir=out_{folder}', nproc=2)
+        assert 'iter 5:' in ended.stdout
+    with pytest.raises(UserError, match='module.transformer.wte.weight is unknown'):
+        both = {**checkpoint['model'], 'module.transformer.wte.weight': torch.ones(40, 32)}
+        load_model(model, {**checkpoint, 'model': both})
+
+
+def test_the_best_checkpoint_has_its_own_storage(run):
+    write_checkpoint({'iter_num': 1}, 'made/anew', best=True, required=True)
+    assert os.stat('made/anew/ckpt.pt').st_ino != os.stat('made/anew/ckpt_best.pt').st_ino
+    for method in ('copy_file_range', None):  # None: a system without it
+        with pytest.MonkeyPatch.context() as patch:
+            if not method:
+                patch.delattr(os, 'copy_file_range')
+            result = write_checkpoint({'iter_num': 2}, 'made/anew', best=True, required=True)
+        assert result['best'] and result['bytes'] == os.path.getsize('made/anew/ckpt.pt')
+        with open('made/anew/ckpt.pt', 'wb') as f:  # what cp does
+            f.write(b'another')
+        assert load('made/anew/ckpt_best.pt') == {'iter_num': 2}
+    assert sorted(os.listdir('made/anew')) == ['ckpt.pt', 'ckpt_best.pt']
+
+
+def test_a_best_checkpoint_that_cannot_be_copied(run, capsys, monkeypatch):
+    """The latest is saved nevertheless, and the result says that it is not the best on the disk."""
+    monkeypatch.setattr('checkpoint._copy', lambda *args: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    result = write_checkpoint({'iter_num': 9}, 'out', best=True, required=True)
+    assert not result['best'] and result['bytes'] and load('out/ckpt.pt') == {'iter_num': 9}
+    assert load('out/ckpt_best.pt')['iter_num'] == 4
+    assert 'out/ckpt.pt is saved, but not its copy out/ckpt_best.pt' in capsys.readouterr().err
+
+
+def test_what_was_set_aside_is_not_overwritten(launch, run):
+    saved = {}
+    for n_layer, ending in ((1, ''), (2, '_before'), (3, '_before_2')):
+        launch(TRAIN, *TINY, f'--n_layer={n_layer}', '--max_iters=2', '--eval_interval=2')
+        saved[n_layer] = (run / 'out' / 'ckpt.pt').read_bytes()
+    assert [load(f'out/ckpt{ending}.pt')['iter_num'] for ending in ('_before', '_before_2', '_before_3')] == [5, 3, 3]
+    assert [load(f'out/ckpt{e}.pt')['model_args']['n_layer'] for e in ('_before', '_before_2', '_before_3', '')] == [
+        1,
+        1,
+        2,
+        3,
+    ]
+    assert load('out/ckpt_best_before.pt')['iter_num'] == 4
+
+
+PATCHED = """
+import os, runpy, shutil, sys, time
+sys.path.insert(0, os.path.dirname({script!r}))
+import torch
+{patch}
+sys.argv[0] = {script!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def patched(folder, patch, script=TRAIN):
+    """Writes a script that runs train.py after the patch. Returns its path."""
+    path = folder / 'patched.py'
+    path.write_text(PATCHED.format(script=str(script), patch=patch))
+    return path
+
+
+def test_a_folder_that_was_deleted_is_made_again(launch, run):
+    script = patched(
+        run,
+        'from step_guard import StepGuard\nstep = StepGuard.step\n'
+        "StepGuard.step = lambda *args: (shutil.rmtree('gone', ignore_errors=True), step(*args))",
+    )
+    ended = launch(script, *TINY, '--out_dir=gone', '--max_iters=3', '--json_log=False')
+    assert load('gone/ckpt.pt')['iter_num'] == 4 and ended.stderr == ''
+
+
+def test_a_save_that_fails_is_no_best_one(launch, run):
+    """The evaluations see 3.0, 2.0 and 2.5. The save of 2.0 fails, so 2.5 is the best on the disk."""
+    patch = (
+        'import itertools\nimport checkpoint, distributed\nnumbers = iter([9, 9, 3.0, 3.0, 2.0, 2.0, 2.5, 2.5])\nsaves = itertools.count(1)\n'
+        'save, mean = torch.save, distributed.mean_over_ranks\n'
+        'def fail(*args):\n    if next(saves) == 2: raise RuntimeError\n    save(*args)\n'
+        'torch.save = fail\n'
+        'def mean_over_ranks(x):\n    import inspect\n'
+        "    evaluating = inspect.stack()[1].function == 'estimate_loss'\n"
+        '    return mean(x) * 0 + next(numbers) if evaluating else mean(x)\n'
+        'distributed.mean_over_ranks = mean_over_ranks'
+    )
+    ended = launch(patched(run, patch), *TINY, '--max_iters=6', '--eval_interval=2', '--out_dir=new')
+    assert 'new/ckpt.pt could not be saved (RuntimeError); ' in ended.stderr
+    assert (
+        ended.stderr.count('WARNING: ') == 1 and 'the earlier one is untouched, and training continues' in ended.stderr
+    )
+    best = load('new/ckpt_best.pt')
+    assert best['iter_num'] == 6 and best['best_val_loss'] == 2.5
+    records = log_of('new')['checkpoints']
+    assert [(r['iter'], r['best'], r['bytes'] is None) for r in records[:3]] == [
+        (2, True, False),
+        (4, False, True),
+        (6, True, False),
+    ]
+
+
+def test_a_save_may_take_longer_than_dist_timeout(launch, run):
+    script = patched(
+        run,
+        'save = torch.save\ntorch.save = lambda *args, **options: (time.sleep(0 if options else 4), save(*args, **options))',
+    )
+    ended = launch(script, *TINY, '--out_dir=new', '--max_iters=2', '--dist_timeout=2', nproc=2)
+    assert load('new/ckpt.pt')['iter_num'] == 3 and ended.stderr == ''
+
+
+def test_only_the_best_is_left(launch, run):
+    os.remove('out/ckpt.pt')
+    out = launch(TRAIN, *RESUME, '--n_layer=1', '--init_from=auto').stdout
+    assert 'out/ckpt.pt is missing, so out/ckpt_best.pt takes its place' in out and 'iter 4:' in out
+
+
+@pytest.mark.parametrize(
+    'prepare, out_dir, message',
+    [
+        (lambda: open('occupied', 'w').close(), 'occupied', 'occupied is no folder'),
+        (lambda: (os.remove('out/ckpt.pt'), os.mkdir('out/ckpt.pt')), 'out', 'out/ckpt.pt is a folder'),
+        (
+            lambda: (shutil.rmtree('out'), os.mkdir('out'), os.symlink('ckpt.pt', 'out/ckpt.pt')),
+            'out',
+            'Too many levels of symbolic links',
+        ),
+        (lambda: open('out/ckpt.pt', 'w').close(), 'out', 'Other checkpoints there: ckpt_best.pt'),
+        (lambda: shutil.rmtree('out'), 'out', 'train first'),
+    ],
+)
+def test_read_errors_are_named(launch, run, prepare, out_dir, message):
+    prepare()
+    ended = launch(SAMPLE, f'--out_dir={out_dir}', check=False)
+    assert ended.returncode == 2 and message in ended.stderr and acceptable(2, ended.stderr), ended.stderr
+
+
+def test_a_checkpoint_of_another_name(launch, run):
+    ended = launch(SAMPLE, '--ckpt=ckpt_last.pt', check=False)
+    assert 'the checkpoints there are ckpt.pt, ckpt_best.pt' in ended.stderr and ended.returncode == 2
+
+
+def test_the_smallest_temperature_takes_the_likeliest(launch, run):
+    flags = ['--start=0', '--num_samples=1', '--max_new_tokens=20', '--device=cpu']
+    coldest = launch(SAMPLE, *flags, '--temperature=0').stdout
+    for temperature in ('1e-45', '1e-30', '1e-8'):
+        assert launch(SAMPLE, *flags, f'--temperature={temperature}').stdout == coldest
+
+
+@pytest.mark.parametrize('folder, nproc', [('nanoGPT', 1), ('phase1_zero1', 2), ('phase3_fsdp', 2)])
+def test_a_model_with_nothing_but_nanogpts_interface(launch, run, folder, nproc):
+    flags = [*TINY, f'--model_dir={ROOT / "tests" / "plain_model"}', '--out_dir=plain', '--peak_tflops=1']
+    script = ROOT / folder / 'train.py'
+    launch(script, *flags, '--max_iters=7', nproc=nproc)
+    out = launch(script, *flags, '--max_iters=16', '--init_from=resume', nproc=nproc).stdout
+    mfu = log_of('plain')['iterations'][-1]
+    parameters = 2 * 40 * 32 + 2 * 32 * 32  # embeddings, head and two blocks
+    expected = 6 * parameters * 16 * 8 / nproc / (mfu['time_ms'] / 1000) / 1e12
+    assert 'iter 16:' in out and mfu['mfu'] == pytest.approx(expected, rel=1e-3)  # the logged time is rounded

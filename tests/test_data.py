@@ -396,6 +396,7 @@ def test_openwebtext(copy, tmp_path):
         [sys.executable, script, '--source', folder, '--num_proc', '2'], env=env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+    assert f'wrote 4,000 documents, {sum(map(len, documents)):,} characters' in run.stdout
     train, val, _ = read(copy / 'data/openwebtext')
     decode = encoding.get_encoding({}).decode
     parts = [decode(ids.tolist()).split('<|endoftext|>')[:-1] for ids in (train, val)]

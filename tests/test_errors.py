@@ -6,6 +6,7 @@ lost. Each is tried alone and on 2 ranks.
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from conftest import NANOGPT, ROOT, TINY, log_of, make_letters
+from errors import UserError
+from step_guard import StepGuard
 
 TRAIN = NANOGPT / 'train.py'
 
@@ -63,12 +66,12 @@ MISTAKES = {
     'token beyond the checkpoint': (
         lambda: edit_checkpoint(lambda c: c['model_args'].update(vocab_size=3)),
         RESUME,
-        'does not fit',
+        'tokens in the vocabulary',
     ),
     'other vocabulary': (
         lambda: pickle.dump({'vocab_size': 41}, open('data/letters/meta.pkl', 'wb')),
         RESUME,
-        'vocabulary of 40',
+        'is one of 41 tokens',
     ),
     'a folder for data': (lambda: (os.remove('data/letters/val.bin'), os.mkdir('data/letters/val.bin')), [], 'val.bin'),
     'truncated .bin': (lambda: cut('data/letters/train.bin', 999), [], 'train.bin is truncated'),
@@ -91,7 +94,7 @@ MISTAKES = {
     'malformed checkpoint': (
         lambda: edit_checkpoint(lambda c: c.update(model_args=None)),
         RESUME,
-        'it lacks model_args',
+        'model_args is None, but it must be a dict',
     ),
     'lost weight': (
         lambda: edit_checkpoint(lambda c: c['model'].pop('lm_head.weight')),
@@ -130,7 +133,7 @@ MISTAKES = {
     'weights that are NaN': (
         lambda: edit_checkpoint(lambda c: c['model']['lm_head.weight'].fill_(math.nan)),
         [*RESUME, '--max_iters=20'],
-        'The weights are not finite either',
+        'which no training continues from',
     ),
     'learning rate that ruins the weights': (
         None,
@@ -349,3 +352,21 @@ runpy.run_path(sys.argv[0], run_name='__main__')
     assert 'iter 10: loss nan' in run.stdout and '1 steps skipped' in run.stdout
     checkpoint = torch.load('out/ckpt.pt', weights_only=True)
     assert checkpoint['iter_num'] == 11 and all(w.isfinite().all() for w in checkpoint['model'].values())
+
+
+@pytest.mark.parametrize(
+    'weight, says',
+    [(2.5, 'All weights are finite, the largest is 2.5e+00'), (math.nan, 'The weights are not finite either')],
+)
+def test_what_is_said_of_the_weights_of_a_run_that_diverged(weight, says):
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, weight)
+    guard = StepGuard('cpu', torch.amp.GradScaler('cpu', enabled=False))
+    for _ in range(5):
+        guard.step(torch.optim.SGD(model.parameters()), torch.tensor(math.inf))
+        loss, norm, skipped = guard.measure(torch.tensor(math.nan), torch.tensor(math.inf))
+    with pytest.raises(UserError, match=re.escape(f'5 in all; the learning rate is 1.00e-02. {says}')):
+        guard.check(7, 0.01, skipped, model)
+    guard.step(torch.optim.SGD(model.parameters()), torch.tensor(1.0))
+    guard.measure(torch.tensor(1.0), torch.tensor(1.0))
+    guard.check(8, 0.01, skipped, model)  # a good step ends the row

@@ -198,13 +198,19 @@ def test_conversion_writes_the_latest_and_the_best_or_says_why_not(launch, work)
     state = load('out/ckpt.pt')
     os.mkdir('weights')
     torch.save({key: state[key] for key in ('model', 'model_args', 'iter_num')}, 'weights/ckpt.pt')
-    assert 'error: the optimizer state is missing from weights/ckpt.pt' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
+    assert (
+        'error: the optimizer state is missing from weights/ckpt.pt'
+        in launch(CONVERT, 'sharded', 'weights', check=False).stderr
+    )
     assert (
         'error: there is no sharded checkpoint in weights/ckpt.pt'
         in launch(CONVERT, 'full', 'weights/ckpt.pt', check=False).stderr
     )
     torch.save({**state, 'optimizer': {'a': 1}}, 'weights/ckpt.pt')
-    assert 'error: the optimizer state is missing from weights/ckpt.pt' in launch(CONVERT, 'sharded', 'weights', check=False).stderr
+    assert (
+        'error: the optimizer state is missing from weights/ckpt.pt'
+        in launch(CONVERT, 'sharded', 'weights', check=False).stderr
+    )
 
 
 def test_mistakes_end_with_one_message(launch, work):

@@ -277,7 +277,7 @@ def test_anything_else_is_refused_by_its_name(tmp_path, name, file):
     refuse(folder, str(tmp_path / file), message)
 
 
-@pytest.mark.parametrize('name', set(REFUSED) - {'odd number of bytes', 'short shard'})
+@pytest.mark.parametrize('name', [name for name in REFUSED if name not in ('odd number of bytes', 'short shard')])
 def test_one_bad_shard_among_good_ones_is_refused(tmp_path, name):
     content, message = REFUSED[name]
     files = {f'x_{split}_{i}.bin': shard(ENOUGH) for split in ('train', 'val') for i in range(3)}

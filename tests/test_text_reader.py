@@ -153,6 +153,8 @@ def test_what_a_folder_holds_besides_text_is_named(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             find_files([str(tmp_path / name)])
+    with pytest.raises(UserError, match='a hidden file'):
+        read_text(str(tmp_path / '.hidden.txt'))
     (tmp_path / 'only').mkdir()
     (tmp_path / 'only' / 'LICENSE.txt').write_text('text')
     with pytest.raises(UserError, match='there are no .txt.*\n.*LICENSE.txt: about the data'):

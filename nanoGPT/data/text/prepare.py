@@ -37,6 +37,28 @@ from prepare_common import (
 from shard_writer import write_shards
 from text_reader import TextReader
 
+
+def write_pair(reader, encoding, val_fraction, out_dir):
+    """Writes train.bin and val.bin, and meta.pkl for characters and bytes."""
+    end, dtype, meta = '\n', 'uint16', None
+    if encoding == 'gpt2':
+        encode, end = gpt2_encode_pieces, None
+    elif encoding == 'byte':
+        meta = {'vocab_size': 256, 'encoding': 'byte'}
+        encode = lambda pieces: np.frombuffer(''.join(pieces).encode(), np.uint8)
+    else:
+        chars = {'\n'}
+        for _, pieces in reader.documents(progress('vocabulary', reader.bytes)):
+            for piece in pieces:
+                chars.update(piece)
+        encode, meta, dtype = char_encoder(sorted(chars)), char_meta(sorted(chars)), dtype_for(len(chars))
+    with DatasetWriter(out_dir, dtype) as out:
+        documents = reader.documents(progress('encoding', reader.bytes))
+        encode_documents(out, documents, encode, end, val_fraction)
+        reader.report_documents()
+        out.commit(meta)
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('inputs', nargs='+', metavar='FILE_OR_FOLDER')
@@ -68,27 +90,9 @@ if __name__ == '__main__':
     reader = TextReader(args.inputs, args.field, args.separator)
     reader.report()
 
-    if args.shards:
-        gpt2_encoding()  # its errors first
-        write_shards(reader, args.out, 'text', args.shard_tokens, args.val_fraction)
-        sys.exit()
-
-    end, dtype, meta = '\n', 'uint16', None
     if args.encoding == 'gpt2':
         gpt2_encoding()  # its errors first
-        encode, end = gpt2_encode_pieces, None
-    elif args.encoding == 'byte':
-        meta = {'vocab_size': 256, 'encoding': 'byte'}
-        encode = lambda pieces: np.frombuffer(''.join(pieces).encode(), np.uint8)
+    if args.shards:
+        write_shards(reader, args.out, 'text', args.shard_tokens, args.val_fraction)
     else:
-        chars = {'\n'}
-        for _, pieces in reader.documents(progress('vocabulary', reader.bytes)):
-            for piece in pieces:
-                chars.update(piece)
-        encode, meta, dtype = char_encoder(sorted(chars)), char_meta(sorted(chars)), dtype_for(len(chars))
-
-    with DatasetWriter(args.out, dtype) as out:
-        documents = reader.documents(progress('encoding', reader.bytes))
-        encode_documents(out, documents, encode, end, args.val_fraction)
-        reader.report_documents()
-        out.commit(meta)
+        write_pair(reader, args.encoding, args.val_fraction, args.out)
