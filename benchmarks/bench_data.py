@@ -124,9 +124,8 @@ def main():
             share = 100 * batch[0] / (1000 * STEP_MS)
             batch = ', '.join(f'{us:.0f}' for us in batch)
             print(f'| {name} | {order} | {opened:.0f} | {batch} | {share:.2f} | {growth:.1f} |')
-    print(
-        f'manifest {rest["manifest_ms"]:.0f} ms, scan {rest["scan_bytes_per_sec"] / 1e9:.1f} GB/s, {rest["scan_bytes_per_cpu_sec"] / 1e9:.1f} GB per CPU second'
-    )
+    gb, gb_cpu = (rest[key] / 1e9 for key in ('scan_bytes_per_sec', 'scan_bytes_per_cpu_sec'))
+    print(f'manifest {rest["manifest_ms"]:.0f} ms, scan {gb:.1f} GB/s, {gb_cpu:.1f} GB per CPU second')
     if args.out:
         write_json(args.out, {**facts(cpu=True), 'alone': alone, 'ranks': ranks, **rest})
 
