@@ -11,7 +11,6 @@ import glob
 import os
 import pickle
 import re
-import shlex
 import shutil
 import sys
 import time
@@ -25,6 +24,7 @@ from checkpoint_crc import DamagedFile, add_crc, check_archive
 from checkpoint_fields import check_fields, check_finite
 from errors import UserError, first_line
 from out_dir import is_checkpoint_folder, set_aside
+from shell import quote
 
 # names that wrappers put before each parameter's: torch.compile, DDP, FSDP and activation checkpointing
 WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
@@ -221,10 +221,10 @@ def _others(path):
 
 def _about_folder(path):
     """The README of a trainer's folder says how to convert it, as a command with OUT_DIR in place of the folder's."""
-    out_dir = shlex.quote(os.path.dirname(os.path.abspath(path)))
+    out_dir = quote(os.path.dirname(os.path.abspath(path)))
     try:
         with open(os.path.join(path, 'README'), encoding='utf-8') as f:
-            about = ' '.join(f.read(1000).split()).replace('OUT_DIR', out_dir)
+            about = f.read(1000).strip().replace('OUT_DIR', out_dir)
     except (OSError, UnicodeDecodeError):
         about = 'Resume with the trainer that wrote it, or convert it there to a ckpt.pt.'
     return f'{path} is a folder, not a checkpoint file. {about}'

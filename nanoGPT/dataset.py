@@ -321,7 +321,9 @@ def describe(data: Dataset) -> str:
 
 if __name__ == '__main__':
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
-        print(f'usage: python {sys.argv[0]} FOLDER    (or a name in data/, or a quoted pattern of shards)')
+        print(
+            f'usage: {python_command(__file__, "FOLDER")}\nFOLDER may also be a name in data/, or a quoted pattern of shards'
+        )
         sys.exit(0 if sys.argv[1:] in (['-h'], ['--help']) else 2)
     sys.stdout.reconfigure(errors='backslashreplace')  # characters that a terminal cannot show
     print(describe(open_dataset(sys.argv[1], block_size=1)))

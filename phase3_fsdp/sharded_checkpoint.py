@@ -16,7 +16,6 @@ $ python sharded_checkpoint.py sharded OUT_DIR    # and back
 import glob
 import os
 import pickle
-import shlex
 import shutil
 import sys
 import time
@@ -35,13 +34,14 @@ from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import UserError, first_line
 from out_dir import set_aside
-from shell import python_command
+from shell import python_command, quote
 
 FOLDER = 'ckpt_sharded'
 UNSHARDED = 'unsharded.pt'  # in a sharded checkpoint: everything but the tensors of weights and of AdamW's state
 UNSHARDED_BEFORE = 'rest.pt'  # its name in older ones
-README = """It is sharded: only the FSDP trainer reads it, with several processes. To make a ckpt.pt of it, which every
-trainer reads, run this in the folder phase3_fsdp: python sharded_checkpoint.py full OUT_DIR
+README = f"""It is sharded: only the FSDP trainer reads it, with several processes. To make a ckpt.pt of it, which every
+trainer reads, run:
+  {quote(sys.executable)} {quote(os.path.abspath(__file__))} full OUT_DIR
 """
 
 
@@ -95,8 +95,7 @@ def load_checkpoint(path, fsdp):
         return full_checkpoint.load_checkpoint(path, to_resume=True)
     if not fsdp:
         out_dir = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-        about = ' '.join(README.split()).replace('OUT_DIR', shlex.quote(out_dir))
-        raise UserError(f'{path} is a folder. {about}')
+        raise UserError(f'{path} is a folder. {README.strip().replace("OUT_DIR", quote(out_dir))}')
     unsharded = unsharded_file(path)
     checkpoint = check_fields(full_checkpoint.read_file(unsharded), unsharded, to_resume=True, tensors=False)
     return {**checkpoint, 'folder': path}

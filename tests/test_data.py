@@ -50,8 +50,8 @@ def copy(tmp_path):
         copy / 'data',
         ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__'),
     )
-    for name in ('encoding.py', 'errors.py', 'shell.py'):
-        shutil.copy(ROOT / 'nanoGPT' / name, copy)
+    for path in (ROOT / 'nanoGPT').glob('*.py'):
+        shutil.copy(path, copy)
     return copy
 
 
@@ -139,8 +139,8 @@ def test_python_char_real(copy):
     phase = copy.parent / 'phase1_zero1'
     phase.mkdir()
     (phase / 'data').symlink_to('../nanoGPT/data')
-    for name in ('encoding.py', 'errors.py', 'shell.py'):
-        shutil.copy(copy / name, phase)
+    for path in copy.glob('*.py'):
+        shutil.copy(path, phase)
     run = subprocess.run([sys.executable, 'data/python_char/prepare.py'], cwd=phase, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     train, val, meta = read(copy / 'data' / 'python_char')
@@ -447,6 +447,21 @@ def test_kill_at_any_moment(tmp_path):
             if not killed:
                 break
         assert not killed and outcomes[0] == 'old' and outcomes[-1] == 'new'
+
+
+@pytest.mark.parametrize('bar', [True, False])
+def test_progress_on_a_terminal(monkeypatch, capsys, bar):
+    """With tqdm's bar if tqdm is installed; either way the end is shown once."""
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    if not bar:
+        monkeypatch.setitem(sys.modules, 'tqdm', None)
+        monkeypatch.setattr(prepare_common.time, 'monotonic', itertools.count().__next__)  # a second between calls
+    update = prepare_common.progress('encoding', 3_000_000)
+    for n in (1_000_000, 2_000_000):
+        update(n)
+    shown = capsys.readouterr().err
+    assert shown.startswith('\rencoding: ') and shown.count('3.00M/3.00M' if bar else '3 of 3 MB') == 1
+    assert shown.endswith('\n')
 
 
 def test_error_while_writing_keeps_the_old(tmp_path):

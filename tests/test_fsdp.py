@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of, losses
+from message_commands import commands_in, run_command
 
 TRAIN = NANOGPT / 'train.py'
 FSDP = ROOT / 'phase3_fsdp' / 'train.py'
@@ -236,9 +237,12 @@ def test_mistakes_end_with_one_message(launch, work):
     ):
         assert (
             run.returncode == 2
-            and 'a sharded model' in run.stderr
-            and f'python sharded_checkpoint.py full {work}/out' in run.stderr
+            and 'It is sharded' in run.stderr
+            and f'sharded_checkpoint.py full {work}/out' in run.stderr
         )
+    run_command(*commands_in(run.stderr))
+    assert load('out/ckpt.pt')['iter_num'] == 3
+    os.remove('out/ckpt.pt')
     assert 'iter 1:' in launch(FSDP, *TINY, '--max_iters=1', '--out_dir=out').stdout  # nothing is to be resumed
     os.remove('out/ckpt.pt')
     os.rename('out/ckpt_sharded_before', 'out/ckpt_sharded')  # where the new run has put it

@@ -112,6 +112,13 @@ PREPARATIONS = {  # name: (folder to run in, folder of the trainer, data set, ar
     'text': ('.', 'nanoGPT', 'text', ['my play.txt', 'web']),
     'text elsewhere': ('elsewhere', 'nanoGPT', 'text', ['my play.txt', '--encoding', 'byte', '--out', 'my data']),
     'little text': ('.', 'nanoGPT', 'text', ['few.txt', '--encoding', 'char', '--out', 'few']),
+    'shards of text': (
+        '.',
+        'nanoGPT',
+        'text',
+        ['my play.txt', '--shards', '--shard_tokens', '900', '--out', 'my shards'],
+    ),
+    'fineweb': ('nanoGPT', 'nanoGPT', 'fineweb', ['--input', 'web', '--shard_tokens', '2000']),
     'openwebtext': ('.', 'nanoGPT', 'openwebtext', ['--source', 'web', '--num_proc', '1']),
 }
 

@@ -211,6 +211,8 @@ def test_the_command_that_converts_another_encoding(tmp_path, encoding, compress
     with pytest.raises(UserError, match=f'is not UTF-8 text: byte .*It looks like {name}') as error:
         documents(path)
     (command,) = commands_in(error.value)
+    if encoding == 'utf-16':
+        assert 'byte 0 is 0xff' in str(error.value)
     run_command(command, cwd=tmp_path)
     assert documents(path) == [text] and path.with_name(path.name + '.orig').read_bytes() == content
 

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))  # encoding.py, errors.py and shell.py; there are packages of these names
 from encoding import download, gpt2_encoding
 from errors import UserError
 from shell import python_command, quote_path, shortest_path

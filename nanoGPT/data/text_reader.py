@@ -20,15 +20,11 @@ import json
 import lzma
 import os
 import stat
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-sys.path.insert(
-    0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-)  # errors.py and shell.py; there are packages of these names
 from errors import UserError, first_line
 from shell import pip_install, python_command, quote_path
 
@@ -467,9 +463,9 @@ def read_pieces(path: str, update: Callable[[int], None] = lambda n: None) -> It
         while True:
             block = stream.read(BLOCK)
             try:
+                text = newlines.decode(decoder.decode(block, final=not block), final=not block)
                 if (nul := block.find(b'\0')) >= 0:
                     raise UnicodeDecodeError('utf-8', block, nul, nul + 1, 'NUL')
-                text = newlines.decode(decoder.decode(block, final=not block), final=not block)
             except UnicodeDecodeError as error:
                 position += (
                     len(block) - len(error.object) + error.start

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Thread
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  # data/ and the trainer's folder
 from errors import UserError, first_line
 from prepare_common import gpt2_encoding, print_training_command, print_written, python_command
 from shard_writer import read_header, shard_name, write_shards

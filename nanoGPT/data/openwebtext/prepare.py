@@ -16,7 +16,7 @@ import sys
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  # data/ and the trainer's folder
 from errors import UserError, first_line
 from prepare_common import ENDOFTEXT, DatasetWriter, gpt2_encode, gpt2_encoding
 from shell import pip_install, python_command

@@ -11,7 +11,7 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  # data/ and the trainer's folder
 from prepare_common import DatasetWriter, encode_documents, gpt2_encode_pieces, gpt2_encoding, stdlib_sources
 
 if __name__ == '__main__':
