@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'nanoGPT'))
 import torch
 
 import data_scan
-from common import facts
+from common import facts, write_json
 from data_order import SequentialOrder
 from dataset import open_dataset
 
@@ -60,15 +60,17 @@ def read_batches(folder, rank, ranks, batches):
         ('random', lambda: data.train.sample(BATCH_SIZE, VOCAB_SIZE)),
         ('sequential', lambda: order.next(VOCAB_SIZE)),
     ):
-        micros, resident = [], []
+        micros, resident, cpu = [], [], time.process_time()
         for i in range(batches):
             start = time.perf_counter()
             draw()
             micros.append(1e6 * (time.perf_counter() - start))
             if i in (batches // 100, batches - 1):
                 resident.append(resident_bytes())
+        cpu = time.process_time() - cpu
         micros.sort()
         result[name] = {
+            'cpu_us': 1e6 * cpu / batches,
             'median_us': statistics.median(micros),
             'p99_us': micros[int(0.99 * len(micros))],
             'resident_bytes': resident,
@@ -77,15 +79,16 @@ def read_batches(folder, rank, ranks, batches):
 
 
 def scan_and_fingerprint(folder):
-    """Returns the bytes per second of the scan, and the milliseconds of a manifest."""
+    """Returns the bytes per second of the scan, also per second of CPU time, and the milliseconds of a manifest."""
     data = open_dataset(folder, BLOCK_SIZE)
     total = sum(file.bytes for tokens in data.splits.values() for file in tokens.files)
     start = time.perf_counter()
     data.manifest()
     manifest_ms = 1000 * (time.perf_counter() - start)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     data_scan.scan_in_background(data, VOCAB_SIZE).join()
-    return {'manifest_ms': manifest_ms, 'scan_bytes_per_sec': total / (time.perf_counter() - start)}
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {'manifest_ms': manifest_ms, 'scan_bytes_per_sec': total / seconds, 'scan_bytes_per_cpu_sec': total / cpu}
 
 
 def main():
@@ -108,21 +111,23 @@ def main():
         ranks = [json.loads(worker.communicate()[0]) for worker in workers]
         rest = scan_and_fingerprint(folder)
     print(f'{args.shards} shards of {args.mb} MB, {args.batches:,} batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens')
-    print('| ranks | order | open, ms | batch, µs: median, 99% | % of a 25 ms step | resident memory, growth in MB |')
+    print(
+        '| ranks | order | open, ms | batch, µs: CPU, median, 99% | CPU, % of a 25 ms step | resident memory, growth in MB |'
+    )
     print('|---|---|---|---|---|---|')
     for name, results in (('1', [alone]), (f'{args.ranks}, slowest', ranks)):
         for order in ('random', 'sequential'):
-            worst = {key: max(result[order][key] for result in results) for key in ('median_us', 'p99_us')}
+            keys = ('cpu_us', 'median_us', 'p99_us')
+            batch = [max(result[order][key] for result in results) for key in keys]
             growth = max(last - first for first, last in (result[order]['resident_bytes'] for result in results)) / 1e6
             opened = max(result['open_ms'] for result in results)
-            share = 100 * worst['median_us'] / (1000 * STEP_MS)
-            print(
-                f'| {name} | {order} | {opened:.0f} | {worst["median_us"]:.0f}, {worst["p99_us"]:.0f} | {share:.2f} | {growth:.1f} |'
-            )
-    print(f'manifest {rest["manifest_ms"]:.0f} ms, scan {rest["scan_bytes_per_sec"] / 1e9:.1f} GB/s')
+            share = 100 * batch[0] / (1000 * STEP_MS)
+            batch = ', '.join(f'{us:.0f}' for us in batch)
+            print(f'| {name} | {order} | {opened:.0f} | {batch} | {share:.2f} | {growth:.1f} |')
+    gb, gb_cpu = (rest[key] / 1e9 for key in ('scan_bytes_per_sec', 'scan_bytes_per_cpu_sec'))
+    print(f'manifest {rest["manifest_ms"]:.0f} ms, scan {gb:.1f} GB/s, {gb_cpu:.1f} GB per CPU second')
     if args.out:
-        content = {**facts(cpu=True), 'settings': vars(args), 'alone': alone, 'ranks': ranks, **rest}
-        Path(args.out).write_text(json.dumps(content, indent=1) + '\n')
+        write_json(args.out, {**facts(cpu=True), 'alone': alone, 'ranks': ranks, **rest})
 
 
 if __name__ == '__main__':

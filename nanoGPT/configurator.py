@@ -14,10 +14,12 @@ import re
 import sys
 import traceback
 
-from checkpoint import ARCHITECTURE
 from errors import UserError
 from flag_conflicts import conflicts
 from output import silence_other_ranks
+
+# the fields of GPTConfig that say what a model is; dropout may differ between runs
+ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
 
 # what a value must be, beyond its type, so that a mistake is named here and not deep inside a run
 POSITIVE = (

@@ -19,6 +19,7 @@ import torchrun_env
 from end_of_run import report_with
 from errors import OUT_OF_MEMORY, UserError, causes, first_line, out_of_memory
 from output import print_error
+from plan_command import plan_command
 from shell import pip_install
 
 OPTIONAL_PACKAGES = ('wandb', 'trackio', 'tensorboard', 'transformers', 'datasets', 'tqdm', 'pyarrow')
@@ -110,9 +111,13 @@ def _out_of_memory_message(error, trace):
     reasons = [line for line in str(error).splitlines() if OUT_OF_MEMORY.search(line)]
     reason = reasons[0] if reasons else "no more of the CPU's"  # Python's own MemoryError has no message
     reason = re.sub(r'^\[.*?\] (err == 0. )?', '', reason).split(' Of the allocated')[0].rstrip('.')
+    torch, plan = sys.modules.get('torch'), ''
+    if torch and torch.cuda.is_available():
+        command = plan_command(sys.argv, torchrun_env.number('WORLD_SIZE', 1), torch.cuda.get_device_name())
+        plan = f'. To see which of these fit, run: {command}' if command else ''
     return (
         f'ran out of memory{place}: {reason}. Training needs less with a smaller batch_size and more gradient_accumulation_steps, '
-        'with activation_checkpointing, with the Triton kernels and their loss_rows, and sharded with ZeRO-1 or FSDP'
+        f'with activation_checkpointing, with the Triton kernels and their loss_rows, and sharded with ZeRO-1 or FSDP{plan}'
     )
 
 

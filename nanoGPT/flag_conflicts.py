@@ -18,7 +18,11 @@ def conflicts(config: dict, given: set, defaults: dict, help_texts: dict) -> lis
         raise UserError(
             f'wandb_log=True and tracker={config["tracker"]} ask for two trackers: leave out one of the two'
         )
-    return unused_flags(config, given, defaults, help_texts) + learning_rate_notes(config, given)
+    notes = unused_flags(config, given, defaults, help_texts) + learning_rate_notes(config, given)
+    sizes = sorted(given & {'n_layer', 'n_head', 'n_embd', 'bias'})
+    if sizes and str(config.get('init_from')).startswith('gpt2'):
+        notes.append(f'{", ".join(sizes)}: no effect with init_from={config["init_from"]}, which has its own')
+    return notes
 
 
 def unused_flags(config, given, defaults, help_texts):

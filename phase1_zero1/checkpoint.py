@@ -26,9 +26,6 @@ from errors import UserError, first_line
 from out_dir import is_checkpoint_folder, set_aside
 from shell import quote
 
-# the fields of GPTConfig that say what a model is; dropout may differ between runs
-ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
-
 # names that wrappers put before each parameter's: torch.compile, DDP, FSDP and activation checkpointing
 WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 # buffers of nanoGPT's attention before torch 2: the causal mask

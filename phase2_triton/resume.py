@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from checkpoint import ARCHITECTURE, fit_names, load_checkpoint, load_model
+from checkpoint import fit_names, load_checkpoint, load_model
 from checkpoint_fields import check_finite
+from configurator import ARCHITECTURE
 from data_identity import check_same_data
 from distributed import same_on_all_ranks
 from errors import UserError

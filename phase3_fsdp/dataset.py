@@ -230,16 +230,10 @@ def _check_agreement(files):
 
 
 def find_meta(dataset: str) -> dict:
-    """Returns the meta of a data set like open_dataset, but needs no token files."""
-    if not _match(dataset)[0]:
-        meta, (_, _, paths) = load_meta(find_data_dir(dataset)), find_files(dataset)
-    else:
-        _, folder, paths = find_files(dataset)
-        meta = load_meta(folder)
-    for path in () if meta else paths['train'][:1]:
-        if recognize(path).format == 'llm.c Llama 3':
-            return dict(LLAMA_3)
-    return meta
+    """Returns the meta that open_dataset gives a data set, also where its token files are missing."""
+    meta = load_meta(find_data_dir(dataset))
+    paths = [] if meta else find_files(dataset)[2]['train']
+    return dict(LLAMA_3) if paths and recognize(paths[0]).format == 'llm.c Llama 3' else meta
 
 
 def find_data_dir(name):

@@ -19,7 +19,7 @@ class RunReport:
         # without a log of its own, a checkpoint names that of its predecessor
         self.log_name = os.path.basename(self.log.path or (resumed_from or {}).get('log') or '')
         self.max_iters, self.first_iter, self.running_mfu = config['max_iters'], first_iter, None
-        self.for_tracker = {}  # sent with the next iteration, so that a checkpoint is saved before a tracker can fail
+        self.for_tracker = {}  # sent after the save that may follow, or with the next iteration
 
     def evaluation(self, iter_num: int, losses: dict, lr: float):
         """losses: {'train': nats, 'val': nats, ...}; further entries are logged as they are."""
@@ -32,6 +32,7 @@ class RunReport:
 
     def checkpoint(self, iter_num: int, **written):
         self.log.checkpoint(iter_num, **written)
+        self._track()
 
     def iteration(self, iter_num: int, *, skipped_steps: int, **record):
         """record: loss, lr, time_ms, tokens_per_sec, mfu (a fraction, or None), grad_norm, peak_memory_bytes."""

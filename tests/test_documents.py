@@ -36,6 +36,7 @@ SHRINK = {  # added to every command that runs this script; the last flag of a n
     'prepare.py': [],
     'report.py': ['--check'],
     'bench_trainers.py': ['--plan'],
+    'plan.py': [],
     'bench_fsdp.py': ['--dry-run'],
 }
 # names of what a run makes, and of what is the reader's
@@ -43,13 +44,14 @@ MADE = re.compile(
     r'^\.\w+$|^(/|out|OUT_DIR|FILE|FOLDER|YOUR|run_|\.\.\._|ckpt|iter_|__RANK|\.venv|data/<)|\.(bin|pkl|distcp|jsonl|parquet)$'
 )
 ELSEWHERE = ('torch/', 'input.txt', 'slurm.conf', 'torch.')  # of other projects
-SCRIPTS = [path for folder in (*FOLDERS, 'benchmarks') for path in (ROOT / folder).rglob('*.py')]
+SCRIPTS = [ROOT / 'plan.py', *(path for folder in (*FOLDERS, 'benchmarks') for path in (ROOT / folder).rglob('*.py'))]
 
 
 def flags_of(script):
     """The --names that a script takes; None if it takes no flags that could be found in its text."""
     text = script.read_text()
     names = set(re.findall(r"add_argument\(\s*'(--[\w-]+)'", text)) | {'--help'}
+    names |= {f'--{name}' for name in re.findall(r"^    '(\w+)': \(.*'\),$", text, re.M)}  # plan.py's
     top, configured, _ = text.partition('\nconfig, given = configure(globals())')
     if configured:
         names |= {f'--{node.targets[0].id}' for node in ast.parse(top).body if isinstance(node, ast.Assign)}

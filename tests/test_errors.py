@@ -66,12 +66,12 @@ MISTAKES = {
     'token beyond the checkpoint': (
         lambda: edit_checkpoint(lambda c: c['model_args'].update(vocab_size=3)),
         RESUME,
-        'tokens in the vocabulary',
+        'does not fit',
     ),
     'other vocabulary': (
         lambda: pickle.dump({'vocab_size': 41}, open('data/letters/meta.pkl', 'wb')),
         RESUME,
-        'is one of 41 tokens',
+        'vocabulary of 40',
     ),
     'a folder for data': (lambda: (os.remove('data/letters/val.bin'), os.mkdir('data/letters/val.bin')), [], 'val.bin'),
     'truncated .bin': (lambda: cut('data/letters/train.bin', 999), [], 'train.bin is truncated'),
@@ -94,7 +94,7 @@ MISTAKES = {
     'malformed checkpoint': (
         lambda: edit_checkpoint(lambda c: c.update(model_args=None)),
         RESUME,
-        'model_args is None, but it must be a dict',
+        'it lacks model_args',
     ),
     'lost weight': (
         lambda: edit_checkpoint(lambda c: c['model'].pop('lm_head.weight')),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evaluation
-from conftest import NANOGPT, TINY, log_of
+from conftest import NANOGPT, ROOT, TINY, log_of
 from dataset import open_dataset
 from errors import UserError
 from model import GPT, GPTConfig
@@ -89,6 +89,16 @@ def test_train_prints_the_same_number_at_every_world_size_and_batch_size(launch,
         assert f'val loss {found[-1]:.4f}, val {bits:.4f} bits per byte' in result.stdout
     # float32 rounding, which depends on the shapes of the matrix products, averages out
     assert max(found) - min(found) < 1e-6 * found[0]
+
+
+@pytest.mark.parametrize('phase', ['phase1_zero1', 'phase3_fsdp'])
+def test_every_trainer_gives_the_same_number(launch, work, phase):
+    """Also where a rank has no tokens to evaluate: 60 tokens are one batch."""
+    flags = [*TINY, '--val_tokens=60', '--data_order=sequential', '--max_iters=1', '--eval_interval=1']
+    launch(TRAIN, *flags, '--out_dir=one')
+    launch(ROOT / phase / 'train.py', *flags, '--out_dir=two', nproc=2)
+    one, two = ([e['val_loss'] for e in log_of(out)['evaluations']] for out in ('one', 'two'))
+    assert len(one) == 2 and two == pytest.approx(one, rel=1e-6)  # float32 rounding, also of the step between them
 
 
 def test_too_many_val_tokens_are_noticed_before_training(launch, work):

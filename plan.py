@@ -1,0 +1,105 @@
+"""
+Will it fit, how fast, and with which trainer? Answers before anything is allocated; needs no GPU and no PyTorch.
+
+$ python plan.py nanoGPT/config/train_gpt2.py --gpu=h100 --gpus=8 --tokens=10e9 --price=2.50
+$ python plan.py --n_layer=48 --n_head=25 --n_embd=1600 --batch_size=8 --gpu=h200 --gpus=4 --json
+$ python plan.py config/train_gpt2_1.5B.py --gpu=h100 --gpus=8 --largest=batch
+$ python plan.py config/train_gpt2.py --gpu=h200 --gpus=8 --picture=plan.png
+
+It takes train.py's flags and config files and the flags below. The exit status is 1 if the trainer asked for does not fit (by --trainer, or
+by flags such as --use_fsdp=True or --model_dir=../phase2_triton; without any: if no trainer fits), and 2 if a flag is wrong.
+docs/planner.md states every formula and how far the numbers are from measured ones.
+"""
+
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+
+ROOT = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'nanoGPT')]
+from planner import measured, options, plan, report
+from planner.gpus import GPUS, find_gpu
+
+from configurator import configure
+from errors import UserError
+
+# -----------------------------------------------------------------------------
+FLAGS = {  # name: (default, help)
+    'gpu': ('h100', f'kind of GPU: {", ".join(GPUS)}'),
+    'gpus': (1, 'number of GPUs, all machines together'),
+    'trainer': ('', f'the trainer asked for: {", ".join(options.NAMES)}'),
+    'tokens': (0.0, 'tokens to train on, for hours and cost; 0: max_iters iterations'),
+    'price': (0.0, 'of one GPU for an hour, for the cost'),
+    'network': (50.0, 'GB/s between machines for each GPU, one direction; 50 is 400 Gb/s'),
+    'vocab_size': (50304, "rows of the embedding; train.py takes it from the data set's meta.pkl"),
+    'json': (False, 'print one JSON object'),
+    'largest': ('', 'model or batch: the most layers, or sequences in a micro-step, that fit with each trainer'),
+    'picture': ('', 'write a picture to this file: memory for each trainer, tokens/s from 1 to 1,024 GPUs'),
+}
+# -----------------------------------------------------------------------------
+
+
+def print_help():
+    print(__doc__.strip() + '\n\nFlags, written --key=value, with their defaults:')
+    for name, (default, text) in FLAGS.items():
+        print(f'  {f"--{name}={default}":<22} {text}')
+    print("Those of train.py: python nanoGPT/train.py --help, and the same in the trainers' folders.")
+
+
+def parse():
+    """Returns (config, given, arguments of train.py's own). Raises UserError, as train.py does."""
+    own = {name: default for name, (default, _) in FLAGS.items()}
+    kernels = options.kernel_flags()
+    namespace = {'__file__': os.path.join(ROOT, 'nanoGPT', 'train.py'), **options.train_flags(), **kernels, **own}
+    with redirect_stdout(sys.stderr):  # notes about flags must not mix with --json
+        config, given = configure(namespace)
+    arguments = [arg for arg in sys.argv[1:] if arg[2:].split('=')[0] not in own or not arg.startswith('--')]
+    if config['largest'] not in ('', 'model', 'batch'):
+        raise UserError(f"largest is '{config['largest']}', but it can be model or batch")
+    if config['trainer'] and config['trainer'] not in options.NAMES:
+        raise UserError(f"trainer is '{config['trainer']}', but it can be {', '.join(options.NAMES)}")
+    for flag in ('tokens', 'price'):
+        if not config[flag] >= 0:
+            raise UserError(f'{flag}={config[flag]}, but it must be at least 0')
+    if not config['network'] > 0:
+        raise UserError(f'network={config["network"]}, but it must be more than 0')
+    return config, given, arguments
+
+
+def main():
+    if {'--help', '-h'} & set(sys.argv[1:]):
+        return print_help()
+    config, given, arguments = parse()
+    gpu, gpus, network = find_gpu(config['gpu']), config['gpus'], config['network'] * 1e9
+    found = plan.make_plan(config, gpu, gpus, network, measured.all_rows())
+    asked = config['trainer'] or options.asked_for(config, given)
+    if asked and asked not in found:
+        raise UserError(f'trainer={asked} needs 4 GPUs or more, in two equal groups or more; gpus is {gpus}')
+    tokens = config['tokens'] or config['max_iters'] * next(iter(found.values())).run.tokens_per_iter
+    best = plan.recommend(found)
+    fits = found[asked].fits if asked else best is not None
+    way_out = None if fits else plan.change_that_fits(config, gpu, gpus, network)
+
+    if config['json']:
+        result = report.as_json(found, gpu, gpus, best, arguments, tokens, config['price'])
+        if config['largest']:
+            result['largest'] = report.largest_of(config['largest'], found, config, gpu, gpus, network)
+        print(json.dumps(result, indent=1))
+    else:
+        print(report.as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out))
+        if config['largest']:
+            print(report.largest_text(config['largest'], found, config, gpu, gpus, network))
+    if config['picture']:
+        report.draw(found, config, gpu, gpus, network, config['picture'])
+    return 0 if fits else 1
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # as in `plan.py | head`
+        os._exit(141)

@@ -1,0 +1,197 @@
+"""
+The measured rows in benchmarks/results/ as (Run, what was measured).
+
+A row's allocated peak counts only where kernels were launched: replays of CUDA graphs allocate nothing, so the peaks next to them say
+how the measurement was started, not what the run needs. Its reserved peak counts only with expandable segments, which train.py sets up
+since commit 8498212.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner.gpus import gpu_of_device
+from planner.run import Run
+
+RESULTS = Path(__file__).resolve().parent.parent / 'benchmarks' / 'results'
+SHAPES = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '774M': (36, 20, 1280), '1.5B': (48, 25, 1600)}
+FIXED_SEGMENTS = ('14f333c', '3e7e90f', 'b3fe36f', '0a87a78', '8e88e86', '2e4179d')  # commits before 8498212
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured configuration. Numbers that are missing or that the module's docstring excludes are None."""
+
+    run: Run
+    source: str  # file name
+    kind: str  # trainers, memory, ladder, batches or largest: which benchmark measured it
+    tokens_per_sec: float | None = None  # all GPUs together, median
+    low: float | None = None
+    high: float | None = None
+    allocated: float | None = None
+    reserved: float | None = None
+    flagged: float | None = None  # an allocated peak next to CUDA graphs, or a reserved one of fixed segments
+
+
+def shape_of(size):
+    return dict(zip(('n_layer', 'n_head', 'n_embd'), SHAPES[size]))
+
+
+def trainer_of(name, gpus):
+    """The fields of Run that a trainer's name in bench_trainers.py stands for."""
+    parts = name.split('+')
+    fields = dict(graphs='launched' not in parts, kernels='triton' in parts)
+    fields['trainer'] = next((t for t in ('zero1', 'fsdp', 'hybrid') if t in parts), 'ddp')
+    if fields['trainer'] == 'hybrid':
+        fields.update(trainer='fsdp', shard_size=gpus // 2)
+    if 'one_unit' in parts:
+        fields['min_num_params'] = 10**12
+    return fields
+
+
+def read(name, results=RESULTS):
+    return json.loads((Path(results) / name).read_text())
+
+
+def trainers_rows(results=RESULTS):
+    for path in sorted(Path(results).glob('trainers_h*.json')):
+        report = read(path.name, results)
+        for row in report['rows']:
+            gpus = row['processes']
+            runs = [
+                r
+                for r in report['runs']
+                if (r['trainer'], r['size'], r['processes']) == (row['trainer'], row['size'], gpus)
+            ]
+            commits = {report['sessions'][r['session']]['commit'][:7]: r for r in runs}
+            grown = [r for commit, r in commits.items() if commit not in FIXED_SEGMENTS]
+            blocks = [(b, r['blocks'][:i]) for r in grown for i, b in enumerate(r['blocks'])]
+            # where the number did not change, the peak is that of the block before
+            reserved = [
+                b['peak_reserved']
+                for b, before in blocks
+                if b['micro_steps'] == row['micro_steps']
+                and b['peak_reserved'] not in [x['peak_reserved'] for x in before]
+            ]
+            run = Run(
+                gpu_of_device(report['sessions'][0]['device']),
+                gpus,
+                **shape_of(row['size']),
+                batch_size=row['batch_size'],
+                block_size=row['block_size'],
+                micro_steps=row['micro_steps'],
+                **trainer_of(row['trainer'], gpus),
+            )
+            speed, memory = row['tokens_per_sec'], row['memory_bytes']
+            yield Row(
+                run,
+                path.name,
+                'trainers',
+                speed['median'],
+                speed['min'],
+                speed['max'],
+                allocated=None if run.graphs else memory['peak'],
+                reserved=max(reserved, default=None),
+                flagged=memory['peak'] if run.graphs else None,
+            )
+
+
+def memory_rows(results=RESULTS):
+    for path in sorted(Path(results).glob('memory_h*.json')):
+        report = read(path.name, results)
+        for row in report['rows']:
+            options = dict(row['options'])
+            run = Run(
+                gpu_of_device(report['device']),
+                1,
+                **shape_of(row['size']),
+                batch_size=row['batch_size'],
+                block_size=row['block_size'],
+                micro_steps=options.get('gradient_accumulation_steps', 2),
+                trainer='fsdp' if row['trainer'] == 'fsdp' else 'ddp',
+                kernels=row['trainer'] == 'triton',
+                half_residual=options.get('half_residual', False),
+                loss_rows=options.get('loss_rows', 0),
+                compiled=options.get('compile', True),
+                graphs=options['cuda_graph'],
+                checkpointing=options.get('activation_checkpointing', False),
+                reshard=options.get('fsdp_reshard', False),
+            )
+            yield Row(run, path.name, 'memory', allocated=row['allocated'], reserved=row['reserved'])
+
+
+VARIANTS = {  # names in bench_phase2.py
+    'reference, eager': dict(compiled=False, graphs=False),
+    'reference, compiled': dict(graphs=False),
+    'reference, compiled, cuda_graph': dict(),
+    '+ weights rounded once an iteration': dict(kernels=True),
+    '+ half_residual': dict(kernels=True, half_residual=True),
+    'loss_rows=4096': dict(kernels=True, half_residual=True, loss_rows=4096),
+}
+
+
+def kernel_rows(results=RESULTS):
+    """The steps of bench_phase2.py (ladder), and the largest batches (batches)."""
+    for path in sorted(Path(results).glob('phase2_l*_h*.json')):
+        report = read(path.name, results)
+        for row in report['rows']:
+            if row['name'] not in VARIANTS:
+                continue
+            ladder = path.name.startswith('phase2_ladder')
+            batch_size = report.get('batch_size') or 12
+            run = Run(
+                gpu_of_device(report['device']),
+                1,
+                **shape_of('124M'),
+                batch_size=batch_size if ladder else row['batch_size'],
+                block_size=1024,
+                micro_steps=(report.get('micro_steps') or 8) if ladder else 1,
+                **VARIANTS[row['name']],
+            )
+            times = [run.tokens_per_iter / ms * 1e3 for ms in row.get('ms', [])]
+            yield Row(
+                run,
+                path.name,
+                'ladder' if ladder else 'batches',
+                row['tokens_per_s'],
+                min(times, default=None),
+                max(times, default=None),
+                allocated=None if run.graphs and ladder else row['peak_memory_bytes'],
+                flagged=row['peak_memory_bytes'] if run.graphs and ladder else None,
+            )
+
+
+def largest_rows(results=RESULTS):
+    """The tries of bench_fsdp.py's largest: eager, one sequence, two timed steps."""
+    for path in sorted(Path(results).glob('fsdp_largest_*.json')):
+        report = read(path.name, results)
+        for name, tried in report['tried'].items():
+            for row in tried.values():
+                if 'error' in row:
+                    continue
+                flags = row['flags']
+                run = Run(
+                    gpu_of_device(report['device']),
+                    report['processes'],
+                    n_layer=row['n_layer'],
+                    n_head=row['n_embd'] // 128,
+                    n_embd=row['n_embd'],
+                    batch_size=row['batch_size'],
+                    block_size=row['block_size'],
+                    micro_steps=1,
+                    trainer=row['kind'],
+                    compiled=False,
+                    graphs=False,
+                    checkpointing='ac' in name.split('+'),
+                    reshard=flags.get('fsdp_reshard', False),
+                    offload=flags.get('fsdp_cpu_offload', False),
+                )
+                speed = row['tokens_per_sec']
+                yield Row(run, path.name, 'largest', speed['median'], speed['p10'], speed['p90'], row['peak_bytes'])
+
+
+def all_rows(results=RESULTS):
+    """Every measured row; the list is empty where there are no result files."""
+    if not Path(results).is_dir():
+        return []
+    return [*trainers_rows(results), *memory_rows(results), *kernel_rows(results), *largest_rows(results)]

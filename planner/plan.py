@@ -1,0 +1,174 @@
+"""
+A plan: for each trainer its memory, whether that fits, its speed with a range, and where the numbers come from.
+
+The basis of a number is `measured` (this very configuration was run), `interpolated` (between measured configurations) or `extrapolated`
+(beyond them). The ranges come from the errors that benchmarks/bench_planner.py found with each configuration left out of the fit.
+"""
+
+from dataclasses import dataclass
+
+from planner import memory, options, speed
+
+# Relative half-widths of the range of tokens/s. The first two are the largest errors found with a configuration left out; the others are
+# judgement: more GPUs of a measured machine, other shapes, and other GPUs or several machines.
+RANGES = {'interpolated': 0.07, 'launched': 0.36, 'more_gpus': 0.10, 'extrapolated': 0.15, 'other': 0.35}
+MEMORY_RANGES = {'interpolated': 0.05, 'extrapolated': 0.10}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What plan.py says of one trainer. Bytes are those of the GPU with most."""
+
+    name: str
+    run: object
+    memory_bytes: dict  # by component, and total: reserved by torch
+    context_bytes: float  # outside torch
+    memory_low: float  # what the run cannot do without
+    memory_high: float
+    memory_basis: str
+    tokens_per_sec: float
+    low: float
+    high: float
+    basis: str
+
+    @property
+    def fits(self):
+        """Whether the GPU has what the run cannot do without: torch gives stale blocks back before it gives up."""
+        return self.memory_low + self.context_bytes <= self.run.gpu.memory_bytes
+
+    @property
+    def tight(self):
+        """It fits only if torch gives stale blocks back, which costs speed."""
+        return self.fits and self.memory_bytes['total'] + self.context_bytes > self.run.gpu.memory_bytes
+
+    @property
+    def mfu(self):
+        return self.tokens_per_sec / self.run.gpus * self.run.flops_per_token / self.run.gpu.peak_flops
+
+    def hours(self, tokens):
+        return tokens / self.tokens_per_sec / 3600
+
+
+def speed_basis(run):
+    """interpolated or extrapolated, and the key of the range."""
+    width = 768 <= run.n_embd <= 1600 and 12 <= run.n_layer <= 48
+    batch = 8192 <= run.tokens <= 128 * 1024 and run.block_size == 1024
+    inside = width and batch and run.vocab_size == 50304 and run.half_bytes == 2
+    inside = inside and not run.checkpointing and not run.offload
+    if not run.gpu.measured or run.gpus > run.gpu.per_machine:
+        return 'extrapolated', 'other'
+    basis = 'interpolated' if inside and run.gpus <= 4 else 'extrapolated'
+    if not run.graphs:
+        return basis, 'launched'
+    return basis, 'more_gpus' if inside and run.gpus > 4 else basis
+
+
+def memory_basis(run):
+    """interpolated where architecture, batch, context and number of GPUs are within the measured ones."""
+    shape = 768 <= run.n_embd <= 8192 and 4 <= run.n_layer <= 76 and 256 <= run.block_size <= 2048
+    inside = shape and run.gpu.measured and run.gpus <= 4 and 1024 <= run.tokens <= 260 * 1024
+    return 'interpolated' if inside and run.half_bytes == 2 and run.vocab_size == 50304 else 'extrapolated'
+
+
+def estimate(name, run, network, rows=()):
+    """The Estimate of a run. rows: the measured ones, whose numbers take the place of the model's where the run is the same."""
+    parts = memory.memory(run)
+    same = [row for row in rows if row.run == run]
+    reserved = [row.reserved for row in same if row.reserved]
+    basis, width = memory_basis(run), MEMORY_RANGES[memory_basis(run)]
+    if reserved:  # the components stay; what the model does not explain is the allocator's
+        parts['allocator'] += reserved[0] - parts['total']
+        parts['total'], basis, width = reserved[0], 'measured', 0.01
+    low = min(memory.needed(run), parts['total'])
+    tokens_per_sec = speed.tokens_per_sec(run, network=network)
+    speed_is, key = speed_basis(run)
+    bounds = (tokens_per_sec * (1 - RANGES[key]), tokens_per_sec * (1 + RANGES[key]))
+    timed = [row for row in same if row.tokens_per_sec and row.low]
+    if timed:
+        best = max(timed, key=lambda row: row.source)
+        tokens_per_sec, bounds, speed_is = best.tokens_per_sec, (best.low, best.high), 'measured'
+    high = parts['total'] * (1 + width)
+    return Estimate(name, run, parts, memory.outside_torch(run), low, high, basis, tokens_per_sec, *bounds, speed_is)
+
+
+def make_plan(config, gpu, gpus, network, rows=()):
+    """{name: Estimate} of every trainer on these GPUs. Raises UserError for impossible flags."""
+    return {name: estimate(name, run, network, rows) for name, run in options.make_runs(config, gpu, gpus).items()}
+
+
+# of trainers that are as fast, the simpler one comes first
+SIMPLEST = (
+    'ddp',
+    'triton',
+    'zero1',
+    'zero1+triton',
+    'fsdp',
+    'fsdp+triton',
+    'hybrid',
+    'fsdp+checkpointing',
+    'fsdp+offload',
+)
+
+
+def recommend(plan):
+    """The Estimate to run: the fastest that fits, or the simplest of those within 2% of it; None where none fits."""
+    fitting = [plan[name] for name in SIMPLEST if name in plan and plan[name].fits]
+    if not fitting:
+        return None
+    roomy = [e for e in fitting if not e.tight] or fitting
+    fastest = max(e.tokens_per_sec for e in roomy)
+    return next(e for e in roomy if e.tokens_per_sec >= 0.98 * fastest)
+
+
+def change_that_fits(config, gpu, gpus, network):
+    """
+    The smallest change that makes something fit: ({flag: value}, number of GPUs, Estimate), or None. Tried in this order: recomputing
+    activations, smaller micro-steps with more of them, both, more GPUs, offload.
+    """
+
+    def best(change, count):
+        new = config | change
+        steps = new['gradient_accumulation_steps']
+        new['gradient_accumulation_steps'] = -(-steps // count) * count
+        if new['fsdp_shard_size'] and count % new['fsdp_shard_size']:
+            new['fsdp_shard_size'] = 0
+        plan = {k: e for k, e in make_plan(new, gpu, count, network).items() if k != 'fsdp+offload'}
+        return recommend(plan), {k: new[k] for k in new if new[k] != config[k]}
+
+    sizes = [config['batch_size'] >> i for i in range(1, config['batch_size'].bit_length())]
+    smaller = [
+        dict(
+            batch_size=size,
+            gradient_accumulation_steps=config['gradient_accumulation_steps'] * config['batch_size'] // size,
+        )
+        for size in sizes
+    ]
+    again = {'activation_checkpointing': True}
+    counts = [gpus] + [count for count in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if count > gpus]
+    for count in counts:
+        for change in ({}, again, *smaller, *(again | change for change in smaller)):
+            found, flags = best(change, count)
+            if found:
+                return flags, count, found
+    return None
+
+
+def largest(what, name, config, gpu, gpus, network):
+    """
+    The most layers (what='model') or sequences in a micro-step (what='batch') with which this trainer fits: (number, Estimate); (0, None)
+    where one does not fit.
+    """
+    key = {'model': 'n_layer', 'batch': 'batch_size'}[what]
+
+    def fits(number):
+        run = options.make_runs(config | {key: number}, gpu, gpus)[name]
+        found = estimate(name, run, network)
+        return found if found.fits else None
+
+    few, many = 0, 1
+    while fits(many) and many < 2**20:
+        few, many = many, 2 * many
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if fits(middle) else (few, middle)
+    return few, fits(few) if few else None

@@ -1,0 +1,73 @@
+"""
+What plan.py says of each preset, at the top of its file.
+
+    python -m planner.presets     # from the root of the repository: writes the headers anew; a test compares them
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'nanoGPT')]
+from configurator import convert, run_config_file
+from planner import options, plan
+from planner.gpus import GIB, GPUS
+from planner.report import table
+
+CONFIGS = ROOT / 'nanoGPT' / 'config'
+PRESETS = ('train_gpt2_350M', 'train_gpt2_774M', 'train_gpt2_1.5B', 'gpt3_2.7B', 'gpt3_6.7B', 'gpt3_13B')
+BEGIN, END = '# plan.py says', '# end of what plan.py says'
+COLUMNS = [(gpu, count) for gpu in ('h100', 'h200') for count in (1, 4, 8)]
+
+
+def config_of(path):
+    """All flags with the values that the config file sets."""
+    defaults = options.train_flags() | options.kernel_flags() | {'vocab_size': 50304}
+    assigned = run_config_file(str(path), defaults, str(ROOT / 'nanoGPT' / 'train.py'))
+    return defaults | {key: convert(key, value, defaults[key], str(path)) for key, value in assigned.items()}
+
+
+def cell(found):
+    """GiB reserved and thousand tokens/s, or a dash where it does not fit."""
+    if not found or not found.fits:
+        return '-'
+    return f'{found.memory_bytes["total"] / GIB:.0f} GiB {found.tokens_per_sec / 1e3:.{0 if found.tokens_per_sec > 2e4 else 1}f}k'
+
+
+def header(path):
+    """The lines of the header, each a comment. The model alone speaks, so that a new measurement changes no preset."""
+    config = config_of(path)
+    plans = [plan.make_plan(config, GPUS[gpu], count, network=50e9) for gpu, count in COLUMNS]
+    rows = [[name, *(cell(found.get(name)) for found in plans)] for name in options.NAMES]
+    lines = table(['', *(f'{count} {gpu.upper()}' for gpu, count in COLUMNS)], rows).splitlines()
+    best = [plan.recommend(found) for found in plans]
+    fastest = ', '.join(
+        f'{e.name} on {count} {gpu.upper()} ({e.hours(config["max_iters"] * e.run.tokens_per_iter) / 24:,.1f} days)'
+        for e, (gpu, count) in zip(best, COLUMNS)
+        if e and count == 8
+    )
+    return [
+        f'{BEGIN}, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:',
+        *(f'#   {line}' for line in lines),
+        *([f'# It recommends {fastest}.'] if fastest else []),
+        '# Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.',
+        END,
+    ]
+
+
+def rewrite(path):
+    """The file's text with its header as plan.py has it now: before the first line that is no comment."""
+    text = re.sub(rf'{BEGIN}.*?{END}\n', '', path.read_text(), flags=re.S)
+    comments, blank, rest = text.partition('\n\n')
+    return '\n'.join([comments, *header(path)]) + blank + rest
+
+
+def main():
+    for name in PRESETS:
+        path = CONFIGS / f'{name}.py'
+        path.write_text(rewrite(path))
+
+
+if __name__ == '__main__':
+    main()

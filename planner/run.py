@@ -1,0 +1,88 @@
+"""Run: one configuration of train.py on one kind of GPU, with the counts that memory and speed are made of."""
+
+from dataclasses import dataclass, replace
+
+from planner.gpus import GPU
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A configuration whose `auto` flags have been decided. micro_steps are those of one rank. trainer is ddp, zero1 or fsdp; with one GPU
+    every trainer is ddp, as in train.py.
+    """
+
+    gpu: GPU
+    gpus: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    batch_size: int
+    block_size: int
+    micro_steps: int
+    trainer: str = 'ddp'
+    vocab_size: int = 50304
+    bias: bool = False
+    kernels: bool = False  # phase2_triton's model
+    half_residual: bool = False
+    loss_rows: int = 0
+    compiled: bool = True
+    graphs: bool = True
+    checkpointing: bool = False
+    shard_size: int = 0  # ranks that hold one copy of the model together, under FSDP; 0: all
+    min_num_params: int = 1_000_000
+    reshard: bool = False  # under FSDP: gather again for the backward
+    offload: bool = False
+    half_bytes: int = 2  # bytes of an element that autocast rounds: 4 with --dtype=float32
+
+    def change(self, **fields):
+        return replace(self, **fields)
+
+    @property
+    def sharded(self):
+        return self.trainer == 'fsdp'
+
+    @property
+    def path(self):
+        """Which code computes the model: kernels (Triton), compiled (torch.compile) or eager."""
+        return 'kernels' if self.kernels else 'compiled' if self.compiled else 'eager'
+
+    @property
+    def shards(self):
+        """Ranks over which FSDP spreads parameters, gradients and AdamW's state."""
+        return (self.shard_size or self.gpus) if self.sharded else 1
+
+    @property
+    def block_parameters(self):
+        h, bias = self.n_embd, int(self.bias)
+        return 12 * h * h + 2 * h + bias * (9 * h + 2 * h)  # matmuls, two LayerNorms, biases of both
+
+    @property
+    def root_parameters(self):
+        """Embeddings (the output layer is tied to one of them) and the last LayerNorm."""
+        return (self.vocab_size + self.block_size + 1 + int(self.bias)) * self.n_embd
+
+    @property
+    def parameters(self):
+        return self.n_layer * self.block_parameters + self.root_parameters
+
+    @property
+    def unit_parameters(self):
+        """Parameters of FSDP's largest unit of blocks: consecutive blocks until they have min_num_params."""
+        blocks = -(-self.min_num_params // self.block_parameters)
+        return min(blocks, self.n_layer) * self.block_parameters
+
+    @property
+    def tokens(self):
+        """Tokens of one micro-step of one GPU."""
+        return self.batch_size * self.block_size
+
+    @property
+    def tokens_per_iter(self):
+        return self.tokens * self.micro_steps * self.gpus
+
+    @property
+    def flops_per_token(self):
+        """FLOPs of forward and backward as train.py counts them for MFU: PaLM, appendix B (arxiv.org/abs/2204.02311)."""
+        without_positions = self.parameters - self.block_size * self.n_embd
+        return 6 * without_positions + 12 * self.n_layer * self.n_embd * self.block_size
