@@ -21,7 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
-from checkpoint import find_checkpoint, load_checkpoint, load_model, write_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_options, write_checkpoint
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_cuda_graph
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
@@ -156,6 +156,7 @@ elif init_from == 'resume':
     print(f'Resuming training from {checkpoint_path}')
     checkpoint = load_checkpoint(checkpoint_path)
     model_args = resume_model_args(checkpoint, model_args, given)
+    model_options = saved_options(checkpoint, model_options, given)
     model = GPT(GPTConfig(**model_args, **model_options))
     load_model(model, checkpoint)
     iter_num = same_on_all_ranks(checkpoint['iter_num'], f'the iteration of {checkpoint_path}')
@@ -179,7 +180,7 @@ if block_size < model.config.block_size:
     model.crop_block_size(block_size)
     model_args['block_size'] = block_size
 config.update(
-    {k: v for k, v in model_args.items() if k in config}
+    {k: v for k, v in (model_args | model_options).items() if k in config}
 )  # a loaded model is what it is, whatever the flags say
 model.to(device)
 raw_model = model  # without the wrappers below

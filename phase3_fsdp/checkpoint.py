@@ -151,6 +151,23 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def saved_options(checkpoint, options, given):
+    """
+    Returns options, the fields of GPTConfig that are flags, with the GELU of the checkpoint: unlike the others it belongs to the weights.
+    nanoGPT's own checkpoints do not record it; they have the erf form. Raises UserError if the flag is in given and asks for another form.
+    """
+    if 'gelu' not in options:  # a model.py of the user's own
+        return options
+    saved = (checkpoint.get('config') or {}).get('gelu', 'erf')
+    if saved not in ('erf', 'tanh'):
+        raise UserError(f"the checkpoint's config says gelu={saved!r}, but only erf and tanh are known here")
+    if 'gelu' in given and options['gelu'] != saved:
+        raise UserError(
+            f'the checkpoint was trained with gelu={saved}, but gelu={options["gelu"]} was asked for: leave the flag out'
+        )
+    return {**options, 'gelu': saved}
+
+
 def load_model(model, checkpoint):
     """Copies the checkpoint's weights into the model. Raises UserError if they do not fit."""
     saved, own = checkpoint['model'], model.state_dict()

@@ -47,6 +47,7 @@ NOT_NEGATIVE = (
     'loss_rows',
 )
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
+CHOICES = {'gelu': ('erf', 'tanh')}  # of the model's own flags
 
 
 def configure(namespace):
@@ -63,7 +64,7 @@ def configure(namespace):
     )[-1]
     config, given = dict(defaults), set()
     config['model_dir'] = find_model_dir(model_dir, script)
-    options = model_options(config['model_dir'], script)
+    options = {k: v for k, v in model_options(config['model_dir'], script).items() if k not in config}
     config.update(options)
     defaults.update(options)
 
@@ -86,6 +87,9 @@ def configure(namespace):
                 config[key] = convert(key, value, defaults[key], f'{key} = {value!r} in {arg}')
                 given.add(key)
     check_values(config)
+    for key in options.keys() & CHOICES:
+        if config[key] not in CHOICES[key]:
+            raise UserError(f"{key} is '{config[key]}', but it can be {' or '.join(CHOICES[key])}")
     namespace.update(config)
     return config, given
 

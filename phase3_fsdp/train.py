@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hardware
-from checkpoint import find_checkpoint, load_model, write_checkpoint
+from checkpoint import find_checkpoint, load_model, saved_options, write_checkpoint
 from configurator import configure
 from cuda_graph import MicroStepGraph, use_cuda_graph
 from dataset import check_tokens, find_data_dir, load_meta, open_tokens
@@ -175,6 +175,7 @@ elif init_from == 'resume':
     print(f'Resuming training from {checkpoint_path}')
     checkpoint = load_checkpoint(checkpoint_path, fsdp)
     model_args = resume_model_args(checkpoint, model_args, given)
+    model_options = saved_options(checkpoint, model_options, given)
     with on_meta:
         model = GPT(GPTConfig(**model_args, **model_options))
     if not fsdp:
@@ -200,7 +201,7 @@ if block_size < model.config.block_size:
     model.crop_block_size(block_size)
     model_args['block_size'] = block_size
 config.update(
-    {k: v for k, v in model_args.items() if k in config}
+    {k: v for k, v in (model_args | model_options).items() if k in config}
 )  # a loaded model is what it is, whatever the flags say
 if fsdp:
     shard(model, config, recipe=on_meta if init_from == 'scratch' else None)
