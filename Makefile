@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 # what every phase folder has in common with nanoGPT/, byte for byte
 COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distributed.py encoding.py errors.py hardware.py \
-	out_dir.py output.py resume.py run_facts.py run_logs.py sample.py step_guard.py stop_signal.py training_logger.py \
+	kv_cache.py out_dir.py output.py resume.py run_facts.py run_logs.py sample.py step_guard.py stop_signal.py training_logger.py \
 	visualize_training.py config
 
 .PHONY: demo test test-full soak lint sync bench documents clean

@@ -10,11 +10,12 @@ import sys
 
 import hardware
 import torch
-from checkpoint import find_checkpoint, load_checkpoint, load_model
+from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_options
 from configurator import configure
 from dataset import find_data_dir, load_meta
 from encoding import get_encoding
 from errors import UserError
+from kv_cache import generate
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -30,7 +31,8 @@ seed = 1337  # of the random numbers
 model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this one
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
 dtype = 'auto'  # float32, bfloat16 or float16
-compile = False  # use torch.compile?
+compile = False  # use torch.compile? only without the cache
+kv_cache = True  # draw all samples as a batch, with a key-value cache; False: one after the other, slowly
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
@@ -46,6 +48,7 @@ from model import GPT, GPTConfig
 model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}
 if init_from == 'resume':
     checkpoint = load_checkpoint(find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt))
+    model_options = saved_options(checkpoint, model_options, given)
     known = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
     model = GPT(GPTConfig(**{**known, 'dropout': 0.0}, **model_options))
     load_model(model, checkpoint)
@@ -56,7 +59,9 @@ else:
     raise UserError(f"init_from is '{init_from}', but it can be resume, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
 model.eval()
 model.to(device)
-if compile:
+if compile and kv_cache:
+    print('not compiling: the key-value cache is faster, and it needs the model as it is (--kv_cache=False compiles)')
+elif compile:
     model.compile()
 
 # text to tokens and back, as in the data set that the model was trained on
@@ -87,8 +92,15 @@ x = torch.tensor(encoding.encode(start), dtype=torch.long, device=device)[None, 
 
 # generation
 sys.stdout.reconfigure(errors='backslashreplace')  # characters that a terminal cannot show
+started = hardware.now(device)
 with torch.no_grad(), ctx:
-    for k in range(num_samples):
-        y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k)
+    samples = (model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k) for k in range(num_samples))
+    if kv_cache:
+        samples = generate(model, x, num_samples, max_new_tokens, temperature, top_k).split(1)
+    for y in samples:
         print(encoding.decode(y[0].tolist()))
         print('---------------', flush=True)
+seconds = hardware.now(device) - started
+tokens = num_samples * max_new_tokens
+# not to stdout, which stays the same from run to run
+print(f'{tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s', file=sys.stderr)
