@@ -127,10 +127,12 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    cuda_graph: bool | None = None,
 ) -> torch.Tensor:
     """
     Continues the prompt (int64 (1, T)) num_samples times by max_new_tokens tokens and returns int64 (num_samples, T + max_new_tokens).
     temperature and top_k are those of model.generate, and so is the text at temperature 0. The model must be in eval mode.
+    cuda_graph: replay the decode steps as a CUDA graph? None: on a GPU.
     """
     block_size, length = model.config.block_size, prompt.size(1)
     end = length + max_new_tokens
@@ -147,7 +149,7 @@ def generate(
             cache.position += 1
             text.index_copy_(1, cache.position, draw(logits, temperature, top_k)[:, None])
 
-        if text.is_cuda:
+        if text.is_cuda if cuda_graph is None else cuda_graph:
             step = ReplayedStep(step)
         while length < min(end, block_size + 1):
             step()

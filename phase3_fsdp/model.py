@@ -160,7 +160,7 @@ class GPT(nn.Module):
             logits = self.lm_head(x)
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         else:
-            logits = self.lm_head(x[:, [-1], :])  # [-1] as a list keeps the time dimension
+            logits = self.lm_head(x[:, -1:, :])  # -1: keeps the time dimension
             loss = None
 
         return logits, loss
