@@ -22,7 +22,7 @@ WARMUP = 2  # decode steps before the capture: libraries choose their kernels
 
 class KVCache:
     """
-    Keys and values of num_samples texts of up to max_length tokens: for each attention two tensors (num_samples, n_head, length, head_size) in
+    Keys and values of num_samples texts of up to max_length tokens: for each attention a tensor (2, num_samples, n_head, length, head_size) in
     the dtype in which the model computes them.
     """
 
@@ -30,7 +30,7 @@ class KVCache:
         device = model.lm_head.weight.device
         self.model, self.num_samples = model, num_samples
         self.length = -(-max_length // 16) * 16  # a multiple of 16: attention kernels copy a mask of any other length
-        self.keys, self.values = {}, {}
+        self.kept = {}  # attention module -> its keys and values
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the token that decode feeds
         self.positions = torch.arange(self.length, device=device)
 
@@ -43,7 +43,9 @@ class KVCache:
 
     def decode(self, token):
         """Computes the token (num_samples, 1) at self.position, keeps its keys and values, and returns the logits (num_samples, vocab_size)."""
-        wpe = self.model.transformer.wpe
+        wpe, dtype = self.model.transformer.wpe, next(iter(self.kept.values())).dtype
+        later = self.positions > self.position
+        self.mask = torch.zeros_like(later, dtype=dtype).masked_fill(later, -float('inf'))[None]  # (1, length)
         with self.replace_forward(self.attend_to_cache, (wpe, lambda _: F.embedding(self.position, wpe.weight))):
             logits, _ = self.model(token)
         return logits[:, -1]
@@ -61,24 +63,21 @@ class KVCache:
                 del module.forward  # the class's own appears again
 
     def attend_to_prompt(self, attn, x):
-        q, k, v = self.heads(attn, x)
-        shape = self.num_samples, k.size(1), self.length, k.size(3)
-        for kept, new in ((self.keys, k), (self.values, v)):
-            kept[attn] = new.new_zeros(shape)
-            kept[attn][:, :, : x.size(1)] = new  # the same for every sample
-        return self.project(attn, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        q, kv = self.heads(attn, x)
+        self.kept[attn] = kv.new_zeros(2, self.num_samples, kv.size(2), self.length, kv.size(4))
+        self.kept[attn][:, :, :, : x.size(1)] = kv  # the same for every sample
+        return self.project(attn, F.scaled_dot_product_attention(q, *kv, is_causal=True))
 
     def attend_to_cache(self, attn, x):
-        q, k, v = self.heads(attn, x)
-        self.keys[attn].index_copy_(2, self.position, k)
-        self.values[attn].index_copy_(2, self.position, v)
-        mask = q.new_zeros(self.length).masked_fill(self.positions > self.position, -float('inf'))[None]  # (1, length)
-        return self.project(attn, F.scaled_dot_product_attention(q, self.keys[attn], self.values[attn], attn_mask=mask))
+        q, kv = self.heads(attn, x)
+        kept = self.kept[attn].index_copy_(3, self.position, kv)
+        return self.project(attn, F.scaled_dot_product_attention(q, *kept, attn_mask=self.mask))
 
     def heads(self, attn, x):
-        """Query, key and value (B, n_head, T, head_size) of x (B, T, n_embd)."""
+        """Query (B, n_head, T, head_size), and key and value (2, B, n_head, T, head_size), of x (B, T, n_embd)."""
         B, T, C = x.shape
-        return (t.view(B, T, attn.n_head, -1).transpose(1, 2) for t in attn.c_attn(x).split(C, dim=2))
+        qkv = attn.c_attn(x).view(B, T, 3, attn.n_head, C // attn.n_head).permute(2, 0, 3, 1, 4)
+        return qkv[0], qkv[1:]
 
     def project(self, attn, y):
         """The attention's output (B, T, n_embd) from that of its heads (B, n_head, T, head_size)."""
@@ -113,7 +112,7 @@ def draw(logits, temperature, top_k):
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:
-        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
+        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -float('inf'))
     probabilities = F.softmax(logits, dim=-1)
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
