@@ -12,7 +12,7 @@ import hardware
 import torch
 from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_options
 from configurator import configure
-from dataset import find_data_dir, load_meta
+from dataset import meta_of_model
 from encoding import get_encoding
 from errors import UserError
 from kv_cache import generate
@@ -65,20 +65,7 @@ elif compile:
     model.compile()
 
 # text to tokens and back, as in the data set that the model was trained on
-vocab_size = model.config.vocab_size
-meta = {}
-if dataset:
-    try:
-        meta = load_meta(find_data_dir(dataset))
-    except UserError:
-        if vocab_size < 50257 or 'dataset' in given:  # then it was not GPT-2's encoding
-            raise
-own = meta and meta.get('encoding') != 'gpt2'  # GPT-2's vocabulary may be padded in the model
-if vocab_size < meta.get('vocab_size', 50257) or (own and vocab_size != meta['vocab_size']):
-    raise UserError(
-        f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has {meta.get("vocab_size", 50257)}: name the data '
-        'set that it was trained on with --dataset'
-    )
+meta = meta_of_model(dataset, model.config.vocab_size, named='dataset' in given)
 encoding = get_encoding(meta)
 if start.startswith('FILE:'):
     try:

@@ -119,3 +119,24 @@ def check_tokens(x, vocab_size, data_dir):
             f'token {token} in {data_dir} is outside the vocabulary of {vocab_size:,}. The model was made for other data (a '
             f'checkpoint of another data set?), or the files do not belong together: {prepare_command(data_dir)}'
         )
+
+
+def meta_of_model(dataset: str, vocab_size: int, named: bool) -> dict:
+    """
+    The meta of the data set whose encoding a model with vocab_size tokens was trained with; {} for GPT-2's encoding, also where the data set is
+    not on this machine and vocab_size allows it. named: the user has named the data set. Raises UserError if it is missing or does not fit.
+    """
+    meta = {}
+    if dataset:
+        try:
+            meta = load_meta(find_data_dir(dataset))
+        except UserError:
+            if vocab_size < 50257 or named:  # then it was not GPT-2's encoding
+                raise
+    own = meta and meta.get('encoding') != 'gpt2'  # GPT-2's vocabulary may be padded in the model
+    if vocab_size < meta.get('vocab_size', 50257) or (own and vocab_size != meta['vocab_size']):
+        raise UserError(
+            f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has {meta.get("vocab_size", 50257)}: name the data '
+            'set that it was trained on with --dataset'
+        )
+    return meta

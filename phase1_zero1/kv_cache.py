@@ -112,7 +112,7 @@ def draw(logits, temperature, top_k):
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:
-        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
+        kth = torch.topk(logits, min(top_k, logits.size(-1)), sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < kth, -float('inf'))
     probabilities = F.softmax(logits, dim=-1)
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
