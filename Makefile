@@ -5,10 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# what every phase folder has in common with nanoGPT/, byte for byte
-COMMON := bench.py checkpoint.py configurator.py cuda_graph.py dataset.py distributed.py encoding.py errors.py hardware.py \
-	kv_cache.py out_dir.py output.py resume.py run_facts.py run_logs.py sample.py step_guard.py stop_signal.py training_logger.py \
-	visualize_training.py config
+# `make sync` copies every file of nanoGPT/ but these: the two that phases change, and the tools that work on any checkpoint
+NOT_COPIED := model.py train.py evaluate.py export_hf.py import_hf.py hf_format.py
+COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 
 .PHONY: demo test test-full soak lint sync bench documents clean
 .DEFAULT_GOAL := demo
@@ -21,11 +20,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python demo.py
 
-# two files of tests at a time
+# two files of tests at a time; the kernels by themselves, on the GPU or else in Triton's interpreter (tests/README.md)
 test: $(VENV)/installed lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: $(VENV)/installed lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full' tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full'
 
 soak: $(VENV)/installed
@@ -50,6 +51,7 @@ sync:
 	done
 	for phase in phase1_zero1 phase3_fsdp; do [ ! -d $$phase ] || cp nanoGPT/model.py $$phase/; done
 	[ ! -d phase2_triton ] || cp nanoGPT/train.py phase2_triton/
+	[ ! -d phase3_fsdp ] || cp nanoGPT/train.py phase3_fsdp/train_ddp.py
 
 clean:
 	rm -rf $(VENV) out-demo out-bench *.egg-info

@@ -4,6 +4,7 @@ same 60 iterations with the reference, each phase, and two phases together, comp
 where everything is. About 6 minutes on 2 CPU cores.
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ TRITON = '--model_dir=../phase2_triton'
 EACH_BLOCK = '--fsdp_min_num_params=1'  # by default all of so small a model would be one unit
 
 from run_logs import load_runs, summarize
+from shell import python, python_command, quote
 
 RUNS = {  # name: (folder of the trainer, further flags)
     'reference': ('nanoGPT', []),
@@ -35,7 +37,7 @@ RUNS = {  # name: (folder of the trainer, further flags)
 
 def run(*command, **env):
     """Runs python with these arguments where the user sees it; ends the demo, with its status, if it fails. Returns what it printed."""
-    print(f'\n$ python {" ".join(str(part) for part in command)}', flush=True)
+    print(f'\n$ {python()} {" ".join(quote(str(part)) for part in command)}', flush=True)
     env = dict(os.environ, PYTHONUNBUFFERED='1', **env)
     with subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True) as process:
         printed = []
@@ -61,6 +63,7 @@ def table_row(name, summary, printed):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     gpus = torch.cuda.device_count()
     processes = gpus or 2
     threads = max(1, (os.cpu_count() or 1) // processes)  # more would only take turns
@@ -130,8 +133,8 @@ The model above learnt from the sources of Python's standard library, one charac
   log           {log}
   picture       {log.with_name(log.stem + '_analysis.png')}
   comparison    {comparison}: the same 60 iterations with each
-  more samples  .venv/bin/python nanoGPT/sample.py --out_dir={OUT.name} --start="class "
-  train on      .venv/bin/python nanoGPT/train.py nanoGPT/config/train_python_char.py --out_dir={OUT.name} --init_from=resume --max_iters=4000""")
+  more samples  {python_command(NANOGPT / 'sample.py', f'--out_dir={OUT}', '--start=class ')}
+  train on      {python_command(NANOGPT / 'train.py', config, f'--out_dir={OUT}', '--init_from=resume', '--max_iters=4000')}""")
     if not val_loss < 0.75 * entropy:
         sys.exit('the validation loss is not clearly below that: something is wrong')
 

@@ -43,11 +43,11 @@ sys.path[:0] = [str(ROOT / 'phase3_fsdp'), str(ROOT / 'phase1_zero1')]  # what b
 import hardware
 import sharding
 from cuda_graph import use_side_stream
-from distributed import setup
+from distributed import join_ranks
 from errors import out_of_memory
 from model import GPT, GPTConfig
 from sharded_checkpoint import ShardedSaver, gather_full
-from sharded_cuda_graph import ShardedMicroStepGraph
+from sharded_cuda_graph import ShardedMicroStep
 from step_guard import StepGuard
 
 FLAGS = dict(fsdp_min_num_params=1_000_000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False)
@@ -142,7 +142,8 @@ class Trainer:
                 )
         self.optimizer, self.step_guard = optimizer, StepGuard(device, torch.amp.GradScaler(device_type, enabled=False))
         self.sharded = isinstance(optimizer, sharding.ShardedAdamW)
-        self.graph, self.micro_steps = ShardedMicroStepGraph(self.forward_backward, model) if cuda_graph else None, None
+        self.graph = ShardedMicroStep(self.forward_backward, model, capture=True) if cuda_graph else None
+        self.micro_steps = None
         self.num_params = sum(p.numel() for p in model.parameters())
         self.init_seconds = time.perf_counter() - started
 
@@ -570,8 +571,8 @@ def main():
         return
     if 'RANK' not in os.environ:
         sys.exit(launch(processes, sys.argv[1:], 560))
-    device, *_, backend = hardware.choose('cpu' if args.dry_run else 'cuda', 'auto', 'auto', 'auto')
-    rank, world_size = setup(backend, 600)
+    device, *_, backend = hardware.resolve_auto('cpu' if args.dry_run else 'cuda', 'auto', 'auto', 'auto')
+    rank, world_size = join_ranks(backend, 600)
     if world_size == 1:
         dist.init_process_group('gloo' if args.dry_run else 'cpu:gloo,cuda:nccl')
     results, measure = [], dict(variants=variants, checkpoint=checkpoint, curves=curves).get(args.mode)

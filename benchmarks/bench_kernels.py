@@ -17,10 +17,10 @@ import sys
 import time
 
 import torch
-from bench_layer_norm import copy_gb_per_s, graph_us
-from common import facts, first_line, spread, write_json
 from torch.nn import functional as F
 
+from bench_layer_norm import copy_gb_per_s, graph_us
+from common import facts, first_line, spread, write_json
 from kernels.add_layer_norm import add_layer_norm
 from kernels.cross_entropy import launch_cross_entropy, linear_cross_entropy
 from kernels.gelu import gelu

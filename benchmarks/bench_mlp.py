@@ -21,10 +21,10 @@ import sys
 import time
 
 import torch
-from bench_layer_norm import graph_us
-from common import facts, first_line, write_json
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench_layer_norm import graph_us
+from common import facts, first_line, write_json
 from kernels import gelu as gelu_kernels
 from kernels.device import interpreted, jit, num_multiprocessors, tl
 from kernels.gelu import launch_elementwise, normal

@@ -29,18 +29,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import facts, write_json
 from torch.nn import functional as F
+
+from common import facts, write_json
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'phase2_triton'))
-from cuda_graph import MicroStepGraph, use_side_stream
-from errors import out_of_memory
-
 import hardware
 import kernels.cross_entropy
 import kernels.linear
 import kernels.modules
+from cuda_graph import MicroStep, use_side_stream
+from errors import out_of_memory
 
 
 def load(folder, name):
@@ -168,7 +168,7 @@ class Variant:
             loss.backward()
             return loss.detach()
 
-        self.micro_step = MicroStepGraph(forward_backward, self.model) if graph else forward_backward
+        self.micro_step = MicroStep(forward_backward, self.model, capture=graph)
         began = time.perf_counter()
         with contextlib.redirect_stdout(None):
             self.loss = sum(self.iteration().item() for _ in range(3)) if warm else None
@@ -469,7 +469,7 @@ def main():
         return
     if not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
-    hardware.choose('cuda', 'auto', 'auto', 'auto')  # sets up the GPU's memory as train.py does
+    hardware.resolve_auto('cuda', 'auto', 'auto', 'auto')  # sets up the GPU's memory as train.py does
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
     report = {

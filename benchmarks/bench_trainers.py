@@ -130,7 +130,7 @@ class Probe:
                 probe.closed = time.perf_counter()
 
         step_guard.StepGuard, training_logger.TrainingLogger = Guard, Logger
-        distributed.leave = lambda graph: None  # it ends the process
+        distributed.leave_ranks = lambda micro_step: None  # it ends the process
         if self.run['init'] == 'gpu' and self.cuda:
             build = model.GPT.__init__
 
@@ -319,7 +319,7 @@ def work(spec_file):
     else:
         import hardware
 
-        hardware.choose(
+        hardware.resolve_auto(
             'cuda', 'auto', 'auto', 'auto'
         )  # this rank's GPU, and its memory as train.py sets it up, before anything asks for some
         clean_up(list(sys.path))
@@ -356,7 +356,7 @@ def work(spec_file):
             if not run['save']:  # else the next one resumes from there
                 shutil.rmtree(run['out_dir'], ignore_errors=True)
     sys.stdout.flush()
-    os._exit(0)  # as leave() in distributed.py
+    os._exit(0)  # as leave_ranks() in distributed.py
 
 
 def add(spec, run, results):

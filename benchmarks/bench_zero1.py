@@ -419,9 +419,9 @@ def main(args):
     started = time.perf_counter()
     cuda = not args.dry_run
     rank = int(os.environ['RANK'])
-    device, *_ = hardware.choose('cuda' if cuda else 'cpu', 'auto', 'auto', 'auto')
+    device, *_ = hardware.resolve_auto('cuda' if cuda else 'cpu', 'auto', 'auto', 'auto')
     torch.set_num_threads(1 if not cuda else 8)
-    distributed.setup('nccl' if cuda else 'gloo', 600)
+    distributed.join_ranks('nccl' if cuda else 'gloo', 600)
     tokens, data = read_tokens()
 
     def left():

@@ -20,7 +20,7 @@ MEMORY_SETUP = [
     f'{name}={value}'
     for name, value in os.environ.items()
     if name.startswith('PYTORCH') and name.endswith('ALLOC_CONF')
-]  # the user's, before hardware.choose()
+]  # the user's, before hardware.resolve_auto()
 
 
 def output_of(*command):

@@ -3,18 +3,17 @@ The folder of a run's checkpoints and logs: creates it, notices another run that
 """
 
 import os
-import shutil
 import sys
 
 from errors import UserError
 
-not_ours = set()  # folders in which this run begins anew, and has not saved yet
+unsaved_runs = set()  # folders in which this process trains from scratch and has not saved yet
 
 
-def make_out_dir(out_dir, init_from):
-    """Creates the folder of checkpoints and logs. Raises UserError where that cannot be."""
+def make_out_dir(out_dir: str, init_from: str) -> None:
+    """Creates the folder of checkpoints and logs. Raises UserError if that fails."""
     if init_from != 'resume':
-        not_ours.add(os.path.abspath(out_dir))
+        unsaved_runs.add(os.path.abspath(out_dir))
     try:
         out_dir.encode()  # torch opens checkpoints by names in UTF-8 only
         os.makedirs(out_dir, exist_ok=True)
@@ -35,19 +34,35 @@ def make_out_dir(out_dir, init_from):
         pass  # a file system, or a system, without such locks
 
 
-def set_aside(out_dir):
-    """Before a run that began anew saves for the first time: what another run has saved in out_dir is kept, once, as *_before."""
-    if os.path.abspath(out_dir) not in not_ours:
+def set_aside(out_dir: str) -> None:
+    """
+    Call before each save. The first time in a run from scratch, renames the checkpoints of an earlier run: ckpt.pt,
+    ckpt_best.pt and folders ckpt_*, in which trainers keep checkpoints of several files. The new names end in _before,
+    _before_2, ...: the first that is free, so that nothing is overwritten. Raises OSError if that fails.
+    """
+    if os.path.abspath(out_dir) not in unsaved_runs:
         return
-    not_ours.discard(os.path.abspath(out_dir))
-    for name, before in (
-        ('ckpt.pt', 'ckpt_before.pt'),
-        ('ckpt_best.pt', 'ckpt_best_before.pt'),
-        ('ckpt_sharded', 'ckpt_sharded_before'),
-    ):
-        old, new = os.path.join(out_dir, name), os.path.join(out_dir, before)
-        if os.path.exists(old):
-            if os.path.isdir(new):
-                shutil.rmtree(new)  # a folder does not replace a full one
-            os.replace(old, new)
-            print(f'{old} is of another run, and becomes {before}')
+    names = sorted(os.listdir(out_dir))
+    found = [name for name in names if name in ('ckpt.pt', 'ckpt_best.pt') or is_checkpoint_folder(out_dir, name)]
+
+    def renamed(name, ending):
+        stem, dot, extension = name.partition('.')
+        return stem + ending + dot + extension
+
+    number = 1
+    while {renamed(name, _ending(number)) for name in found} & set(names):
+        number += 1
+    for name in found:
+        new = renamed(name, _ending(number))
+        os.rename(os.path.join(out_dir, name), os.path.join(out_dir, new))
+        print(f'{os.path.join(out_dir, name)} is of another run, and becomes {new}')
+    unsaved_runs.discard(os.path.abspath(out_dir))
+
+
+def is_checkpoint_folder(out_dir: str, name: str) -> bool:
+    """Returns whether out_dir/name is a folder of checkpoints that was not set aside."""
+    return name.startswith('ckpt_') and '_before' not in name and os.path.isdir(os.path.join(out_dir, name))
+
+
+def _ending(number):
+    return '_before' if number == 1 else f'_before_{number}'

@@ -2,8 +2,14 @@
 Continues a run from its checkpoint: the architecture, AdamW's state, the random generators and the next batch of each rank.
 """
 
+import math
+
 import torch
-from checkpoint import ARCHITECTURE
+
+from checkpoint import ARCHITECTURE, fit_names, load_checkpoint, load_model, saved_options
+from checkpoint_fields import check_finite
+from data_identity import check_same_data
+from distributed import same_on_all_ranks
 from errors import UserError
 
 
@@ -41,32 +47,38 @@ def resume_model_args(checkpoint, model_args, given):
     return {**model_args, **{k: saved[k] for k in ARCHITECTURE}}
 
 
-def load_optimizer(optimizer, scaler, checkpoint):
+def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) -> None:
     """
     Puts the checkpoint's AdamW state into the optimizer, and its loss scale into the float16 scaler. Hyper-parameters stay
-    as the flags of this run have them. Raises UserError if the state does not fit.
+    as the flags of this run have them. Raises UserError if the state is incomplete or does not fit.
     """
-    saved, own = checkpoint.get('optimizer'), optimizer.state_dict()
+    saved, own = checkpoint['optimizer'], optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group['params']]
-    fits = (
-        isinstance(saved, dict)
-        and {'state', 'param_groups'} <= saved.keys()
-        and [len(g['params']) for g in saved['param_groups']] == [len(g['params']) for g in own['param_groups']]
-    )
-    block_size = checkpoint['model_args'].get(
-        'block_size'
-    )  # position embeddings may have been cut to a shorter one; then their state is, too
-    cut = lambda v, p: v[: len(p)] if v.dim() == 2 and len(v) == block_size > len(p) else v
-    state = {i: {k: cut(v, params[i]) for k, v in s.items()} for i, s in saved['state'].items()} if fits else {}
-    # each tensor of the state is as large as its parameter or, like the step count, a single number
-    if not fits or any(v.numel() not in (1, params[i].numel()) for i, s in state.items() for v in s.values()):
-        raise UserError(
-            "the checkpoint's optimizer state is missing or does not fit its model: training cannot go on from it, but sample.py can use its weights"
-        )
-    # what stays on the CPU is cloned: the loaded tensors are views of the file
-    state = {
-        i: {k: v if params[i].is_cuda and v.numel() > 1 else v.clone() for k, v in s.items()} for i, s in state.items()
-    }
+    block_size = checkpoint['model_args'].get('block_size')
+    no_fit = 'training cannot continue from it, but sample.py can use its weights'
+    if [g['params'] for g in saved['param_groups']] != [g['params'] for g in own['param_groups']]:
+        raise UserError(f"the checkpoint's optimizer state does not fit its model: it has other parameters; {no_fit}")
+    state = {}
+    for i, p in enumerate(params):
+        lacking = {'step', 'exp_avg', 'exp_avg_sq'} - saved['state'].get(i, {}).keys()
+        if lacking:
+            raise UserError(
+                f"the checkpoint's optimizer state is incomplete: {', '.join(sorted(lacking))} of parameter {i} of "
+                f'{len(params)}; {no_fit}'
+            )
+        state[i] = {}
+        for k, v in saved['state'][i].items():
+            if k != 'step':
+                if v.dim() == 2 and len(v) == block_size > len(p):
+                    v = v[: len(p)]  # position embeddings may have been cut to a shorter block_size
+                if v.shape != p.shape:
+                    raise UserError(
+                        f"the checkpoint's optimizer state does not fit its model: {k} of parameter {i} is "
+                        f'{tuple(v.shape)} instead of {tuple(p.shape)}; {no_fit}'
+                    )
+                check_finite(v, f'optimizer.state[{i}].{k}', least=0 if k == 'exp_avg_sq' else -math.inf)
+            # a tensor that stays on the CPU is cloned, because loaded tensors are views of the file
+            state[i][k] = v if p.is_cuda and v.numel() > 1 else v.clone()
     optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
     if checkpoint.get('resume', {}).get('scaler'):  # empty unless it was written in float16
         scaler.load_state_dict(checkpoint['resume']['scaler'])
@@ -85,28 +97,106 @@ def rank_state(device, X, Y):
     return state
 
 
-def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shape):
+def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shape, sequential):
     """
     Sets the random generators as they were and returns the batch X, Y that comes next, on the CPU. Where that cannot be
     (another world size, batch shape or data set, or a checkpoint of nanoGPT's) it starts a new data order, one that does
-    not repeat what the run has seen before, and returns None.
+    not repeat what the run has seen before, and returns None. With a sequential order only dropout is affected.
     """
     ranks = checkpoint.get('resume', {}).get('ranks', [])
     if (
         len(ranks) != world_size
         or ranks[rank]['X'].shape != batch_shape
-        or checkpoint.get('config', {}).get('dataset') != dataset
+        or not (checkpoint['resume'].get('data') or checkpoint.get('config', {}).get('dataset') == dataset)
     ):
         if rank == 0:
-            print(
-                "a new data order: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own"
-            )
+            new = 'new random numbers' if sequential else 'a new data order'
+            print(f"{new}: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own")
         torch.manual_seed(1337 + rank + 1_000_003 * checkpoint['iter_num'])
         return None
-    state = ranks[rank]
+    state, vocab_size = ranks[rank], checkpoint['model_args']['vocab_size']
+    for k in ('X', 'Y'):
+        least, most = torch.aminmax(state[k])
+        if least < 0 or most >= vocab_size:
+            raise UserError(
+                f"the checkpoint's resume.ranks[{rank}].{k} has tokens from {least} to {most}, outside its vocabulary of {vocab_size}"
+            )
     torch.set_rng_state(state['rng'])
     if device.startswith('cuda') and 'cuda_rng' in state:
         torch.cuda.set_rng_state(state['cuda_rng'], device)
     if device == 'mps' and 'mps_rng' in state:
         torch.mps.set_rng_state(state['mps_rng'])
     return state['X'].clone(), state['Y'].clone()
+
+
+def crop_positions(checkpoint: dict, model) -> dict:
+    """Returns the checkpoint with its position embeddings cut to the model's block_size, if that is shorter."""
+    own, block_size = model.state_dict(), checkpoint['model_args']['block_size']
+    weights = fit_names(checkpoint['model'], own)
+    for name, weight in weights.items():
+        if name in own and weight.dim() == 2 and len(weight) == block_size > len(own[name]):
+            weights[name] = weight[: len(own[name])]
+    return {**checkpoint, 'model': weights}
+
+
+class Resume:
+    """
+    Everything a run takes from a checkpoint. With path=None, for a run that starts from scratch or from pretrained
+    weights, it is empty: iteration 0, no best loss, and load() and next_batch() leave everything as it is.
+
+    path: the checkpoint's file (or folder, for a subclass). data: the Dataset to continue on. Raises UserError if the
+    checkpoint cannot be used.
+    """
+
+    def __init__(self, path: str | None = None, data=None):
+        self.path, self.checkpoint = path, self.read(path) if path else {}
+        self.iter_num, self.best_val_loss, self.log, self.order = 0, 1e9, None, None
+        if path:
+            self.iter_num = same_on_all_ranks(self.checkpoint['iter_num'], f'the iteration of {path}')
+            self.best_val_loss = self.checkpoint['best_val_loss']
+            extra = self.checkpoint.get('resume', {})  # nanoGPT's own checkpoints have none
+            self.log = {'log': extra.get('log'), 'iter': self.iter_num}
+            self.order = extra.get('order')
+            self.data, self.saved_data = data, extra.get('data')
+
+    def read(self, path: str) -> dict:
+        return load_checkpoint(path, to_resume=True)
+
+    def model_args(self, model_args: dict, given: set) -> dict:
+        """Returns the checkpoint's architecture. Raises UserError where it contradicts a flag that the user set, or the data."""
+        if not self.path:
+            return model_args
+        model_args = resume_model_args(self.checkpoint, model_args, given)
+        check_same_data(self.saved_data, self.data)
+        return model_args
+
+    def model_options(self, options: dict, given: set) -> dict:
+        """Returns options, the model's own flags, with the checkpoint's GELU. Raises UserError where that contradicts a flag in given."""
+        return saved_options(self.checkpoint, options, given) if self.path else options
+
+    def load(self, model, optimizer, scaler):
+        """Loads weights, AdamW's state and the float16 loss scale. Raises UserError where they do not fit."""
+        if self.path:
+            load_model(model, crop_positions(self.checkpoint, model))
+            load_optimizer(optimizer, scaler, self.checkpoint)
+
+    def next_batch(self, rank: int, world_size: int, config: dict):
+        """
+        Restores the random generators and returns the batch (X, Y) that comes next, on config's device. Returns None if
+        the run's order of the data has it: a sequential one, or a new random one. Frees the checkpoint's memory.
+        """
+        checkpoint, self.checkpoint = self.checkpoint, {}
+        if not self.path:
+            return None
+        if self.iter_num > config['max_iters']:
+            print(
+                f'nothing is left to do: iteration {self.iter_num} comes next, and max_iters={config["max_iters"]} is the last'
+            )
+        shape, device = (config['batch_size'], config['block_size']), config['device']
+        sequential = config['data_order'] == 'sequential'
+        if sequential and not self.order:
+            print('the checkpoint has no position in the data: the sequential order starts at the first token')
+        batch = restore_rank_state(checkpoint, rank, world_size, device, config['dataset'], shape, sequential)
+        if batch is None or sequential:
+            return None
+        return tuple(tokens.to(device) for tokens in batch)

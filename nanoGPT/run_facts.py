@@ -1,4 +1,4 @@
-"""The facts about a run that its log records: which code ran where, with which versions."""
+"""The facts about a run that its log records: which code ran where, with which versions, and how its state is spread."""
 
 import importlib.metadata
 import os
@@ -7,11 +7,12 @@ import shlex
 import sys
 
 import torch
+
 from hardware import device_name
 
 
-def run_facts(script, model_dir, device, world_size, **facts):
-    """What a log should say about a run, beyond its flags: which code ran where, and further `facts` as they are."""
+def run_facts(script: str, config: dict, world_size: int, model, optimizer, tokens_per_iter: int) -> dict:
+    """Returns the log's `run` block. script: the file of the trainer."""
     folder = os.path.dirname(os.path.realpath(script))
     versions = {'python': platform.python_version(), 'torch': torch.__version__}
     for package in ('triton', 'numpy'):
@@ -21,11 +22,29 @@ def run_facts(script, model_dir, device, world_size, **facts):
             versions[package] = None
     return {
         'phase': os.path.basename(folder),
-        'model': os.path.basename(os.path.normpath(model_dir or folder)),
+        'model': os.path.basename(os.path.normpath(config['model_dir'] or folder)),
         'command': shlex.join(sys.argv),
         'world_size': world_size,
-        'device': device_name(device),
-        **facts,
+        'device': device_name(config['device']),
+        'parameters': model.get_num_params(),
+        'tokens_per_iter': tokens_per_iter,
+        'state_bytes': state_bytes(model, optimizer),
         'host': platform.node(),
         'versions': versions,
+    }
+
+
+def state_bytes(model, optimizer) -> dict:
+    """
+    Returns {'parameters', 'gradients', 'optimizer'}: bytes of the tensors that this rank keeps from step to step. AdamW has
+    two moments per parameter, in its dtype; an optimizer that holds fewer has `moment_bytes`.
+    """
+    # sharded parameters are DTensors, whose local part is what this rank keeps
+    local = [(p, p.to_local() if hasattr(p, 'to_local') else p) for p in model.parameters()]
+    size = {p: tensor.numel() * tensor.element_size() for p, tensor in local}
+    trained = sum(size[p] for p, _ in local if p.requires_grad)
+    return {
+        'parameters': sum(size.values()),
+        'gradients': trained,
+        'optimizer': getattr(optimizer, 'moment_bytes', 2 * trained),
     }

@@ -8,8 +8,9 @@ $ python sample.py --init_from=gpt2-xl --start="What is the answer to life, the 
 import os
 import sys
 
-import hardware
 import torch
+
+import hardware
 from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_options
 from configurator import configure
 from dataset import meta_of_model
@@ -19,24 +20,24 @@ from kv_cache import generate
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
-out_dir = 'out'  # folder of the checkpoint
-ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
+out_dir = 'out'  # folder of the checkpoint; needs init_from=resume
+ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss; needs init_from=resume
 dataset = ''  # data set whose encoding to use; empty: the one that the checkpoint was trained on
 start = '\n'  # text to continue, such as "<|endoftext|>"; FILE:prompt.txt takes it from a file
 num_samples = 10  # number of samples to draw
 max_new_tokens = 500  # tokens in each
 temperature = 0.8  # 1.0: as trained; less: safer; more: wilder; 0.0: always the likeliest token
-top_k = 200  # draw from this many of the likeliest tokens only
-seed = 1337  # of the random numbers
+top_k = 200  # draw from this many of the likeliest tokens only; needs temperature
+seed = 1337  # of the random numbers; needs temperature
 model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this one
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
 dtype = 'auto'  # float32, bfloat16 or float16
-compile = False  # use torch.compile? only without the cache
+compile = False  # use torch.compile? unused with kv_cache
 kv_cache = True  # draw all samples as a batch, with a key-value cache; False: one after the other, slowly
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
-device, dtype, compile, _ = hardware.choose(device, dtype, compile, backend='auto')
+device, dtype, compile, _ = hardware.resolve_auto(device, dtype, compile, backend='auto')
 torch.manual_seed(seed)
 ctx = hardware.autocast(device, dtype)
 
@@ -45,27 +46,27 @@ if model_dir:
     sys.path.insert(0, model_dir)
 from model import GPT, GPTConfig
 
+data_manifest = None
 model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}
 if init_from == 'resume':
     checkpoint = load_checkpoint(find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt))
     model_options = saved_options(checkpoint, model_options, given)
     known = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
-    model = GPT(GPTConfig(**{**known, 'dropout': 0.0}, **model_options))
+    model = GPT(GPTConfig(**{**known, 'dropout': 0.0, **model_options}))
     load_model(model, checkpoint)
     dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
+    data_manifest = checkpoint.get('resume', {}).get('data')
 elif init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
     model = GPT.from_pretrained(init_from, dict(dropout=0.0, **model_options))
 else:
     raise UserError(f"init_from is '{init_from}', but it can be resume, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
 model.eval()
 model.to(device)
-if compile and kv_cache:
-    print('not compiling: the key-value cache is faster, and it needs the model as it is (--kv_cache=False compiles)')
-elif compile:
+if compile and not kv_cache:
     model.compile()
 
 # text to tokens and back, as in the data set that the model was trained on
-meta = meta_of_model(dataset, model.config.vocab_size, named='dataset' in given)
+meta = meta_of_model(dataset, model.config.vocab_size, 'dataset' in given, data_manifest)
 encoding = get_encoding(meta)
 if start.startswith('FILE:'):
     try:
@@ -79,15 +80,19 @@ x = torch.tensor(encoding.encode(start), dtype=torch.long, device=device)[None, 
 
 # generation
 sys.stdout.reconfigure(errors='backslashreplace')  # characters that a terminal cannot show
-started = hardware.now(device)
 with torch.no_grad(), ctx:
+    if not model(x[:, -model.config.block_size :])[0].isfinite().all():
+        raise UserError(
+            'the model computes numbers that are not finite: its weights are no result of a training that converged'
+        )
+    started = hardware.now(device)
     samples = (model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k) for k in range(num_samples))
     if kv_cache:
         samples = generate(model, x, num_samples, max_new_tokens, temperature, top_k).split(1)
     for y in samples:
         print(encoding.decode(y[0].tolist()))
         print('---------------', flush=True)
-seconds = hardware.now(device) - started
+    seconds = hardware.now(device) - started
 tokens = num_samples * max_new_tokens
 # not to stdout, which stays the same from run to run
 print(f'{tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s', file=sys.stderr)

@@ -17,7 +17,6 @@ reserve is copied to a new file with half as much again, and a rename replaces t
 the same however long the run is. Nothing here raises: a log is not worth a training run. LOGGING_GUIDE.md has the schema.
 """
 
-import atexit
 import functools
 import itertools
 import json
@@ -29,6 +28,8 @@ import threading
 import time
 from contextlib import suppress
 from types import SimpleNamespace
+
+from end_of_run import at_end
 
 PAGE, MIB = 4096, 2**20
 RESERVE = {
@@ -236,9 +237,7 @@ class TrainingLogger:
         threading.Thread(target=self._work, name='training_logger', daemon=True).start()
         # a forked child has no such thread, and no right to the file
         os.register_at_fork(after_in_child=functools.partial(self.__init__, None, None, None, enabled=False))
-        # reached without close(): an exception or sys.exit ended the run; the present excepthook may end the process without atexit
-        atexit.register(self.close, 'failed')
-        before, sys.excepthook = sys.excepthook, lambda *error: (self.close('failed'), before(*error))
+        at_end('log', lambda error: self.close('failed'))  # after close() this does nothing
 
     def _head(self, page):
         """The first page: everything that changes with a record, and nothing else."""

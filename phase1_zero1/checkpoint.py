@@ -1,6 +1,5 @@
 """
-Checkpoints: written so that a kill at any moment leaves the previous one whole, read without running anything in them,
-and resumed from to the bit.
+Checkpoints: written so that a kill at any moment leaves the previous one whole, and read without running anything in them.
 
 A checkpoint is nanoGPT's dictionary (model, optimizer, model_args, iter_num, best_val_loss, config) and one more key,
 `resume`, which nanoGPT ignores: for each rank its random generators and the batch that it had drawn but not yet used, the
@@ -8,159 +7,240 @@ float16 loss scaler, and the name of the run's log. out_dir/ckpt.pt is the lates
 the lowest validation loss.
 """
 
+import glob
 import os
 import pickle
+import re
+import shlex
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import torch
-from errors import UserError
-from out_dir import set_aside
+import torch.distributed as dist
 
-# what a model is, of all the fields of GPTConfig; dropout may differ between runs
+from checkpoint_crc import DamagedFile, add_crc, check_archive
+from checkpoint_fields import check_fields, check_finite
+from errors import UserError, first_line
+from out_dir import is_checkpoint_folder, set_aside
+
+# the fields of GPTConfig that say what a model is; dropout may differ between runs
 ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
 
+# names that wrappers put before each parameter's: torch.compile, DDP, FSDP and activation checkpointing
+WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+# buffers of nanoGPT's attention before torch 2: the causal mask
+MASKS = re.compile(r'(?<![^.])attn\.(?:masked_)?bias$')
 
-def write_checkpoint(checkpoint, out_dir, best, required, name='ckpt.pt'):
+
+def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool, name: str = 'ckpt.pt') -> dict:
     """
-    Writes out_dir/ckpt.pt, or of another name, and ckpt_best.pt as another name of the same file if best. Returns its path, bytes and seconds
-    as a dict. Where it cannot be written (a full disk, say) what was there stays, and this raises UserError if the
-    checkpoint is required; otherwise it warns, and bytes is None: training goes on.
+    Writes out_dir/ckpt.pt, or out_dir/name, and a copy of it, ckpt_best.pt, if best. Creates out_dir if it is missing.
+
+    Costs one write and an fsync. The copy shares no storage with ckpt.pt, except where the file system clones files (Btrfs,
+    XFS) and so makes it at no cost. Elsewhere the kernel copies it from the page cache, and it reaches the disk after this returns;
+    until then ckpt.pt, which is on the disk, has the same content, and the next save waits for the copy before it
+    replaces ckpt.pt. A best save takes the space of two more checkpoints while it runs, any other that of one.
+
+    Returns a dict: path, bytes (None if it was not saved), seconds, and best, whether ckpt_best.pt is this checkpoint.
+    A save that fails, on a full disk for example, raises UserError if it is required, and otherwise prints a warning.
     """
     started = time.time()
-    path = os.path.join(out_dir, name)
+    path, best_path = os.path.join(out_dir, name), os.path.join(out_dir, 'ckpt_best.pt')
+    temporary, copied = path + '.tmp', False
     try:
+        os.makedirs(out_dir, exist_ok=True)  # it may have been deleted during the run
         set_aside(out_dir)
-        if os.path.exists(path + '.tmp'):
-            os.remove(
-                path + '.tmp'
-            )  # of a run that was killed; it may be another name of ckpt_best.pt, which must not be written to
-        with open(path + '.tmp', 'wb') as f:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)  # left by a killed run; versions that linked files gave it the storage of ckpt_best.pt
+        with open(temporary, 'wb+') as f:
             torch.save(checkpoint, f)
+            add_crc(f)
             f.flush()
             os.fsync(f.fileno())  # the name must not change before the bytes are on disk
         if best:
-            _link(path + '.tmp', os.path.join(out_dir, 'ckpt_best.pt'))
-        os.replace(path + '.tmp', path)
-        _sync_folder(out_dir)
+            with suppress(OSError):
+                copied = _copy(temporary, best_path)
+        elif os.path.exists(best_path):
+            sync(best_path)  # costs nothing if it is on the disk already
+        os.replace(temporary, path)
+        sync(out_dir)
     except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
-        try:
-            os.remove(path + '.tmp')  # half a checkpoint only takes space
-        except OSError:
-            pass
-        problem = f'{path} could not be saved ({str(e).splitlines()[0]}); an earlier one is untouched'
+        with suppress(OSError):
+            os.remove(temporary)  # half a checkpoint only takes space
+        earlier = 'the earlier one is untouched' if os.path.exists(path) else 'there is no earlier one'
+        problem = f'{path} could not be saved ({first_line(e)}); {earlier}'
         if required:
             raise UserError(problem) from None
-        print(f'WARNING: {problem}, and training goes on', file=sys.stderr)
-        return {'path': path, 'bytes': None, 'seconds': time.time() - started}
-    return {'path': path, 'bytes': os.path.getsize(path), 'seconds': time.time() - started}
+        print(f'WARNING: {problem}, and training continues', file=sys.stderr)
+        return {'path': path, 'bytes': None, 'seconds': time.time() - started, 'best': copied}
+    if best and not copied:
+        try:
+            copied = _copy(path, best_path)  # again, with the space of the file that was replaced
+        except OSError as e:
+            print(f'WARNING: {path} is saved, but not its copy {best_path} ({first_line(e)})', file=sys.stderr)
+    return {'path': path, 'bytes': os.path.getsize(path), 'seconds': time.time() - started, 'best': copied}
 
 
-def _link(source, target):
-    """Makes target another name of the file source, replacing what it was in one step; copies where there are no hard links."""
-    if os.path.exists(target + '.tmp'):
-        os.remove(target + '.tmp')
+def write_from_rank_0(checkpoint: dict | None, out_dir: str, best: bool, required: bool) -> dict:
+    """
+    Calls write_checkpoint() on rank 0, which alone needs the checkpoint, and returns its result on every rank, or raises its
+    UserError there. Collective. The others may wait longer than dist_timeout: rank 0 writes in a thread, and tells them
+    every second that it is alive.
+    """
+    if not dist.is_initialized():
+        return write_checkpoint(checkpoint, out_dir, best, required)
+    future = None
+    if dist.get_rank() == 0:
+        future = ThreadPoolExecutor(1).submit(write_checkpoint, checkpoint, out_dir, best, required)
+    period_s = min(1, dist.distributed_c10d.default_pg_timeout.total_seconds() / 4)
+    written = None
+    while written is None:
+        if future and wait([future], timeout=period_s).done:
+            try:
+                written = future.result()
+            except UserError as e:
+                written = {'error': str(e)}
+        message = [written]
+        dist.broadcast_object_list(message)
+        written = message[0]
+    if 'error' in written:
+        raise UserError(written['error'])
+    return written
+
+
+def _copy(source, target):
+    """Makes target, which is replaced in one step, a copy of source. Returns True. Raises OSError."""
+    temporary = target + '.tmp'
+    with suppress(FileNotFoundError):
+        os.remove(temporary)
     try:
-        os.link(source, target + '.tmp')
+        with open(source, 'rb') as a, open(temporary, 'wb') as b:
+            try:
+                # clones where the file system can, and otherwise copies inside the kernel
+                while os.copy_file_range(a.fileno(), b.fileno(), 2**30):
+                    pass
+            except (AttributeError, OSError):  # another system, an old file system, or a full disk
+                a.seek(0)
+                b.seek(0)
+                b.truncate()
+                shutil.copyfileobj(a, b, 2**24)
+        os.replace(temporary, target)
     except OSError:
-        shutil.copyfile(source, target + '.tmp')
-        with open(target + '.tmp', 'rb+') as f:
-            os.fsync(f.fileno())
-    os.replace(target + '.tmp', target)
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
+    return True
 
 
-def _sync_folder(folder):
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path):
+    """Returns when the file, or the names in the folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
     with suppress(OSError):  # some file systems cannot do this to a folder
-        os.fsync(fd)  # makes the new names last
+        os.fsync(fd)
     os.close(fd)
 
 
-def find_checkpoint(out_dir):
+def find_checkpoint(out_dir: str) -> str:
     """
-    The path of the checkpoint in out_dir: ckpt.pt, or a folder of phase 3's with the shards of all ranks; where there are both the one of the
-    later iteration, of equals the newer one; ckpt.pt if there is nothing.
+    Returns the path of the latest checkpoint in out_dir: that of find_file(), or of a newer folder ckpt_*, which only the
+    trainer that wrote it reads. Returns out_dir/ckpt.pt if there is none.
     """
-    full, latest = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_sharded', 'latest')
-    if not os.path.exists(latest):
-        return full
-    with open(latest, errors='replace') as f:
-        sharded = os.path.join(os.path.dirname(latest), os.path.basename(f.read().strip()))
-    if not os.path.exists(full):
-        return sharded
-    # not by time alone: whoever has copied out_dir may have lost the times of its files
-    newer = os.path.getmtime(full) >= os.path.getmtime(latest)
-    ours, theirs = _iteration(full), _iteration(os.path.join(sharded, 'rest.pt'))
-    if newer and ours < theirs:
-        what = f'of an earlier iteration ({ours} of {theirs})' if ours >= 0 else 'cannot be read'
-        print(f'{full} is newer than {sharded}, but {what}: the latter counts')
-    return full if (ours, newer) >= (theirs, not newer) else sharded
+    path = find_file(out_dir)
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
+    for name in sorted(name for name in names if is_checkpoint_folder(out_dir, name)):
+        folder = os.path.join(out_dir, name)
+        whole = any(entry.is_file() for entry in os.scandir(folder))  # the first save in it has come to its end
+        if whole and (not os.path.exists(path) or os.path.getmtime(folder) > os.path.getmtime(path)):
+            path = folder
+    return path
 
 
-def _iteration(path):
-    """Of the checkpoint at path; -1 if that cannot be read."""
+def find_file(out_dir: str) -> str:
+    """Returns the path of ckpt.pt in out_dir, or that of ckpt_best.pt, with a printed line, if only that is left."""
+    path, best = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_best.pt')
+    if not os.path.exists(path) and os.path.exists(best):
+        print(f'{path} is missing, so {best} takes its place')
+        return best
+    return path
+
+
+def load_checkpoint(path: str, to_resume: bool = False) -> dict:
+    """
+    Returns the checkpoint at path, with tensors on the CPU and its fields as check_fields() leaves them, whichever trainer
+    wrote it. Nothing in the file is executed. to_resume: its training state is checked too.
+    Raises UserError if it is missing, damaged, a folder, no checkpoint, or holds code.
+    """
+    return check_fields(read_file(path), path, to_resume)
+
+
+def read_file(path: str):
+    """Returns what the checkpoint file at path holds, unchecked, with tensors on the CPU. Raises UserError if it cannot be read."""
+    folder = os.path.dirname(path) or '.'
     try:
-        return load_checkpoint(path)['iter_num']
-    except UserError:
-        return -1
-
-
-def load_checkpoint(path):
-    """
-    The checkpoint at path, tensors on the CPU, written by any phase or by nanoGPT. Nothing in the file is executed.
-    Raises UserError if it is missing, damaged, sharded, no checkpoint, or holds code.
-    """
-    if os.path.exists(os.path.join(path, 'rest.pt')):
-        raise UserError(
-            f'{path} is sharded, and only phase 3 with FSDP, so with several processes, resumes from that. It becomes a ckpt.pt, in the folder '
-            'phase3_fsdp, by: '
-            f'python sharded_checkpoint.py full {os.path.dirname(os.path.dirname(os.path.abspath(path)))}'
-        )
-    try:
+        if os.path.isdir(path):
+            raise UserError(_about_folder(path))
+        if os.environ.get('LOCAL_RANK', '0') in ('', '0'):  # one rank for each machine
+            check_archive(path)
         # mapped into memory, so that many ranks on one machine share what they read
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
+        others = _others(path)
+        advice = (
+            f'the checkpoints there are {others}'
+            if others
+            else 'train first (--init_from=scratch), or give its folder with --out_dir'
+        )
         raise UserError(
-            f'there is no checkpoint {path}: train first (--init_from=scratch), or give its folder with --out_dir; '
-            'several machines need a file system that all of them see'
+            f'there is no checkpoint {path}: {advice}; several machines need a file system that all of them see'
+        ) from None
+    except NotADirectoryError:
+        raise UserError(
+            f'there is no checkpoint {path}: {folder} is no folder; name the right one with --out_dir'
         ) from None
     except pickle.UnpicklingError:
         raise UserError(
             f'{path} was not loaded: it holds something other than tensors and plain values, '
             'which could run code on this machine, and no checkpoint of ours needs that'
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise UserError(
-            f'{path} cannot be read as a checkpoint; it may have been cut short ({str(e).splitlines()[0]}). '
-            'The other checkpoint in its folder (ckpt.pt or ckpt_best.pt) may be whole'
-        ) from None
-    kinds = {'model': dict, 'model_args': dict, 'iter_num': (int, float, torch.Tensor)}
-    missing = [
-        k for k, kind in kinds.items() if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(k), kind)
-    ]
-    if missing:
-        raise UserError(
-            f'{path} is a file of torch, but no checkpoint of a training run: it lacks {", ".join(missing)}'
-        )
-    for prefix in ('_orig_mod.', 'module.'):  # what torch.compile and DDP put before each name
-        checkpoint['model'] = {k.removeprefix(prefix): v for k, v in checkpoint['model'].items()}
-    checkpoint['iter_num'] = int(checkpoint['iter_num'])
-    checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 1e9))
-    return checkpoint
+    except OSError as e:
+        raise UserError(f'{path} cannot be read: {e.strerror or first_line(e)}') from None
+    except DamagedFile as e:
+        others = _others(path)
+        advice = f'. Other checkpoints there: {others}' if others else ''
+        raise UserError(f'{path} is damaged: {e}{advice}') from None
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as e:
+        # the bytes are as they were written, but torch.load makes nothing of them
+        raise UserError(f'{path} is no checkpoint: {type(e).__name__}: {first_line(e)}') from None
 
 
-def saved_options(checkpoint, options, given):
+def _others(path):
+    """The names of other checkpoint files in the folder of path, as text."""
+    names = sorted(glob.glob('ckpt*.pt', root_dir=os.path.dirname(path) or '.'))
+    return ', '.join(name for name in names if name != os.path.basename(path))
+
+
+def _about_folder(path):
+    """The README of a trainer's folder says how to convert it, as a command with OUT_DIR in place of the folder's."""
+    out_dir = shlex.quote(os.path.dirname(os.path.abspath(path)))
+    try:
+        with open(os.path.join(path, 'README'), encoding='utf-8') as f:
+            about = ' '.join(f.read(1000).split()).replace('OUT_DIR', out_dir)
+    except (OSError, UnicodeDecodeError):
+        about = 'Resume with the trainer that wrote it, or convert it there to a ckpt.pt.'
+    return f'{path} is a folder, not a checkpoint file. {about}'
+
+
+def saved_options(checkpoint: dict, options: dict, given: set) -> dict:
     """
     Returns options, the fields of GPTConfig that are flags, with the GELU of the checkpoint: unlike the others it belongs to the weights.
     nanoGPT's own checkpoints do not record it; they have the erf form. Raises UserError if the flag is in given and asks for another form.
     """
     if 'gelu' not in options:  # a model.py of the user's own
         return options
-    saved = (checkpoint.get('config') or {}).get('gelu', 'erf')
-    if saved not in ('erf', 'tanh'):
-        raise UserError(f"the checkpoint's config says gelu={saved!r}, but only erf and tanh are known here")
+    saved = checkpoint.get('config', {}).get('gelu', 'erf')
     if 'gelu' in given and options['gelu'] != saved:
         raise UserError(
             f'the checkpoint was trained with gelu={saved}, but gelu={options["gelu"]} was asked for: leave the flag out'
@@ -168,18 +248,38 @@ def saved_options(checkpoint, options, given):
     return {**options, 'gelu': saved}
 
 
-def load_model(model, checkpoint):
-    """Copies the checkpoint's weights into the model. Raises UserError if they do not fit."""
-    saved, own = checkpoint['model'], model.state_dict()
+def load_model(model: torch.nn.Module, checkpoint: dict) -> None:
+    """Copies the checkpoint's weights into the model. Raises UserError if they do not fit or are not finite."""
+    own = model.state_dict()
+    saved = fit_names(checkpoint['model'], own)
     wrong = [f'{k} is missing' for k in own if k not in saved] + [f'{k} is unknown' for k in saved if k not in own]
-    wrong += [
-        f'{k} is {tuple(saved[k].shape)} instead of {tuple(own[k].shape)}'
-        for k in own
-        if k in saved and saved[k].shape != own[k].shape
-    ]
+    for k in (k for k in own if k in saved):
+        if saved[k].shape != own[k].shape:
+            wrong.append(f'{k} is {tuple(saved[k].shape)} instead of {tuple(own[k].shape)}')
+        elif saved[k].is_floating_point() != own[k].is_floating_point():
+            wrong.append(f'{k} is {saved[k].dtype} instead of {own[k].dtype}')
     if wrong:
         raise UserError(
             f'the checkpoint does not fit its own model_args: {"; ".join(wrong[:3])}'
             + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
         )
+    for name, _ in model.named_parameters():
+        # a trainer may have left this rank its shard only
+        shard = saved[name].to_local() if hasattr(saved[name], 'to_local') else saved[name]
+        check_finite(shard, name)
     model.load_state_dict(saved)
+
+
+def fit_names(saved: dict, own: dict) -> dict:
+    """
+    Returns the saved weights under the names that the model has in `own`, its state_dict(): without what wrappers add
+    anywhere in a name, unless the model itself has it, and without the masks of nanoGPT before torch 2.
+    """
+    bare = {WRAPPERS.sub('', name): name for name in own}
+    fitted = {}
+    for name, weight in saved.items():
+        stripped = WRAPPERS.sub('', name)
+        target = name if name in own else bare.get(stripped, stripped)
+        if target in own or not MASKS.search(target):
+            fitted[name if target in fitted else target] = weight  # a second one of the name is reported as unknown
+    return fitted

@@ -3,7 +3,8 @@ The command line: `python train.py [config/file.py ...] [--key=value ...]`, appl
 
 A script's flags are the plain values at its top: configure(globals()) overrides them, and the comment at the end of each
 line is its help text. A config file is Python that assigns to the same names. The fields of the model's GPTConfig that are no
-part of its architecture (how it computes, such as activation_checkpointing) are flags of every script too.
+part of its architecture (how it computes, such as activation_checkpointing) are flags of every script too; such a number is
+never negative.
 """
 
 import ast
@@ -15,6 +16,8 @@ import traceback
 
 from checkpoint import ARCHITECTURE
 from errors import UserError
+from flag_conflicts import conflicts
+from output import silence_other_ranks
 
 # what a value must be, beyond its type, so that a mistake is named here and not deep inside a run
 POSITIVE = (
@@ -44,17 +47,20 @@ NOT_NEGATIVE = (
     'temperature',
     'peak_tflops',
     'warmup',
-    'loss_rows',
+    'val_tokens',
 )
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 CHOICES = {'gelu': ('erf', 'tanh')}  # of the model's own flags
+NAMES = ('device', 'dtype', 'backend')  # never True or False; other flags that are auto by default can be
 
 
 def configure(namespace):
     """
     Overrides the flags in namespace, a script's globals(), from sys.argv. Returns (config, given): all flags with their
-    values, and the names of those that the command line or a config file set. Raises UserError for anything wrong.
+    values, and the names of those that the command line or a config file set. Under torchrun, lets rank 0 alone print. Prints
+    notes about flags without an effect. Raises UserError for anything wrong.
     """
+    silence_other_ranks()
     script = namespace['__file__']
     defaults = {k: v for k, v in namespace.items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))}
     # the model's own flags have to be known before any other, so the folder of the model comes first
@@ -74,33 +80,33 @@ def configure(namespace):
         elif arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
             check_name(key, defaults, arg)
-            if not equals and not isinstance(defaults[key], bool) and defaults[key] != 'auto':
+            if not equals and not isinstance(defaults[key], bool) and (defaults[key] != 'auto' or key in NAMES):
                 raise UserError(f'{arg} needs a value: {arg}=...')
             if key != 'model_dir':
                 config[key] = convert(key, text if equals else 'true', defaults[key], arg)
             given.add(key)
         else:
             for key, value in run_config_file(arg, config, script).items():
-                check_name(key, defaults, f'{key} in {arg}')
+                check_name(key, defaults, f'{key} in {arg}', '; a helper variable needs an underscore: _' + key)
                 if key == 'model_dir' and value != config[key]:
                     raise UserError(f'{arg} sets model_dir, which works on the command line only: --model_dir={value}')
                 config[key] = convert(key, value, defaults[key], f'{key} = {value!r} in {arg}')
                 given.add(key)
-    check_values(config)
-    for key in options.keys() & CHOICES:
-        if config[key] not in CHOICES[key]:
-            raise UserError(f"{key} is '{config[key]}', but it can be {' or '.join(CHOICES[key])}")
+    check_values(config, options)
+    for note in conflicts(config, given, defaults, help_texts(script, config['model_dir'], defaults)):
+        print(f'note: {note}')
     namespace.update(config)
     return config, given
 
 
-def check_name(key, known, where):
+def check_name(key, known, where, hint=''):
+    """Raises UserError if no flag has this name."""
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         raise UserError(
             f'{where}: there is no flag {key}'
             + (f'; did you mean {near[0]}?' if near else '')
-            + ' (--help lists them all)'
+            + f'{hint} (--help lists them all)'
         )
 
 
@@ -110,7 +116,7 @@ def convert(key, value, default, where):
     words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
     text = str(value)
     if kind is str:
-        as_bool = words.get(text.lower()) if default == 'auto' else None
+        as_bool = words.get(text.lower()) if default == 'auto' and key not in NAMES else None
         return text if as_bool is None else as_bool
     if kind is bool:
         if text.lower() in words:
@@ -129,22 +135,29 @@ def convert(key, value, default, where):
     raise UserError(f'{where}: {key} is {"a whole number" if kind is int else "a number"}')
 
 
-def check_values(config):
-    """Raises UserError for a value out of its range."""
+def check_values(config, options):
+    """Raises UserError for a value out of its range. options: the names of the model's own flags."""
+    numbers = [key for key in options if isinstance(config[key], (int, float))]
     for keys, good, what in (
         (POSITIVE, lambda v: v >= 1, 'at least 1'),
-        (NOT_NEGATIVE, lambda v: v >= 0, 'at least 0'),
+        ((*NOT_NEGATIVE, *numbers), lambda v: v >= 0, 'at least 0'),
         (FRACTION, lambda v: 0 <= v < 1, 'at least 0 and less than 1'),
     ):
         for key in keys:
             if key in config and not good(config[key]):  # `not good` is also true of NaN
                 raise UserError(f'{key}={config[key]}, but it must be {what}')
+    for key in CHOICES.keys() & options:
+        if config[key] not in CHOICES[key]:
+            raise UserError(f"{key} is '{config[key]}', but it can be {' or '.join(CHOICES[key])}")
     if 'n_head' in config and config['n_embd'] % config['n_head']:
         raise UserError(f'n_embd={config["n_embd"]} cannot be divided among n_head={config["n_head"]} heads')
 
 
 def run_config_file(path, config, script):
-    """The names that the config file assigns, with their values. It sees the flags' values so far as variables."""
+    """
+    Returns {name: value} of what the config file assigns. It sees the flags' values so far as variables. Raises UserError if
+    it is missing, fails, or assigns nothing.
+    """
     found = [p for p in (path, os.path.join(os.path.dirname(os.path.realpath(script)), path)) if os.path.isfile(p)]
     if not found:
         raise UserError(f'{path}: no such config file (flags are written --key=value)')
@@ -161,9 +174,19 @@ def run_config_file(path, config, script):
         node.id for node in module_level(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
     assigned |= {k for k in config if variables.get(k) is not config[k]}  # or imports, say
-    return {
+    flags = {
         k: variables[k] for k in assigned if k in variables and not k.startswith('_') and not callable(variables[k])
     }
+    without_effect = [
+        node.lineno
+        for node in module_level(tree)
+        if (isinstance(node, ast.AnnAssign) and node.value is None)
+        or (isinstance(node, ast.Expr) and isinstance(node.value, (ast.Compare, ast.Name)))
+    ]
+    if without_effect or not flags:
+        line = f', line {without_effect[0]}' if without_effect else ''
+        raise UserError(f'{found[0]}{line} sets no flag. A config file is Python, not YAML: write batch_size = 8')
+    return flags
 
 
 def module_level(node):
@@ -208,15 +231,21 @@ def model_file(model_dir, script):
     return os.path.join(model_dir or os.path.dirname(os.path.realpath(script)), 'model.py')
 
 
-def print_help(script, defaults, model_dir, doc):
-    """Prints each flag with its default and the comment at the end of its line, and ends the program."""
+def help_texts(script, model_dir, flags):
+    """Returns {flag: the comment at the end of its line}."""
     comments = {}
     for path in (script, model_file(model_dir, script)):
         with open(path, encoding='utf-8') as f:
             for line in f:
                 match = re.match(r'\s*(\w+)(?:: \w+)? = [^#]*# (.*)', line)
-                if match and match[1] in defaults:
-                    comments.setdefault(match[1], match[2])
+                if match and match[1] in flags:
+                    comments.setdefault(match[1], match[2].strip())
+    return comments
+
+
+def print_help(script, defaults, model_dir, doc):
+    """Prints each flag with its default and its help text, and ends the program."""
+    comments = help_texts(script, model_dir, defaults)
     print(
         (doc or '').strip()
         + '\n\nFlags, written --key=value, with their defaults. What comes later wins: put them behind a config file.'

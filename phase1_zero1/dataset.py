@@ -1,38 +1,260 @@
 """
-Finds and reads prepared data sets: token files as memory maps, meta.pkl without executing it, and the text encodings.
+Finds and opens prepared data sets: token files in several formats, and meta.pkl without executing it.
 
-    data_dir = find_data_dir('python_char')
-    meta = load_meta(data_dir)                                     # {} for GPT-2 tokens, which have no meta.pkl
-    data = open_tokens(data_dir, 'train', block_size=256, meta=meta)
-    encoding = get_encoding(meta)                                  # encoding.encode(text), encoding.decode(ids)
+    data = open_dataset('python_char', block_size=256)    # a name, a folder, or a pattern: 'fineweb10B/fineweb_*.bin'
+    rows = data.train.sample(batch_size, vocab_size)      # random windows; data_order.py reads them in order
+    data.meta                                             # {} for GPT-2 tokens, which have no meta.pkl
+
+A folder holds train.bin and val.bin, or shards with train or val in their names, such as fineweb_train_000001.bin and
+fineweb_val_000000.bin. token_files.py lists their formats. As a program, this prints what a data set is:
+
+$ python dataset.py fineweb10B
 
 Every mistake that a user can make ends in a UserError that says which file, what is wrong and what to do.
 """
 
 import difflib
+import glob
 import os
 import pickle
+import re
+import sys
 
-import numpy as np
+import torch.distributed as dist
+
+from data_identity import check_same_encoding, make_manifest, without_fingerprints
+from encoding import encoding_fingerprint, get_encoding
 from errors import UserError
+from shell import python_command
+from token_files import TokenFiles, recognize
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+SPLITS = ('train', 'val')
+LLAMA_3 = {'vocab_size': 128256, 'encoding': 'llama-3'}  # the meta of shards in its format, which come without meta.pkl
+
+
+class Dataset:
+    """
+    An open data set: .name for messages, .meta (of load_meta), and .train and .val, which are TokenFiles.
+
+    .problem is None, or the message about the first fault that was found while reading: a token outside the vocabulary, or a
+    file that cannot be read any more. Reading continues without the tokens in question, so that all ranks can save together
+    and then call raise_problem().
+    """
+
+    def __init__(self, name: str, meta: dict, files: dict, block_size: int):
+        self.name, self.meta, self.problems = name, meta, []
+        self.splits = {split: TokenFiles(files[split], block_size, self.problems) for split in files}
+        self.train, self.val = (self.splits.get(split) for split in SPLITS)
+        self._manifest = None
+
+    @property
+    def problem(self) -> str | None:
+        return self.problems[0][1] if self.problems else None
+
+    def raise_problem(self) -> None:
+        """Raises UserError on every rank if any rank has a problem. Collective."""
+        problems = [self.problem]
+        if dist.is_initialized():
+            problems *= dist.get_world_size()
+            dist.all_gather_object(problems, self.problem)
+        if any(problems):
+            raise UserError(next(filter(None, problems)))
+
+    def manifest(self) -> dict:
+        """
+        Returns what check_same_data compares, as a plain dict for the checkpoint. Reads a part of each file, once. A file with
+        a problem loses its fingerprint, so that the run can resume once the file is repaired.
+        """
+        self._manifest = self._manifest or make_manifest(self)
+        return without_fingerprints(self._manifest, {os.path.basename(path) for path, _ in self.problems})
+
+
+def open_dataset(dataset: str, block_size: int, splits: tuple[str, ...] = SPLITS) -> Dataset:
+    """
+    Opens the data set that is given by its name in data/, a folder, a pattern of shards or a single file. Reads a few kilobytes
+    of each file. Raises UserError if there is none, if anything in it is not a token file, if files do not belong together,
+    or if there is no window of block_size + 1 tokens.
+    """
+    name, folder, paths = find_files(dataset)
+    for split in splits:
+        if not paths[split]:
+            raise UserError(_missing(folder, split, paths))
+    meta = _common_meta(sorted({os.path.dirname(path) for split in splits for path in paths[split]}))
+    again = f'Prepare the data again: {prepare_command(folder)}'
+    files = {}
+    for split in splits:
+        expected = meta.get(f'{split}_tokens') if name == folder else None  # a pattern may select some of the shards
+        dtype = meta.get('dtype', 'uint16')
+        files[split] = [recognize(path, dtype, expected is not None, again) for path in paths[split]]
+        tokens = sum(file.tokens for file in files[split])
+        if expected is not None and tokens != expected:
+            where = f'{folder} ({len(paths[split])} shards of {split})' if len(paths[split]) > 1 else paths[split][0]
+            raise UserError(
+                f'{where} holds {tokens:,} tokens where meta.pkl says {expected:,}: truncated, incomplete, or from another '
+                f'preparation. {again}'
+            )
+    _check_agreement(files)
+    for split in splits:
+        longest = max(files[split], key=lambda file: file.tokens)
+        if longest.tokens < block_size + 1:
+            where = longest.path if len(files[split]) == 1 else f'the longest shard of {split}, {longest.path},'
+            raise UserError(
+                f'{where} holds {longest.tokens:,} tokens, too few for block_size {block_size} and its target: at least '
+                f'{block_size + 1:,} are needed. Set a smaller --block_size, or prepare more data'
+            )
+    if not meta and files[splits[0]][0].format == 'llm.c Llama 3':
+        meta = dict(LLAMA_3)
+    return Dataset(name, meta, files, block_size)
+
+
+def find_files(dataset: str) -> tuple[str, str, dict]:
+    """
+    Returns (name, folder, {'train': paths, 'val': paths}), the paths sorted. name is the folder itself, or the pattern. Where a
+    pattern matches only one split, the other one has the same names with train and val exchanged. Raises UserError if
+    nothing matches, or if it is unclear which files are meant.
+    """
+    pattern, matches = _match(dataset)
+    if not pattern:
+        folder = find_data_dir(dataset)
+        return folder, folder, _files_in(folder)
+    paths = {split: [] for split in SPLITS}
+    for path in matches:
+        split = _split_of(path)
+        if not split:
+            recognize(path)  # says what it is, if it is something else
+            raise UserError(f'{path} has neither train nor val in its name, so it is unclear to which split it belongs')
+        paths[split].append(path)
+    for split, other in (SPLITS, SPLITS[::-1]):
+        if not paths[split]:
+            start, file = os.path.split(pattern)
+            paths[split] = sorted(glob.glob(os.path.join(start, file.replace(other, split))))
+    return pattern, os.path.dirname(matches[0]) or '.', paths
+
+
+def _match(dataset):
+    """Returns (pattern, sorted paths) where dataset is a file or a pattern of files, and ('', []) where it is a folder or nothing."""
+    candidates = _candidates(dataset)
+    if not any(os.path.isdir(folder) for folder in candidates):
+        for pattern in candidates:
+            matches = sorted(path for path in glob.glob(pattern) if not os.path.isdir(path))
+            if matches:
+                return pattern, matches
+    return '', []
+
+
+def _candidates(name):
+    name = os.path.expanduser(name)
+    return [os.path.join('data', name), os.path.join(HERE, 'data', name), name] if name else []
+
+
+def _split_of(path):
+    """Returns train, val, or None if the file's name contains neither as a word."""
+    words = re.findall('(?<![a-z])(train|val)(?:id|idation)?(?![a-z])', os.path.basename(path).lower())
+    if len(set(words)) > 1:
+        raise UserError(f'{path} has both train and val in its name, so it is unclear to which split it belongs')
+    return words[0] if words else None
+
+
+def _files_in(folder):
+    """Returns {'train': paths, 'val': paths} of a folder: train.bin and val.bin, or shards."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith('.bin') and not name.startswith('.'))
+    except OSError as e:
+        raise UserError(f'{folder} cannot be read: {e.strerror}') from None
+    files = {split: [name for name in names if _split_of(name) == split] for split in SPLITS}
+    pair = [name for name in ('train.bin', 'val.bin') if name in names]
+    shards = [name for split in SPLITS for name in files[split] if name not in pair]
+    if pair and shards:
+        raise UserError(
+            f'{folder} holds {" and ".join(pair)} and also {shards[0]}, so it is unclear which to read. Give '
+            f"--dataset={os.path.join(folder, pair[0])}, or a pattern such as --dataset='{_pattern(folder, shards[0])}'"
+        )
+    return {split: [os.path.join(folder, name) for name in files[split]] for split in SPLITS}
+
+
+def _pattern(folder, shard):
+    """Returns a pattern for the shards of both splits that are named like this one."""
+    return os.path.join(folder, re.sub('train|val|[0-9]+', '*', shard))
+
+
+def _missing(folder, split, paths):
+    """Returns the message about a split without files. Raises UserError where the folder has files of another kind instead."""
+    there = next((path for other in SPLITS for path in paths[other]), None)
+    if there and os.path.basename(there) not in ('train.bin', 'val.bin'):
+        return (
+            f'there are no shards of the split {split}: {os.path.basename(there)} is there, but no .bin file with {split} in its '
+            f'name, in {folder}'
+        )
+    if not there:
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(('.bin', '.idx', '.npy')) and not name.startswith('.'):
+                recognize(os.path.join(folder, name))
+    return f'{os.path.join(folder, f"{split}.bin")} does not exist. Prepare the data first: {prepare_command(folder)}'
+
+
+def _common_meta(folders):
+    metas = [load_meta(folder) for folder in folders]
+    for folder, meta in zip(folders, metas):
+        if encoding_fingerprint(meta) != encoding_fingerprint(metas[0]):
+            raise UserError(
+                f'the shards in {folders[0]} and {folder} do not belong together: the encoding of the first is '
+                f'{encoding_fingerprint(metas[0])}, that of the second {encoding_fingerprint(meta)}'
+            )
+    return metas[0]
+
+
+def _check_agreement(files):
+    """Raises UserError if files of one split differ in format, files of both in the type of ids, or if a file is there twice."""
+    seen = {}
+    for split, others in files.items():
+        for file in others:
+            for first, agrees in (
+                (others[0], file.format == others[0].format),
+                (next(iter(files.values()))[0], file.dtype == next(iter(files.values()))[0].dtype),
+            ):
+                if not agrees:
+                    raise UserError(
+                        f'{file.path} and {first.path} do not belong together: the first is {file.format} ({file.dtype.name}), the '
+                        f'second {first.format} ({first.dtype.name}). All files of a data set must have one format'
+                    )
+            stat = os.stat(file.path)
+            twin = seen.setdefault((stat.st_dev, stat.st_ino), (split, file.path))
+            if twin[1] != file.path:
+                where = f'both splits, {twin[0]} and {split}' if twin[0] != split else f'{split} twice'
+                raise UserError(f'{twin[1]} and {file.path} are the same file, which must not be in {where}')
+
+
+def find_meta(dataset: str) -> dict:
+    """Returns the meta of a data set like open_dataset, but needs no token files."""
+    if not _match(dataset)[0]:
+        meta, (_, _, paths) = load_meta(find_data_dir(dataset)), find_files(dataset)
+    else:
+        _, folder, paths = find_files(dataset)
+        meta = load_meta(folder)
+    for path in () if meta else paths['train'][:1]:
+        if recognize(path).format == 'llm.c Llama 3':
+            return dict(LLAMA_3)
+    return meta
 
 
 def find_data_dir(name):
     """
-    The folder of data set `name` (or of a path to a folder): ./data/name, data/name beside this file, name; the first that
-    holds a train.bin, else the first that exists. Raises UserError, with the known names, where there is none.
+    The folder of data set `name`, a path to a folder, or a pattern of its files: ./data/name, data/name next to this file, name;
+    the first that holds tokens, else the first that exists. Raises UserError, with the known names, where there is none.
     """
-    candidates = [os.path.join('data', name), os.path.join(HERE, 'data', name), name]
-    found = [folder for folder in candidates if name and os.path.isdir(folder)]
+    pattern, matches = _match(name)
+    if pattern:
+        return os.path.dirname(matches[0]) or '.'
+    candidates = _candidates(name)
+    found = [folder for folder in candidates if os.path.isdir(folder)]
     if not found:
         known = _known_data_sets()
         known.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())  # nearest first
         raise UserError(
-            f'there is no data set {name!r}: no folder {", ".join(candidates)}. Known: {", ".join(known) or "none"}'
+            f'there is no data set {name!r}: no folder and no file {", ".join(candidates)}. Known: {", ".join(known) or "none"}'
         )
-    return next((folder for folder in found if os.path.exists(os.path.join(folder, 'train.bin'))), found[0])
+    return next((folder for folder in found if glob.glob(os.path.join(glob.escape(folder), '*train*.bin'))), found[0])
 
 
 def _known_data_sets():
@@ -45,12 +267,11 @@ def _known_data_sets():
 
 
 def prepare_command(data_dir):
-    """The command that prepares data_dir, for error messages."""
+    """Returns the command that prepares data_dir, for error messages."""
     own, text = os.path.join(data_dir, 'prepare.py'), os.path.join(HERE, 'data', 'text', 'prepare.py')
     if not os.path.exists(own):
-        return f'python {os.path.relpath(text)} YOUR_FILES --out {data_dir}'
-    files = ' YOUR_FILES' if os.path.exists(text) and os.path.samefile(own, text) else ''
-    return f'python {os.path.relpath(own)}{files}'
+        return python_command(text, 'YOUR_FILES', '--out', data_dir)
+    return python_command(own, *['YOUR_FILES'] * (os.path.exists(text) and os.path.samefile(own, text)))
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -61,7 +282,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_meta(data_dir):
-    """meta.pkl of data_dir as a dict, {} where there is none. Executes nothing; UserError for a file that is not a plain meta."""
+    """Returns meta.pkl of data_dir as a dict, {} where there is none. Executes nothing. Raises UserError for anything but a plain meta."""
     path = os.path.join(data_dir, 'meta.pkl')
     if not os.path.exists(path):
         return {}
@@ -81,50 +302,11 @@ def load_meta(data_dir):
     return meta
 
 
-def open_tokens(data_dir, split, block_size, meta):
+def meta_of_model(dataset: str, vocab_size: int, named: bool, saved: dict | None = None) -> dict:
     """
-    The tokens of `split` ('train' or 'val') as a read-only np.memmap of shape (tokens,), uint16, or uint32 where meta says so.
-    Looks at the file's size only, never at its contents. Raises UserError for a file that is missing, truncated, or too short
-    for one block and its target.
-    """
-    path = os.path.join(data_dir, f'{split}.bin')
-    again = f'Prepare the data again: {prepare_command(data_dir)}'
-    if not os.path.exists(path):
-        raise UserError(f'{path} does not exist. Prepare the data first: {prepare_command(data_dir)}')
-    dtype = np.dtype(meta.get('dtype', 'uint16')).newbyteorder('<')
-    size, expected = os.path.getsize(path), meta.get(f'{split}_tokens')
-    tokens = size // dtype.itemsize
-    if size % dtype.itemsize:
-        raise UserError(f'{path} is truncated: {size:,} bytes are no whole number of {dtype.name} tokens. {again}')
-    if expected is not None and tokens != expected:
-        raise UserError(
-            f'{path} holds {tokens:,} tokens where meta.pkl says {expected:,}: truncated, or from another preparation. {again}'
-        )
-    if tokens < block_size + 1:
-        raise UserError(
-            f'{path} holds {tokens:,} tokens, too few for block_size {block_size} and its target: at least {block_size + 1:,} are '
-            f'needed. Set a smaller --block_size, or prepare more data'
-        )
-    try:
-        return np.memmap(path, dtype=dtype, mode='r')
-    except OSError as e:
-        raise UserError(f'{path} cannot be read: {e.strerror}') from None
-
-
-def check_tokens(x, vocab_size, data_dir):
-    """UserError where a token of x, an int64 CPU tensor of any shape, is outside the model's vocabulary. Costs microseconds."""
-    token = x.max().item()
-    if token >= vocab_size:
-        raise UserError(
-            f'token {token} in {data_dir} is outside the vocabulary of {vocab_size:,}. The model was made for other data (a '
-            f'checkpoint of another data set?), or the files do not belong together: {prepare_command(data_dir)}'
-        )
-
-
-def meta_of_model(dataset: str, vocab_size: int, named: bool) -> dict:
-    """
-    The meta of the data set whose encoding a model with vocab_size tokens was trained with; {} for GPT-2's encoding, also where the data set is
-    not on this machine and vocab_size allows it. named: the user has named the data set. Raises UserError if it is missing or does not fit.
+    Returns the meta of the data set whose encoding a model with vocab_size tokens was trained with; {} for GPT-2's encoding, also where the
+    data set is not on this machine and vocab_size allows it. named: the user has named the data set. saved: the checkpoint's manifest of its
+    data. Raises UserError if the data set is missing or has another encoding.
     """
     meta = {}
     if dataset:
@@ -139,4 +321,32 @@ def meta_of_model(dataset: str, vocab_size: int, named: bool) -> dict:
             f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has {meta.get("vocab_size", 50257)}: name the data '
             'set that it was trained on with --dataset'
         )
+    check_same_encoding(saved, meta, dataset or 'GPT-2')
     return meta
+
+
+def describe(data: Dataset) -> str:
+    """Returns the lines that `python dataset.py FOLDER` prints."""
+    lines = [
+        f'{data.name}: tokens of {data.train.files[0].dtype.name}, vocabulary of {data.meta.get("vocab_size", 50257):,}'
+    ]
+    lines[0] += f', encoding: {encoding_fingerprint(data.meta)}'
+    for split, tokens in data.splits.items():
+        names = [os.path.basename(tokens.files[i].path) for i in (0, -1)]
+        span = names[0] if len(tokens.files) == 1 else f'{len(tokens.files)} shards, {names[0]} to {names[1]}'
+        lines.append(f'{split}: {len(tokens):,} tokens in {span} ({tokens.files[0].format})')
+    first = data.train.read(0, 0, 32).tolist()
+    lines.append(f'first tokens of train: {" ".join(map(str, first))}')
+    try:
+        lines.append(f'decoded: {get_encoding(data.meta).decode(first)!r}')
+    except UserError as e:
+        lines.append(f'not decoded: {e}')
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
+        print(f'usage: python {sys.argv[0]} FOLDER    (or a name in data/, or a quoted pattern of shards)')
+        sys.exit(0 if sys.argv[1:] in (['-h'], ['--help']) else 2)
+    sys.stdout.reconfigure(errors='backslashreplace')  # characters that a terminal cannot show
+    print(describe(open_dataset(sys.argv[1], block_size=1)))

@@ -1,7 +1,7 @@
 """
-What the ranks of one run do together: start, average, gather, agree to stop, and end.
+Collectives of the ranks (processes) of one run: join, average, compare, gather and leave.
 
-Each function is called on every rank, and each works in a single process as well.
+Every rank calls each of these functions. Each works in a single process too.
 """
 
 import atexit
@@ -12,27 +12,47 @@ import time
 import uuid
 from datetime import timedelta
 
-import errors
 import torch
 import torch.distributed as dist
-from errors import UserError
+
+import torchrun_env
+from end_of_run import end_run
+from errors import UserError, first_line
 
 
-def setup(backend, timeout_s):
-    """
-    Joins the process group if torchrun started several processes. Returns (rank, world_size). From then on a rank that waits
-    for another one for timeout_s seconds, because its machine is gone, raises an error. Raises UserError where the environment is not torchrun's.
-    """
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    environment = {k: os.environ.get(k, '') for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
-    if rank >= world_size or (world_size > 1 and not all(environment.values())):
-        found = ' '.join(f'{k}={v}' for k, v in environment.items())
+def check_environment():
+    """Raises UserError if the variables of torchrun are incomplete, malformed or contradict each other."""
+    names = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
+    environment = {name: os.environ.get(name, '') for name in names}
+    rank, world_size = torchrun_env.number('RANK', 0), torchrun_env.number('WORLD_SIZE', 1)
+    numbers = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'] + ['MASTER_PORT'] * (world_size > 1)
+    needed = names[:4] if world_size > 1 else ()
+    local_rank, local_world_size = environment['LOCAL_RANK'], environment['LOCAL_WORLD_SIZE']
+    if (
+        any(environment[name] and not environment[name].isdecimal() for name in numbers)
+        or not all(environment[name] for name in needed)
+        or rank >= world_size
+        or (world_size > 1 and not 0 < int(environment['MASTER_PORT']) < 2**16)
+        or (local_world_size and not int(local_rank or 0) < int(local_world_size) <= world_size)
+        or (local_world_size not in ('', '1') and not local_rank)
+    ):
+        found = ' '.join(f'{k}={v}' for k, v in environment.items() if v or not k.startswith('LOCAL'))
         raise UserError(
             f'the environment has {found}: start the processes with torchrun, which sets all of these, or unset them'
         )
+
+
+def join_ranks(backend: str, timeout_s: float) -> tuple[int, int]:
+    """
+    Joins the process group if torchrun started several processes. Returns (rank, world_size). From then on, a rank that waits
+    for another one for timeout_s seconds, because its machine is gone, raises an error. Raises UserError if the environment
+    is not torchrun's, or if this rank cannot connect to the others.
+    """
+    check_environment()
+    rank, world_size = torchrun_env.number('RANK', 0), torchrun_env.number('WORLD_SIZE', 1)
     if world_size > 1:
         timeout = timedelta(seconds=min(timeout_s, 1e9))
-        # beside NCCL for the GPUs, gloo carries what lives on the CPU, so that it need not wait for the GPU
+        # next to NCCL for the GPUs, gloo carries tensors on the CPU, so that they need not wait for the GPU
         backends = 'cpu:gloo,cuda:nccl' if backend == 'nccl' else backend
         store = rendezvous(rank, world_size, timeout)
         try:
@@ -41,8 +61,9 @@ def setup(backend, timeout_s):
             if 'connectFullMesh' not in str(e):
                 raise
             raise UserError(
-                f'rank {rank} on {socket.gethostname()} found the other ranks but cannot connect to one ({str(e).splitlines()[0]}). If that is not '
-                'its address in the network between the machines, set GLOO_SOCKET_IFNAME, on each machine, to the network interface to use'
+                f'rank {rank} on {socket.gethostname()} found the other ranks but cannot connect to one ({first_line(e)}). If '
+                'that is not its address in the network between the machines, set GLOO_SOCKET_IFNAME, on each machine, to the '
+                'network interface to use'
             ) from None
         dist.distributed_c10d.default_pg_timeout = timeout  # of further groups too, which would wait for half an hour
     return rank, world_size
@@ -50,9 +71,9 @@ def setup(backend, timeout_s):
 
 def rendezvous(rank, world_size, timeout):
     """
-    A key-value store for the ranks to find each other through. torchrun --max-restarts=N hosts one for all starts of the ranks,
-    and in it the addresses of those that were killed still stand, which would be called. So rank 0 gives each start a
-    name, and its keys are kept under that. (Ranks cannot count the starts: torchrun on each machine counts only its own.)
+    Returns a key-value store through which the ranks find each other. torchrun --max-restarts=N hosts one store for all starts
+    of the ranks, and it still holds the addresses of ranks that were killed. So rank 0 names each start, and the keys of the
+    start lie under its name. (Ranks cannot count the starts: torchrun on each machine counts only its own.)
     """
     hosted = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # by torchrun; otherwise by rank 0
     store = dist.TCPStore(
@@ -66,45 +87,50 @@ def rendezvous(rank, world_size, timeout):
     me = uuid.uuid4().hex
     if rank > 0:
         store.set(f'hello/{rank}', me)
-        errors.start = name = store.get(f'welcome/{me}').decode()
+        torchrun_env.launch_id = name = store.get(f'welcome/{me}').decode()
         store.set(f'{name}/joined/{rank}', '')
         return dist.PrefixStore(name, store)
     deadline = time.monotonic() + timeout.total_seconds()
     for other in range(1, world_size):
-        while not store.check(
-            [f'{me}/joined/{other}']
-        ):  # this hello may be that of a rank killed earlier, so it is asked for again
+        while not store.check([f'{me}/joined/{other}']):
+            # the hello may be that of a rank killed earlier, so each round reads it again
             store.set(f'welcome/{store.get(f"hello/{other}").decode()}', me)
             if time.monotonic() > deadline:
                 raise RuntimeError(f'timed out waiting for rank {other} to start')
             time.sleep(0.01)
-    errors.start = me
+    torchrun_env.launch_id = me
     return dist.PrefixStore(me, store)
 
 
 def mean_over_ranks(x):
-    """The mean of the tensor x over all ranks."""
+    """Averages the tensor x over all ranks, in place, and returns it."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
 
 
-def same_on_all_ranks(number, what):
-    """Returns the number, which is `what`. Raises UserError, on every rank, if any has another."""
-    if dist.is_initialized():
-        extremes = torch.tensor([number, -number], dtype=torch.float64)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        most, least = extremes[0].item(), -extremes[1].item()
-        if most != least:
-            raise UserError(
-                f'{what} is {least:.0f} on one rank and {most:.0f} on another: do all machines see the same files?'
-            )
+def max_over_ranks(number: float) -> float:
+    """Returns the largest of all ranks' numbers, over the CPU: it does not wait for the GPU."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(float(number), dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def same_on_all_ranks(number: int, name: str) -> int:
+    """Returns the number. Raises UserError, on every rank, if ranks have different ones; name says in the message what it is."""
+    most, least = max_over_ranks(number), -max_over_ranks(-number)
+    if most != least:
+        raise UserError(
+            f'{name} is {least:.0f} on one rank and {most:.0f} on another: do all machines see the same files?'
+        )
     return number
 
 
 def gather_from_ranks(x):
-    """On rank 0 the list of every rank's x (any picklable object; tensors on the CPU), on the others None."""
+    """Returns on rank 0 the list of all ranks' x (any picklable object; tensors on the CPU), and None on the other ranks."""
     if not dist.is_initialized():
         return [x]
     everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -112,17 +138,21 @@ def gather_from_ranks(x):
     return everyone
 
 
-def leave(graph=None):
+def leave_ranks(micro_step=None):
     """
-    Leaves the process group, and ends this process with status 0 if it had joined one: call it last. graph: a MicroStepGraph, which
-    lets its recordings go: NCCL waits until nothing holds what it sends, for ever if need be (pytorch #115388).
+    Ends the run: the actions of end_of_run.py, then the process group. Ends this process with status 0 if it had joined one:
+    call it last. micro_step: a MicroStep, whose CUDA graphs are released, because NCCL would wait for them (pytorch #115388).
     """
-    if dist.is_initialized():
-        if graph:
-            graph.release()
+    succeeded = end_run()
+    several = dist.is_initialized()
+    if several:
+        if micro_step:
+            micro_step.release()
         dist.destroy_process_group()
-        # A thread of gloo may still be about to drop a tensor. It would need the interpreter for that, and if that is being taken
-        # down already, the process is aborted (1 run of 5). So it is not taken down.
-        atexit._run_exitfuncs()
+    if several or not succeeded:
+        # Skip the interpreter's teardown. A thread of gloo may still drop a tensor, which would abort the process (1 run of 5),
+        # and a tracker that does not answer would block its own exit function too.
+        if succeeded:
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(0)

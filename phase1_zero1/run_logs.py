@@ -249,13 +249,25 @@ def find_logs(paths):
 
 
 def _only_evaluates(path):
-    """Is it of an --eval_only run, which trained nothing? Such logs are short: of the others it is enough to look at the start."""
-    with open(path, 'rb') as file:
-        return b'"eval_only": true' in file.read(2**16) and not _read(path)['iterations']
+    """Whether the log is that of an --eval_only run, which trained nothing. Such logs are short, so the start of the others tells."""
+    try:
+        with open(path, 'rb') as file:
+            return b'"eval_only": true' in file.read(2**16) and not _read(path)['iterations']
+    except (LogError, OSError):
+        return False  # whoever reads the log reports it
 
 
 def load_runs(paths):
-    runs = [Run(path) for path in find_logs(paths)]
+    """The runs of find_logs(paths), without those that are part of another one. A log among several that cannot be read becomes a
+    note of the first run. Raises LogError if there is none."""
+    runs, unread = [], []
+    for path in find_logs(paths):
+        try:
+            runs.append(Run(path))
+        except LogError as error:
+            unread.append(error)
+    if not runs:
+        raise LogError('\n'.join(map(str, unread)))
     drawn = []
     for run in runs:  # without those that are drawn as the first part of a resumed run
         after = [
@@ -272,6 +284,7 @@ def load_runs(paths):
                 f'{one.path} goes on from iteration {one.parts[i][0]} of {run.path}, whose own up to {last} are left out'
             )
     runs = drawn
+    runs[0].notes += [f'{error}; the other logs are drawn without it' for error in unread]
     label_runs(runs)
     return runs
 

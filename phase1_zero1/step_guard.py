@@ -1,25 +1,30 @@
 """
-StepGuard: an optimizer step that is not taken when a gradient is inf or NaN.
+StepGuard: skips an optimizer step whose gradient is inf or NaN, and ends a run that only skips.
 
-On a GPU the decision is made on the GPU, so that the CPU need not wait for it: fused AdamW skips its update where its
-`found_inf` is 1, which is how torch.amp.GradScaler skips steps in float16.
+On a GPU the decision is made on the GPU, so that the CPU need not wait for it: step() sets the attribute `found_inf` of the
+optimizer to a float32 tensor of shape (), 1.0 to skip and 0.0 to step. Fused AdamW reads it, by the protocol of
+torch.amp.GradScaler, which sets the same attribute in float16. An optimizer that wraps AdamW has to pass it on.
 """
 
-import torch
+import math
 
+import torch
+from torch import nn
+
+from distributed import max_over_ranks, mean_over_ranks
 from errors import UserError
 
 MAX_IN_A_ROW = 5
 
 
 class StepGuard:
-    def __init__(self, device, scaler):
+    def __init__(self, device: str, scaler: torch.amp.GradScaler):
         self.scaler = scaler
         self.skipped = torch.zeros((), device=device)  # steps skipped in this run
-        self.in_a_row = torch.zeros((), device=device)  # of them, those since the last good step
+        self.in_a_row = torch.zeros((), device=device)  # steps skipped since the last good one
 
-    def step(self, optimizer, grad_norm):
-        """Steps the optimizer unless grad_norm, the norm of all its gradients (a 0-dim tensor, equal on all ranks), is not finite."""
+    def step(self, optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor):
+        """Steps the optimizer unless grad_norm, the norm of all gradients (shape (), equal on all ranks), is inf or NaN."""
         bad = (~torch.isfinite(grad_norm)).float()
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)  # looks at the gradients itself
@@ -27,29 +32,63 @@ class StepGuard:
         elif optimizer.defaults.get('fused'):
             optimizer.found_inf = bad
             optimizer.step()
-        elif not bad:  # no waiting on a CPU
+        elif not bad:  # reading it costs nothing on a CPU
             optimizer.step()
         self.skipped += bad
         self.in_a_row = (self.in_a_row + 1) * bad
 
-    def read(self, loss, grad_norm):
+    def measure(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> tuple[float, float, int]:
         """
-        The numbers (loss, grad_norm, steps skipped so far), of two 0-dim float32 tensors and our own, in one transfer, which
-        waits for the device.
+        Returns (loss, grad_norm, steps skipped so far) as numbers, from two float32 tensors of shape () and its own, in one
+        transfer, which waits for the device.
         """
-        loss, grad_norm, skipped, self.last_in_a_row = torch.stack(
+        loss, grad_norm, skipped, self.measured_in_a_row = torch.stack(
             (loss, grad_norm, self.skipped, self.in_a_row)
         ).tolist()
         return loss, grad_norm, int(skipped)
 
-    def check(self, iter_num, lr, skipped):
-        """Raises UserError when, as of the last read(), too many steps in a row were skipped; the rest is for its message."""
+    def check(self, iter_num: int, lr: float, skipped: int, model: nn.Module):
+        """
+        Raises UserError, on all ranks, if too many steps in a row were skipped before the last measure(). The message says
+        what has become of the model's weights; iter_num, lr and skipped are for the message only.
+        """
+        if self.measured_in_a_row < MAX_IN_A_ROW:
+            return
         # in float16 the loss scale, 65536 at first, is halved at each skipped step: a row of them is a search, not a failure
-        if self.last_in_a_row >= MAX_IN_A_ROW and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
-            raise UserError(
-                f'training diverged: the last {self.last_in_a_row:.0f} steps up to iteration {iter_num} had a gradient that is not finite '
-                f'(inf or NaN) and were skipped, {skipped} in all; the learning rate is {lr:.2e}. The weights and the last checkpoint are those '
-                'from before. Try a lower --learning_rate, more --warmup_iters or a smaller --grad_clip'
-                + ('; --dtype=bfloat16 or float32 has more range' if self.scaler.is_enabled() else '')
-                + ', and look at the data it stopped at.'
-            )
+        if self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+            return
+        largest = largest_weight(model)
+        if largest < float('inf'):
+            weights = f'All weights are finite, the largest is {largest:.1e}'
+            advice = 'Try a lower --learning_rate, more --warmup_iters or --grad_clip=1.0'
+            if self.scaler.is_enabled():
+                advice += '; --dtype=bfloat16 or float32 has more range'
+            advice += ', and look at the data it stopped at'
+        else:
+            weights = 'The weights are not finite either, so no flag can continue from them'
+            advice = 'Resume from an earlier checkpoint, such as ckpt_best.pt, or train from scratch'
+        raise UserError(
+            f'training diverged: the last {self.measured_in_a_row:.0f} steps up to iteration {iter_num} had a gradient that is '
+            f'not finite (inf or NaN) and were skipped, {skipped} in all; the learning rate is {lr:.2e}. {weights}. '
+            f'{advice}.'
+        )
+
+    def worth_saving(self, model: nn.Module, next_loss) -> bool:
+        """
+        Returns whether the last state of a run may replace its checkpoint: if all weights and the last gradient are finite. If
+        only the gradient is not, its step was skipped and the weights may be good, so next_loss(), the loss of the batch that
+        comes next (shape ()), decides. Prints a line if the state is not worth saving. Collective.
+        """
+        if math.isfinite(largest_weight(model)):
+            if not self.in_a_row or math.isfinite(mean_over_ranks(next_loss()).item()):
+                return True
+        print('not saving: the last loss, or a weight, is not finite (inf or NaN)')
+        return False
+
+
+@torch.no_grad()
+def largest_weight(model: nn.Module) -> float:
+    """Returns the largest absolute value of all weights, inf if any is inf or NaN. Collective; FSDP's ranks look at their shards."""
+    weights = [p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters()]
+    largest = max(p.abs().max().item() if p.isfinite().all() else float('inf') for p in weights if p.numel())
+    return max_over_ranks(largest)

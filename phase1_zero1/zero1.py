@@ -143,7 +143,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
             piece.shard.grad = None if grad is None else grad.view(-1)[piece.start : piece.stop]
         for group, shard_group in zip(self.param_groups, self.zero.param_groups):
             shard_group.update({k: v for k, v in group.items() if k != 'params'})  # the learning rate of this step
-        # with these a fused optimizer skips its step on the GPU, as GradScaler and StepGuard ask it to
+        # set by GradScaler or StepGuard (step_guard.py) on this object: a fused optimizer then skips its step on the GPU
         self.zero.optim.grad_scale, self.zero.optim.found_inf = (
             getattr(self, 'grad_scale', None),
             getattr(self, 'found_inf', None),

@@ -9,13 +9,13 @@ import os
 import statistics
 import sys
 
-import numpy as np
 import torch
 
 import hardware
 from configurator import configure
-from cuda_graph import MicroStepGraph, use_cuda_graph
-from dataset import check_tokens, find_data_dir, load_meta, open_tokens
+from cuda_graph import MicroStep, resolve_cuda_graph, use_side_stream
+from dataset import open_dataset
+from token_files import inputs_and_targets
 
 # -----------------------------------------------------------------------------
 batch_size = 12  # sequences in a micro-step
@@ -27,7 +27,7 @@ bias = False  # biases in Linear and LayerNorm layers?
 dropout = 0.0  # 0 for determinism
 gradient_accumulation_steps = 1  # micro-steps of one iteration
 real_data = True  # batches of a data set; False: the same random tokens each time
-dataset = 'openwebtext'  # folder in data/, or a path
+dataset = 'openwebtext'  # name in data/, folder, or quoted pattern of shards; needs real_data
 seed = 1337  # of the random numbers
 model_dir = ''  # folder of the model.py to time, such as ../phase2_triton; empty: this one
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
@@ -41,24 +41,22 @@ profile = False  # write a trace of 5 iterations to ./bench_log, for TensorBoard
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
-device, dtype, compile, _ = hardware.choose(device, dtype, compile, backend='auto')
+device, dtype, compile, _ = hardware.resolve_auto(device, dtype, compile, backend='auto')
 device_type = device.split(':')[0]
-cuda_graph = use_cuda_graph(config | {'device': device}, world_size=1)
+cuda_graph = resolve_cuda_graph(config | {'device': device, 'backend': ''}, world_size=1)
+if cuda_graph:
+    use_side_stream(device)
 torch.manual_seed(seed)
 ctx = hardware.autocast(device, dtype)
 
 # data
 if real_data:
-    data_dir = find_data_dir(dataset)
-    meta = load_meta(data_dir)
-    vocab_size = meta.get('vocab_size', 50304)
-    train_data = open_tokens(data_dir, 'train', block_size, meta)
+    data = open_dataset(dataset, block_size, splits=('train',))
+    vocab_size = data.meta.get('vocab_size', 50304)
 
     def get_batch():
-        ix = torch.randint(len(train_data) - block_size, (batch_size,))
-        rows = torch.stack([torch.from_numpy(train_data[i : i + block_size + 1].astype(np.int64)) for i in ix])
-        check_tokens(rows, vocab_size, data_dir)
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        x, y = inputs_and_targets(data.train.sample(batch_size, vocab_size))
+        data.raise_problem()
         if device_type == 'cuda':
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)
@@ -94,15 +92,14 @@ def forward_backward(X, Y):
     return loss.detach()
 
 
-if cuda_graph:
-    forward_backward = MicroStepGraph(forward_backward, model)
+micro_step = MicroStep(forward_backward, model, capture=cuda_graph)
 X, Y = get_batch()
 
 
 def step():
     global X, Y
-    for micro_step in range(gradient_accumulation_steps):
-        loss = forward_backward(X, Y)
+    for _ in range(gradient_accumulation_steps):
+        loss = micro_step(X, Y)
         X, Y = get_batch()
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -145,7 +142,8 @@ for k in range(steps):
     times.append(t1 - t0)
     t0 = t1
 dt = statistics.median(times)
-mfu = model.estimate_mfu(batch_size * gradient_accumulation_steps, dt, hardware.peak_flops(device, dtype, peak_tflops))
+peak_flops = hardware.peak_flops(device, dtype, peak_tflops)
+mfu = hardware.estimate_mfu(model, batch_size * gradient_accumulation_steps, dt, peak_flops)
 print(
     f'{hardware.device_name(device)}, {dtype}, compile {compile}, cuda_graph {cuda_graph}, '
     f'{batch_size} x {block_size} tokens x {gradient_accumulation_steps} micro-steps, '

@@ -1,5 +1,6 @@
-"""What this machine has: the best device, dtype, compile and backend for it, its peak speed, its clock and its memory."""
+"""This machine: the best device, dtype, compile and backend for it, its peak speed, its clock and its memory."""
 
+import inspect
 import os
 import re
 import resource
@@ -8,14 +9,16 @@ import time
 from contextlib import nullcontext
 
 import torch
+
+import torchrun_env
 from errors import UserError
 
 
-def choose(device, dtype, compile, backend):
+def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
     """
-    Replaces each 'auto' by the best that this machine has, checks the rest, and gives (device, dtype, compile, backend).
-    Under torchrun 'cuda' becomes this rank's GPU. Call before a GPU is used: its memory is set up here. Raises UserError for
-    what is not there.
+    Returns (device, dtype, compile, backend) with each 'auto' replaced by the best that this machine has. Under torchrun
+    'cuda' becomes this rank's GPU. Call it before a GPU is used: it configures the GPU's memory. Raises UserError for a value
+    that is unknown, or that this machine cannot do.
     """
     mps = getattr(torch.backends, 'mps', None)
     if device == 'auto':
@@ -28,17 +31,18 @@ def choose(device, dtype, compile, backend):
             raise UserError(
                 f'device={device}, but torch {torch.__version__} sees no CUDA GPU here; leave the flag out or use --device=cpu'
             )
-        count, local_world_size = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        count = torch.cuda.device_count()
+        local_rank, local_world_size = torchrun_env.number('LOCAL_RANK', 0), torchrun_env.number('LOCAL_WORLD_SIZE', 1)
         if local_world_size > count:
             raise UserError(
                 f'torchrun started {local_world_size} processes on this machine, but it has {count} GPU(s): use --nproc_per_node={count}'
             )
-        if local_world_size > 1 or (':' not in device and 0 < int(os.environ.get('LOCAL_RANK') or 0) < count):
-            device = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU a process
+        if local_world_size > 1 or (':' not in device and 0 < local_rank < count):
+            device = f'cuda:{local_rank}'  # one GPU per process
         if ':' in device and int(device[5:]) >= count:
             raise UserError(f'device={device}, but this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}')
         if not any(re.fullmatch('PYTORCH_(CUDA_|HIP_)?ALLOC_CONF', name) for name in os.environ):
-            # memory in segments that grow, not in many of fixed sizes with holes that nothing fits: larger batches
+            # expandable segments reduce fragmentation, so larger batches fit
             os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'expandable_segments:True'
         torch.cuda.set_device(device if ':' in device else 'cuda:0')
     if device_type == 'mps' and not (mps and mps.is_available()):
@@ -113,8 +117,11 @@ PEAK_TFLOPS = [
 ]
 
 
+A100_FLOPS = 312e12  # bfloat16; the peak that nanoGPT's estimate_mfu assumes
+
+
 def peak_flops(device, dtype, peak_tflops=0.0):
-    """Peak FLOP/s of the device in this dtype; peak_tflops overrides it where it is not 0. None: unknown, never a guess."""
+    """Returns the device's peak FLOP/s in this dtype, or peak_tflops * 1e12 if that is not 0. None: unknown, never a guess."""
     if peak_tflops:
         return peak_tflops * 1e12
     if ' MIG ' in device_name(device):
@@ -128,8 +135,20 @@ def peak_flops(device, dtype, peak_tflops=0.0):
     return None
 
 
+def estimate_mfu(model: torch.nn.Module, sequences: int, dt: float, peak: float | None) -> float | None:
+    """
+    Returns the model FLOPs utilization of `sequences` forward and backward passes in dt seconds, relative to `peak` (FLOP/s);
+    None if that is unknown or the model cannot tell its FLOPs. nanoGPT's own estimate_mfu takes no peak.
+    """
+    if peak is None or not hasattr(model, 'estimate_mfu'):
+        return None
+    if len(inspect.signature(model.estimate_mfu).parameters) == 2:
+        return model.estimate_mfu(sequences, dt) * A100_FLOPS / peak
+    return model.estimate_mfu(sequences, dt, peak)
+
+
 def peak_memory_bytes(device):
-    """The most memory this process has used at a time: tensors on its GPU, or, on a CPU, its resident set."""
+    """Returns the peak memory of this process: that of tensors on its GPU, or, on a CPU, its resident memory."""
     if device.startswith('cuda'):
         return torch.cuda.memory_stats_as_nested_dict(device)['allocated_bytes']['all'][
             'peak'
@@ -139,7 +158,7 @@ def peak_memory_bytes(device):
 
 
 def now(device):
-    """Seconds on a steady clock, once the device has done all that it was given so far."""
+    """Waits for the device to finish its work, and returns seconds on a monotonic clock."""
     if device.startswith('cuda'):
         torch.cuda.synchronize(device)
     if device == 'mps':

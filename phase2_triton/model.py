@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's name of the form -> PyTorch's
 
-
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
-from kernels.device import runs_on_triton
+from kernels.device import announce_triton
 from kernels.linear import autocast_dtype
 from kernels.modules import AddLayerNorm, Embedding, Gelu, Linear
 
@@ -87,8 +86,10 @@ class GPTConfig:
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
     use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
-    half_residual: bool = False  # keep the residual stream in the 16-bit dtype too: faster, a bit less exact
-    loss_rows: int = 0  # tokens whose logits exist at a time in training: less memory, slower; 0: all
+    half_residual: bool = (
+        False  # keep the residual stream in the 16-bit dtype too: faster, a bit less exact; needs use_triton
+    )
+    loss_rows: int = 0  # tokens whose logits exist at a time in training: less memory, slower; 0: all; needs use_triton
 
 
 class GPT(nn.Module):
@@ -139,7 +140,7 @@ class GPT(nn.Module):
         idx: int64 tokens (B, T), T <= block_size. With targets (B, T; -1 is ignored): logits (B, T, vocab_size), or None in
         training with use_triton, and the mean cross-entropy in nats. Without: the logits of the last position only, (B, 1, vocab_size), and None.
         """
-        self.runs_on_kernels(idx.device)  # says so, once
+        self.announce_kernels(idx.device)
         B, T = idx.size()
         assert T <= self.config.block_size, f'a sequence of {T} tokens does not fit block_size={self.config.block_size}'
         pos = torch.arange(0, T, dtype=torch.long, device=idx.device)  # (T)
@@ -175,13 +176,18 @@ class GPT(nn.Module):
 
         return logits, loss
 
-    def runs_on_kernels(self, device):
-        """Whether Triton's kernels compute the model on this device."""
-        return runs_on_triton(self.config.use_triton, device)
+    def announce_kernels(self, device):
+        """Prints, once, whether Triton's kernels compute the model on this device. Returns whether they do."""
+        return announce_triton(self.config.use_triton, device)
+
+    def release_graph_state(self):
+        """Drops the 16-bit weights that kernels/linear.py keeps in the memory of CUDA graphs; MicroStep.release() calls it."""
+        for p in self.parameters():
+            vars(p).pop('rounded', None)
 
     def compile(self, *args, **kwargs):
         """nn.Module's, but for Triton's kernels: they leave torch.compile nothing to fuse, and it could not see into them."""
-        if self.runs_on_kernels(self.lm_head.weight.device):
+        if self.announce_kernels(self.lm_head.weight.device):
             print('not compiled after all: the kernels leave nothing to compile')
         else:
             super().compile(*args, **kwargs)
@@ -263,7 +269,7 @@ class GPT(nn.Module):
             idx_cond = idx[:, -self.config.block_size :]  # no more context than the model can see
             logits, _ = self(idx_cond)
             logits = logits[:, -1, :].float()
-            if temperature == 0:
+            if temperature < 1e-10:  # dividing by it would overflow, and the likeliest is as good as certain
                 idx_next = logits.argmax(dim=-1, keepdim=True)
             else:
                 logits = logits / temperature

@@ -11,6 +11,7 @@ resumed is drawn with its predecessors as one. Exit status 2, with one message, 
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from contextlib import suppress
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -130,8 +132,22 @@ def tick(value, _=None):
     return short(value, 6)
 
 
+@functools.cache
+def has_glyph(char):
+    """Whether the picture's font can show a character, in its normal and its bold form."""
+    fonts = (FontProperties(weight=weight) for weight in ('normal', 'bold'))
+    return char.isprintable() and all(get_font(findfont(font)).get_char_index(ord(char)) for font in fonts)
+
+
+def shown(text):
+    """Returns text with escapes such as \\udcff and \\u4e2d for what the picture cannot show: bytes of a name that are no text,
+    control characters, and characters for which its font has no glyph."""
+    return ''.join(char if has_glyph(char) else char.encode('unicode_escape').decode() for char in text)
+
+
 def clip(text, most):
-    """Long labels without their middle: what tells runs apart is more often at the end."""
+    """Returns a label as the picture can show it. Long ones lose their middle: runs differ more often at the end."""
+    text = shown(text)
     return text if len(text) <= most else f'{text[: most // 3]}…{text[most // 3 + 1 - most :]}'
 
 
@@ -167,7 +183,11 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
             else filter(None, (runs[0].label, data, runs[0].status))
         )
         figure.suptitle(
-            textwrap.fill(title or ' · '.join(automatic), 90), x=0.01, ha='left', fontsize=18, fontweight='bold'
+            textwrap.fill(shown(' '.join((title or ' · '.join(automatic)).split())), 90),
+            x=0.01,
+            ha='left',
+            fontsize=18,
+            fontweight='bold',
         )
         for i, key in enumerate(wide):
             _curves(figure.add_subplot(grid[i, :], label=key), runs, key, x, smooth)
@@ -381,7 +401,7 @@ def _facts(ax, run, row):
     }
     ax.set_axis_off()
     ax.set_title('Run')
-    for i, (name, text) in enumerate((name, text) for name, text in lines.items() if text):
+    for i, (name, text) in enumerate((name, shown(text)) for name, text in lines.items() if text):
         alarm = {'color': VERMILLION, 'weight': 'bold'} if name == 'status' and run.status in ('failed', 'died') else {}
         for place, words, look in (
             (0, name, {'color': GREY}),
@@ -471,6 +491,11 @@ def report(table):
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):  # a stream of a notebook
+            stream.reconfigure(
+                errors='backslashreplace'
+            )  # escapes names that the terminal's encoding has no characters for
     args = parse_args(argv)
     figure = None
     try:
@@ -524,6 +549,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # names that an ASCII terminal cannot show
     sys.exit(main())

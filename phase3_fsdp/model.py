@@ -242,7 +242,7 @@ class GPT(nn.Module):
             idx_cond = idx[:, -self.config.block_size :]  # no more context than the model can see
             logits, _ = self(idx_cond)
             logits = logits[:, -1, :].float()
-            if temperature == 0:
+            if temperature < 1e-10:  # dividing by it would overflow, and the likeliest is as good as certain
                 idx_next = logits.argmax(dim=-1, keepdim=True)
             else:
                 logits = logits / temperature

@@ -16,11 +16,11 @@ $ python sharded_checkpoint.py sharded OUT_DIR    # and back
 import glob
 import os
 import pickle
+import shlex
 import shutil
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
@@ -28,23 +28,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.tensor import DTensor
 
 import checkpoint as full_checkpoint
-from errors import UserError
+from checkpoint import write_checkpoint
+from checkpoint_crc import add_crc, crc32_of_chunks
+from checkpoint_fields import check_fields
+from errors import UserError, first_line
 from out_dir import set_aside
-from sharding import like, own_rows
+from shell import python_command
 
 FOLDER = 'ckpt_sharded'
-REST = 'rest.pt'  # in a sharded checkpoint: all that is not sharded
-
-
-def check_format(ckpt_format, fsdp):
-    """Raises UserError if ckpt_format is unknown, or if it is sharded and the model is not (fsdp is False)."""
-    if ckpt_format not in ('full', 'sharded'):
-        raise UserError(f"ckpt_format is '{ckpt_format}', but it can be full or sharded")
-    if ckpt_format == 'sharded' and not fsdp:
-        raise UserError('ckpt_format=sharded needs FSDP: several processes under torchrun, and use_fsdp=True')
+UNSHARDED = 'unsharded.pt'  # in a sharded checkpoint: everything but the tensors of weights and of AdamW's state
+UNSHARDED_BEFORE = 'rest.pt'  # its name in older ones
+README = """It is sharded: only the FSDP trainer reads it, with several processes. To make a ckpt.pt of it, which every
+trainer reads, run this in the folder phase3_fsdp: python sharded_checkpoint.py full OUT_DIR
+"""
 
 
 def named_by(pointer, folder):
@@ -56,146 +54,58 @@ def named_by(pointer, folder):
         return None
 
 
+def find_checkpoint(out_dir):
+    """
+    Returns the path of the latest checkpoint in out_dir, a file or the folder of a sharded one: that of the later iteration, of
+    equals the newer one. Returns out_dir/ckpt.pt if there is none.
+    """
+    full, pointer = full_checkpoint.find_file(out_dir), os.path.join(out_dir, FOLDER, 'latest')
+    sharded = named_by('latest', os.path.join(out_dir, FOLDER))
+    if not sharded or not os.path.exists(full):
+        return sharded or full
+    # not by time alone, because a copy of out_dir may have lost the times of its files
+    newer = os.path.getmtime(full) >= os.path.getmtime(pointer)
+    ours, theirs = _iteration(full), _iteration(unsharded_file(sharded))
+    if newer and ours < theirs:
+        reason = f'of an earlier iteration ({ours} of {theirs})' if ours >= 0 else 'unreadable'
+        print(f'{full} is newer than {sharded}, but {reason}: the latter counts')
+    return full if (ours, newer) >= (theirs, not newer) else sharded
+
+
+def _iteration(path):
+    """Returns the checkpoint's iteration, or -1 if the file is unreadable; its other fields and checksums are not looked at."""
+    try:
+        return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num'])
+    except Exception:  # bytes that are no checkpoint can end in any error; loading it reports them
+        return -1
+
+
+def unsharded_file(folder):
+    """Returns the path of the part that is not sharded in the sharded checkpoint in folder."""
+    older = os.path.join(folder, UNSHARDED_BEFORE)
+    return older if os.path.exists(older) else os.path.join(folder, UNSHARDED)
+
+
 def load_checkpoint(path, fsdp):
     """
-    Like checkpoint.load_checkpoint, with FSDP of a folder too: there checkpoint['model'] says for each name under which one its
-    tensor is saved, and own_part() reads the tensors. Raises UserError if it is missing, damaged or no checkpoint.
+    Like checkpoint.load_checkpoint, to resume; with FSDP from a folder too. There checkpoint['model'] maps each name to the one
+    under which its tensor is saved, and own_part() reads the tensors. Raises UserError if it is missing, damaged or no checkpoint.
     """
-    if fsdp and not path.endswith('.pt'):
-        rest = full_checkpoint.load_checkpoint(os.path.join(path, REST))
-        return {**rest, 'folder': path}
-    return full_checkpoint.load_checkpoint(path)
-
-
-# -----------------------------------------------------------------------------
-# full
-
-
-def gather_full(checkpoint, model):
-    """
-    The checkpoint with each sharded tensor as a full one on the CPU of rank 0; None on the other ranks. Sent over the CPU, one
-    shard at a time. Collective.
-    """
-    names = saved_names(model)
-    weights = {name: to_rank_0(p) for name, p in checkpoint['model'].items() if names[name] == name}
-    state = checkpoint['optimizer']['state']
-    state = {i: {k: to_rank_0(v) if isinstance(v, DTensor) else v for k, v in s.items()} for i, s in state.items()}
-    if dist.get_rank() != 0:
-        return None
-    model_state = {name: weights[names[name]] for name in checkpoint['model']}
-    return {**checkpoint, 'model': model_state, 'optimizer': {**checkpoint['optimizer'], 'state': state}}
+    if path.endswith('.pt'):
+        return full_checkpoint.load_checkpoint(path, to_resume=True)
+    if not fsdp:
+        out_dir = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+        about = ' '.join(README.split()).replace('OUT_DIR', shlex.quote(out_dir))
+        raise UserError(f'{path} is a folder. {about}')
+    unsharded = unsharded_file(path)
+    checkpoint = check_fields(full_checkpoint.read_file(unsharded), unsharded, to_resume=True, tensors=False)
+    return {**checkpoint, 'folder': path}
 
 
 def saved_names(model):
     """{name: the first name of the same parameter}; the output layer's is that of the token embeddings."""
     first = {p: name for name, p in model.named_parameters()}
     return {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def to_rank_0(p):
-    """The DTensor p as a full tensor on the CPU of rank 0, else None."""
-    mesh = p.device_mesh
-    ranks = (
-        mesh.mesh.tolist() if mesh.ndim == 1 else mesh.mesh[0].tolist()
-    )  # those that hold the copy of which rank 0 has a part
-    rank, shard = dist.get_rank(), p.to_local().cpu()
-    if rank == 0:
-        full = torch.empty(p.shape, dtype=p.dtype)
-        own_rows(full, p).copy_(shard)
-        rows = -(-p.shape[0] // len(ranks))
-        for i, source in enumerate(ranks[1:], 1):
-            piece = full[i * rows : (i + 1) * rows]
-            if piece.numel():
-                dist.recv(piece, source)
-        return full
-    if rank in ranks and shard.numel():
-        dist.send(shard, 0)
-
-
-# -----------------------------------------------------------------------------
-# sharded
-
-
-class ShardedSaver:
-    """Writes sharded checkpoints to out_dir while training goes on, one at a time. Every method is collective."""
-
-    def __init__(self, out_dir, model, optimizer):
-        self.folder = os.path.join(out_dir, FOLDER)
-        # What runs in the background must not share a group with the training. Its time limit is long: a slow disk is no dead rank, and a group
-        # that has met its limit is of no more use
-        self.group = dist.new_group(backend='gloo', timeout=6 * dist.distributed_c10d.default_pg_timeout)
-        self.executor = ThreadPoolExecutor(max_workers=1)
-        self.running = None
-        hook = sys.excepthook
-
-        def finish(kind, error, trace):
-            if issubclass(
-                kind, UserError
-            ):  # the process ends, but first the save: the other ranks' part of it goes on, too
-                with suppress(Exception):
-                    self.wait(together=False)
-            hook(kind, error, trace)
-
-        sys.excepthook = finish
-        # what is written is a copy in CPU memory; that is pinned, which is fast to copy to but slow to allocate, so it is done once
-        shards = {f'model.{name}': p.to_local() for name, p in model.named_parameters()}
-        shards |= {
-            f'optimizer.{i}.{k}': p.to_local()
-            for i, p in enumerate(optimizer.sharded)
-            for k in ('exp_avg', 'exp_avg_sq')
-        }
-        self.copies = {
-            name: torch.empty_like(shard, device='cpu', pin_memory=shard.is_cuda) for name, shard in shards.items()
-        }
-
-    def save(self, checkpoint, model, best, required, on_saved):
-        """
-        Returns as soon as the state is copied; waits for the end of the previous save, and of this one if it is required. On rank
-        0 a later save() or wait() calls on_saved(iter_num, path=, bytes=, seconds=, stall_seconds=). A save that fails is a warning, and if
-        required a UserError.
-        """
-        started = time.time()
-        self.wait()
-        tensors, rest = split(checkpoint, saved_names(model))
-        for name, p in tensors.items():
-            self.copies[name].copy_(p.to_local(), non_blocking=True)
-        copies = {name: like(p, self.copies[name]) for name, p in tensors.items()}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        prepare(self.folder) if dist.get_rank() == 0 else None
-        dist.all_reduce(torch.zeros(1))  # rank 0 has prepared the folder
-        future = self.executor.submit(write_sharded, copies, rest, self.folder, best, self.group)
-        self.running = future, checkpoint['iter_num'], required, started, time.time() - started, on_saved
-        if required:
-            self.wait()
-
-    def wait(self, together=True):
-        """Returns when no save is running. Not together: on a rank that is about to end, where the others may be elsewhere."""
-        if self.running is None:
-            return
-        future, iter_num, required, started, stall_seconds, on_saved = self.running
-        self.running = None
-        while (
-            together
-        ):  # by way of the training's group: a slow disk is no dead rank, but a dead one ends this after dist_timeout
-            busy = torch.tensor(float(not future.done()))
-            dist.all_reduce(busy, op=dist.ReduceOp.MAX)
-            if not busy:
-                break
-            time.sleep(0.02)
-        try:
-            path, size, ended = future.result()
-        except (CheckpointException, OSError, RuntimeError, UserError) as e:
-            problem = (
-                f'a checkpoint could not be saved in {self.folder} ({first_cause(e)}); an earlier one is untouched'
-            )
-            if required:
-                raise UserError(problem) from None
-            if dist.get_rank() == 0:
-                print(f'WARNING: {problem}, and training goes on', file=sys.stderr)
-            return
-        if dist.get_rank() == 0:
-            on_saved(iter_num, path=path, bytes=size, seconds=ended - started, stall_seconds=stall_seconds)
 
 
 def split(checkpoint, names):
@@ -229,23 +139,33 @@ def write_sharded(tensors, rest, folder, best, group=None):
         # copying ahead, for tensors on a GPU, would every 10 MB wait for GPU 0, which is another rank's on all ranks but one
         writer = dcp.FileSystemWriter(saving, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
-    if group is not None and dist.get_rank() != 0:
+    rank = 0 if group is None else dist.get_rank()
+    crcs = {name: crc32_of_chunks(os.path.join(saving, name)) for name in glob.glob(f'__{rank}_*', root_dir=saving)}
+    everyone = [crcs]
+    if group is not None:
+        everyone = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(crcs, everyone, group=group)
+    if rank != 0:
         return None, None, time.time()
-    with open(os.path.join(saving, REST), 'wb') as f:
-        torch.save(rest, f)
+    crcs = {name: crc for part in everyone for name, crc in part.items()}
+    crcs['.metadata'] = crc32_of_chunks(os.path.join(saving, '.metadata'))
+    with open(os.path.join(saving, UNSHARDED), 'wb+') as f:
+        torch.save({**rest, 'crc32_of_chunks': crcs}, f)
+        add_crc(f)
         f.flush()
         os.fsync(f.fileno())
-    open_sharded(saving)  # whole? each machine may have written to a disk of its own
+    open_sharded(saving)  # finds parts that another machine has written to a disk of its own
     path = os.path.join(folder, f'iter_{rest["iter_num"]:07d}_{time.time_ns()}')  # never one that is there
     size = sum(os.path.getsize(os.path.join(saving, name)) for name in os.listdir(saving))
     os.rename(saving, path)
-    for pointer in ('latest', 'best') if best else ('latest',):
-        with open(os.path.join(folder, pointer + '.tmp'), 'w') as f:
-            f.write(os.path.basename(path))
+    name = os.path.basename(path)
+    for file, text in (('README', README), ('latest', name), *([('best', name)] if best else [])):
+        with open(os.path.join(folder, file + '.tmp'), 'w') as f:
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(os.path.join(folder, pointer + '.tmp'), os.path.join(folder, pointer))
-    full_checkpoint._sync_folder(folder)
+        os.replace(os.path.join(folder, file + '.tmp'), os.path.join(folder, file))
+    full_checkpoint.sync(folder)
     kept = {named_by('latest', folder), named_by('best', folder)}
     for old in glob.glob(os.path.join(glob.escape(folder), 'iter_*')):
         if old not in kept:
@@ -290,8 +210,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def open_sharded(folder):
-    """The reader and the metadata of the sharded checkpoint in folder. Raises UserError if a part of it is missing or damaged."""
+def open_sharded(folder, crcs=None, rank=0, world_size=1):
+    """
+    Returns the reader and the metadata of the sharded checkpoint in folder. Raises UserError if a part of it is missing or
+    damaged. crcs: {file: CRC-32 of each of its chunks}, None in older checkpoints; each rank checks its share of the files.
+    """
     try:
         reader = SafeReader(folder)
         metadata = reader.read_metadata()
@@ -310,6 +233,10 @@ def open_sharded(folder):
             )
         if os.path.getsize(path) < size:
             raise UserError(f'the sharded checkpoint {folder} is not whole: {name} has been cut short')
+    names = sorted(crcs or ())
+    for name in [*names[rank::world_size], *names[:1]]:  # each rank has read .metadata, the first
+        if crc32_of_chunks(os.path.join(folder, os.path.basename(name))) != crcs[name]:
+            raise UserError(f'the sharded checkpoint {folder} is damaged: the checksum (CRC-32) of {name} is wrong')
     return reader, metadata
 
 
@@ -326,68 +253,16 @@ def read_tensors(tensors, reader, no_dist):
 
 
 def first_cause(error):
-    """One line about an exception; of torch.distributed.checkpoint's, which holds one of each rank, about the first."""
+    """Returns one line about an exception; a CheckpointException holds those of all ranks, and the first is taken."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return f'{type(error).__name__}: {error}'.splitlines()[0]
-
-
-# -----------------------------------------------------------------------------
-# either
-
-
-def own_part(checkpoint, model, optimizer):
-    """
-    The checkpoint, full or sharded, written by any number of ranks, with this rank's shards of its tensors: of the weights as
-    DTensors, of ShardedAdamW's state as it has them. A tensor that does not fit is left as it is, for load_model() and
-    load_optimizer() of resume.py to report. Collective.
-    """
-    to_read, block_size = {}, checkpoint['model_args'].get('block_size')
-    reader, metadata = open_sharded(checkpoint['folder']) if 'folder' in checkpoint else (None, None)
-
-    def part(name, full, p):
-        """(this rank's shard, it as a DTensor) of a full tensor, or of what a sharded checkpoint has under that name."""
-        if reader:
-            full = torch.empty(metadata.state_dict_metadata[name].size, device='meta')
-        cut = (
-            full.dim() and full.shape[0] == block_size > p.shape[0]
-        )  # position embeddings, and their state, to a shorter block_size
-        if not full.dim() or full.shape[1:] != p.shape[1:] or not (cut or full.shape == p.shape):
-            return full, full
-        if reader and cut:
-            full = to_read.setdefault(name, torch.empty(full.shape))
-        shard = own_rows(full, p)
-        if reader and not cut:
-            shard = to_read[name].to_local() if name in to_read else torch.empty(shard.shape)
-            to_read[name] = like(p, shard)
-        return shard, like(p, shard)
-
-    weights, state = model.state_dict(), {}
-    saved = {
-        k: part(f'model.{v if reader else k}', v, weights[k])[1] if k in weights else v
-        for k, v in checkpoint['model'].items()
-    }
-    if isinstance(checkpoint.get('optimizer'), dict) and 'state' in checkpoint['optimizer']:
-        for i, s in checkpoint['optimizer']['state'].items():
-            if reader:
-                s = s | {
-                    k: None for k in ('exp_avg', 'exp_avg_sq') if f'optimizer.{i}.{k}' in metadata.state_dict_metadata
-                }
-            fits = i < len(optimizer.sharded)
-            state[i] = {
-                k: part(f'optimizer.{i}.{k}', v, optimizer.sharded[i])[0] if fits and (v is None or v.dim()) else v
-                for k, v in s.items()
-            }
-        checkpoint = {**checkpoint, 'optimizer': {**checkpoint['optimizer'], 'state': state}}
-    if reader:
-        read_tensors(to_read, reader, no_dist=False)
-    return {**checkpoint, 'model': saved}
+    return f'{type(error).__name__}: {first_line(error)}'
 
 
 def as_full(path):
     """The sharded checkpoint at path with whole tensors, in CPU memory."""
     checkpoint = load_checkpoint(path, fsdp=True)
-    reader, metadata = open_sharded(checkpoint.pop('folder'))
+    reader, metadata = open_sharded(checkpoint.pop('folder'), checkpoint.pop('crc32_of_chunks', None))
     tensors = {name: torch.empty(record.size) for name, record in metadata.state_dict_metadata.items()}
     read_tensors(tensors, reader, no_dist=True)
     state = {i: dict(s) for i, s in checkpoint['optimizer']['state'].items()}
@@ -408,19 +283,14 @@ def convert(to, out_dir):
     folder, full = os.path.join(out_dir, FOLDER), os.path.join(out_dir, 'ckpt.pt')
     latest = named_by('latest', folder)
     if latest and os.path.exists(full):
-        found = [
-            load_checkpoint(path, fsdp=True)['iter_num']
-            for path in ((full, latest) if to == 'sharded' else (latest, full))
-        ]
+        found = [_iteration(full), _iteration(unsharded_file(latest))][:: 1 if to == 'sharded' else -1]
         if found[0] < found[1]:
             kept = latest if to == 'sharded' else full
             raise UserError(
                 f'{kept} is of iteration {found[1]}, and what would replace it of {found[0]}: move away the one that is not wanted'
             )
     if to == 'sharded':
-        checkpoint = full_checkpoint.load_checkpoint(full)
-        if not isinstance(checkpoint.get('optimizer'), dict) or 'state' not in checkpoint['optimizer']:
-            raise UserError(f'{full} has no optimizer state, so no training can go on from it')
+        checkpoint = load_checkpoint(full, fsdp=False)
         first = {}
         names = {name: first.setdefault(v.data_ptr(), name) for name, v in checkpoint['model'].items()}
         tensors, rest = split(checkpoint, names)
@@ -434,15 +304,15 @@ def convert(to, out_dir):
         raise UserError(f'there is no sharded checkpoint in {out_dir}')
     best, best_full = named_by('best', folder), os.path.join(out_dir, 'ckpt_best.pt')
     if best and best != latest:
-        there = os.path.exists(best_full) and full_checkpoint.load_checkpoint(best_full)['iter_num']
-        if there is False or there < load_checkpoint(best, fsdp=True)['iter_num']:
-            full_checkpoint.write_checkpoint(as_full(best), out_dir, best=False, required=True, name='ckpt_best.pt')
-    return full_checkpoint.write_checkpoint(as_full(latest), out_dir, best=best == latest, required=True)['path']
+        if _iteration(best_full) < _iteration(unsharded_file(best)):
+            write_checkpoint(as_full(best), out_dir, best=False, required=True, name='ckpt_best.pt')
+    return write_checkpoint(as_full(latest), out_dir, best=best == latest, required=True)['path']
 
 
 if __name__ == '__main__':
     if len(sys.argv) != 3 or sys.argv[1] not in ('full', 'sharded'):
         raise UserError(
-            'usage: python sharded_checkpoint.py full|sharded OUT_DIR   # converts the checkpoint there to that format'
+            'sharded_checkpoint.py needs two arguments, the format to convert to (full or sharded) and the out_dir:\n'
+            f'  {python_command(__file__, "full", "OUT_DIR")}'
         )
     print(f'wrote {convert(*sys.argv[1:])}')

@@ -1,23 +1,24 @@
-"""Micro-steps under FSDP as CUDA graphs, with all that the ranks send: see cuda_graph.py."""
+"""Micro-steps under FSDP as CUDA graphs, communication included: see cuda_graph.py."""
 
 import torch
 
-from cuda_graph import WARMUP, MicroStepGraph
+from cuda_graph import WARMUP, MicroStep
 from distributed import mean_over_ranks
 
 
-class ShardedMicroStepGraph(MicroStepGraph):
+class ShardedMicroStep(MicroStep):
     """
-    MicroStepGraph for a model that sharding.shard() has sharded, with its set_last_micro_step() called before each micro-step. What is
-    gathered, and gradients that are yet to be reduced, stay in the graphs' memory from one micro-step to the next, and FSDP's Python code,
-    which knows of them, runs in recordings only: so an iteration is recorded as a whole, and replayed as a whole.
+    MicroStep for a model that sharding.shard() has sharded. Call sharding.set_last_micro_step() before each micro-step: it sets
+    model.last_micro_step, a bool, which is read here. Gathered weights, and gradients that are yet to be reduced, stay in the
+    graphs' memory from one micro-step to the next, and FSDP's Python code, which keeps track of them, runs during a capture
+    only. An iteration is therefore captured as a whole, and replayed as a whole.
     """
 
-    def __init__(self, step, model):
-        super().__init__(step, model)
+    def __init__(self, forward_backward, model, capture):
+        super().__init__(forward_backward, model, capture)
         self.made, self.at_start, self.replays, self.records = {}, True, False, False
 
-    def __call__(self, X, Y):
+    def _capture_or_replay(self, X, Y):
         kind = first, last = self.at_start, self.model.last_micro_step
         self.at_start = last
         if first:
@@ -25,25 +26,26 @@ class ShardedMicroStepGraph(MicroStepGraph):
             self.replays = self.iterations > WARMUP and (not self.graphs or X.shape == self.X.shape)
             self.records = kind not in self.graphs
             if self.records:
-                self.release()  # what was recorded is of another number of micro-steps
+                self.release()  # the graphs are of another number of micro-steps
         if not self.replays:
-            return self.step(X, Y)
+            return self.forward_backward(X, Y)
         if kind not in self.graphs and not self.records:
-            raise RuntimeError('there are more micro-steps than were recorded: release() the graphs before')
-        loss = self.replay(kind, X, Y)
+            raise RuntimeError('there are more micro-steps than were captured: release() the graphs before')
+        loss = self._replay(kind, X, Y)
         for p, grad in self.made[kind]:
             p.grad = grad
         return loss
 
-    def record(self, kind, X, Y):
-        if self.graphs:  # a recording waits for the replays before it, in which ranks wait for each other; only this has a time limit, dist_timeout
+    def _capture(self, kind, X, Y):
+        if self.graphs:
+            # a capture waits for earlier replays, in which ranks wait for each other; this wait alone ends after dist_timeout
             mean_over_ranks(torch.zeros((), device=X.device))
         before = [p for p in self.parameters if p.grad is None]
-        super().record(kind, X, Y)
+        super()._capture(kind, X, Y)
         self.made[kind] = [(p, p.grad) for p in before if p.grad is not None]
 
-    def settle_gradients(self):
-        """FSDP adds to a gradient where it is."""
+    def _settle_gradients(self):
+        """Does nothing: FSDP adds to a gradient in place."""
 
     def release(self):
         super().release()

@@ -149,7 +149,7 @@ def shard(model, config, recipe=None):
     if half:  # the loss needs float32
         model.lm_head.register_forward_hook(lambda module, args, logits: logits.float())
     units, rest = group_blocks(model.transformer.h, config['fsdp_min_num_params'])
-    on_kernels = getattr(model, 'runs_on_kernels', lambda device: False)(
+    on_kernels = getattr(model, 'announce_kernels', lambda device: False)(
         torch.device(config['device'])
     )  # phase 2's model, which needs no compiler
     if config['compile'] and not on_kernels:
@@ -164,7 +164,8 @@ def shard(model, config, recipe=None):
         model.to_empty(device='cpu' if cpu_offload else config['device'])
         if recipe:
             initialize(model, recipe, names)
-    model.reshard_after_step, model.last_micro_step = not reshard, None  # for set_last_micro_step()
+    # set_last_micro_step() reads the first; it sets the second, which sharded_cuda_graph.py reads too
+    model.reshard_after_step, model.last_micro_step = not reshard, None
 
     sizes = [sum(p.numel() for block in unit for p in block.parameters()) for unit in units]
     kinds = [f'{sizes.count(size)} of {size:,} parameters' for size in dict.fromkeys(sizes)]
@@ -283,8 +284,8 @@ class ShardedAdamW(torch.optim.AdamW):
 
     def step(self, closure=None):
         if getattr(self, 'found_inf', None) is not None:
-            # Of offloaded shards AdamW runs on the CPU, and would not wait for a number that is still on its way from the GPU. Fused AdamW
-            # skips where it is 1, of shape (), and ShardedGradScaler's, of shape (1,), is the number of ranks that overflowed
+            # set by StepGuard (step_guard.py) or by ShardedGradScaler, whose number of overflowed ranks has shape (1,); fused AdamW
+            # skips where it is 1, of shape (). For offloaded shards AdamW runs on the CPU, so the number has to arrive there first
             self.found_inf = self.found_inf.to(self.shards[0].device).reshape(()).clamp(max=1)
         return super().step(closure)
 
@@ -298,10 +299,10 @@ class ShardedAdamW(torch.optim.AdamW):
         result = super().state_dict()
         for i, state in result['state'].items():
             p = self.sharded[i]
-            result['state'][i] = {k: v if v.dim() == 0 else like(p, v) for k, v in state.items()}
+            result['state'][i] = {k: v if v.dim() == 0 else as_dtensor(p, v) for k, v in state.items()}
         return result
 
 
-def like(p, shard):
-    """This rank's shard of some tensor as a DTensor of the form of p."""
+def as_dtensor(p, shard):
+    """Returns this rank's shard of a tensor as a DTensor that is sharded like p."""
     return DTensor(shard, p._spec, requires_grad=False)  # from_local() would move what is on the CPU to the GPU

@@ -5,17 +5,21 @@ import subprocess
 import sys
 
 import pytest
+
 from configurator import configure
-from conftest import NANOGPT, TINY
+from conftest import NANOGPT, ROOT, TINY
 from errors import UserError
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     """configure() on the command line of a small script with its own model.py."""
-    (tmp_path / 'model.py').write_text('class GPTConfig:\n    n_layer: int = 2\n    use_magic: bool = True # a spell\n')
+    (tmp_path / 'model.py').write_text(
+        'class GPTConfig:\n    n_layer: int = 2\n    use_magic: bool = True # a spell\n'
+        '    rows: int = 0 # rows at a time; needs use_magic\n'
+    )
     source = "out_dir = 'out' # where to write\nmax_iters = 100 # how long\nlearning_rate = 6e-4\nname = 'gpt'\neval_only = False\n"
-    source += "compile = 'auto'\nmodel_dir = ''\n"
+    source += "compile = 'auto'\nmodel_dir = ''\ndevice = 'auto'\n"
     (tmp_path / 'script.py').write_text(source)
     monkeypatch.chdir(tmp_path)
 
@@ -47,6 +51,8 @@ def script(tmp_path, monkeypatch):
         ('--out_dir=2024', '2024'),
         ('--compile=false', False),
         ('--compile', True),
+        ('--device=1', '1'),
+        ('--device=false', 'false'),
         ('--use_magic=False', False),
     ],
 )
@@ -72,6 +78,8 @@ def test_values_have_the_type_of_their_default(script, argument, value):
         (['--n_layer=3'], 'no flag n_layer'),  # of this script's model, but architecture: the script has no such flag
         (['--model_dir=nowhere'], 'there is no nowhere/model.py'),
         (['--max_iters=99999999999999999999'], 'max_iters is a whole number below 2**63'),
+        (['--rows=-1'], 'rows=-1, but it must be at least 0'),  # a number of the model's own
+        (['--device'], '--device needs a value'),
     ],
 )
 def test_mistakes(script, arguments, message):
@@ -176,3 +184,110 @@ def test_upstreams_style_of_config_file_works(launch, work):
         "import time\nwandb_run_name = f'run-{time.time()}'\nlearning_rate = 1 # fast\nmax_iters = 2\n"
     )
     assert 'iter 2:' in launch(NANOGPT / 'train.py', *TINY, 'config.py').stdout
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('max_iters: 5\nlearning_rate: 1e-3\n', 'a.py, line 1 sets no flag'),  # YAML is valid Python, of annotations
+        ('max_iters = 5\nlearning_rate: 1e-3\n', 'a.py, line 2 sets no flag'),
+        ('max_iters == 5\n', 'a.py, line 1 sets no flag'),
+        ('{"max_iters": 5}', 'a.py sets no flag'),  # JSON
+        ('', 'a.py sets no flag'),
+        ('# max_iters = 5\nimport math\n_helper = 3\ndef f(): pass\n', 'a.py sets no flag'),
+        ('for i in range(3):\n    max_iters = i\n', 'there is no flag i; a helper variable needs an underscore: _i'),
+        ('steps_per_day = 9\nmax_iters = 7 * steps_per_day', 'a helper variable needs an underscore: _steps_per_day'),
+    ],
+)
+def test_a_config_file_without_an_effect(script, tmp_path, text, message):
+    (tmp_path / 'a.py').write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        script('a.py')
+
+
+def test_helper_variables_of_a_config_file(script, tmp_path):
+    (tmp_path / 'a.py').write_text('_days = 2\nfor _i in range(3):\n    max_iters = _i * _days\n')
+    config, given = script('a.py')
+    assert config['max_iters'] == 4 and given == {'max_iters'}
+
+
+def test_a_flag_that_needs_another_is_noted(script, capsys):
+    """Where it was given, and is not the default."""
+    for arguments, note in (
+        (['--rows=4', '--use_magic=False'], 'note: rows: no effect with use_magic=False\n'),
+        (['--rows=4'], ''),
+        (['--rows=0', '--use_magic=False'], ''),
+        (['--use_magic=False'], ''),
+    ):
+        script(*arguments)
+        assert capsys.readouterr().out == note
+
+
+TRAIN_FLAGS = ('--warmup_iters=10', '--max_iters=100', '--lr_decay_iters=100', '--learning_rate=1e-3', '--min_lr=1e-4')
+
+
+@pytest.mark.parametrize(
+    'flags, notes',
+    [
+        ([], []),
+        (['--min_lr=1e-3'], []),
+        (
+            ['--max_iters=5'],
+            ['max_iters=5 is before the end of the warmup, warmup_iters=10: ', '5.45e-04, not 1.00e-03'],
+        ),
+        (['--max_iters=50'], ['ends at 6.28e-04, not 1.00e-04: max_iters=50 is before lr_decay_iters=100']),
+        (['--max_iters=200'], ['stays at 1.00e-04 from lr_decay_iters=100 to max_iters=200']),
+        (
+            ['--lr_decay_iters=10'],
+            ['lr_decay_iters=10 is not after the warmup, warmup_iters=10', 'drops from 1.00e-03'],
+        ),
+        (['--decay_lr=False'], ['warmup_iters, lr_decay_iters, min_lr: no effect with decay_lr=False']),
+        (['--wandb_project=a'], ["wandb_project: no effect with wandb_log=False and tracker=''"]),
+        (['--wandb_project=a', '--tracker=trackio'], []),
+        (['--wandb_run_name=a', '--wandb_log'], []),
+        (['--learning_rate=1e-5', '--max_iters=5'], ['before the end of the warmup']),  # so it never rises to min_lr
+        (['--learning_rate=1e-5'], 'learning_rate=1e-05 is below min_lr=0.0001, .* --min_lr=1e-06 too'),
+        (['--min_lr=1'], 'learning_rate=0.001 is below min_lr=1.0'),
+        (['--min_lr=1', '--decay_lr=False'], ['min_lr: no effect']),
+        (['--tracker=trackio', '--wandb_log'], 'wandb_log=True and tracker=trackio ask for two trackers'),
+    ],
+)
+def test_flags_of_train_that_contradict_each_other(monkeypatch, capsys, flags, notes):
+    """notes: pieces of what is printed, none if they agree; a str is the message of an error."""
+    namespace = {'__file__': str(NANOGPT / 'train.py')}
+    source = (NANOGPT / 'train.py').read_text()
+    exec(source[source.index('out_dir = ') : source.index('config, given = configure')], namespace)
+    monkeypatch.setattr(sys, 'argv', ['train.py', *TRAIN_FLAGS, *flags])
+    if isinstance(notes, str):
+        with pytest.raises(UserError, match=notes):
+            configure(namespace)
+        return
+    configure(namespace)
+    out = capsys.readouterr().out
+    assert all(note in out for note in notes) and out.count('note: ') == bool(notes)
+
+
+def test_defaults_do_not_contradict_each_other(monkeypatch, capsys):
+    namespace = {'__file__': str(NANOGPT / 'train.py')}
+    source = (NANOGPT / 'train.py').read_text()
+    exec(source[source.index('out_dir = ') : source.index('config, given = configure')], namespace)
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    assert configure(namespace)[1] == set() and capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('folder', ['nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp'])
+@pytest.mark.parametrize('name', ['train', 'sample', 'bench'])
+def test_what_a_flag_needs_exists(folder, name):
+    """A help text's `needs X` would otherwise have no effect itself."""
+    out = subprocess.run(
+        [sys.executable, ROOT / folder / f'{name}.py', '--help'], capture_output=True, text=True, check=True
+    ).stdout
+    flags = set(re.findall(r'^  --(\w+)=', out, re.M))
+    needed = re.findall(r'\b(?:needs|unused with) (\w+)(?:=\w+)?(?: or (\w+))?$', out, re.M)
+    assert needed and {other for pair in needed for other in pair if other} <= flags
+
+
+def test_an_evaluation_of_an_untrained_model_is_noted(launch, work):
+    assert (
+        'note: eval_only=True evaluates an untrained model' in launch(NANOGPT / 'train.py', *TINY, '--eval_only').stdout
+    )

@@ -21,14 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / 'nanoGPT'), str(ROOT / 'nanoGPT' / 'data')]
 import dataset
 import encoding
 import prepare_common
-
+import text_reader
 from errors import UserError
 
 ENDOFTEXT = 50256
@@ -51,7 +50,7 @@ def copy(tmp_path):
         copy / 'data',
         ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__'),
     )
-    for name in ('encoding.py', 'errors.py'):
+    for name in ('encoding.py', 'errors.py', 'shell.py'):
         shutil.copy(ROOT / 'nanoGPT' / name, copy)
     return copy
 
@@ -95,8 +94,8 @@ def small_stdlib(tmp_path, monkeypatch):
 
 def read(data_dir):
     """(train ids, val ids, meta) as a training script reads them."""
-    meta = dataset.load_meta(data_dir)
-    return *(np.array(dataset.open_tokens(data_dir, split, 1, meta)) for split in ('train', 'val')), meta
+    data = dataset.open_dataset(str(data_dir), 1)
+    return *(tokens.read(0, 0, len(tokens)) for tokens in (data.train, data.val)), data.meta
 
 
 def contents(folder):
@@ -140,7 +139,7 @@ def test_python_char_real(copy):
     phase = copy.parent / 'phase1_zero1'
     phase.mkdir()
     (phase / 'data').symlink_to('../nanoGPT/data')
-    for name in ('encoding.py', 'errors.py'):
+    for name in ('encoding.py', 'errors.py', 'shell.py'):
         shutil.copy(copy / name, phase)
     run = subprocess.run([sys.executable, 'data/python_char/prepare.py'], cwd=phase, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -273,6 +272,7 @@ def test_text_gpt2(prepare, tmp_path, monkeypatch):
     text = ''.join(f'línea {i}:  "quoted"\tand 中文\r\n{" " * (i % 9)}\n' for i in range(3000))
     (tmp_path / 'one.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
     monkeypatch.setattr(prepare_common, 'GROUP', 1000)
+    monkeypatch.setattr(text_reader, 'BLOCK', 1000)
     train, val, _ = read(prepare('text', tmp_path / 'one.txt', '--val_fraction', 0.2))
     expected = [*encoding.get_encoding({}).encode(text.replace('\r\n', '\n')), ENDOFTEXT]
     assert [*train, *val] == expected and len(val) == int(len(expected) * 0.2)
@@ -533,40 +533,34 @@ def test_pretrained_models_want_their_own_tokens():
         encoding.check_encoding(meta, 'set')
 
 
-def test_open_tokens(tmp_path):
+def test_open_dataset(tmp_path):
     folder = write(tmp_path / 'set', range(100), range(20), {'vocab_size': 100})
-    meta = dataset.load_meta(folder)
-    assert isinstance(dataset.open_tokens(folder, 'val', 19, meta), np.memmap)
+    assert len(dataset.open_dataset(folder, 19).val) == 20
     with pytest.raises(UserError, match='val.bin holds 20 tokens, too few for block_size 20 .* at least 21'):
-        dataset.open_tokens(folder, 'val', 20, meta)
+        dataset.open_dataset(folder, 20)
     with open(f'{folder}/train.bin', 'r+b') as f:
         f.truncate(101)
         with pytest.raises(UserError, match='train.bin is truncated: 101 bytes'):
-            dataset.open_tokens(folder, 'train', 10, meta)
+            dataset.open_dataset(folder, 10)
         f.truncate(100)
         with pytest.raises(UserError, match='train.bin holds 50 tokens where meta.pkl says 100'):
-            dataset.open_tokens(folder, 'train', 10, meta)
+            dataset.open_dataset(folder, 10)
+        os.remove(f'{folder}/meta.pkl')
+        assert len(dataset.open_dataset(folder, 10).train) == 50  # upstream's meta says nothing of counts
         f.truncate(0)
-    assert len(dataset.open_tokens(folder, 'val', 10, {})) == 20  # upstream's meta says nothing of counts
-    with pytest.raises(UserError, match='holds 0 tokens, too few'):
-        dataset.open_tokens(folder, 'train', 10, {})
+    with pytest.raises(UserError, match='train.bin is empty'):
+        dataset.open_dataset(folder, 10)
 
 
 def test_missing_data_names_the_command(copy, monkeypatch):
     monkeypatch.chdir(copy)
+    os.mkdir('data/unknown')
     for name, command in (
         ('python_char', r'python data/python_char/prepare\.py$'),
         ('unknown', 'prepare.py YOUR_FILES --out data/unknown$'),
     ):
         with pytest.raises(UserError, match=f'train.bin does not exist. Prepare the data first: .*{command}'):
-            dataset.open_tokens(f'data/{name}', 'train', 8, {})
-
-
-def test_check_tokens():
-    x = torch.tensor([[1, 2], [50303, 0]])
-    dataset.check_tokens(x, 50304, 'data/set')
-    with pytest.raises(UserError, match='token 50303 in data/set is outside the vocabulary of 50,303'):
-        dataset.check_tokens(x, 50303, 'data/set')
+            dataset.open_dataset(name, 8)
 
 
 # encodings

@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from torch.distributed.run import get_args_parser
+
+from conftest import ROOT
 
 sys.path.append(str(ROOT / 'benchmarks'))
 from configurator import model_options

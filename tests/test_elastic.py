@@ -11,11 +11,11 @@ import sys
 import time
 
 import pytest
-from conftest import NANOGPT, ROOT, TINY, losses
+
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, TORCHRUN, losses
 from test_train import assert_same_state, load
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3']
-FLAGS = [*TINY, '--max_iters=800', '--lr_decay_iters=800', '--eval_interval=20', '--dropout=0.1']
+FLAGS = [*TINY, '--max_iters=400', '--lr_decay_iters=400', '--eval_interval=20', '--dropout=0.1']
 
 
 def workers(agent, seen):
@@ -29,23 +29,19 @@ def workers(agent, seen):
     return []
 
 
-def train_and_kill(script, rng, out_dir, kills):
+def train_and_kill(launch, script, rng, out_dir, kills):
     """Runs to the end and kills one rank up to `kills` times. Returns (the lines of losses, kills done)."""
-    env = dict(os.environ, PYTHONUNBUFFERED='1')
     done, seen = 0, set()
     with open('log', 'w+') as log:
-        agent = subprocess.Popen(
-            [*TORCHRUN, script, *FLAGS, '--init_from=auto', f'--out_dir={out_dir}'],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=env,
-        )
+        options = ['--standalone', '--nproc_per_node=2', '--max-restarts=3']
+        flags = [*FLAGS, '--init_from=auto', f'--out_dir={out_dir}']
+        agent = launch.start(TORCHRUN, *options, script, *flags, stdout=log)
         while done < kills and (pids := workers(agent, seen)):
             seen.update(pids)
             training, begins = rng.random() < 0.8, open('log').read().count('\niter ')
             while training and agent.poll() is None and open('log').read().count('\niter ') == begins:
-                time.sleep(0.1)  # most kills come while it trains, some while it starts
-            time.sleep(rng.uniform(0, 1.5))  # undisturbed training would take about 4 s
+                time.sleep(0.05)  # most kills come while it trains, some while it starts
+            time.sleep(rng.uniform(0, 0.7))  # undisturbed training would take about 2 s
             victim = rng.choice(pids)
             try:
                 os.kill(victim, signal.SIGKILL)
@@ -62,7 +58,7 @@ def survive(launch, script, kills, seed):
     rng, done, run = random.Random(seed), 0, 0
     while done < kills:
         run += 1
-        printed, now = train_and_kill(script, rng, f'out{run}', min(3, kills - done))
+        printed, now = train_and_kill(launch, script, rng, f'out{run}', min(3, kills - done))
         done += now
         # a line printed while its writer is killed may be cut short; all others must be right, also those printed again by a replay
         assert len(set(printed) - set(expected)) <= now and set(printed) >= set(expected)
@@ -80,25 +76,13 @@ def test_killed_ranks_are_restarted_many_times(launch, work, phase, kills):
     survive(launch, ROOT / phase / 'train.py', kills, seed=1)
 
 
-def test_a_finished_run_ends_with_status_0(work):
+def test_a_finished_run_ends_with_status_0():
     """
     The interpreter must not be taken down while a thread of gloo still drops tensors: one run in five was aborted, and torchrun
     started the finished training again, or reported a failure.
     """
-    script = work / 'ends.py'
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(NANOGPT)!r})
-import atexit, threading, time
-import torch, torch.distributed as dist
-from distributed import leave, setup
-setup('gloo', 60)
-atexit.register(print, 'exit functions have run', flush=True)
-stop = threading.Event()
-threading.Thread(target=stop.wait).start()  # what the interpreter would wait for
-leave()
-""")
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command += [PROGRAMS / 'finished_run.py', NANOGPT]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and run.stdout.count('exit functions have run') == 2, run.stderr
 
@@ -106,53 +90,21 @@ leave()
 def test_machines_that_do_not_share_a_file_system(launch, work):
     """init_from=auto, where only rank 0 sees the checkpoint: one message, instead of ranks that start from different states."""
     launch(NANOGPT / 'train.py', *TINY, '--max_iters=1', '--out_dir=out')
-    script = work / 'elsewhere.py'
-    script.write_text(f"""
-import os, runpy, sys
-sys.path.insert(0, {str(NANOGPT)!r})
-if os.environ['RANK'] == '1':
-    os.mkdir('elsewhere')
-    os.chdir('elsewhere')
-sys.argv[0] = {str(NANOGPT / 'train.py')!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
-""")
-    run = launch(script, *TINY, f'--dataset={work}/data/letters', '--init_from=auto', nproc=2, check=False)
+    flags = [*TINY, f'--dataset={work}/data/letters', '--init_from=auto']
+    run = launch(PROGRAMS / 'working_folder_of_its_own.py', NANOGPT / 'train.py', *flags, nproc=2, check=False)
     assert (
         run.returncode == 2 and run.stderr.count('error: ') == 1 and 'a file system that all of them see' in run.stderr
     )
 
 
-def test_every_group_gives_up_after_dist_timeout(launch, work):
+def test_every_group_gives_up_after_dist_timeout(launch):
     """Also those that are made later, as hybrid sharding and the writer of sharded checkpoints do: by itself torch gives them 30 minutes."""
-    script = work / 'waits.py'
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(NANOGPT)!r})
-import time, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from distributed import setup
-rank, world_size = setup('gloo', 3)
-groups = [dist.new_group(backend='gloo'), init_device_mesh('cpu', (1, 2), mesh_dim_names=('replicate', 'shard')).get_group('shard')]
-if rank == 1:
-    time.sleep(100)
-for group in groups:
-    started = time.time()
-    try:
-        dist.all_reduce(torch.zeros(1), group=group)
-    except RuntimeError:
-        print(f'{{time.time() - started:.1f}} s')
-raise RuntimeError('enough')
-""")
-    run = launch(script, nproc=2, check=False, timeout=60)
+    run = launch(PROGRAMS / 'wait_for_a_group.py', NANOGPT, nproc=2, check=False, timeout=60)
     waited = [float(line.split()[0]) for line in run.stdout.splitlines()]
     assert len(waited) == 2 and max(waited) < 10
 
 
-def test_each_start_has_a_name(launch, work):
+def test_each_start_has_a_name(launch):
     """Who may speak of a failure is decided anew in each; how often torchrun has started the ranks each machine counts for itself."""
-    script = work / 'names.py'
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(NANOGPT)!r})\nimport distributed, errors\ndistributed.setup('gloo', 60)\nprint(errors.start)"
-    )
-    names = [launch(script, nproc=2).stdout.split() for _ in range(2)]
+    names = [launch(PROGRAMS / 'print_launch_name.py', NANOGPT, nproc=2).stdout.split() for _ in range(2)]
     assert [len(its) for its in names] == [2, 2] and len({name for its in names for name in its}) == 2

@@ -3,6 +3,7 @@ Mistakes that users make: one message from one rank that says what to do, exit s
 lost. Each is tried alone and on 2 ranks.
 """
 
+import math
 import os
 import pickle
 import subprocess
@@ -12,7 +13,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import NANOGPT, TINY
+
+from conftest import NANOGPT, ROOT, TINY, log_of, make_letters
 
 TRAIN = NANOGPT / 'train.py'
 
@@ -115,7 +117,26 @@ MISTAKES = {
     'name that torch cannot open': (None, ['--out_dir=o\udcff'], 'cannot be used'),
     'device': (None, ['--device=gpu'], "device is 'gpu'"),
     'part of a device': (None, ['--device=cpu:x'], "device is 'cpu:x'"),
+    'device that is a number': (None, ['--device=1'], "device is '1'"),
     'dtype': (None, ['--dtype=half'], "dtype is 'half'"),
+    'no compiler': (None, ['--compile=True'], '--compile=False works without it'),
+    'learning rate that would rise': (
+        None,
+        ['--learning_rate=1e-4', '--warmup_iters=2'],
+        'learning_rate=0.0001 is below min_lr=0.001',
+    ),
+    'tracker': (None, ['--tracker=notebook'], "tracker is 'notebook'"),
+    'two trackers': (None, ['--tracker=trackio', '--wandb_log'], 'leave out one of the two'),
+    'weights that are NaN': (
+        lambda: edit_checkpoint(lambda c: c['model']['lm_head.weight'].fill_(math.nan)),
+        [*RESUME, '--max_iters=20'],
+        'The weights are not finite either',
+    ),
+    'learning rate that ruins the weights': (
+        None,
+        ['--learning_rate=1e10', '--grad_clip=0', '--max_iters=20'],
+        'All weights are finite, the largest is ',
+    ),
     'nccl without a GPU': (None, ['--backend=nccl'], 'backend=nccl works between GPUs only'),
     'backend': (None, ['--backend=smoke'], "backend is 'smoke'"),
     'pretrained': (None, ['--init_from=gpt2-tiny'], "init_from is 'gpt2-tiny'"),
@@ -125,11 +146,7 @@ MISTAKES = {
         "letters has 40 tokens of its own, but the pretrained models know GPT-2's",
     ),
     'init_from': (None, ['--init_from=somewhere'], "init_from is 'somewhere'"),
-    'package missing': (
-        lambda: open('wandb.py', 'w').write('raise ModuleNotFoundError(name="wandb")'),
-        ['--wandb_log'],
-        'pip install wandb',
-    ),
+    'package missing': (None, ['--wandb_log'], 'pip install wandb'),
 }
 
 
@@ -137,13 +154,8 @@ MISTAKES = {
 def checkpoint_bytes(launch, tmp_path_factory):
     """A checkpoint of the tiny model, made once."""
     folder = tmp_path_factory.mktemp('made')
-    (folder / 'data').mkdir()
-    rng = np.random.default_rng(0)
-    for split in ('train', 'val'):
-        rng.integers(0, 40, 500).astype(np.uint16).tofile(folder / 'data' / f'{split}.bin')
-    with open(folder / 'data' / 'meta.pkl', 'wb') as f:
-        pickle.dump({'vocab_size': 40}, f)
-    launch(TRAIN, *TINY, '--dataset=data', '--max_iters=2', cwd=folder)
+    make_letters(folder)
+    launch(TRAIN, *TINY, '--max_iters=2', cwd=folder)
     return (folder / 'out' / 'ckpt.pt').read_bytes()
 
 
@@ -156,7 +168,7 @@ def test_mistake(launch, work, checkpoint_bytes, name, nproc):
     if prepare:
         prepare()
     before = (work / 'out' / 'ckpt.pt').read_bytes() if os.path.exists('out/ckpt.pt') else None
-    env = {'PYTHONPATH': str(work)} if name == 'package missing' else {}
+    env = {'PATH': '', 'TORCHINDUCTOR_CACHE_DIR': str(work)} if name == 'no compiler' else {}
     run = launch(TRAIN, *TINY, '--max_iters=4', *flags, nproc=nproc, check=False, env=env, timeout=40)
     assert run.returncode == 2, run
     assert run.stderr.count('error: ') == 1 and message in run.stderr and 'Traceback' not in run.stderr, run
@@ -170,21 +182,54 @@ def test_world_size_that_does_not_divide_the_accumulation(launch, work):
     assert 'gradient_accumulation_steps=3 must be a multiple of the 2 processes' in run.stderr
 
 
+TWO = dict(RANK='1', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT='29511')
+
+
 @pytest.mark.parametrize(
     'env, found',
     [
         (dict(RANK='1'), 'RANK=1 WORLD_SIZE= MASTER_ADDR='),
         (dict(WORLD_SIZE='2'), 'RANK= WORLD_SIZE=2 MASTER_ADDR='),
-        (
-            dict(RANK='1', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='29511'),
-            'RANK=1 WORLD_SIZE=1 MASTER_ADDR=localhost',
+        (dict(TWO, WORLD_SIZE='1'), 'RANK=1 WORLD_SIZE=1 MASTER_ADDR=localhost'),
+        *((dict(TWO, **{name: ''}), f'{name}= ') for name in TWO if name != 'MASTER_PORT'),
+        *(
+            (dict(TWO, **{name: text}), f'{name}={text}')
+            for name in TWO
+            if name != 'MASTER_ADDR'
+            for text in ('two', '-1')
         ),
+        (dict(TWO, MASTER_PORT=''), 'MASTER_PORT=:'),
+        (dict(TWO, MASTER_PORT='99999'), 'MASTER_PORT=99999'),
+        (dict(LOCAL_RANK='first'), 'LOCAL_RANK=first'),
+        (dict(LOCAL_WORLD_SIZE='1.0'), 'LOCAL_WORLD_SIZE=1.0'),
+        (dict(TWO, LOCAL_WORLD_SIZE='2'), 'LOCAL_WORLD_SIZE=2'),
+        (dict(TWO, LOCAL_RANK='2', LOCAL_WORLD_SIZE='2'), 'LOCAL_RANK=2'),
+        (dict(TWO, LOCAL_RANK='0', LOCAL_WORLD_SIZE='4'), 'LOCAL_WORLD_SIZE=4'),
     ],
 )
 def test_half_an_environment(launch, work, env, found):
-    """Of a launcher other than torchrun: rank 1 of 1 would train, and save nothing."""
-    run = launch(TRAIN, *TINY, check=False, env=env)
-    assert run.returncode == 2 and run.stderr.count('error: ') == 1 and f'the environment has {found}' in run.stderr
+    """Another launcher's: rank 1 of 1 would train and save nothing, and rank 1 of 2 would wait for a rank 0 that never comes."""
+    run = launch(TRAIN, *TINY, check=False, env=env, timeout=20)
+    assert run.returncode == 2 and run.stderr.count('error: ') == 1 and 'the environment has ' in run.stderr
+    assert found in run.stderr and 'Traceback' not in run.stderr
+
+
+@pytest.mark.parametrize(
+    'env',
+    [
+        dict.fromkeys(('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'), ''),
+        dict(MASTER_PORT='tcp://10.0.0.1:29500'),  # Kubernetes sets it for a service named master
+        dict(RANK='0', WORLD_SIZE='1'),
+    ],
+)
+def test_environments_of_one_process(launch, work, env):
+    assert 'iter 1:' in launch(TRAIN, *TINY, '--max_iters=1', env=env).stdout
+
+
+@pytest.mark.parametrize('script', ['sample.py', 'bench.py'])
+def test_scripts_of_one_process_ignore_a_malformed_environment(launch, work, script):
+    run = launch(NANOGPT / script, '--device=gpu', env=dict(RANK='x', WORLD_SIZE='two', LOCAL_RANK=''), check=False)
+    assert run.returncode == 2 and "device is 'gpu'" in run.stderr
 
 
 def test_mistake_on_one_rank_only_ends_all(work):
@@ -240,3 +285,67 @@ def test_errors_of_gpus_and_of_memory(work, raised, status, message):
     )
     run = subprocess.run([sys.executable, 'crash.py'], capture_output=True, text=True)
     assert run.returncode == status and message in run.stderr and ('Traceback' in run.stderr) == (status == 1), run
+
+
+def test_the_end_of_a_run_has_an_order(launch, work):
+    """A save that is still being written when a mistake ends the run is finished, then recorded in the log, then the log is closed."""
+    script = work / 'ends.py'
+    script.write_text(f"""
+import os, runpy, sys, time
+sys.path.insert(0, {str(ROOT / 'phase3_fsdp')!r})
+import sharded_checkpoint, step_guard
+from errors import UserError
+write, check = sharded_checkpoint.write_sharded, step_guard.StepGuard.check
+def slow(*args, **kwargs):
+    time.sleep(0.5)
+    return write(*args, **kwargs)
+def failing(self, iter_num, *args):
+    if iter_num == 2:
+        raise UserError('a mistake')
+    return check(self, iter_num, *args)
+sharded_checkpoint.write_sharded, step_guard.StepGuard.check = slow, failing
+sys.argv[0] = {str(ROOT / 'phase3_fsdp' / 'train.py')!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")
+    run = launch(script, *TINY, '--ckpt_format=sharded', '--eval_interval=2', nproc=2, check=False, timeout=60)
+    assert run.returncode == 2 and run.stderr.count('error: a mistake') == 1, run
+    log = log_of('out')
+    assert [record['iter'] for record in log['checkpoints']] == [2] and log['run']['status'] == 'failed'
+
+
+def test_actions_at_the_end(work):
+    """In their order whatever the order of registration, each once, and each whatever the others do; then the report."""
+    (work / 'ends.py').write_text(
+        f'import sys; sys.path.insert(0, {str(NANOGPT)!r})\n'
+        'import errors\nfrom end_of_run import at_end\n'
+        "at_end('tracker', lambda error: print('tracker', error))\n"
+        "at_end('log', lambda error: 1 / 0)\n"
+        "at_end('save', lambda error: print('save', error))\n"
+        "raise errors.UserError('a mistake')"
+    )
+    run = subprocess.run([sys.executable, '-u', 'ends.py'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 2 and run.stdout == 'save a mistake\ntracker a mistake\nerror: a mistake\n'
+
+
+@pytest.mark.parametrize('folder', ['nanoGPT', 'phase3_fsdp'])
+def test_a_nan_in_the_last_iteration(launch, work, folder):
+    """Its step is skipped, and an evaluation finds the weights good: they are saved. (Weights that are not: test_train.py.)"""
+    script = work / 'glitch.py'
+    script.write_text(f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT / folder)!r})
+import model
+forward, calls = model.GPT.forward, []
+def glitch(self, idx, targets=None):
+    logits, loss = forward(self, idx, targets)
+    calls.extend([1] * self.training)
+    return logits, loss * float('nan') if len(calls) == 11 and self.training else loss
+model.GPT.forward = glitch
+sys.argv[0] = {str(ROOT / folder / 'train.py')!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")
+    # with 2 ranks each has 1 of the 2 micro-steps of an iteration, so call 11 is in iteration 10
+    run = launch(script, *TINY, '--max_iters=10', '--eval_interval=7', nproc=2)
+    assert 'iter 10: loss nan' in run.stdout and '1 steps skipped' in run.stdout
+    checkpoint = torch.load('out/ckpt.pt', weights_only=True)
+    assert checkpoint['iter_num'] == 11 and all(w.isfinite().all() for w in checkpoint['model'].values())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from conftest import ROOT, TINY, assert_same, load, log_of, make_letters
 from model import GPT, GPTConfig
 

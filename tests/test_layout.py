@@ -17,23 +17,14 @@ CHANGES = {
 }  # the one file each phase changes
 
 
-# they work on the checkpoints of every trainer
-TOOLS = ('evaluate.py', 'export_hf.py', 'hf_format.py', 'import_hf.py')
-
-
 def common_files():
-    """What `make sync` copies, as the Makefile has it."""
-    makefile = (ROOT / 'Makefile').read_text().replace('\\\n', ' ')
-    names = re.search(r'^COMMON := (.*)$', makefile, re.M)[1].split()
-    return names + ['model.py', 'train.py']
+    """What `make sync` copies, and the two files that a phase may change."""
+    not_copied = re.search(r'^NOT_COPIED := (.*)$', (ROOT / 'Makefile').read_text(), re.M)[1].split()
+    return [p.name for p in NANOGPT.glob('*.py') if p.name not in not_copied] + ['config', 'model.py', 'train.py']
 
 
-def test_sync_knows_every_file_of_the_reference():
-    assert sorted(common_files()) == sorted(
-        p.name
-        for p in NANOGPT.iterdir()
-        if p.name not in ('data', '__pycache__', *TOOLS) and not (p.is_dir() and p.name.startswith('out'))
-    )
+def test_fsdp_has_a_copy_of_the_reference_trainer():
+    assert (ROOT / 'phase3_fsdp' / 'train_ddp.py').read_bytes() == (NANOGPT / 'train.py').read_bytes(), 'make sync'
 
 
 @pytest.mark.parametrize('phase', PHASES)

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from model import GPT, GPTConfig
 from torch.nn import functional as F
+
+from model import GPT, GPTConfig
 
 TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 
@@ -214,7 +215,7 @@ def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
 
     environ = {name: value for name, value in os.environ.items() if not name.endswith('ALLOC_CONF')} | own
     if torch.cuda.is_available():
-        code = 'import torch, hardware; hardware.choose("cuda", "auto", "auto", "auto"); torch.ones(1, device="cuda"); '
+        code = 'import torch, hardware; hardware.resolve_auto("cuda", "auto", "auto", "auto"); torch.ones(1, device="cuda"); '
         code += 'print(torch.cuda.memory_snapshot()[0]["is_expandable"])'
         run = subprocess.run(
             [sys.executable, '-c', code],
@@ -229,7 +230,7 @@ def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     monkeypatch.setattr(os, 'environ', environ)
-    hardware.choose('cuda', 'float32', False, 'gloo')
+    hardware.resolve_auto('cuda', 'float32', False, 'gloo')
     set_up = {name: value for name, value in environ.items() if name.endswith('ALLOC_CONF')}
     assert set_up == (own or {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True'})
 
@@ -261,20 +262,14 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
     import cuda_graph
     from errors import UserError
 
-    monkeypatch.setattr(cuda_graph, 'use_side_stream', lambda device: None)
-
     def use(wanted, world_size=1, device='cuda:0', **flags):
-        return cuda_graph.use_cuda_graph(
-            dict(dict(cuda_graph=wanted, device=device, dropout=0.1, backend='nccl'), **flags), world_size
-        )
+        offload = flags.pop('cpu_offload', False)
+        config = dict(cuda_graph=wanted, device=device, dropout=0.1, backend='nccl') | flags
+        return cuda_graph.resolve_cuda_graph(config, world_size, offload)
 
     assert use('auto') is True and use(False) is False and use(True, world_size=4) is True
     assert use('auto', world_size=2) is True and use('auto', device='cpu') is False
-    assert use('auto', world_size=2, use_fsdp=True) is True
-    assert (
-        use('auto', world_size=2, use_fsdp=True, fsdp_cpu_offload=True) is False
-        and use('auto', use_fsdp=True, fsdp_cpu_offload=True) is True
-    )
+    assert use('auto', world_size=2, cpu_offload=True) is False and use('auto', cpu_offload=True) is True
     assert use('auto', world_size=2, backend='gloo') is False and use('auto', backend='gloo') is True
     assert (
         use('auto', activation_checkpointing=True) is False
@@ -284,10 +279,7 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
         (dict(device='cpu'), 'needs a CUDA device'),
         (dict(activation_checkpointing=True), 'dropout under activation_checkpointing is not supported'),
         (dict(world_size=2, backend='gloo'), 'over NCCL only'),
-        (
-            dict(world_size=2, use_fsdp=True, fsdp_cpu_offload=True),
-            'cuda_graph=True with fsdp_cpu_offload, .* is not supported',
-        ),
+        (dict(world_size=2, cpu_offload=True), 'cuda_graph=True with CPU offload, .* is not supported'),
     ):
         with pytest.raises(UserError, match=message):
             use(True, **flags)
@@ -311,10 +303,10 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
     with pytest.raises(
         UserError, match=r'\(not permitted when stream is capturing\): --cuda_graph=False trains without'
     ):
-        cuda_graph.MicroStepGraph(reads_on_the_cpu, torch.nn.Linear(1, 1))(torch.zeros(1), torch.zeros(1))
+        cuda_graph.MicroStep(reads_on_the_cpu, torch.nn.Linear(1, 1), capture=True)(torch.zeros(1), torch.zeros(1))
 
     def interrupted(x, y):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cuda_graph.MicroStepGraph(interrupted, torch.nn.Linear(1, 1))(torch.zeros(1), torch.zeros(1))
+        cuda_graph.MicroStep(interrupted, torch.nn.Linear(1, 1), capture=True)(torch.zeros(1), torch.zeros(1))

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+
 from conftest import NANOGPT, TINY
 
 TRAIN, SAMPLE, BENCH = (NANOGPT / f'{name}.py' for name in ('train', 'sample', 'bench'))

@@ -1,6 +1,7 @@
 """A short soak (tests/soak.py) with a fixed seed; by hand it runs for hours."""
 
 import pytest
+
 from soak import BAD, PHASES, SEEN, Soak
 
 

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-import visualize_training as vis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+import visualize_training as vis
 from run_logs import LogError, Run, find_logs, label_runs, load_log
 from training_logger import TrainingLogger
 from visualize_training import draw, main, smoothed, thin
@@ -427,6 +430,51 @@ def test_names_that_matplotlib_and_terminals_would_trip_over(tmp_path):
         [sys.executable, SCRIPT, path], env=os.environ | {'PYTHONIOENCODING': 'ascii'}, capture_output=True, text=True
     )
     assert run.returncode == 0 and 'xfc' in run.stdout, run.stderr
+
+
+ODD_NAMES = (b'M\xfcller', '中文'.encode(), b'line\nbreak\x07', '\U0001f9ea'.encode())
+
+
+@pytest.mark.parametrize('name', ODD_NAMES)
+def test_names_that_the_font_cannot_show_are_escaped(tmp_path, monkeypatch, capsys, name):
+    """A folder name that is no UTF-8, or whose characters the font lacks, breaks neither the picture nor those of a glob."""
+    name = os.fsdecode(name)
+    monkeypatch.chdir(tmp_path)
+    odd = write_log(Path(f'out-{name}'), name, steps=3, dataset=name)
+    write_log(Path('out-plain'), name, steps=3)
+    monkeypatch.setattr(vis.Figure, 'savefig', warnings_are_errors(vis.Figure.savefig))
+    for logs in (['out-*/run_*.json'], [f'out-{name}']):
+        assert main([*logs, '--metrics', 'loss', '--title', f'a title with {name}']) == 0, capsys.readouterr().err
+    assert Path(odd).with_name(Path(odd).stem + '_analysis.png').exists()
+    drawn = ' '.join(text.get_text() for text in draw([Run(odd)]).findobj(Text))
+    assert name.encode('unicode_escape').decode() in drawn and name not in drawn
+
+
+def warnings_are_errors(function):
+    """matplotlib warns of a glyph that is missing, and draws a box."""
+
+    def checked(*args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            return function(*args, **kwargs)
+
+    return checked
+
+
+def test_a_log_that_cannot_be_read_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good = [write_log(Path(f'out-{i}'), steps=3) for i in range(2)]
+    for i, broken in enumerate(('{"run": ', '[]')):
+        Path(f'out-broken{i}').mkdir()
+        Path(f'out-broken{i}/run_20260101_000000.json').write_text(broken)
+    for logs in (['out-*/run_*.json'], ['out-broken0', *good, 'out-broken1/run_20260101_000000.json']):
+        assert main(logs) == 0
+        captured = capsys.readouterr()
+        assert captured.err.count('the other logs are drawn without it') == 2
+        assert all(f'out-broken{i}' in captured.err for i in range(2))
+        assert captured.out.count('completed at iteration 2') == 2
+    assert main(['out-broken*']) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.parametrize(

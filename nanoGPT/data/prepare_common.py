@@ -1,6 +1,6 @@
 """
-What the prepare.py scripts share: writing a data set all or nothing, splitting documents into train and val, encoding in
-parallel with bounded memory, and the two corpora that more than one data set is made of.
+Shared by the prepare.py scripts: writing a data set all or nothing, splitting documents into train and val, encoding in
+parallel with bounded memory, the command that trains on the result, and the two corpora that more than one data set is made of.
 """
 
 import hashlib
@@ -13,23 +13,35 @@ import sysconfig
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
-sys.path.insert(
-    0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-)  # encoding.py and errors.py; there are packages of these names
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))  # encoding.py, errors.py and shell.py; there are packages of these names
 from encoding import download, gpt2_encoding
 from errors import UserError
+from shell import python_command, quote_path, shortest_path
+from text_reader import clean, read_text
 
 try:
     import fcntl
 except ImportError:  # Windows: two preparations at once are not noticed there
     fcntl = None
 
+for stream in (sys.stdout, sys.stderr):
+    with suppress(AttributeError, OSError):  # a stream of a notebook
+        stream.reconfigure(
+            errors='backslashreplace'
+        )  # escapes names that the terminal's encoding has no characters for
+
 GROUP = 1 << 20  # characters that are read, encoded and written at a time
 ENDOFTEXT = 50256
+SMALL = 50_000_000  # training tokens below which the suggested model is a small one
+# what config/train_shakespeare_char.py suggests for a machine without a GPU
+ON_A_CPU = (
+    '--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0'
+).split()
 PYTHON_CHARS = '\n' + ''.join(map(chr, range(32, 127)))
 # What is no library code (tests, generated tables and documentation), what differs between builds of one version, and what
 # Linux distributions package separately: without these, a Python version has the same corpus nearly everywhere.
@@ -72,6 +84,7 @@ class DatasetWriter:
 
     def __init__(self, out_dir, dtype='uint16'):
         self.out_dir, self.dtype, self.files = out_dir, np.dtype(dtype).newbyteorder('<'), {}
+        self.documents = self.characters = 0  # for the report; the caller counts them
 
     def path(self, name):
         return os.path.join(self.out_dir, name)
@@ -84,6 +97,13 @@ class DatasetWriter:
             os.makedirs(self.out_dir, exist_ok=True)
         except OSError as error:
             raise UserError(f'cannot make {self.out_dir}: {error.strerror}') from error
+        shards = sorted(name for name in os.listdir(self.out_dir) if re.fullmatch(r'.+(train|val)_\d+\.bin', name))
+        if shards:
+            folder = quote_path(shortest_path(self.out_dir))
+            raise UserError(
+                f'{self.path(shards[0])} is a shard of another data set, which must not be mixed with train.bin and val.bin. '
+                f'Choose another folder, or remove the shards:\n  rm -f {folder}/*_train_*.bin {folder}/*_val_*.bin {folder}/shards.json'
+            )
         try:
             for split in ('train', 'val'):
                 path = self.path(f'{split}.bin.tmp')
@@ -114,7 +134,8 @@ class DatasetWriter:
         train.truncate()
 
     def commit(self, meta=None):
-        """Makes the new files the data set; raises UserError where train or val is empty. Prints what there is now."""
+        """Makes the new files the data set, and prints its size and the command that trains on it. Raises UserError if train or
+        val is empty."""
         counts = {split: self.tokens(split) for split in self.files}
         if not all(counts.values()):
             raise UserError(
@@ -143,10 +164,12 @@ class DatasetWriter:
         for file in self.files.values():
             file.close()
         self.files = {}  # nothing left to clean up
+        print_written(self.documents, self.characters, sum(counts.values()))
         print(
             f'{self.out_dir}: train.bin has {counts["train"]:,} tokens, val.bin {counts["val"]:,} ({self.dtype.name}), '
             f'{"vocabulary of " + format(meta["vocab_size"], ",") if meta else "GPT-2 vocabulary"}'
         )
+        print_training_command(self.out_dir, counts, meta)
 
     def __exit__(self, kind, error, trace):
         for split in self.files:
@@ -157,6 +180,56 @@ class DatasetWriter:
                 file.close()
         if isinstance(error, OSError):
             raise UserError(f'cannot prepare {self.out_dir}: {error}') from error
+
+
+def print_written(documents: int, characters: int, tokens: int) -> None:
+    """Prints how much was written; documents and characters only if they were counted."""
+    parts = [
+        f'{n:,} {noun}{"" if n == 1 else "s"}' for n, noun in ((documents, 'document'), (characters, 'character')) if n
+    ]
+    print(f'wrote {", ".join([*parts, f"{tokens:,} tokens"])}')
+
+
+def print_training_command(out_dir: str, counts: dict[str, int], meta: dict | None, longest: int | None = None) -> None:
+    """Prints the command that trains on the data set in out_dir: a model for its size and for this machine. longest: tokens of the
+    longest file of either split, if a split has several files."""
+    context = (longest or min(counts.values())) - 1  # a window and its targets must fit into a file of either split
+    if context < 1:
+        print('This is too little text to train on: a split needs at least 2 tokens.')
+        return
+    name = os.path.basename(os.path.abspath(out_dir))
+    known = os.path.join('data', name)  # train.py looks here first
+    is_ours = os.path.samefile(out_dir, os.path.join(HERE, name)) if os.path.isdir(os.path.join(HERE, name)) else False
+    found_first = is_ours and (not os.path.isdir(known) or os.path.samefile(known, out_dir))
+    flags = [f'--dataset={name if found_first else shortest_path(out_dir)}', f'--out_dir=out-{name}']
+    block_size = 1024
+    if found_first and name == 'python_char':
+        flags, block_size = ['config/train_python_char.py'], 128
+    elif meta or counts['train'] < SMALL:
+        config = 'config/train_shakespeare_char.py'
+        flags, block_size = [config] if found_first and name == 'shakespeare_char' else [config, *flags], 256
+        if not os.path.exists('/dev/nvidiactl'):
+            flags, block_size = [*flags, *ON_A_CPU], 64
+    if context < block_size:
+        flags.append(f'--block_size={context}')
+    train = os.path.join(os.path.dirname(HERE), 'train.py')
+    print(f'Train on it:\n  {python_command(train, *flags)}')
+
+
+@contextmanager
+def locked(folder: str):
+    """Makes folder if it is missing, and keeps other processes from preparing it. Raises UserError if one does, or if the folder
+    cannot be used."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, '.prepare.lock'), 'ab') as file:
+            if fcntl:
+                _lock(file.fileno())
+            yield
+    except BlockingIOError:
+        raise UserError(f'another process is preparing {folder}: wait for it, or end it') from None
+    except OSError as error:
+        raise UserError(f'cannot prepare {folder}: {error.strerror or error}') from error
 
 
 def _lock(descriptor):
@@ -203,7 +276,9 @@ def encode_documents(out, documents, encode, end, val_fraction):
     def pieces():
         for split, document in assign_splits(documents, val_fraction):
             piece = ''
+            out.documents += 1
             for piece in document:
+                out.characters += len(piece)
                 yield split, piece
             if end is None or not piece.endswith(end):
                 yield split, end
@@ -229,16 +304,23 @@ def encode_documents(out, documents, encode, end, val_fraction):
 
 
 def in_parallel(function, items):
-    """function(item) for each item, in order, in as many threads as there are cores; never more than a few items ahead."""
+    """Yields function(item) for each item, in order, in as many threads as there are cores; never more than a few items ahead. If the
+    items end in a UserError, it is raised after their results."""
     workers = os.cpu_count() or 1
+    error = None
     with ThreadPoolExecutor(workers) as pool:
         running = deque()
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) > 2 * workers:
-                yield running.popleft().result()
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) > 2 * workers:
+                    yield running.popleft().result()
+        except UserError as e:
+            error = e
         while running:
             yield running.popleft().result()
+    if error:
+        raise error
 
 
 def gpt2_encode(text):
@@ -282,21 +364,22 @@ def dtype_for(vocab_size):
     return 'uint32' if vocab_size > 65535 else 'uint16'
 
 
-def write_char_dataset(out_dir, train_text, val_text, chars):
-    """A data set of two texts with one token per character of chars (sorted)."""
+def write_char_dataset(out_dir, train_text, val_text, chars, documents=1):
+    """Writes the data set of two texts with one token per character of chars (sorted). documents: how many are in the texts."""
     encode, meta = char_encoder(chars), char_meta(chars)
     train, val = encode([train_text]), encode([val_text])
     # what a model reaches that knows only how frequent each character is: the loss to beat. One is added to each count, so that
     # it is finite for a character that occurs in val only
     counts = np.bincount(train, minlength=len(chars)) + 1
     meta['unigram_entropy'] = float(-np.log(counts / counts.sum())[val].mean())
-    with DatasetWriter(out_dir, dtype_for(len(chars))) as out:
-        out.write('train', train)
-        out.write('val', val)
-        out.commit(meta)
     print(
         f'unigram entropy: {meta["unigram_entropy"]:.4f} nats (a validation loss below it means that context was learned)'
     )
+    with DatasetWriter(out_dir, dtype_for(len(chars))) as out:
+        out.write('train', train)
+        out.write('val', val)
+        out.documents, out.characters = documents, len(train_text) + len(val_text)
+        out.commit(meta)
 
 
 def stdlib_sources():
@@ -321,14 +404,15 @@ def stdlib_sources():
     texts = []
     for path in sorted(paths, key=lambda path: os.path.relpath(path, stdlib).split(os.sep)):
         with open(path, 'rb') as f:
-            text = f.read().decode('ascii', errors='ignore').replace('\r\n', '\n').expandtabs()
+            text = clean(f.read().decode('ascii', errors='ignore')).expandtabs()
         texts.append(re.sub('[^\n -~]', '', text))
     return texts
 
 
 def tiny_shakespeare(out_dir, input=None, url=SHAKESPEARE_URL):
-    """The text of tiny Shakespeare: `input` if given, else out_dir/input.txt, downloaded from url where it is missing."""
-    path = input or os.path.join(out_dir, 'input.txt')
+    """Returns the text of tiny Shakespeare: of the file `input` if given, else of out_dir/input.txt, which is downloaded from url if
+    it is missing. Raises UserError."""
+    path, script = input or os.path.join(out_dir, 'input.txt'), os.path.join(out_dir, 'prepare.py')
     if not input and not os.path.exists(path):
         print(f'downloading {url}')
         download(
@@ -336,26 +420,28 @@ def tiny_shakespeare(out_dir, input=None, url=SHAKESPEARE_URL):
             path,
             SHAKESPEARE_SHA256,
             f'This data set is made of one file, input.txt. Get it on any machine from\n  {SHAKESPEARE_URL}\n'
-            f'and put it at\n  {path}\nor name it: prepare.py --input FILE',
+            f'and put it at\n  {path}\nor name it:\n  {python_command(script, "--input", "FILE")}',
         )
-    try:
-        with open(path, 'rb') as f:
-            content = f.read()
-        if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-            if not input:
-                raise UserError(
-                    f'{path} is not tiny Shakespeare (its SHA-256 is another). Delete it to download it again, or use it as it is with --input {path}'
-                )
-            print(f'note: {path} is not the well-known tiny Shakespeare (its SHA-256 is another); used as it is')
-        return content.decode('utf-8').replace('\r\n', '\n')
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}') from error
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path} is not UTF-8 text: byte {error.start:,} is 0x{content[error.start]:02x}') from error
+    text = read_text(path)
+    with open(path, 'rb') as f:
+        original = hashlib.file_digest(f, 'sha256').hexdigest() == SHAKESPEARE_SHA256
+    if not original and not input:
+        raise UserError(
+            f'{path} is not tiny Shakespeare (its SHA-256 is another). To download it again, first remove it:\n'
+            f'  rm {quote_path(shortest_path(path))}\nTo use it as it is:\n'
+            f'  {python_command(script, "--input", shortest_path(path))}'
+        )
+    if not original:
+        print(f'note: {path} is not the well-known tiny Shakespeare (its SHA-256 is another); used as it is')
+    return text
 
 
 def progress(what, total):
-    """A function to call with the number of bytes just done; reports on stderr, often on a terminal, else twice a minute."""
+    """Returns a function to call with the number of bytes just done; it reports on stderr, on a terminal with tqdm's bar if tqdm is
+    installed, else twice a minute."""
+    if sys.stderr.isatty():
+        with suppress(ImportError):
+            return tqdm_progress(what, total)
     start = last = time.monotonic()
     terminal, done = sys.stderr.isatty(), 0
 
@@ -372,5 +458,18 @@ def progress(what, total):
             file=sys.stderr,
             flush=True,
         )
+
+    return update
+
+
+def tqdm_progress(what, total):
+    from tqdm import tqdm
+
+    bar = tqdm(desc=what, total=total, unit='B', unit_scale=True)
+
+    def update(n):
+        bar.update(n)
+        if bar.n >= total:
+            bar.close()
 
     return update

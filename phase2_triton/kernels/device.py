@@ -5,7 +5,6 @@ package still imports and its functional layer falls back to PyTorch.
 """
 
 import math
-import os
 from functools import cache
 from types import SimpleNamespace
 
@@ -96,14 +95,14 @@ answers = {}
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks while it traces, so neither the question nor the print breaks the graph
-def runs_on_triton(use_triton, device):
-    """Whether the model runs on Triton's kernels on this device; rank 0 prints each answer once, and why not if so."""
+def announce_triton(use_triton, device):
+    """Prints, once, whether Triton's kernels compute the model on this device, and if not why. Returns whether they do."""
     asked = use_triton, device
     if asked not in answers:
         reason = unavailable_reason(device) if use_triton else 'use_triton is off'
         line = f'not using Triton-accelerated LayerNorm: {reason}' if reason else 'using Triton-accelerated LayerNorm'
         line += '' if reason else ', GELU and cross-entropy'
-        if line not in answers.values() and os.environ.get('RANK', '0') == '0':
+        if line not in answers.values():
             print(line)
         answers[asked] = line
     return answers[asked].startswith('using')

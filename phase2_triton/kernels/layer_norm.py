@@ -16,8 +16,8 @@ dbias in float32 registers and writing it once as a row of partial sums; a secon
 There are no atomics, and the grid depends on the shape and the GPU alone, so the same call gives the same bits every time.
 
 Sources: Ba et al., Layer Normalization, 2016 (arXiv:1607.06450); the idea of partial sums per program without atomics as in Apex
-and Liger-Kernel's RMSNorm. Layers here: kernels; launchers and the autograd function (eager) or registered operator (torch.compile);
-the function layer_norm(). The module is AddLayerNorm in modules.py.
+and Liger-Kernel's RMSNorm. Layers here: kernels; launchers; the autograd function; the function layer_norm(). The module is
+AddLayerNorm in modules.py.
 """
 
 from functools import cache
@@ -30,6 +30,7 @@ from .device import available, interpreted, jit, num_multiprocessors, programmat
 from .launch import Config, launch
 
 max_width = 65_536
+max_backward_width = 12_288  # backward keeps rows in registers; PyTorch computes the gradients of wider ones
 float_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -156,16 +157,15 @@ def backward_kernel(
     dsum_ptr,  # (M, N) contiguous: what else flows back to x, added to dx; not read unless ADD
     dx_ptr,  # (M, N) contiguous, not written unless NEED_DX
     dbranch_ptr,  # (M, N) contiguous: dx again in another dtype; not written unless COPY
-    partial_ptr,  # (2, P, N) float32 for P programs: shares of dweight, of dbias; zeros at the start unless RESIDENT
+    partial_ptr,  # (2, P, N) float32 for P programs: shares of dweight, of dbias
     dy_stride,
     x_stride,
     M,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    RESIDENT: tl.constexpr,  # rows and shares stay in registers; otherwise rows are read twice and shares summed in memory, both cached
-    PREFETCH: tl.constexpr,  # load the next rows to registers while these are computed; needs RESIDENT
-    ADD: tl.constexpr,  # needs RESIDENT
+    PREFETCH: tl.constexpr,  # load the next rows to registers while these are computed
+    ADD: tl.constexpr,
     COPY: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DW: tl.constexpr,
@@ -204,9 +204,8 @@ def backward_kernel(
             next_mean = tl.load(stats_ptr + later, mask=later < M, other=0.0)
             next_rstd = tl.load(stats_ptr + M + later, mask=later < M, other=0.0)
         else:
-            if RESIDENT:
-                xs = load_rows(x_ptr, rows, x_stride, M, N, CHUNK)
-                dys = load_rows(dy_ptr, rows, dy_stride, M, N, CHUNK)
+            xs = load_rows(x_ptr, rows, x_stride, M, N, CHUNK)
+            dys = load_rows(dy_ptr, rows, dy_stride, M, N, CHUNK)
             mean = tl.load(stats_ptr + rows, mask=rows < M, other=0.0)
             rstd = tl.load(stats_ptr + M + rows, mask=rows < M, other=0.0)
 
@@ -217,26 +216,15 @@ def backward_kernel(
         sum_gx = tl.zeros((ROWS, CHUNK), tl.float32)
         new_dws, new_dbs = (), ()
         for c in tl.static_range(CHUNKS):
-            if not RESIDENT:
-                tl.debug_barrier()
             cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
-            mask = live & (cols < N)
-            x = xs[c] if RESIDENT else tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=mask, other=0.0)
-            dy = dys[c] if RESIDENT else tl.load(dy_ptr + rows[:, None] * dy_stride + cols, mask=mask, other=0.0)
-            dy = dy.to(tl.float32)
-            xhat = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            dy = dys[c].to(tl.float32)
+            xhat = (xs[c].to(tl.float32) - mean[:, None]) * rstd[:, None]
             if NEED_DX:
                 g = dy * load_vector(weight_ptr, cols, ROWS, N)
                 sum_g += g
                 sum_gx += g * xhat
-            if RESIDENT:
-                new_dws = new_dws + (dws[c] + dy * xhat if NEED_DW else dws[c],)
-                new_dbs = new_dbs + (dbs[c] + dy if NEED_DB else dbs[c],)
-            else:  # ROWS is 1, and the same thread reads what it wrote
-                if NEED_DW:
-                    tl.store(dw_ptr + cols, tl.load(dw_ptr + cols, mask=cols < N) + dy * xhat, mask=cols < N)
-                if NEED_DB:
-                    tl.store(db_ptr + cols, tl.load(db_ptr + cols, mask=cols < N) + dy, mask=cols < N)
+            new_dws = new_dws + (dws[c] + dy * xhat if NEED_DW else dws[c],)
+            new_dbs = new_dbs + (dbs[c] + dy if NEED_DB else dbs[c],)
 
         if NEED_DX:
             sum_g, sum_gx = tl.split(
@@ -245,30 +233,24 @@ def backward_kernel(
             shift = (-rstd * sum_g / N)[:, None]
             slope = (-rstd * sum_gx / N)[:, None]
             for c in tl.static_range(CHUNKS):
-                if not RESIDENT:
-                    tl.debug_barrier()
                 cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
                 mask = live & (cols < N)
-                x = xs[c] if RESIDENT else tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=mask, other=0.0)
-                dy = dys[c] if RESIDENT else tl.load(dy_ptr + rows[:, None] * dy_stride + cols, mask=mask, other=0.0)
-                xhat = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
-                g = dy.to(tl.float32) * load_vector(weight_ptr, cols, ROWS, N)
+                xhat = (xs[c].to(tl.float32) - mean[:, None]) * rstd[:, None]
+                g = dys[c].to(tl.float32) * load_vector(weight_ptr, cols, ROWS, N)
                 dx = g * rstd[:, None] + (xhat * slope + shift)
                 if ADD:
                     dx += dsums[c].to(tl.float32)
                 tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
                 if COPY:
                     tl.store(dbranch_ptr + rows[:, None] * N + cols, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
-        if RESIDENT:
-            dws, dbs = new_dws, new_dbs
+        dws, dbs = new_dws, new_dbs
 
-    if RESIDENT:
-        for c in tl.static_range(CHUNKS):
-            cols = c * CHUNK + tl.arange(0, CHUNK)
-            if NEED_DW:
-                tl.store(dw_ptr + cols, sum_rows(dws[c], CHUNK), mask=cols < N)
-            if NEED_DB:
-                tl.store(db_ptr + cols, sum_rows(dbs[c], CHUNK), mask=cols < N)
+    for c in tl.static_range(CHUNKS):
+        cols = c * CHUNK + tl.arange(0, CHUNK)
+        if NEED_DW:
+            tl.store(dw_ptr + cols, sum_rows(dws[c], CHUNK), mask=cols < N)
+        if NEED_DB:
+            tl.store(db_ptr + cols, sum_rows(dbs[c], CHUNK), mask=cols < N)
 
 
 @jit
@@ -335,15 +317,13 @@ backward_configs = {
 
 @cache
 def backward_config(N, itemsize, pdl):
-    """The same for backward_kernel."""
+    """The same for backward_kernel; N is at most max_backward_width."""
     vector = 32 * 16 // itemsize
     if N < vector:
         chunk = triton.next_power_of_2(N)
         return Config(4 * vector // chunk, chunk, programs=4, pdl=pdl)
-    for width, config in backward_configs[itemsize].items():
-        if N <= width:
-            return config._replace(pdl=pdl)
-    return Config(1, 16 * vector, 16, programs=1, resident=False, pdl=pdl)
+    width = min(width for width in backward_configs[itemsize] if N <= width)
+    return backward_configs[itemsize][width]._replace(pdl=pdl)
 
 
 @cache
@@ -398,10 +378,25 @@ def launch_forward(x, branch, weight, bias, eps, out_dtype):
     return y, stats, total
 
 
+def pytorch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
+    """launch_backward's dx, dweight and dbias by PyTorch, in float32, from the forward kernel's statistics."""
+    mean, rstd = stats.view(2, *x.shape[:-1], 1)
+    weight_float = weight.float()  # stands for the bias as well, of which only the shape counts
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        dy.float(), x.float(), weight.shape, mean, rstd, weight_float, weight_float, [need_dx, need_dw, need_db]
+    )
+    return (
+        dx.to(x.dtype) if need_dx else None,
+        dw.to(weight.dtype) if need_dw else None,
+        db.to(bias_dtype) if need_db else None,
+    )
+
+
 def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db, dsum=None, branch_dtype=None):
     """
     dx (..., N) like x, dweight and dbias (N,) in their own dtypes; None for what is not needed. With dsum (..., N), in the dtype
-    of x, dx is plus dsum; with a branch_dtype other than x's there is a fourth result, dx in that dtype.
+    of x, dx is plus dsum; with a branch_dtype other than x's there is a fourth result, dx in that dtype. N is at most
+    max_backward_width.
     """
     N = x.shape[-1]
     (rows, stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
@@ -415,9 +410,7 @@ def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db,
         return dx, dw if dw is None else dw.zero_(), db if db is None else db.zero_(), dbranch
     c = backward_config(N, x.element_size(), programmatic_launch(x.device))
     P = min(cdiv(M, c.rows), c.programs * num_multiprocessors(x.device))
-    partial = (torch.empty if c.resident else torch.zeros)(
-        (2, P, N) if need_dw or need_db else 1, dtype=torch.float32, device=x.device
-    )
+    partial = torch.empty((2, P, N) if need_dw or need_db else 1, dtype=torch.float32, device=x.device)
     launch(
         backward_kernel,
         (P,),
@@ -432,7 +425,7 @@ def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db,
             partial,
         ),
         (dy_stride, stride, M),
-        (N, c.rows, c.chunk, c.resident, c.prefetch, dsum is not None, copy, need_dx, need_dw, need_db, c.pdl),
+        (N, c.rows, c.chunk, c.prefetch, dsum is not None, copy, need_dx, need_dw, need_db, c.pdl),
         c,
     )
     if need_dw or need_db:
@@ -449,8 +442,6 @@ def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db,
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """The kernels under eager autograd: 20 to 80 µs a call cheaper there than the registered operator below (host of an H200)."""
-
     @staticmethod
     def forward(ctx, x, weight, bias, eps, out_dtype):
         y, stats, _ = launch_forward(x, None, weight, bias, eps, out_dtype)
@@ -462,65 +453,8 @@ class LayerNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, stats = ctx.saved_tensors
-        return *launch_backward(dy, x, weight, ctx.bias_dtype, stats, *ctx.needs_input_grad[:3])[:3], None, None
-
-
-@torch.library.custom_op(
-    'nanogpt::layer_norm',
-    mutates_args=(),
-    schema='(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype) -> (Tensor, Tensor)',
-)
-def layer_norm_op(x, weight, bias, eps, out_dtype):
-    """launch_forward for torch.compile and FakeTensor, which see it as one opaque node."""
-    return launch_forward(x, None, weight, bias, eps, out_dtype)[:2]
-
-
-@layer_norm_op.register_fake
-def _(x, weight, bias, eps, out_dtype):
-    return torch.empty(x.shape, dtype=out_dtype, device=x.device), x.new_empty(
-        (2, x.numel() // x.shape[-1]), dtype=torch.float32
-    )
-
-
-@torch.library.custom_op(
-    'nanogpt::layer_norm_backward',
-    mutates_args=(),
-    schema='(Tensor dy, Tensor x, Tensor weight, ScalarType bias_dtype, Tensor stats, bool need_dx, bool need_dw, bool need_db)'
-    ' -> (Tensor, Tensor, Tensor)',
-)
-def layer_norm_backward_op(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
-    """launch_backward; an operator cannot return None, so what is not needed comes back empty."""
-    grads = launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db)[:3]
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
-
-
-@layer_norm_backward_op.register_fake
-def _(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
-    N = x.shape[-1]
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else x.new_empty(0),
-        weight.new_empty(N) if need_dw else x.new_empty(0),
-        x.new_empty(N, dtype=bias_dtype) if need_db else x.new_empty(0),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, dy, _):
-    x, weight, stats = ctx.saved_tensors
-    need = ctx.needs_input_grad[:3]
-    grads = layer_norm_backward_op(
-        dy, x, weight, ctx.bias_dtype, stats, *need
-    )  # has no derivative: double backward raises
-    return *(grad if needed else None for grad, needed in zip(grads, need)), None, None
-
-
-layer_norm_op.register_autograd(_backward, setup_context=_setup_context)
+        backward = launch_backward if x.shape[-1] <= max_backward_width else pytorch_backward
+        return *backward(dy, x, weight, ctx.bias_dtype, stats, *ctx.needs_input_grad[:3])[:3], None, None
 
 
 def check_parameters(x, weight, bias):
@@ -538,6 +472,11 @@ def check_parameters(x, weight, bias):
             raise TypeError(f'layer_norm: {name} is {p.dtype}, narrower than x, which is {x.dtype}')
 
 
+def runs_eagerly(x):
+    """Whether x is a plain tensor outside torch.compile, which fuses PyTorch's own operations and cannot see into kernels."""
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
     """
     LayerNorm over the last dimension, like torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps), by Triton kernels
@@ -546,7 +485,8 @@ def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
     x: (..., N), float32, bfloat16 or float16, any strides, any number of rows, also none. weight, bias (or None): (N,), in the
     dtype of x or a wider one. Returns (..., N), contiguous where the kernels ran, in out_dtype: by default F.layer_norm's, which
     is x's, and float32 under autocast; pass torch.get_autocast_dtype(...) there if a matmul comes next, and no cast is needed.
-    Differentiable once in x, weight and bias; the backward is deterministic. Other dtypes (float64) and N above 65,536 fall back.
+    Differentiable once in x, weight and bias; the backward is deterministic. PyTorch computes the gradients of rows wider than
+    12,288, and everything under torch.compile, for other dtypes (float64) and for rows wider than 65,536.
 
     Raises ValueError for a weight or bias of another shape or device, TypeError for one narrower than x.
     """
@@ -554,14 +494,13 @@ def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
     if out_dtype is None:
         out_dtype = reference_dtype(x)
     if not (
-        x.dtype in float_dtypes
+        runs_eagerly(x)
+        and x.dtype in float_dtypes
         and weight.dtype in float_dtypes
         and 0 < x.shape[-1] <= max_width
         and available(x.device)
     ):
         return reference(x, weight, bias, eps, out_dtype)
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
-        return layer_norm_op(x, weight, bias, eps, out_dtype)[0]
     return LayerNormFunction.apply(x, weight, bias, eps, out_dtype)
 
 

@@ -17,7 +17,9 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from prepare_common import ENDOFTEXT, DatasetWriter, UserError, gpt2_encode, gpt2_encoding
+from errors import UserError, first_line
+from prepare_common import ENDOFTEXT, DatasetWriter, gpt2_encode, gpt2_encoding
+from shell import pip_install, python_command
 
 
 def load(source, revision=None):
@@ -25,19 +27,21 @@ def load(source, revision=None):
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            'OpenWebText needs the package datasets: pip install datasets (or install this project with its extra `data`)'
-        ) from None
+        raise UserError(f'OpenWebText needs the package datasets: {pip_install("datasets")}') from None
     try:
         dataset = datasets.load_dataset(source, revision=revision, split='train')
     except Exception as error:  # of very many kinds: no network, no such data set, a disk that is full, ...
+        script = os.path.abspath(__file__)
         raise UserError(
-            f'cannot load {source}: {str(error).splitlines()[0]}\n'
-            'Where datasets refuses the script of a data set: try --revision refs/convert/parquet. Without a network: get the\n'
-            '.parquet files of https://huggingface.co/datasets/Skylion007/openwebtext and pass their folder: --source FOLDER'
+            f'cannot load {source}: {first_line(error)}\n'
+            f'If datasets refuses the script of a data set:\n  {python_command(script, "--revision", "refs/convert/parquet")}\n'
+            'Without a network: get the .parquet files of https://huggingface.co/datasets/Skylion007/openwebtext and pass their\n'
+            f'folder:\n  {python_command(script, "--source", "FOLDER")}'
         ) from error
     if 'text' not in dataset.column_names:
         raise UserError(f'{source} has no column text, but {", ".join(dataset.column_names)}')
+    if getattr(dataset.features['text'], 'dtype', None) not in ('string', 'large_string'):
+        raise UserError(f'{source}: the column text is of type {dataset.features["text"]}, not text')
     return dataset
 
 

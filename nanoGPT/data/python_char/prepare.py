@@ -23,4 +23,4 @@ if __name__ == '__main__':
     print(
         f'Python {sys.version.split()[0]}: {len(texts)} modules, {sum(map(len, texts)):,} characters; {len(parts["val"])} modules for val'
     )
-    write_char_dataset(HERE, ''.join(parts['train']), ''.join(parts['val']), PYTHON_CHARS)
+    write_char_dataset(HERE, ''.join(parts['train']), ''.join(parts['val']), PYTHON_CHARS, documents=len(texts))

@@ -27,4 +27,5 @@ if __name__ == '__main__':
     with DatasetWriter(HERE) as out:
         out.write('train', gpt2_encode(text[:n]))
         out.write('val', gpt2_encode(text[n:]))
+        out.documents, out.characters = 1, len(text)
         out.commit()

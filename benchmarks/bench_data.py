@@ -1,0 +1,129 @@
+"""
+The cost of reading batches from many shards: time to open the set, time per batch, and resident memory over many batches.
+
+    python benchmarks/bench_data.py [--shards=100] [--mb=200] [--ranks=8] [--batches=10000] [--dir=.] [--out=FILE.json]
+
+The shards are sparse files: they take no space on the disk, and reading them costs what reading cached files costs. All ranks
+run at the same time, as processes of this machine. A batch is 12 x 1024 tokens. The last lines give the speed of the scan for
+tokens outside the vocabulary, and of a fingerprint. About 2 minutes on 2 cores.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'nanoGPT'))
+import torch
+
+import data_scan
+from common import facts
+from data_order import SequentialOrder
+from dataset import open_dataset
+
+BATCH_SIZE, BLOCK_SIZE, VOCAB_SIZE = 12, 1024, 50304
+STEP_MS = 25  # the step that a batch is compared with
+
+
+def make_shards(folder, shards, mb):
+    """Makes sparse shards of mb megabytes, one of them for validation."""
+    tokens = mb * 10**6 // 2
+    for i in range(shards):
+        with open(f'{folder}/web_{"train" if i else "val"}_{i:06}.bin', 'wb') as f:
+            header = np.zeros(256, '<i4')
+            header[:3] = 20240520, 1, tokens
+            f.write(header.tobytes())
+            f.truncate(1024 + 2 * tokens)
+
+
+def resident_bytes():
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+
+def read_batches(folder, rank, ranks, batches):
+    """Returns a dict: milliseconds to open the set, microseconds per batch in either order, resident bytes over time."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1337 + rank)
+    start = time.perf_counter()
+    data = open_dataset(folder, BLOCK_SIZE)
+    result = {'open_ms': 1000 * (time.perf_counter() - start)}
+    order = SequentialOrder(data.train, BATCH_SIZE, rank, ranks)
+    for name, draw in (
+        ('random', lambda: data.train.sample(BATCH_SIZE, VOCAB_SIZE)),
+        ('sequential', lambda: order.next(VOCAB_SIZE)),
+    ):
+        micros, resident = [], []
+        for i in range(batches):
+            start = time.perf_counter()
+            draw()
+            micros.append(1e6 * (time.perf_counter() - start))
+            if i in (batches // 100, batches - 1):
+                resident.append(resident_bytes())
+        micros.sort()
+        result[name] = {
+            'median_us': statistics.median(micros),
+            'p99_us': micros[int(0.99 * len(micros))],
+            'resident_bytes': resident,
+        }
+    return result
+
+
+def scan_and_fingerprint(folder):
+    """Returns the bytes per second of the scan, and the milliseconds of a manifest."""
+    data = open_dataset(folder, BLOCK_SIZE)
+    total = sum(file.bytes for tokens in data.splits.values() for file in tokens.files)
+    start = time.perf_counter()
+    data.manifest()
+    manifest_ms = 1000 * (time.perf_counter() - start)
+    start = time.perf_counter()
+    data_scan.scan_in_background(data, VOCAB_SIZE).join()
+    return {'manifest_ms': manifest_ms, 'scan_bytes_per_sec': total / (time.perf_counter() - start)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--shards', type=int, default=100)
+    parser.add_argument('--mb', type=int, default=200)
+    parser.add_argument('--ranks', type=int, default=8)
+    parser.add_argument('--batches', type=int, default=10000)
+    parser.add_argument('--dir', default='.')
+    parser.add_argument('--out')
+    parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)  # folder, rank
+    args = parser.parse_args()
+    if args.worker:
+        return print(json.dumps(read_batches(args.worker[0], int(args.worker[1]), args.ranks, args.batches)))
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        make_shards(folder, args.shards, args.mb)
+        command = [sys.executable, __file__, f'--ranks={args.ranks}', f'--batches={args.batches}', '--worker', folder]
+        alone = read_batches(folder, 0, 1, args.batches)
+        workers = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE) for rank in range(args.ranks)]
+        ranks = [json.loads(worker.communicate()[0]) for worker in workers]
+        rest = scan_and_fingerprint(folder)
+    print(f'{args.shards} shards of {args.mb} MB, {args.batches:,} batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens')
+    print('| ranks | order | open, ms | batch, µs: median, 99% | % of a 25 ms step | resident memory, growth in MB |')
+    print('|---|---|---|---|---|---|')
+    for name, results in (('1', [alone]), (f'{args.ranks}, slowest', ranks)):
+        for order in ('random', 'sequential'):
+            worst = {key: max(result[order][key] for result in results) for key in ('median_us', 'p99_us')}
+            growth = max(last - first for first, last in (result[order]['resident_bytes'] for result in results)) / 1e6
+            opened = max(result['open_ms'] for result in results)
+            share = 100 * worst['median_us'] / (1000 * STEP_MS)
+            print(
+                f'| {name} | {order} | {opened:.0f} | {worst["median_us"]:.0f}, {worst["p99_us"]:.0f} | {share:.2f} | {growth:.1f} |'
+            )
+    print(f'manifest {rest["manifest_ms"]:.0f} ms, scan {rest["scan_bytes_per_sec"] / 1e9:.1f} GB/s')
+    if args.out:
+        content = {**facts(cpu=True), 'settings': vars(args), 'alone': alone, 'ranks': ranks, **rest}
+        Path(args.out).write_text(json.dumps(content, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,111 @@
+"""
+Tells whether a run continues on the data that it started with.
+
+A manifest is a plain dict in the checkpoint: the encoding, and for each split its files with name, bytes, tokens and a
+fingerprint. Names and folders may change: only sizes, contents and their order decide.
+"""
+
+import hashlib
+import os
+
+from encoding import encoding_fingerprint
+from errors import UserError
+
+WHOLE = 1 << 20  # bytes; a larger file is judged by BLOCKS blocks spread evenly from its start to its end
+BLOCKS, BLOCK = 16, 4096
+ACCEPTED = (
+    'the checkpoint does not say which data it was trained on (it is older, or from nanoGPT), so {name} is accepted'
+)
+
+
+def make_manifest(data) -> dict:
+    """Returns the manifest of a Dataset. Reads at most 1 MB of each file."""
+    return {
+        'encoding': encoding_fingerprint(data.meta),
+        **{split: [_describe(file) for file in tokens.files] for split, tokens in data.splits.items()},
+    }
+
+
+def _describe(file):
+    try:
+        fingerprint = _fingerprint(file.path, file.bytes)
+    except OSError as e:
+        raise UserError(f'{file.path} cannot be read: {e.strerror}') from None
+    return {'file': os.path.basename(file.path), 'bytes': file.bytes, 'tokens': file.tokens, 'fingerprint': fingerprint}
+
+
+def without_fingerprints(manifest: dict, names: set[str]) -> dict:
+    """Returns the manifest with an empty fingerprint, which equals any other, for the files of these names."""
+    blank = lambda entry: {**entry, 'fingerprint': ''} if entry['file'] in names else entry
+    return {k: v if k == 'encoding' else [blank(entry) for entry in v] for k, v in manifest.items()}
+
+
+def _fingerprint(path, size):
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, 'rb', buffering=0) as f:
+        if size <= WHOLE:
+            digest.update(f.read())
+        else:
+            for i in range(BLOCKS):
+                digest.update(os.pread(f.fileno(), BLOCK, (size - BLOCK) * i // (BLOCKS - 1)))
+    return digest.hexdigest()
+
+
+def check_manifest(saved):
+    """Raises UserError unless saved, from a checkpoint, is None or has the structure of a manifest."""
+    fields = {'file': str, 'bytes': int, 'tokens': int, 'fingerprint': str}
+    sound = saved is None or (
+        isinstance(saved, dict)
+        and isinstance(saved.get('encoding'), str)
+        and all(
+            isinstance(entries, list)
+            and all(isinstance(e, dict) and all(isinstance(e.get(k), t) for k, t in fields.items()) for e in entries)
+            for split, entries in saved.items()
+            if split != 'encoding'
+        )
+    )
+    if not sound:
+        raise UserError('the checkpoint is damaged: its description of the data (resume, data) is not readable')
+
+
+def check_same_data(saved: dict | None, data) -> None:
+    """
+    Raises UserError, naming the first difference, if `data` is not the data set that the manifest `saved` describes. Prints
+    a line if there is no manifest. Reads the data again, so call it only on a resume.
+    """
+    check_manifest(saved)
+    if saved is None:
+        return print(ACCEPTED.format(name=data.name))
+    check_same_encoding(saved, data.meta, data.name)
+    now = data.manifest()
+    for split in data.splits:
+        difference = _first_difference(split, saved.get(split, []), now[split])
+        if difference:
+            raise UserError(
+                f'{data.name} is not the data that the checkpoint was trained on: {difference}. Resume with the data it was '
+                'trained on (--dataset), or start a new run in another --out_dir'
+            )
+
+
+def check_same_encoding(saved: dict | None, meta: dict, name: str) -> None:
+    """Raises UserError if the tokens of `meta` (of load_meta) do not mean what those of the manifest `saved` did."""
+    check_manifest(saved)
+    if saved is not None and saved['encoding'] != encoding_fingerprint(meta):
+        raise UserError(
+            f'the encoding of {name} is {encoding_fingerprint(meta)}, but the checkpoint was trained with '
+            f'{saved["encoding"]}: give the data set that it was trained on (--dataset)'
+        )
+
+
+def _first_difference(split, before, now):
+    for old, new in zip(before, now):
+        where = f'{split} file {new["file"]}' + (f' (then {old["file"]})' if old['file'] != new['file'] else '')
+        for field, unit in (('tokens', ' tokens'), ('bytes', ' bytes')):
+            if old[field] != new[field]:
+                return f'{where} has {new[field]:,}{unit}, then {old[field]:,}'
+        if old['fingerprint'] and old['fingerprint'] != new['fingerprint']:
+            return f'{where} has other contents (same size)'
+    if len(before) != len(now):
+        extra, more = (now, 'is new') if len(now) > len(before) else (before, 'is missing')
+        return f'{split} file {extra[min(len(before), len(now))]["file"]} {more} ({len(now)} files, then {len(before)})'
+    return ''

@@ -1,0 +1,75 @@
+"""Reports a run: one record of an iteration or an evaluation becomes the printed line, the log's entry and the tracker's."""
+
+import math
+import os
+
+from tracker import Tracker
+from training_logger import TrainingLogger
+
+
+class RunReport:
+    """
+    config: all flags. facts: the log's `run` block. enabled: True on rank 0, where the methods act; on other ranks they do
+    nothing. resumed_from: see TrainingLogger.
+    """
+
+    def __init__(self, config: dict, facts: dict, enabled: bool, first_iter: int, resumed_from: dict | None):
+        self.log = TrainingLogger(config['out_dir'], config, facts, enabled and config['json_log'], resumed_from)
+        self.tracker = Tracker(config, enabled)
+        # without a log of its own, a checkpoint names that of its predecessor
+        self.log_name = os.path.basename(self.log.path or (resumed_from or {}).get('log') or '')
+        self.max_iters, self.first_iter, self.running_mfu = config['max_iters'], first_iter, None
+        self.for_tracker = {}  # sent with the next iteration, so that a checkpoint is saved before a tracker can fail
+
+    def evaluation(self, iter_num: int, losses: dict, lr: float):
+        """losses: {'train': nats, 'val': nats, ...}; further entries are logged as they are."""
+        more = {k: v for k, v in losses.items() if k not in ('train', 'val') and v is not None}
+        text = f', val {more["val_bits_per_byte"]:.4f} bits per byte' if 'val_bits_per_byte' in more else ''
+        print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}{text}')
+        self.log.evaluation(iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr, **more)
+        self.for_tracker = {'train/loss': losses['train'], 'val/loss': losses['val'], **more}
+        self.for_tracker |= {'iter': iter_num, 'lr': lr, 'mfu': (self.running_mfu or 0) * 100}
+
+    def checkpoint(self, iter_num: int, **written):
+        self.log.checkpoint(iter_num, **written)
+
+    def iteration(self, iter_num: int, *, skipped_steps: int, **record):
+        """record: loss, lr, time_ms, tokens_per_sec, mfu (a fraction, or None), grad_norm, peak_memory_bytes."""
+        mfu = record['mfu']
+        if mfu is not None and iter_num >= self.first_iter + 5:  # the first iterations compile and warm up
+            self.running_mfu = mfu if self.running_mfu is None else 0.9 * self.running_mfu + 0.1 * mfu
+        line = f'iter {iter_num}: loss {record["loss"]:.4f}, time {record["time_ms"]:.2f}ms'
+        line += f', mfu {"n/a" if self.running_mfu is None else f"{self.running_mfu * 100:.2f}%"}'
+        line += f', {record["tokens_per_sec"]:,.0f} tokens/s'
+        line += f', {skipped_steps} steps skipped' if skipped_steps else ''
+        print(line + f', {duration((self.max_iters - iter_num) * record["time_ms"] / 1000)} left')
+        self.log.iteration(iter_num, **record, skipped_steps=skipped_steps)
+        self._track()
+
+    def flush(self):
+        """Writes the last record to the log in the background, while the GPU works."""
+        self.log.flush()
+
+    def close(self, status: str):
+        """status: completed, stopped or failed."""
+        self._track()
+        self.log.close(status)
+
+    def _track(self):
+        if self.for_tracker:
+            self.tracker.log(self.for_tracker)
+            self.for_tracker = {}
+
+
+def duration(seconds: float) -> str:
+    """'2 d 3 h', '1 h 40 min', '12 min', '45 s'."""
+    if not math.isfinite(seconds):
+        return 'n/a'
+    minutes = seconds / 60
+    if minutes < 2:
+        return f'{max(seconds, 0):.0f} s'
+    if minutes < 60:
+        return f'{minutes:.0f} min'
+    if minutes < 48 * 60:
+        return f'{minutes // 60:.0f} h {minutes % 60:.0f} min'
+    return f'{minutes // 1440:.0f} d {minutes % 1440 / 60:.0f} h'

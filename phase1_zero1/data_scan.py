@@ -1,0 +1,70 @@
+"""
+Looks for tokens outside the vocabulary while the model trains already.
+
+One thread on each machine reads every file once, at the speed of memory if the file is cached. It shows its progress on a
+terminal if it takes longer than a few seconds. A token that is found becomes data.problem, which ends the run at the next
+step boundary, after a save.
+"""
+
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import numpy as np
+
+from errors import UserError
+from token_files import outside_vocabulary
+
+CHUNK = 4 << 20  # bytes; the thread needs no more memory than this
+SECONDS = 5  # between two lines of progress
+
+
+def scan_in_background(data, vocab_size: int) -> threading.Thread:
+    """
+    Starts the scan of all files of the Dataset on the first rank of each machine, and returns its thread. The thread ends by
+    itself, or with the process.
+    """
+    thread = threading.Thread(target=_scan, args=(data, vocab_size), daemon=True, name='data scan')
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        thread.start()
+    return thread
+
+
+def _scan(data, vocab_size):
+    with suppress(UserError):  # which comes again at the first save
+        data.manifest()  # now, before anything can replace the files
+    files = [file for tokens in data.splits.values() for file in tokens.files if _can_exceed(file, vocab_size)]
+    files.sort(key=lambda file: file.bytes)  # small ones are checked before the run has done its first steps
+    total, done, shown = sum(file.bytes for file in files), 0, time.monotonic()
+    for file in files:
+        position = 0  # in tokens
+        try:
+            for tokens in _chunks(file):
+                if tokens.max() >= vocab_size:  # without Python's lock
+                    i = int(np.argmax(tokens >= vocab_size))
+                    message = outside_vocabulary(file.path, position + i, tokens[i], vocab_size)
+                    data.problems.append((file.path, message))
+                    return
+                position += len(tokens)
+                done += tokens.nbytes
+                if time.monotonic() - shown > SECONDS and sys.stderr.isatty():
+                    shown = time.monotonic()
+                    print(f'checking the tokens: {done / 1e9:.1f} of {total / 1e9:.1f} GB', file=sys.stderr)
+        except OSError as e:
+            data.problems.append((file.path, f'{file.path} cannot be read any more: {e.strerror}'))
+            return
+
+
+def _can_exceed(file, vocab_size):
+    return np.iinfo(file.dtype).max >= vocab_size
+
+
+def _chunks(file):
+    """Yields the tokens of the file, a chunk at a time, always in the same memory."""
+    buffer = np.empty(CHUNK // file.dtype.itemsize, file.dtype)
+    with open(file.path, 'rb', buffering=0) as f:
+        f.seek(file.offset)
+        while count := f.readinto(buffer):
+            yield buffer[: count // file.dtype.itemsize]

@@ -1,0 +1,68 @@
+"""
+Flags that contradict each other. A pair that nobody can mean is refused; a value without an effect is followed by a note.
+Only flags that the user gave count.
+
+A flag that works only together with another one says so at the end of its help text: `needs use_fsdp`, `needs wandb_log or
+tracker`, `needs init_from=resume`, or, the other way round, `unused with val_tokens`.
+"""
+
+import math
+import re
+
+from errors import UserError
+
+
+def conflicts(config: dict, given: set, defaults: dict, help_texts: dict) -> list[str]:
+    """Returns notes about flags in `given` that have no effect. Raises UserError for flags that contradict each other."""
+    if config.get('wandb_log') and config.get('tracker', '') not in ('', 'wandb'):
+        raise UserError(
+            f'wandb_log=True and tracker={config["tracker"]} ask for two trackers: leave out one of the two'
+        )
+    return unused_flags(config, given, defaults, help_texts) + learning_rate_notes(config, given)
+
+
+def unused_flags(config, given, defaults, help_texts):
+    """Returns one note for each condition that leaves given flags without an effect."""
+    unused = {}  # {condition: flags}
+    for key in (key for key in config if key in given and config[key] != defaults[key]):
+        match = re.search(r'\b(needs|unused with) (\w+)(?:=(\w+))?(?: or (\w+))?$', help_texts.get(key, ''))
+        if match and set(match.group(2, 4)) - {None} <= config.keys():
+            word, first, value, second = match.groups()
+            holds = str(config[first]) == value if value else bool(config[first] or (second and config[second]))
+            if holds == (word == 'unused with'):
+                others = [f'{other}={config[other]!r}' for other in (first, second) if other]
+                unused.setdefault(' and '.join(others), []).append(key)
+    return [f'{", ".join(keys)}: no effect with {condition}' for condition, keys in unused.items()]
+
+
+def learning_rate_notes(config, given):
+    """Returns notes about a learning rate that will not take its usual course within this run."""
+    names = ('decay_lr', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters', 'max_iters')
+    if not config.keys() >= set(names) or not config['decay_lr'] or config['eval_only']:
+        return []
+    _, peak, min_lr, warmup, decay, last = (config[name] for name in names)
+    if last < warmup:
+        return [
+            f'max_iters={last} is before the end of the warmup, warmup_iters={warmup}: the learning rate reaches '
+            f'{peak * (last + 1) / (warmup + 1):.2e}, not {peak:.2e}'
+        ] * bool(given & {'max_iters', 'warmup_iters'})
+    if min_lr > peak:
+        raise UserError(
+            f'learning_rate={peak} is below min_lr={min_lr}, so the learning rate would rise where it should decay: give '
+            f'--min_lr={peak / 10:.2g} too (about learning_rate / 10), or --decay_lr=False for a constant one'
+        )
+    notes = []
+    if decay <= warmup and given & {'lr_decay_iters', 'warmup_iters'}:
+        notes.append(
+            f'lr_decay_iters={decay} is not after the warmup, warmup_iters={warmup}: the learning rate drops from {peak:.2e} '
+            f'to {min_lr:.2e} at once'
+        )
+    elif decay < last and given & {'lr_decay_iters', 'max_iters'}:
+        notes.append(f'the learning rate stays at {min_lr:.2e} from lr_decay_iters={decay} to max_iters={last}')
+    elif decay > last and given & {'lr_decay_iters', 'max_iters'}:
+        cosine = 0.5 * (1 + math.cos(math.pi * (last - warmup) / (decay - warmup)))
+        notes.append(
+            f'the learning rate ends at {min_lr + cosine * (peak - min_lr):.2e}, not {min_lr:.2e}: max_iters={last} is '
+            f'before lr_decay_iters={decay}'
+        )
+    return notes

@@ -1,0 +1,146 @@
+"""
+Reports the error that ends a script, from one rank, and exits. end_of_run.py calls it.
+
+A UserError is one message and exit status 2. Known failures of the machine (out of memory, a lost rank, a missing
+compiler) are such messages too. Anything else is a bug: one traceback and exit status 1. Under torchrun the first rank to
+fail claims the right to report through torchrun's key-value store, so a mistake that every rank notices is reported once;
+torchrun then ends the remaining ranks.
+"""
+
+import os
+import re
+import select
+import socket
+import sys
+import traceback
+from contextlib import suppress
+
+import torchrun_env
+from end_of_run import report_with
+from errors import OUT_OF_MEMORY, UserError, causes, first_line, out_of_memory
+from output import print_error
+from shell import pip_install
+
+OPTIONAL_PACKAGES = ('wandb', 'trackio', 'tensorboard', 'transformers', 'datasets', 'tqdm', 'pyarrow')
+
+# the words of gloo, NCCL and the key-value store for another rank that is gone or out of reach
+LOST_RANK = re.compile(
+    r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|(?<!launch )time[d-]? ?out',
+    re.I,
+)
+
+# the words of torch.compile's backend, and of Triton, for a missing or broken compiler; Python.h is one of its headers
+MISSING_TOOL = re.compile(r'C(\+\+)? compiler|C\+\+ compile error|ptxas|Python\.h')
+
+
+def report(kind, error, trace):
+    """Ends this process with a message about the error, unless it is a Ctrl-C; see sys.excepthook for the arguments."""
+    alone = torchrun_env.number('WORLD_SIZE', 1) <= 1
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        if not alone:
+            os._exit(130)  # without the interpreter's teardown, as below
+        return
+    if issubclass(kind, BrokenPipeError) and _stdout_has_no_reader():  # as in `train.py --help | head`
+        os._exit(141)
+
+    rank = os.environ.get('RANK')
+    place = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
+    reports, message = _claim_report(), _explain(error, trace, place, alone)
+    if message:
+        if reports:
+            print_error(f'error: {message}')
+    elif reports and not alone and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
+        reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # without the source line in C++
+        print_error(
+            f'error: {place} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
+            'reached. What was saved is whole: start all ranks again with --init_from=auto'
+        )
+    elif reports:
+        print_error(''.join(traceback.format_exception(kind, error, trace)).rstrip())
+    else:  # most often another rank failed, and a collective with it did too
+        print_error(f'rank {rank} ends too: {kind.__name__}: {first_line(error)}')
+    with suppress(OSError, AttributeError):  # a full disk, or no stdout at all
+        sys.stdout.flush()
+    # without the interpreter's teardown, which would wait for collectives and threads that can never finish
+    os._exit(2 if message else 1)
+
+
+def _explain(error, trace, place, alone):
+    """Returns the message about a mistake of the user's or a known failure of the machine; None about anything else."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
+        return f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'
+    if isinstance(error, OSError) and 'huggingface.co' in str(error):  # transformers could not fetch a model
+        return f'the pretrained model could not be fetched: {first_line(error)}'
+    if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
+        return f'{place} {_out_of_memory_message(out_of_memory(error), trace)}'
+    if _is_compile_error(error):
+        for cause in causes(error):
+            lines = [line for line in str(cause).splitlines() if MISSING_TOOL.search(line)]
+            if isinstance(cause, OSError) or (lines and not _is_compile_error(cause)):
+                return (
+                    f'torch.compile cannot run its compiler ({lines[0] if lines else first_line(cause)}): --compile=False works without it; '
+                    '--compile=True needs a C++ compiler, such as g++, and the headers of Python'
+                )
+    if isinstance(error, RuntimeError) and 'CUDA driver error: operation not supported' in str(error):
+        # reported by others for expandable_segments, which hardware.py sets
+        return (
+            f'{first_line(error)}: if this GPU has no virtual memory, as some vGPUs, '
+            'set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False'
+        )
+    return None
+
+
+def _is_compile_error(error):
+    """Returns whether torch.compile raised the error, around that of its backend. By name: torch._dynamo is slow to import."""
+    return any(base.__name__ == 'BackendCompilerFailed' for base in type(error).__mro__)
+
+
+def _out_of_memory_message(error, trace):
+    """Returns where memory ran out, the error's own numbers, and what helps."""
+    script = sys.argv[0]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(trace)
+        if os.path.basename(frame.filename) == os.path.basename(script)
+    ]
+    place = f' in line {lines[-1]} of {script}' if lines else ''
+    reasons = [line for line in str(error).splitlines() if OUT_OF_MEMORY.search(line)]
+    reason = reasons[0] if reasons else "no more of the CPU's"  # Python's own MemoryError has no message
+    reason = re.sub(r'^\[.*?\] (err == 0. )?', '', reason).split(' Of the allocated')[0].rstrip('.')
+    return (
+        f'ran out of memory{place}: {reason}. Training needs less with a smaller batch_size and more gradient_accumulation_steps, '
+        'with activation_checkpointing, with the Triton kernels and their loss_rows, and sharded with ZeRO-1 or FSDP'
+    )
+
+
+def _claim_report():
+    """
+    Returns True on the first rank that asks torchrun, and on every rank where no torchrun is there to ask. If torchrun no
+    longer answers, one rank of each machine reports.
+    """
+    if torchrun_env.number('WORLD_SIZE', 1) <= 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return True
+    try:
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        host, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        # TCPStore alone would try for long, and print every attempt
+        socket.create_connection((host, port), timeout=5).close()
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add(f'speaker/{torchrun_env.launch_id}', 1) == 1
+    except Exception:
+        return torchrun_env.number('LOCAL_RANK', 0) == 0
+
+
+def _stdout_has_no_reader():
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0))
+
+
+report_with(report)

@@ -1,0 +1,41 @@
+"""
+Where there is nothing to shard, the reference trainer runs instead of FSDP's. It is here as train_ddp.py, a copy of
+nanoGPT/train.py (`make sync`), so that this folder works on its own.
+"""
+
+import ast
+import os
+import runpy
+import sys
+
+import torchrun_env
+from errors import UserError
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+REFERENCE = os.path.join(FOLDER, 'train_ddp.py')
+
+
+def hand_over_if_unsharded(config: dict, given: set):
+    """
+    With one process, or with use_fsdp=False, runs train_ddp.py with the flags in `given` that it knows, and ends this
+    process with it. Otherwise returns. Raises UserError for ckpt_format=sharded, which needs shards.
+    """
+    sharded = config['use_fsdp'] and torchrun_env.number('WORLD_SIZE', 1) > 1
+    if config['ckpt_format'] not in ('full', 'sharded'):
+        raise UserError(f"ckpt_format is '{config['ckpt_format']}', but it can be full or sharded")
+    if config['ckpt_format'] == 'sharded' and not sharded:
+        raise UserError('ckpt_format=sharded needs FSDP: several processes under torchrun, and use_fsdp=True')
+    if sharded:
+        return
+    print(f'not using FSDP: {"there is one process" if config["use_fsdp"] else "use_fsdp=False"}')
+    own = assigned_names(os.path.join(FOLDER, 'train.py')) - assigned_names(REFERENCE)
+    sys.argv = [REFERENCE, *(f'--{key}={config[key]}' for key in config if key in given and key not in own)]
+    runpy.run_path(REFERENCE, run_name='__main__')
+    sys.exit()
+
+
+def assigned_names(script: str) -> set:
+    """Returns the names that a script assigns at its top level, its flags among them."""
+    with open(script, encoding='utf-8') as f:
+        assignments = [node for node in ast.parse(f.read()).body if isinstance(node, ast.Assign)]
+    return {target.id for node in assignments for target in node.targets if isinstance(target, ast.Name)}

@@ -1,0 +1,165 @@
+"""
+Saves the state of a sharded run, in either format (see sharded_checkpoint.py): rank 0 gathers it and writes ckpt.pt, or each
+rank writes its own shards while training continues.
+"""
+
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from checkpoint import write_from_rank_0
+from end_of_run import at_end
+from errors import UserError
+from sharded_checkpoint import FOLDER, first_cause, named_by, prepare, saved_names, split, write_sharded
+from sharding import as_dtensor, own_rows
+
+
+def make_saver(config: dict, model, optimizer, on_saved):
+    """
+    Returns the saver for config['ckpt_format']. Its methods are collective. save(checkpoint, model, best, required) returns
+    False if the best checkpoint could not be written; wait() returns when no save is running, False if the last one failed.
+    on_saved(iter_num, path=, bytes=, seconds=, ...) is called when a checkpoint has been written.
+    """
+    if config['ckpt_format'] == 'sharded':
+        return ShardedSaver(config['out_dir'], model, optimizer, on_saved)
+    return FullSaver(config['out_dir'], on_saved)
+
+
+class FullSaver:
+    """Gathers the whole state on rank 0, which writes it to out_dir/ckpt.pt."""
+
+    def __init__(self, out_dir: str, on_saved):
+        self.out_dir, self.on_saved = out_dir, on_saved
+
+    def save(self, checkpoint: dict, model, best: bool, required: bool) -> bool:
+        written = write_from_rank_0(gather_full(checkpoint, model), self.out_dir, best, required)
+        self.on_saved(checkpoint['iter_num'], **written)
+        return written['best']
+
+    def wait(self) -> bool:
+        return True  # save() has waited
+
+
+def gather_full(checkpoint, model):
+    """
+    The checkpoint with each sharded tensor as a full one on the CPU of rank 0; None on the other ranks. Sent over the CPU, one
+    shard at a time. Collective.
+    """
+    names = saved_names(model)
+    weights = {name: to_rank_0(p) for name, p in checkpoint['model'].items() if names[name] == name}
+    state = checkpoint['optimizer']['state']
+    state = {i: {k: to_rank_0(v) if isinstance(v, DTensor) else v for k, v in s.items()} for i, s in state.items()}
+    if dist.get_rank() != 0:
+        return None
+    model_state = {name: weights[names[name]] for name in checkpoint['model']}
+    return {**checkpoint, 'model': model_state, 'optimizer': {**checkpoint['optimizer'], 'state': state}}
+
+
+def to_rank_0(p):
+    """The DTensor p as a full tensor on the CPU of rank 0, else None."""
+    mesh = p.device_mesh
+    ranks = (
+        mesh.mesh.tolist() if mesh.ndim == 1 else mesh.mesh[0].tolist()
+    )  # those that hold the copy of which rank 0 has a part
+    rank, shard = dist.get_rank(), p.to_local().cpu()
+    if rank == 0:
+        full = torch.empty(p.shape, dtype=p.dtype)
+        own_rows(full, p).copy_(shard)
+        rows = -(-p.shape[0] // len(ranks))
+        for i, source in enumerate(ranks[1:], 1):
+            piece = full[i * rows : (i + 1) * rows]
+            if piece.numel():
+                dist.recv(piece, source)
+        return full
+    if rank in ranks and shard.numel():
+        dist.send(shard, 0)
+
+
+class ShardedSaver:
+    """Writes sharded checkpoints to out_dir while training goes on, one at a time. Every method is collective."""
+
+    def __init__(self, out_dir, model, optimizer, on_saved):
+        self.on_saved = on_saved
+        self.folder = os.path.join(out_dir, FOLDER)
+        # What runs in the background must not share a group with the training. Its time limit is long: a slow disk is no dead rank, and a group
+        # that has met its limit is of no more use
+        self.group = dist.new_group(backend='gloo', timeout=6 * dist.distributed_c10d.default_pg_timeout)
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.running = None
+        at_end('save', self._finish)
+        # what is written is a copy in CPU memory; that is pinned, which is fast to copy to but slow to allocate, so it is done once
+        shards = {f'model.{name}': p.to_local() for name, p in model.named_parameters()}
+        shards |= {
+            f'optimizer.{i}.{k}': p.to_local()
+            for i, p in enumerate(optimizer.sharded)
+            for k in ('exp_avg', 'exp_avg_sq')
+        }
+        self.copies = {
+            name: torch.empty_like(shard, device='cpu', pin_memory=shard.is_cuda) for name, shard in shards.items()
+        }
+
+    def save(self, checkpoint, model, best, required):
+        """
+        Returns as soon as the state is copied; waits for the end of the previous save, and of this one if it is required. On rank
+        0 a later save() or wait() calls on_saved(iter_num, path=, bytes=, seconds=, stall_seconds=). A save that fails is a
+        warning, and if required a UserError.
+        """
+        started = time.time()
+        self.wait()
+        tensors, rest = split(checkpoint, saved_names(model))
+        for name, p in tensors.items():
+            self.copies[name].copy_(p.to_local(), non_blocking=True)
+        copies = {name: as_dtensor(p, self.copies[name]) for name, p in tensors.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        prepare(self.folder) if dist.get_rank() == 0 else None
+        dist.all_reduce(torch.zeros(1))  # rank 0 has prepared the folder
+        future = self.executor.submit(write_sharded, copies, rest, self.folder, best, self.group)
+        self.running = future, checkpoint['iter_num'], required, started, time.time() - started
+        if required:
+            self.wait()
+        return True  # so far; wait() tells the outcome
+
+    def _finish(self, error):
+        """Completes the running save before a UserError ends this process; the other ranks complete their parts too."""
+        if isinstance(error, UserError):
+            self.wait(together=False)
+
+    def wait(self, together=True):
+        """
+        Returns when no save is running: True if the last one since the previous call succeeded or there was none, the same on
+        every rank. Not together: on a rank that is about to end, where the others may be elsewhere.
+        """
+        if self.running is None:
+            return True
+        future, iter_num, required, started, stall_seconds = self.running
+        self.running = None
+        # The ranks tell each other every second that they are alive, through the training's group: a slow disk is no dead rank, but
+        # a dead one ends this after dist_timeout
+        period_s = min(1, dist.distributed_c10d.default_pg_timeout.total_seconds() / 4)
+        busy = torch.tensor(float(together))
+        while busy:
+            wait_for([future], timeout=period_s)
+            busy = torch.tensor(float(not future.done()))
+            dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+        try:
+            path, size, ended = future.result()
+        except (CheckpointException, OSError, RuntimeError, UserError) as e:
+            latest = named_by('latest', self.folder)
+            earlier = 'the earlier one is untouched' if latest and os.path.exists(latest) else 'there is no earlier one'
+            problem = f'a checkpoint could not be saved in {self.folder} ({first_cause(e)}); {earlier}'
+            if required:
+                raise UserError(problem) from None
+            if dist.get_rank() == 0:
+                print(f'WARNING: {problem}, and training continues', file=sys.stderr)
+            return False
+        if dist.get_rank() == 0:
+            self.on_saved(iter_num, path=path, bytes=size, seconds=ended - started, stall_seconds=stall_seconds)
+        return True

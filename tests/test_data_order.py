@@ -1,0 +1,199 @@
+"""--data_order=sequential: every token once per epoch, and a position that survives any number of resumes."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import NANOGPT, TINY, load, log_of
+from data_order import SequentialOrder
+from dataset import open_dataset
+from errors import UserError
+from test_shards import headerless, shard, write
+from token_files import inputs_and_targets
+
+TRAIN = NANOGPT / 'train.py'
+LENGTHS = [50, 5, 33, 8, 2, 1]  # of the training shards; with block_size 8, one of them ends with a whole row
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """Training shards whose tokens are all different: 0 to 98."""
+    files = {'x_val_0.bin': shard(range(20))}
+    for i, end in enumerate(itertools.accumulate(LENGTHS)):
+        files[f'x_train_{i}.bin'] = shard(range(end - LENGTHS[i], end))
+    return open_dataset(write(tmp_path, files), block_size=8).train
+
+
+def first_tokens(orders, steps):
+    """The first tokens of the rows that the orders of all ranks return in so many steps, in the order of the position."""
+    return [row[0].item() for _ in range(steps) for order in orders for row in order.next(1000)]
+
+
+def ranks(tokens, batch_size, world_size, state=None):
+    return [SequentialOrder(tokens, batch_size, rank, world_size, state) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize('batch_size, world_size', [(1, 1), (4, 1), (3, 2), (2, 5)])
+def test_every_token_is_read_once_per_epoch(tokens, batch_size, world_size):
+    """Also where a global batch does not divide the epoch: it continues with the next one."""
+    orders = ranks(tokens, batch_size, world_size)
+    rows = []
+    while len(rows) < 2 * tokens.rows:
+        rows += [row for order in orders for row in order.next(1000)]
+    starts = [0, *itertools.accumulate(LENGTHS)]
+    for epoch in (rows[: tokens.rows], rows[tokens.rows : 2 * tokens.rows]):
+        x, y = inputs_and_targets(torch.stack(epoch))
+        real = y >= 0
+        assert torch.equal(y[real], x[real] + 1)  # the target is the next token, and never another shard's
+        # a shard's first token has none before it, and its last none after it
+        assert sorted(y[real].tolist()) == [i for i in range(starts[-1]) if i not in starts]
+        assert sorted(x[real].tolist()) == [i for i in range(starts[-1]) if i + 1 not in starts]
+
+
+def test_the_position_holds_at_any_world_size_and_batch_size(tokens):
+    everything = first_tokens(ranks(tokens, 1, 1), 60)
+    assert first_tokens(ranks(tokens, 3, 4), 5) == everything
+    # two resumes in a row, each with other ranks; a batch that was drawn but not trained on comes again
+    orders = ranks(tokens, 2, 3)
+    seen = first_tokens(orders, 3)
+    first_tokens(orders, 1)
+    assert len({str(order.state()) for order in orders}) == 1
+    orders = ranks(tokens, 4, 1, orders[0].state())
+    seen += first_tokens(orders, 2)
+    first_tokens(orders, 1)
+    orders = ranks(tokens, 1, 2, orders[0].state())
+    assert orders[0].state() == {'row': 26, 'block_size': 8}  # nothing was drawn since
+    seen += first_tokens(orders, 17)
+    assert seen == everything
+
+
+def test_a_smaller_block_size_repeats_less_than_a_block(tokens):
+    order = SequentialOrder(tokens, 4)
+    order.next(1000)
+    next_token = order.next(1000)[0, 0].item()
+    cropped = type(tokens)(tokens.files, block_size=5)
+    for epochs in (0, 1):
+        state = {'row': order.state()['row'] + epochs * tokens.rows, 'block_size': 8}
+        again = SequentialOrder(cropped, 1, state=state)
+        assert next_token - 5 < again.next(1000)[0, 0].item() <= next_token
+        assert again.drawn // cropped.rows == epochs
+
+
+@pytest.mark.parametrize('state', [{'row': 1}, {'row': -1, 'block_size': 8}, {'row': '1', 'block_size': 8}, [1], 7])
+def test_a_damaged_position_is_refused(tokens, state):
+    with pytest.raises(UserError, match='position in the data'):
+        SequentialOrder(tokens, 4, state=state)
+
+
+# in train.py
+
+SEQUENTIAL = [*TINY, '--data_order=sequential', '--dataset=web', '--dropout=0.1', '--eval_interval=4']
+
+
+@pytest.fixture
+def web(work):
+    """Three shards of letters: 39 rows of 16, so that 20 iterations of 8 rows are four epochs."""
+    ids = np.fromfile(work / 'data/letters/train.bin', np.uint16)
+    files = {f'web_train_{i}.bin': shard(ids[200 * i : 200 * i + 200 + i]) for i in range(3)}
+    files |= {'web_val_0.bin': shard(ids[800:1200]), 'meta.pkl': (work / 'data/letters/meta.pkl').read_bytes()}
+    return write(work / 'data/web', files)
+
+
+def run_losses(out_dir):
+    return {record['iter']: record['loss'] for record in log_of(out_dir)['iterations']}
+
+
+@pytest.mark.parametrize('nproc', [1, 2])
+def test_two_resumes_give_the_losses_of_an_undisturbed_run(launch, web, nproc):
+    launch(TRAIN, *SEQUENTIAL, '--out_dir=whole', nproc=nproc)
+    expected = run_losses('whole')
+    assert len(expected) == 21
+    got = {}
+    for max_iters in (9, 13, 20):
+        launch(TRAIN, *SEQUENTIAL, '--out_dir=parts', '--init_from=auto', f'--max_iters={max_iters}', nproc=nproc)
+        got |= run_losses('parts')
+    assert got == expected  # in every digit
+
+
+def test_resume_after_sigkill(launch, web):
+    """What a killed run had saved continues as if nothing had happened, whenever the kill comes."""
+    flags = [*SEQUENTIAL, '--max_iters=120', '--lr_decay_iters=120', '--eval_iters=1']
+    launch(TRAIN, *flags, '--out_dir=whole')
+    for _ in range(2):
+        launch(TRAIN, *flags, '--init_from=auto', kill_after=0.6, check=False)
+    launch(TRAIN, *flags, '--init_from=auto')
+    expected = run_losses('whole')
+    got = run_losses('out')
+    assert got and got == {i: expected[i] for i in got}
+    assert load('out/ckpt.pt')['resume']['order'] == load('whole/ckpt.pt')['resume']['order']
+
+
+def test_resume_at_another_world_size_continues_at_the_next_token(launch, web):
+    """Without dropout, the windows of an iteration do not depend on the number of ranks, so the losses do not either."""
+    flags = [*SEQUENTIAL, '--dropout=0.0']
+    launch(TRAIN, *flags, '--out_dir=whole')
+    for nproc, max_iters in ((2, 6), (1, 11), (2, 20)):
+        result = launch(TRAIN, *flags, '--init_from=auto', f'--max_iters={max_iters}', nproc=nproc)
+        assert 'new data order' not in result.stdout
+    expected, got = run_losses('whole'), run_losses('out')
+    # the sums of gradients differ in their order: rounding of 6e-8, which 20 steps amplify
+    assert got == pytest.approx({i: expected[i] for i in got}, rel=1e-5)
+    assert load('out/ckpt.pt')['resume']['order'] == load('whole/ckpt.pt')['resume']['order']
+
+
+def test_an_unknown_order_is_refused(launch, work):
+    result = launch(TRAIN, *TINY, '--data_order=shuffled', check=False)
+    assert result.returncode == 2 and 'data_order=shuffled' in result.stderr
+
+
+# a token outside the vocabulary ends the run after a save
+
+
+def spoil(path, position, token):
+    """Overwrites one token of a shard, and returns the one that was there."""
+    tokens = np.memmap(path, np.uint16, 'r+', offset=1024)
+    before, tokens[position] = int(tokens[position]), token
+    return before
+
+
+def test_a_bad_token_that_is_drawn_saves_first(launch, web):
+    """
+    Iteration 4 would begin with row 32, which is drawn at the end of iteration 3. LOCAL_RANK=1 is a rank that does not scan.
+    """
+    flags = [
+        *SEQUENTIAL,
+        '--eval_iters=1',
+        '--eval_interval=1000',
+    ]  # one batch of random windows, which does not meet the token
+    launch(TRAIN, *flags, '--out_dir=whole')
+    path = f'{web}/web_train_2.bin'
+    before = spoil(path, 6 * 16 + 5, 99)  # shards 0 and 1 have 13 rows each
+    result = launch(TRAIN, *flags, env={'LOCAL_RANK': '1'}, check=False)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert result.stderr.count('error: ') == 1
+    assert (
+        f'token 99 at position 101 of {path.replace(web, "data/web")} is outside the vocabulary of 40' in result.stderr
+    )
+    assert load('out/ckpt.pt')['iter_num'] == 4
+    assert set(run_losses('out')) == {0, 1, 2, 3}
+    # once the file is repaired, the run continues as if nothing had happened
+    spoil(path, 6 * 16 + 5, before)
+    launch(TRAIN, *flags, '--init_from=resume')
+    assert run_losses('out') == {i: loss for i, loss in run_losses('whole').items() if i in run_losses('out')}
+    assert max(run_losses('out')) == 20
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('nproc', [1, 2])
+def test_the_scan_finds_a_bad_token_on_every_rank(launch, work, split, nproc):
+    """One token of 200,000, which 100,000 iterations of random draws would need long to meet."""
+    ids = np.tile(np.arange(40), 5000)
+    ids[150_000] = 40
+    write(work / 'data/letters', {f'{split}.bin': headerless(ids)})
+    flags = ['--max_iters=100000', '--eval_interval=100000', '--log_interval=1000', '--eval_iters=1']
+    result = launch(TRAIN, *TINY, *flags, nproc=nproc, check=False, timeout=60)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert result.stderr.count('error: ') == 1
+    assert f'token 40 at position 150,000 of data/letters/{split}.bin is outside the vocabulary of 40' in result.stderr

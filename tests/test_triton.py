@@ -1,0 +1,205 @@
+"""
+The Triton model and its kernels where Triton cannot run: without a GPU, without Triton, on a GPU too old; and the kernels compiled
+for GPUs that are not here. The kernels' numbers are tested in tests/kernels/.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import kernels
+from conftest import NANOGPT, ROOT, TINY
+from kernels import cross_entropy as cross_entropy_kernels
+from kernels import device as kernel_device
+from kernels import gelu as gelu_kernels
+from kernels.launch import Config
+
+layer_norm_kernels = importlib.import_module('kernels.layer_norm')
+has_triton = kernel_device.missing is None
+
+
+def train(folder, **options):
+    """Loss, after two forwards and a backward on the CPU, of a model of one folder; its module is loaded afresh, so it prints anew."""
+    spec = importlib.util.spec_from_file_location(f'model_of_{folder}', ROOT / folder / 'model.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    torch.manual_seed(1337)
+    model = module.GPT(
+        module.GPTConfig(block_size=8, vocab_size=17, n_layer=1, n_head=2, n_embd=16, dropout=0.0, bias=True, **options)
+    )
+    idx = torch.arange(16).view(2, 8)
+    for _ in range(2):
+        loss = model(idx, idx)[1]
+    loss.backward()
+    return loss.item()
+
+
+def said(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if 'LayerNorm' in line]
+
+
+def test_without_triton_training_runs():
+    """As on a machine where `import triton` fails, which only a fresh process can show."""
+    program = (
+        'import sys; sys.modules["triton"] = None; import test_triton as t; print("loss", t.train("phase2_triton"))'
+    )
+    env = {**os.environ, 'PYTHONPATH': str(ROOT / 'tests'), 'CUDA_VISIBLE_DEVICES': ''}
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert 'not using Triton-accelerated LayerNorm: Triton is not installed (' in done.stdout
+    assert f'loss {train("nanoGPT")}' in done.stdout, 'the same bits as the reference'
+
+
+def test_without_a_gpu_training_runs(capsys):
+    assert train('phase2_triton') == train('nanoGPT'), 'the same bits as the reference'
+    (line,) = said(capsys)
+    assert line.startswith('not using Triton-accelerated LayerNorm: Triton ')
+
+
+def test_switched_off(capsys):
+    assert train('phase2_triton', use_triton=False) == train('nanoGPT')
+    assert said(capsys) == ['not using Triton-accelerated LayerNorm: use_triton is off']
+
+
+def test_only_rank_0_speaks(launch, work):
+    run = launch(NANOGPT / 'train.py', *TINY, '--max_iters=0', '--model_dir=../phase2_triton', nproc=2)
+    assert run.stdout.count('Triton-accelerated') == 1
+
+
+@pytest.mark.skipif(not has_triton, reason='Triton is not installed')
+def test_a_gpu_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: 'Tesla T4')
+    reason = kernel_device._unavailable_reason.__wrapped__('cuda', 0)
+    assert reason == 'Tesla T4 has compute capability 7.5, the kernels need 8.0'
+
+
+def test_availability_is_told_in_words():
+    assert not kernels.available('meta')
+    assert kernels.unavailable_reason('meta')
+    assert kernels.available('cuda') == (kernels.unavailable_reason('cuda') is None)
+
+
+def test_cpu_tensors_take_pytorchs_own():
+    x, w, b = torch.randn(3, 5, 8), torch.randn(8), torch.randn(8)
+    assert torch.equal(kernels.layer_norm(x, w, b), F.layer_norm(x, (8,), w, b))
+    assert torch.equal(kernels.layer_norm(x, w), F.layer_norm(x, (8,), w))
+    half = kernels.layer_norm(x.bfloat16(), w)
+    assert half.dtype == torch.bfloat16, 'a wider weight does not widen the result'
+    with pytest.raises(ValueError, match='weight has shape'):
+        kernels.layer_norm(x, w[:4])
+
+
+pointer = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
+
+
+def compile_offline(kernel, constants, types, config, capability):
+    """A kernel as Triton would launch it on aligned pointers and even sizes; no GPU needed. Returns it and ptxas's report."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: 'constexpr' if name in constants else types[name] for name in kernel.arg_names}
+    divisible = {
+        (i,): [['tt.divisibility', 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name not in constants and name != 'eps'
+    }
+    options = {
+        'num_warps': config.warps,
+        'launch_pdl': config.pdl,
+        **({'maxnreg': config.registers} if config.registers else {}),
+    }
+    source = ASTSource(
+        kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, divisible
+    )
+    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+    ptxas = triton.knobs.nvidia.ptxas.path  # the one that Triton itself runs
+    arch = 'sm_90a' if capability == 90 else f'sm_{capability}'
+    command = [ptxas, '-v', '--gpu-name', arch, '-o', os.devnull, '-']
+    report = subprocess.run([*command[:-1], '/dev/stdin'], input=compiled.asm['ptx'], capture_output=True, text=True)
+    assert report.returncode == 0, report.stderr
+    return compiled, report.stderr
+
+
+listed = [
+    (N, *d, False)
+    for N in (768, 1600, 4096, 12288)
+    for d in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32))
+]
+
+
+@pytest.mark.skipif(not has_triton, reason='Triton is not installed')
+@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize('backward', [False, True], ids=['forward', 'backward'])
+def test_layer_norm_compiles_without_spilling_registers(capability, backward):
+    """For Hopper every width of the table in IMPLEMENTATION.md, and the model's with the residual added; for Ampere the widest."""
+    added = [(N, x, torch.bfloat16, True) for N in (768, 1600) for x in (torch.float32, torch.bfloat16)]
+    cases = (
+        [*listed, (768, torch.float32, torch.bfloat16, False), *added]
+        if capability == 90
+        else [c for c in listed if c[0] == 12288]
+    )
+    shared_limit = {80: 163 * 1024, 90: 227 * 1024}[capability]
+    pdl = capability >= 90
+    for N, x, y, add in cases:
+        size = x.itemsize
+        types = dict.fromkeys(('dy_ptr', 'y_ptr', 'branch_ptr', 'dbranch_ptr'), pointer[y])
+        types |= dict.fromkeys(('x_ptr', 'dx_ptr', 'sum_ptr', 'dsum_ptr', 'weight_ptr', 'bias_ptr'), pointer[x])
+        types |= (
+            dict.fromkeys(('stats_ptr', 'partial_ptr'), '*fp32')
+            | dict.fromkeys(('x_stride', 'dy_stride', 'M'), 'i32')
+            | {'eps': 'fp32'}
+        )
+        c = (layer_norm_kernels.backward_config if backward else layer_norm_kernels.forward_config)(N, size, pdl)
+        constants = dict(N=N, ROWS=c.rows, CHUNK=c.chunk, PDL=c.pdl, ADD=add)
+        constants |= (
+            dict(PREFETCH=c.prefetch, COPY=add and x != y, NEED_DX=True, NEED_DW=True, NEED_DB=True)
+            if backward
+            else dict(RESIDENT=c.resident, HAS_BIAS=True)
+        )
+        compiled, report = compile_offline(
+            layer_norm_kernels.backward_kernel if backward else layer_norm_kernels.forward_kernel,
+            constants,
+            types,
+            c,
+            capability,
+        )
+        assert '0 bytes spill stores, 0 bytes spill loads' in report, f'{N} {x} {add} {c}: {report}'
+        assert compiled.metadata.shared <= shared_limit
+        wide = [line for line in compiled.asm['ptx'].splitlines() if 'ld.global' in line and '.v4.b32' in line]
+        assert wide, f'{N} {x}: no 16-byte loads'
+
+
+@pytest.mark.skipif(not has_triton, reason='Triton is not installed')
+@pytest.mark.parametrize('capability', [80, 90])
+def test_loss_and_gelu_compile_without_spilling_registers(capability):
+    """As launched for GPT-2, without a GPU. Two programs of the loss share a multiprocessor, so each thread may have 32 registers."""
+    c = cross_entropy_kernels.cross_entropy_config(50304)
+    launches = [
+        (
+            cross_entropy_kernels.cross_entropy_kernel,
+            dict(V=50304, LANES=c.rows, ITEMS=c.chunk, GRAD=True),
+            {'logits_ptr': '*bf16', 'targets_ptr': '*i64', 'losses_ptr': '*fp32', 'M': 'i32', 'ignore_index': 'i32'},
+            c,
+        )
+    ]
+    for pointer in ('*bf16', '*fp32'):
+        types = {'size': 'i32'} | dict.fromkeys(('x_ptr', 'y_ptr', 'dy_ptr', 'dx_ptr'), pointer)
+        launches += [
+            (kernel, dict(BLOCK=2048, EXACT=pointer == '*fp32', TANH=tanh), types, Config(1, 2048, 4))
+            for kernel in (gelu_kernels.forward_kernel, gelu_kernels.backward_kernel)
+            for tanh in (False, True)
+        ]
+    for kernel, *launch in launches:
+        _, report = compile_offline(kernel, *launch, capability)
+        assert '0 bytes spill stores, 0 bytes spill loads' in report, f'{kernel.fn.__name__} {launch}: {report}'
+        if kernel is cross_entropy_kernels.cross_entropy_kernel:
+            assert 'Used 32 registers' in report, report
