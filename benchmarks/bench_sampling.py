@@ -16,6 +16,7 @@ from functools import partial
 from os import devnull
 
 import torch
+
 from common import ROOT, facts, spread, write_json
 
 SHAPES = {

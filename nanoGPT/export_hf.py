@@ -81,7 +81,7 @@ def write_weights(folder, tensors):
 
 def model_card(checkpoint, path, options, vocab_size, meta, has_tokenizer):
     """Returns README.md: the run's facts and how to use the model."""
-    args, flags = checkpoint['model_args'], checkpoint.get('config') or {}
+    args, flags = checkpoint['model_args'], checkpoint.get('config', {})
     steps, loss = checkpoint['iter_num'], checkpoint['best_val_loss']
     facts = [('data set', flags.get('dataset') or 'unknown'), ('iterations', f'{steps:,}')]
     if {'gradient_accumulation_steps', 'batch_size', 'block_size'} <= flags.keys():
@@ -179,9 +179,9 @@ args = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__da
 options = saved_options(checkpoint, {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}, given)
 model = GPT(GPTConfig(**{**args, **options})).eval()
 load_model(model, checkpoint)
-dataset = dataset or (checkpoint.get('config') or {}).get('dataset', '')
+dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
 try:
-    meta = meta_of_model(dataset, args['vocab_size'], named='dataset' in given)
+    meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in given, checkpoint.get('resume', {}).get('data'))
     no_tokenizer = ''
 except UserError as error:
     if 'dataset' in given:

@@ -11,6 +11,7 @@ import json
 import os
 
 import torch
+
 from errors import UserError
 
 ACTIVATIONS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}  # GPTConfig's gelu

@@ -10,10 +10,12 @@ import os
 import re
 from contextlib import redirect_stdout
 
+import torch
+
 import hf_format
 from checkpoint import write_checkpoint
 from configurator import configure
-from errors import UserError
+from errors import UserError, first_line
 from model import GPT, GPTConfig
 from out_dir import make_out_dir
 
@@ -105,10 +107,6 @@ def check_vocabulary(folder, vocab_size):
             )
 
 
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 if not hf_dir:
     raise UserError('hf_dir is empty: name a folder or a model, such as --hf_dir=gpt2')
 if gelu not in ('auto', 'erf', 'tanh'):
@@ -124,10 +122,15 @@ if not model_args['bias'] and any(tensor.any() for name, tensor in tensors.items
 model = GPT(GPTConfig(**model_args, gelu=gelu))
 weights = hf_format.from_hf(tensors, model.state_dict())
 with redirect_stdout(None):
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu')
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu').state_dict()
+params = dict(
+    enumerate(sorted(model.parameters(), key=lambda p: p.dim() < 2))
+)  # in the optimizer's order: matrices, vectors
+zeros = {i: {k: torch.zeros_like(p) for k in ('exp_avg', 'exp_avg_sq')} for i, p in params.items()}
 checkpoint = {
     'model': weights,
-    'optimizer': optimizer.state_dict(),  # without moments: AdamW starts anew
+    # AdamW starts anew
+    'optimizer': {**optimizer, 'state': {i: {'step': torch.tensor(0.0), **moments} for i, moments in zeros.items()}},
     'model_args': model_args,
     'iter_num': 0,
     'best_val_loss': 1e9,

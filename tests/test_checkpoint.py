@@ -3,16 +3,12 @@ Checkpoints: any change of a byte or of a field is noticed, names of other versi
 """
 
 import json
-import os
-import re
 import shutil
 
 import pytest
-import torch
-from checkpoint import find_checkpoint, load_checkpoint, load_model, write_checkpoint
+
 from checkpoint_changes import changes, representatives
-from conftest import NANOGPT, ROOT, TINY, load, log_of, make_letters
-from errors import UserError
+from conftest import NANOGPT, ROOT, TINY, load, make_letters
 
 TRAIN, SAMPLE = NANOGPT / 'train.py', NANOGPT / 'sample.py'
 RESUME = [*TINY, '--init_from=resume', '--max_iters=5', '--eval_interval=100', '--eval_iters=1']

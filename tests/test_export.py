@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+
 from conftest import NANOGPT, ROOT, TINY, load
 from model import GPT, GPTConfig
 
