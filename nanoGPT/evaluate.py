@@ -56,11 +56,11 @@ HELLASWAG_SHA256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c99
 
 def read_questions():
     """Returns HellaSwag's questions, a list of dicts, up to limit of them. Raises UserError if the file is missing or another one."""
-    path = input or os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'hellaswag', 'hellaswag_val.jsonl')
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = input or os.path.join(here, 'data', 'downloads', 'hellaswag_val.jsonl')
     if not input and not os.path.exists(path):
         print(f'downloading {HELLASWAG_URL}')
         instead = f'Get this file on any machine:\n  {HELLASWAG_URL}\nand name it: --input=hellaswag_val.jsonl'
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         download(HELLASWAG_URL, path, HELLASWAG_SHA256, instead)
     try:
         with open(path, 'rb') as f:
@@ -205,8 +205,14 @@ if not dataset and not hellaswag:
     raise UserError(f'{path} does not say on which data set it was trained: name one with --dataset')
 
 results = {'checkpoint': os.path.basename(path), 'iter': checkpoint['iter_num'], 'dtype': dtype}
-if dataset:
-    data = open_dataset(dataset, args['block_size'], splits=('val',))
+data = None
+try:
+    data = open_dataset(dataset, args['block_size'], splits=('val',)) if dataset else None
+except UserError as error:
+    if not hellaswag or 'dataset' in given:
+        raise
+    print(f'note: HellaSwag only, because {error}')
+if data:
     num_tokens = val_tokens or len(data.val)
     loss = mean_loss(model, data.val, num_tokens, args['block_size'], batch_size, device, ctx)
     data.raise_problem()
