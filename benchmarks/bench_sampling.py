@@ -83,7 +83,7 @@ def main():
     sys.path.insert(0, str(ROOT / 'nanoGPT'))
     import hardware
 
-    device, dtype, _, _ = hardware.choose(args.device, args.dtype, False, 'auto')
+    device, dtype, _, _ = hardware.resolve_auto(args.device, args.dtype, False, 'auto')
     if device == 'cpu':
         torch.set_num_threads(1)
     model = build(args.shape, args.model_dir, device)
