@@ -173,8 +173,26 @@ def write_results(path, results):
         earlier = {}
     if isinstance(earlier, dict) and earlier.get('iter') == results['iter']:
         results = earlier | results
+    write_json(path, results)
+
+
+def add_to_log(path, results):
+    """Adds the results to the list `results` in the log at path, unless its run has not ended or the file is missing. Prints which."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            log = json.load(f)
+        if log['run']['status'] == 'running':
+            return print(f'not added to {path}: its run has not ended')
+        log.setdefault('results', []).append(results)
+        write_json(path, log)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        return print(f'not added to {path}: {type(e).__name__}: {e}')
+    print(f'added to {path}')
+
+
+def write_json(path, content):
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(results, f, indent=2)
+        json.dump(content, f, indent=2, allow_nan=False)
         f.write('\n')
     os.replace(path + '.tmp', path)
 
@@ -235,4 +253,7 @@ if rank == 0:
     file = os.path.splitext(path)[0] + '_evaluation.json'
     write_results(file, results)
     print(f'written to {file}')
+    log = checkpoint.get('resume', {}).get('log')
+    if log:
+        add_to_log(os.path.join(os.path.dirname(path), os.path.basename(log)), results)
 leave_ranks()

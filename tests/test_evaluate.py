@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import NANOGPT, TINY, load
+from conftest import NANOGPT, TINY, load, log_of
 from encoding import ByteEncoding
 from model import GPT, GPTConfig
 
@@ -27,6 +27,14 @@ def model_of(path):
     model = GPT(GPTConfig(**checkpoint['model_args'])).eval()
     model.load_state_dict(checkpoint['model'])
     return model
+
+
+def texts_of(out_dir):
+    """All that the picture of the newest run says."""
+    from run_logs import load_runs
+    from visualize_training import draw
+
+    return ' '.join(text.get_text() for ax in draw(load_runs([out_dir])).axes for text in ax.texts)
 
 
 @torch.no_grad()
@@ -50,6 +58,9 @@ def test_loss(launch, work):
         assert f'letters, first 200 tokens: loss {expected:.4f}, perplexity {math.exp(expected):.2f}' in out
         assert found['perplexity'] == pytest.approx(math.exp(expected)) and found['iter'] == 21
         assert found['bits_per_byte'] == pytest.approx(expected / math.log(2))
+    log = log_of('out')
+    assert [record['val_loss'] for record in log['results']] == pytest.approx(3 * [expected]) and log['iterations']
+    assert f'{expected / math.log(2):.3f} bits/byte' in texts_of('out')
     launch(EVALUATE, '--ckpt=ckpt_best.pt', '--device=cpu')
     assert results('out/ckpt_best')['val_tokens'] == 400  # all there are
     for flags, message in (
