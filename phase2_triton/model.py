@@ -14,10 +14,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's name of the form -> PyTorch's
+
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.device import announce_triton
 from kernels.linear import autocast_dtype
-from kernels.modules import GELU, AddLayerNorm, Embedding, Linear
+from kernels.modules import AddLayerNorm, Embedding, Gelu, Linear
 
 
 class CausalSelfAttention(nn.Module):
@@ -48,7 +50,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias, use_triton=config.use_triton)
-        self.gelu = GELU(config.use_triton)
+        self.gelu = Gelu(approximate=GELU[config.gelu], use_triton=config.use_triton)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias, use_triton=config.use_triton)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -80,6 +82,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
+    gelu: str = 'erf'  # or tanh, as in OpenAI's GPT-2; a checkpoint records it in its config, not in model_args
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
     use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
@@ -168,7 +171,7 @@ class GPT(nn.Module):
             entropy = cross_entropy if self.config.use_triton else F.cross_entropy
             loss = entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         else:
-            logits = self.lm_head(x[:, [-1], :])  # [-1] as a list keeps the time dimension
+            logits = self.lm_head(x[:, -1:, :])  # -1: keeps the time dimension
             loss = None
 
         return logits, loss

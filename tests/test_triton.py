@@ -193,10 +193,10 @@ def test_loss_and_gelu_compile_without_spilling_registers(capability):
     ]
     for pointer in ('*bf16', '*fp32'):
         types = {'size': 'i32'} | dict.fromkeys(('x_ptr', 'y_ptr', 'dy_ptr', 'dx_ptr'), pointer)
-        constants = dict(BLOCK=2048, EXACT=pointer == '*fp32')
         launches += [
-            (kernel, constants, types, Config(1, 2048, 4))
+            (kernel, dict(BLOCK=2048, EXACT=pointer == '*fp32', TANH=tanh), types, Config(1, 2048, 4))
             for kernel in (gelu_kernels.forward_kernel, gelu_kernels.backward_kernel)
+            for tanh in (False, True)
         ]
     for kernel, *launch in launches:
         _, report = compile_offline(kernel, *launch, capability)

@@ -29,13 +29,13 @@ class Embedding(nn.Embedding):
         return (embedding if self.use_triton else F.embedding)(input, self.weight)
 
 
-class GELU(nn.Module):
-    def __init__(self, use_triton):
+class Gelu(nn.Module):
+    def __init__(self, approximate, use_triton):
         super().__init__()
-        self.use_triton = use_triton
+        self.approximate, self.use_triton = approximate, use_triton
 
     def forward(self, input):
-        return (gelu if self.use_triton else F.gelu)(input)
+        return (gelu if self.use_triton else F.gelu)(input, approximate=self.approximate)
 
 
 class AddLayerNorm(nn.Module):
