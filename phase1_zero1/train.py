@@ -37,8 +37,8 @@ from startup import setup
 from step_guard import StepGuard
 from step_timer import StepTimer
 from stop_signal import StopSignal
-from zero1 import Zero1Optimizer
 from token_files import inputs_and_targets
+from zero1 import Zero1Optimizer
 
 # -----------------------------------------------------------------------------
 # default config values designed to train a GPT-2 (124M) on OpenWebText; each is a flag

@@ -32,12 +32,12 @@ from reference_trainer import hand_over_if_unsharded
 from resume import rank_state
 from run_facts import run_facts
 from run_report import RunReport
-from startup import setup
 from sharded_checkpoint import find_checkpoint
 from sharded_cuda_graph import ShardedMicroStep
 from sharded_resume import ShardedResume
 from sharded_saver import make_saver
 from sharding import FSDPGradScaler, OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
+from startup import setup
 from step_guard import StepGuard
 from step_timer import StepTimer
 from stop_signal import StopSignal
