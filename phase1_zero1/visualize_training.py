@@ -423,12 +423,11 @@ def _facts(ax, run, row):
 
 def _results(results):
     """What evaluate.py has added to the log, in words."""
-    bits = results.get('bits_per_byte')
-    return [f'{bits:.3f} bits/byte'] * (positive(bits) is not None) + [
-        f'{name} {100 * accuracy:.1f}%'
-        for key, name in (('hellaswag', 'HellaSwag'), ('hellaswag_llmc', 'HellaSwag (llm.c)'))
-        if (accuracy := positive((results.get(key) or {}).get('acc_norm')))
-    ]
+    words = [f'{bits:.3f} bits/byte' for bits in [positive(results.get('bits_per_byte'))] if bits]
+    for key, name in (('hellaswag', 'HellaSwag'), ('hellaswag_llmc', 'HellaSwag (llm.c)')):
+        accuracy = positive((results.get(key) or {}).get('acc_norm'))
+        words += [f'{name} {100 * accuracy:.1f}%'] if accuracy else []
+    return words
 
 
 def _bars(ax, runs, key, table, named):
