@@ -11,10 +11,10 @@ import argparse
 import statistics
 
 import torch
-from bench_layer_norm import graph_us
-from common import facts, first_line, write_json
 from torch.nn import functional as F
 
+from bench_layer_norm import graph_us
+from common import facts, first_line, write_json
 from kernels import attention
 
 sizes = {'124M': (12, 1024, 12, 64), '124M, 32 sequences': (32, 1024, 12, 64), '1.5B': (8, 1024, 25, 64)}

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from common import GIB, ROOT, facts, output_of, spread, write_json
 
 BLOCK_SIZE = 1024
