@@ -16,10 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's name of the form -> PyTorch's
 
+from kernels.attention import causal_attention
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.device import announce_triton
+from kernels.embedding import embeddings
 from kernels.linear import autocast_dtype
-from kernels.modules import AddLayerNorm, Embedding, Gelu, Linear
+from kernels.modules import AddLayerNorm, Gelu, Linear
 
 
 class CausalSelfAttention(nn.Module):
@@ -33,16 +35,11 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.dropout = config.dropout
+        self.use_triton = config.use_triton
 
     def forward(self, x):
-        B, T, C = x.size()  # batch size, sequence length, n_embd
-        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         # each token attends to itself and to what came before; (B, nh, T, T) is never written to memory
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side again
+        y = causal_attention(self.c_attn(x), self.n_head, self.dropout if self.training else 0.0, self.use_triton)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -99,7 +96,7 @@ class GPT(nn.Module):
 
         self.transformer = nn.ModuleDict(
             dict(
-                wte=Embedding(config.vocab_size, config.n_embd, use_triton=config.use_triton),
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
@@ -143,13 +140,9 @@ class GPT(nn.Module):
         self.announce_kernels(idx.device)
         B, T = idx.size()
         assert T <= self.config.block_size, f'a sequence of {T} tokens does not fit block_size={self.config.block_size}'
-        pos = torch.arange(0, T, dtype=torch.long, device=idx.device)  # (T)
-
-        tok_emb = self.transformer.wte(idx)  # (B, T, n_embd)
-        pos_emb = self.transformer.wpe(pos)  # (T, n_embd)
-        x = self.transformer.drop(tok_emb + pos_emb)
-        if self.config.half_residual and self.config.use_triton:
-            x = x.to(autocast_dtype(x) or x.dtype)
+        wte, wpe, use_triton = self.transformer.wte.weight, self.transformer.wpe.weight, self.config.use_triton
+        dtype = autocast_dtype(wte) if self.config.half_residual and use_triton else None
+        x = self.transformer.drop(embeddings(idx, wte, wpe, dtype, use_triton))  # (B, T, n_embd)
         branch = None
         for block in self.transformer.h:
             if self.config.activation_checkpointing and self.training:
