@@ -64,7 +64,7 @@ def flags_of(script):
 
 
 TORCHRUN = set(get_args_parser()._option_string_actions)
-KNOWN = TORCHRUN.union(*map(flags_of, SCRIPTS))
+KNOWN = TORCHRUN.union({'--regenerate-golden'}, *map(flags_of, SCRIPTS))  # an option of tests/conftest.py
 
 
 def code_of(text):
