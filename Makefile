@@ -1,11 +1,11 @@
-# make demo: trains, samples and draws on this machine.  make test: proves that it works.  Both install what they need into .venv first.
-# make test-full: also the whole of the tables of which make test takes a part.  make soak: two minutes of faults at random moments.
-# make bench: measures the trainers with what this machine has.  make documents: puts the results into the documents.
+# make demo: trains, samples and draws on this machine.  make test: proves that it works.  Both first install what they
+# need into .venv.  make test-full: adds the rest of the long tables.  make soak: two minutes of random faults.
+# make bench: measures the trainers on this machine.  make documents: puts the results into the documents.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# `make sync` copies every file of nanoGPT/ but these: the two that phases change, and the tools that work on any checkpoint
+# `make sync` copies every file of nanoGPT/ except these: the two that phases change, and tools for checkpoints
 NOT_COPIED := model.py train.py evaluate.py export_hf.py import_hf.py hf_format.py
 COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 
@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python demo.py
 
-# two files of tests at a time; the kernels by themselves, on the GPU or else in Triton's interpreter (tests/README.md)
+# two test files at a time; the kernels separately, on the GPU or else in Triton's interpreter (tests/README.md)
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -42,7 +42,7 @@ bench: $(VENV)/installed
 documents: $(VENV)/installed
 	$(BIN)/python benchmarks/report.py
 
-# copies what a phase does not change; a test compares them
+# copies the files that a phase does not change; a test compares them
 sync:
 	for phase in phase1_zero1 phase2_triton phase3_fsdp; do \
 		[ -d $$phase ] || continue; \

@@ -168,7 +168,7 @@ def test_conversion_replaces_nothing_that_is_newer(launch, work):
     launch(FSDP, *TINY, '--max_iters=3', nproc=2)
     launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
     run = launch(CONVERT, 'sharded', 'out', check=False)
-    assert run.returncode == 2 and 'is of iteration 6, and what would replace it of 4' in run.stderr
+    assert run.returncode == 2 and 'is of iteration 6, but the checkpoint that would replace it of 4' in run.stderr
     os.utime('out/ckpt.pt')  # a copy may have lost the times
     out = launch(PROGRAMS / 'find_checkpoint.py', ROOT / 'phase3_fsdp').stdout
     assert 'iter_0000006' in out.splitlines()[-1] and 'of an earlier iteration (4 of 6)' in out

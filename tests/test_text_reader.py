@@ -144,7 +144,7 @@ def test_what_a_folder_holds_besides_text_is_named(tmp_path, capsys):
     }.items():
         line = next(line for line in printed.splitlines() if f'{tmp_path / name}' in line)
         assert line.startswith('skipped') and reason in line
-    assert 'the same file as another one' in printed
+    assert 'the same file as another' in printed
     assert documents(tmp_path / 'LICENSE.txt') == ['LICENSE.txt']
     for name, message in (
         ('.hidden.txt', 'a hidden file'),

@@ -140,7 +140,7 @@ def test_killed_while_it_saves(train, saved, trainer, kills, seconds):
         Path('started').unlink(missing_ok=True)
         flags = [*each_step, RESUME, '--max_iters=1000000']
         run = train(trainer, *flags, program='disturbed.py', env=env, check=False)
-        assert run.returncode != 0 and 'does not fit' not in run.stderr and 'not whole' not in run.stderr
+        assert run.returncode != 0 and 'does not fit' not in run.stderr and 'is incomplete' not in run.stderr
         latest = saved(trainer)
         for checkpoint in (latest, saved(trainer, name='ckpt_best')):
             assert all(torch.isfinite(v).all() for v in checkpoint['model'].values())
