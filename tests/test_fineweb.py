@@ -1,5 +1,6 @@
 """
-data/fineweb/prepare.py as a user runs it, with a Hugging Face Hub that is a folder on this machine: nothing here needs a network.
+data/fineweb/prepare.py as a user runs it, with a Hugging Face Hub that is a folder on this machine: nothing here needs
+a network.
 """
 
 import gzip

@@ -232,7 +232,10 @@ def test_first_line_of_an_error_without_text():
 
 @pytest.mark.full
 def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
-    """The real train.py of phase 3 on 2 processes: 8 of 16 bytes a parameter on each; one run for two numbers of micro-steps, and a resume."""
+    """
+    The real train.py of phase 3 on 2 processes: 8 of 16 bytes a parameter on each; one run for two numbers of
+    micro-steps, and a resume.
+    """
     out = tmp_path / 'trainers.json'
     flags = [
         '--device=cpu',

@@ -1,5 +1,6 @@
 """
-shard_writer.py and data/text/prepare.py --shards: the format's bytes, resuming after a kill, and what must not be mixed.
+shard_writer.py and data/text/prepare.py --shards: the format's bytes, resuming after a kill, and what must not be
+mixed.
 """
 
 import itertools

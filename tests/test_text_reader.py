@@ -203,7 +203,9 @@ ENCODED = {
 @pytest.mark.parametrize('compression', ['', '.gz'])
 @pytest.mark.parametrize('encoding', ENCODED)
 def test_the_command_that_converts_another_encoding(tmp_path, encoding, compression):
-    """It runs as printed, also for names that need quotes; the original is kept, and the same call succeeds afterwards."""
+    """
+    It runs as printed, also for names that need quotes; the original is kept, and the same call succeeds afterwards.
+    """
     text, name = ENCODED[encoding]
     path = tmp_path / f"it's a $HOME;\n file.txt{compression}"
     content = COMPRESSORS[compression](text.encode(encoding))
