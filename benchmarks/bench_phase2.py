@@ -31,7 +31,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import tables
 from common import facts, write_json
+from tables import cite, commit_of, gib, markdown, number, short, table, times
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'phase2_triton'))
@@ -424,6 +426,125 @@ def compared(rows):
                 f'largest {apart.abs().max():.4f}; last 100 steps: {", ".join(f"{d:+.4f}" for d in last)}'
             )
     return '\n'.join(lines)
+
+
+# the tables
+
+
+def shown(name):
+    """Returns a variant's name as the documents have it; result files keep the one of their day."""
+    return name.replace('phase 2', 'Triton').replace('cuda_graph', 'CUDA graph')
+
+
+def work_of(report):
+    """Returns size, sequences in a micro-step and micro-steps; the first files do not say."""
+    return report.get('size', '124M'), report.get('batch_size', 12), report.get('micro_steps', 8)
+
+
+def speed_of(row, report, ms):
+    """Returns tokens/s for milliseconds of an iteration: {'median', 'min', 'max'}."""
+    _, batch_size, micro_steps = work_of(report)
+    tokens = batch_size * 1024 * micro_steps
+    return dict(median=tokens / statistics.median(ms) * 1e3, min=tokens / max(ms) * 1e3, max=tokens / min(ms) * 1e3)
+
+
+def changes(report):
+    """Returns the ladder's rows {short name: row}: the references, the last change of the Triton step, and half_residual."""
+    rows = {row['name']: row for row in report['rows']}
+    steps = [name for name in rows if name.startswith('+ ') and name != '+ half_residual']
+    names = {
+        'reference, eager': 'reference, eager',
+        'reference, compiled': 'reference, compiled',
+        'reference, CUDA graph': 'reference, compiled, cuda_graph',
+        'Triton': steps[-1] if steps else '',
+        'Triton, 16-bit residual': '+ half_residual',
+    }
+    return {label: rows[name] for label, name in names.items() if name in rows}
+
+
+@table('phase2_ladder_*')
+def phase2_ladder(report):
+    size, batch_size, micro_steps = work_of(report)
+    cells = []
+    for row in report['rows']:
+        ms = row['ms']
+        speed, base = speed_of(row, report, ms), speed_of(row, report, row['ms_reference'])
+        spread = f'{statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f})'
+        numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', times(speed, base))
+        cells.append((shown(row['name']), spread, *numbers, gib(row['peak_memory_bytes'])))
+    header = [f'{size}, {micro_steps} micro-steps of {batch_size} × 1024', 'ms of an iteration', 'tokens/s']
+    return markdown([*header, 'compiled reference in the same turns', '× the reference', 'peak, GiB'], cells)
+
+
+@table('phase2_ladder_*', together=True)
+def measured(reports):
+    """README's table of one GPU: the ladders of the usual work."""
+    rows = []
+    for file, report in reports.items():
+        if work_of(report) != ('124M', 12, 8):
+            continue
+        its = changes(report)
+        graph = its.get('reference, CUDA graph')
+        for label, row in its.items():
+            if label == 'reference, eager':
+                continue
+            speed, base = speed_of(row, report, row['ms']), speed_of(row, report, row['ms_reference'])
+            of_graph = (
+                times(speed, speed_of(graph, report, graph['ms'])) if graph and label.startswith('Triton') else ''
+            )
+            ratio = times(speed, base) if label != 'reference, compiled' else ''
+            numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', ratio, of_graph)
+            where = f'{cite(file)}, {commit_of(report)}'
+            rows.append((label, short(report), *numbers, gib(row['peak_memory_bytes'], 1), where))
+    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same turns', '× that', '× reference with CUDA graph']
+    return markdown([*header, 'peak, GiB', 'result file'], rows)
+
+
+def ladder_in_short():
+    """Returns {short name: thousands of tokens/s} on one H100."""
+    rows = changes(tables.load('phase2_ladder_h100'))
+    return {label: row['tokens_per_s'] / 1000 for label, row in rows.items()}
+
+
+@table('phase2_curves_*')
+def phase2_curves(report):
+    return f'```\n{shown(chr(10).join(report["summary"]))}\n```' if 'summary' in report else ''
+
+
+@table('phase2_profile_*')
+def phase2_profile(report):
+    """The kernels that take more than 0.1 ms of a micro-step."""
+    blocks = []
+    for row in report['rows']:
+        name = shown(row['name'])
+        blocks.append(f'{name}: {row["ms"]:.2f} ms of kernels in a micro-step of {row["span_ms"]:.2f} ms')
+        kernels = [(us / 1e3, times, kernel[:60].replace('|', '/')) for us, times, kernel in row['kernels'] if us > 100]
+        blocks.append(markdown(['ms', 'times', 'kernel'], [(f'{a:.2f}', f'{b:.1f}', f'`{c}`') for a, b, c in kernels]))
+    return '\n\n'.join(blocks)
+
+
+@table('phase2_largest_*')
+def phase2_largest(report):
+    cells = [
+        (
+            shown(row['name']),
+            row['batch_size'],
+            f'{row["tokens_per_s"]:,.0f}',
+            gib(row['peak_memory_bytes'], 1),
+            f'{row["bytes_per_sequence"] / 2**20:,.0f}',
+        )
+        for row in report['rows']
+    ]
+    limit = f' in {report["gib"]:g} GiB' if report.get('gib') else ''
+    header = [f'the most that fits into a micro-step{limit}', 'sequences of 1024', 'tokens/s', 'peak, GiB']
+    return markdown([*header, 'MiB a sequence'], cells)
+
+
+@number
+def largest_batch(file, *name):
+    """Sequences of 1024 tokens that fit into a micro-step of the variant whose name ends with these words."""
+    rows = tables.load(file)['rows']
+    return str(next(row['batch_size'] for row in rows if row['name'].endswith(' '.join(name))))
 
 
 def join(names):
