@@ -13,10 +13,13 @@ import json
 import re
 import sys
 
-import bench_fsdp  # noqa: F401  the benchmarks register their tables
+import bench_attention  # noqa: F401  the benchmarks register their tables
+import bench_data  # noqa: F401
+import bench_fsdp  # noqa: F401
 import bench_kernels  # noqa: F401
 import bench_layer_norm  # noqa: F401
 import bench_reference  # noqa: F401
+import bench_sampling  # noqa: F401
 import bench_trainers
 import bench_zero1  # noqa: F401
 import computed  # noqa: F401
@@ -28,7 +31,9 @@ from tables import NAMES, NUMBERS, TABLES, commit_of, machine_of, markdown, rend
 
 BLOCK = re.compile(r'(<!-- (table|number): ([^\n]*?) -->)(.*?)(<!-- end -->)', re.S)
 WHAT = {  # by the beginning of a result file's name
+    'attention': "attention's backward",
     'checks': 'verification commands',
+    'data': 'batches from many shards',
     'fsdp_checkpoint': 'FSDP: saves',
     'fsdp_curves': 'FSDP: loss curves',
     'fsdp_largest': 'the largest model',
@@ -38,6 +43,7 @@ WHAT = {  # by the beginning of a result file's name
     'layer_norm': 'LayerNorm',
     'memory': 'memory of one GPU, for the planner',
     'mlp': 'GELU inside a matmul',
+    'phase2_changes': 'Triton: the latest changes',
     'phase2_curves': 'Triton: loss curves',
     'phase2_gradients': 'Triton: gradients against float64',
     'phase2_ladder': 'Triton: one change after the other',
@@ -47,6 +53,7 @@ WHAT = {  # by the beginning of a result file's name
     'planner_8gpus': 'predictions for eight GPUs',
     'planner_error': "the planner's errors",
     'reference': "the reference's loop",
+    'sampling': 'sampling with the key-value cache',
     'segments': 'segments of fixed sizes, and expandable ones',
     'shards': 'bytes on eight processes',
     'trainers': 'speed and memory of the trainers',

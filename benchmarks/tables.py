@@ -158,9 +158,9 @@ def percent(values, base, runs=1):
     return '{:.{d}f}% ({:.{d}f} to {:.{d}f})'.format(*parts, d=digits)
 
 
-def times(values, base):
+def times(values, base, digits=2):
     """Returns '1.17 (1.16 to 1.18)', the quotient of the medians of values and base."""
-    return '{:.2f} ({:.2f} to {:.2f})'.format(*(x / summary(base)[0] for x in summary(values)))
+    return '{:.{d}f} ({:.{d}f} to {:.{d}f})'.format(*(x / summary(base)[0] for x in summary(values)), d=digits)
 
 
 def parameters_of(size):

@@ -23,6 +23,7 @@ sys.path += [str(ROOT / folder) for folder in ('phase3_fsdp', 'phase1_zero1', 'p
 import hardware
 from cuda_graph import MicroStep, use_side_stream
 from distributed import join_ranks, mean_over_ranks
+from errors import out_of_memory  # noqa: F401  for the benchmarks
 from step_guard import StepGuard
 
 FSDP_FLAGS = dict(fsdp_min_num_params=1_000_000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False)
@@ -84,7 +85,7 @@ class Trainer:
         self.fsdp = {**FSDP_FLAGS, **(fsdp or {})} if kind == 'fsdp' else {}
         self.base_bytes, started = memory(device), time.perf_counter()
         reset_peak(device)
-        if cuda_graph:
+        if cuda_graph and torch.cuda.current_stream() == torch.cuda.default_stream():
             use_side_stream(device)
         dtype = dtype if self.device_type == 'cuda' else 'float32'
         self.context = nullcontext() if kind == 'fsdp' else hardware.autocast(device, dtype)
