@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 from common import facts, torchrun, write_json
-from tables import cite, commit_of, gib, load, machine_of, markdown, number, percent, table, with_spread
+from tables import cite, commit_of, gib, load, machine_of, markdown, number, percent, printed, table, with_spread
 from trainer import SIZES, Trainer, batches_of, random_batch, start_ranks
 
 BATCHES = {'124M': (12, 1024), '1.5B': (8, 1024), 'tiny': (2, 32)}  # batch_size, block_size
@@ -338,9 +338,11 @@ def keep(args, results):
 
 
 def show(args, report):
-    tables = dict(variants=fsdp_variants, checkpoint=fsdp_checkpoint, largest=lambda r: fsdp_largest({'': r}))
+    tables = dict(
+        variants=fsdp_variants, checkpoint=fsdp_checkpoint, largest=lambda r: fsdp_largest({Path(args.out).stem: r})
+    )
     print(f'\n{machine_of(report)}, torch {torch.__version__}\n')
-    print(tables[args.mode](report) if args.mode in tables else report['results'][-1])
+    print(printed(tables[args.mode](report)) if args.mode in tables else report['results'][-1])
 
 
 def main():

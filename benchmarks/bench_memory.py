@@ -177,10 +177,10 @@ def measure(trainer, size, batch_size, block_size, options, dry_run):
 def measure_fsdp(size, batch_size, block_size, options, dry_run, launched):
     import torch.distributed as dist
 
+    import trainer as shared  # which finds the modules of FSDP
     from sharded_cuda_graph import ShardedMicroStep
-    from trainer import Trainer, hardware, random_batch
 
-    device, *_ = hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
+    device, *_ = shared.hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
     os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
     store = dist.HashStore()
     dist.init_process_group('gloo' if dry_run else 'cpu:gloo,cuda:nccl', store=store, rank=0, world_size=1)
@@ -191,8 +191,8 @@ def measure_fsdp(size, batch_size, block_size, options, dry_run, launched):
     shape = dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[size]))
     flags |= dict(batch_size=batch_size, block_size=block_size, fsdp=fsdp, init='fill')
     watch_capture(ShardedMicroStep, launched)
-    trainer = Trainer('fsdp', shape | dict(vocab_size=50304), device, **flags, **options)
-    trainer.feed(random_batch)
+    trainer = shared.Trainer('fsdp', shape | dict(vocab_size=50304), device, **flags, **options)
+    trainer.feed(shared.random_batch)
     for _ in range(4):
         trainer.step(micro_steps).item()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from bench_trainers import make_data
 from common import ROOT, facts, write_json
 from tables import cite, commit_of, gib, load, markdown, number, short, summary, table, with_spread
 
@@ -58,8 +59,8 @@ def bench_ms(*flags):
     return float(re.search(r'time per iteration: ([\d.]+)ms', run(NANOGPT / 'bench.py', *flags))[1])
 
 
-def on_gpu(repeats, dry):
-    shape = ['--batch_size=12', '--block_size=1024', '--dataset=python_gpt2', '--cuda_graph=False']
+def on_gpu(repeats, dry, dataset='python_gpt2'):
+    shape = ['--batch_size=12', '--block_size=1024', f'--dataset={dataset}', '--cuda_graph=False']
     if dry:
         shape += [
             '--n_layer=1',
@@ -160,7 +161,12 @@ def main():
     )
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    rows, totals = on_gpu(args.repeats, args.dry_run) if gpu or args.dry_run else on_cpu(args.repeats)
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            make_data(Path(folder, 'tiny'), 512)
+            rows, totals = on_gpu(1, True, f'{folder}/tiny')
+    else:
+        rows, totals = on_gpu(args.repeats, False) if gpu else on_cpu(args.repeats)
     where = facts(cpu=not gpu)
     if args.out:
         write_json(args.out, {'facts': where, 'rows': rows, 'summary': totals})

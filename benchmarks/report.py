@@ -18,6 +18,7 @@ import bench_data  # noqa: F401
 import bench_fsdp  # noqa: F401
 import bench_kernels  # noqa: F401
 import bench_layer_norm  # noqa: F401
+import bench_mlp  # noqa: F401
 import bench_reference  # noqa: F401
 import bench_sampling  # noqa: F401
 import bench_trainers

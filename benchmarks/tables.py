@@ -84,6 +84,11 @@ def render(name, document):
     return re.sub(r'\]\(root:([^)]*)\)', lambda link: f']({os.path.relpath(ROOT / link[1], here)})', text)
 
 
+def printed(text):
+    """Returns a table for the terminal: a link is its text."""
+    return re.sub(r'\[([^]]*)\]\(root:[^)]*\)', r'\1', text)
+
+
 def cite(name):
     """Returns a link to the result file, whose address render() makes relative to the document."""
     return f'[{name}.json](root:benchmarks/results/{name}.json)'
