@@ -26,6 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from run_logs import LogError, duration, load_runs, positive, summarize
@@ -75,9 +76,11 @@ TITLES = {
 }
 BARS = {
     'tokens_per_sec_median': ('Throughput', 'median tokens/s'),
+    'state_bytes_total': ('Memory from step to step', 'on each rank'),
     'peak_memory_bytes': ('Peak memory', 'GiB on rank 0'),
     'final_val_loss': ('Final validation loss', 'nats/token'),
 }
+HATCHES = {'parameters': '', 'gradients': '///', 'optimizer': '...'}  # of the parts of state_bytes
 
 
 def smoothed(values, records):
@@ -127,6 +130,11 @@ def short(value, digits=3):
     return f'{value:.{digits + 1}g}'
 
 
+def binary_unit(size):
+    """Returns (bytes, name) of the unit in which a size has one to four digits before the point."""
+    return next(((2**k, name) for k, name in ((30, 'GiB'), (20, 'MiB'), (10, 'KiB')) if size >= 2**k), (1, 'bytes'))
+
+
 def tick(value, _=None):
     """`short` with digits enough that neighbours on a narrow axis differ; ticks are round, so most need few."""
     return short(value, 6)
@@ -169,13 +177,14 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
     metrics = metrics or (['loss'] if several else list(TITLES))
     table = summarize(runs)
     wide = metrics if several else [m for m in metrics if m == 'loss']
-    cells = list(BARS) if several else [m for m in metrics if m != 'loss'] + ['facts']
-    heights = [4.6] * len(wide) + [1.4 + 0.45 * len(runs) if several else 3.4] * math.ceil(len(cells) / 3)
+    cells = bars_of(runs) if several else [m for m in metrics if m != 'loss'] + ['facts']
+    columns = 2 if len(cells) == 4 else 3
+    heights = [4.6] * len(wide) + [1.4 + 0.45 * len(runs) if several else 3.4] * math.ceil(len(cells) / columns)
     with matplotlib.rc_context(STYLE):
         figure = figure or Figure()
         figure.set_size_inches(14, sum(heights) + 0.8)
         figure.set_layout_engine('constrained', w_pad=0.1, h_pad=0.1)
-        grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
+        grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         data = ', '.join(dict.fromkeys(str(run.config['dataset']) for run in runs if 'dataset' in run.config))
         automatic = (
             [f'{len(runs)} runs on {data or "different data"}']
@@ -192,14 +201,25 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
         for i, key in enumerate(wide):
             _curves(figure.add_subplot(grid[i, :], label=key), runs, key, x, smooth)
         for i, key in enumerate(cells):
-            ax = figure.add_subplot(grid[len(wide) + i // 3, i % 3], label=key)
+            ax = figure.add_subplot(grid[len(wide) + i // columns, i % columns], label=key)
             if several:
-                _bars(ax, runs, key, table, named=i == 0)
+                _bars(ax, runs, key, table, named=i % columns == 0)
             elif key == 'facts':
                 _facts(ax, runs[0], table[0])
             else:
                 _curves(ax, runs, key, x, smooth)
     return figure
+
+
+def bars_of(runs):
+    """
+    Returns the keys of BARS that say something about these runs. Logs from before state_bytes have none; and a run on a CPU
+    has the whole process as its peak memory, most of which is Python and PyTorch.
+    """
+    state = any(any(run.state_bytes.values()) for run in runs)
+    on_cpus = state and all(run.run.get('device') == 'cpu' for run in runs)
+    left_out = {'state_bytes_total': not state, 'peak_memory_bytes': on_cpus}
+    return [key for key in BARS if not left_out.get(key)]
 
 
 def _curves(ax, runs, key, axis, smooth):
@@ -389,6 +409,7 @@ def _facts(ax, run, row):
         'status': f'{run.status}, {run.silence}' if run.status in ('running', 'died') else run.status,
         'phase': run.phase,
         'model': f'{short(parameters)} parameters' if (parameters := positive(facts.get('parameters'))) else '',
+        'state': _state(run),
         'shape': ', '.join(f'{config[key]} {name}' for key, name in shape if key in config),
         'data': str(config.get('dataset') or ''),
         'batch': f'{run.tokens[-1]:,} tokens per step' if run.tokens[-1] else '',
@@ -408,21 +429,45 @@ def _facts(ax, run, row):
             (0.2, text if len(text) <= 37 else text[:36] + '…', alarm),
         ):
             ax.text(
-                place, 0.99 - i * 0.09, words, transform=ax.transAxes, va='top', fontsize=12, in_layout=False, **look
+                place, 0.99 - i * 0.083, words, transform=ax.transAxes, va='top', fontsize=12, in_layout=False, **look
             )
+
+
+def _state(run):
+    size = sum(run.state_bytes.values())
+    scale, unit = binary_unit(size)
+    return f'{short(size / scale)} {unit} on each rank' if size else ''
 
 
 def _bars(ax, runs, key, table, named):
     title, unit = BARS[key]
     scale = 2**30 if key == 'peak_memory_bytes' else 1
+    if key == 'state_bytes_total':
+        scale, name = binary_unit(max(row[key] or 0 for row in table))
+        unit = f'{name} {unit}'
     values = [math.nan if row[key] is None else row[key] / scale for row in table]
     widest = max(np.nan_to_num(values)) or 1
     for i, (value, row) in enumerate(zip(values, table)):
-        known = math.isfinite(value)
-        ax.barh(i, value if known else 0, color=COLORS[i % len(COLORS)], height=0.7)
+        known, color = math.isfinite(value), COLORS[i % len(COLORS)]
+        if known and key == 'state_bytes_total':
+            start = 0
+            for part, hatch in HATCHES.items():
+                width = row['state_bytes'][part] / scale
+                look = {'color': color} if not hatch else {'color': 'white', 'ec': color, 'hatch': hatch}
+                ax.barh(i, width, left=start, height=0.7, **look)
+                start += width
+        else:
+            ax.barh(i, value if known else 0, color=color, height=0.7)
         ratio = 'baseline' if i == 0 else f'{row[f"{key}_ratio"]:.3f}×' if row[f'{key}_ratio'] else ''
         text = f'{number(value)}  {ratio}' if key == 'final_val_loss' else f'{short(value)}  {ratio}'
         ax.text((value if known else 0) + 0.02 * widest, i, text if known else 'not recorded', va='center', fontsize=12)
+    if key == 'state_bytes_total':
+        parts = [
+            Patch(fc='white' if hatch else GREY, ec=GREY, hatch=hatch, label=part) for part, hatch in HATCHES.items()
+        ]
+        ax.legend(
+            handles=parts, loc='lower left', bbox_to_anchor=(0.38, 0.98), ncols=3, handlelength=1.5, columnspacing=1
+        )
     ax.set_title(title)
     ax.set_xlabel(unit)
     ax.set_xlim(0, 1.65 * widest)  # room for the numbers behind the bars
