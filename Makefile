@@ -18,7 +18,7 @@ COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 
 # what training needs
 $(VENV)/installed: pyproject.toml constraints.txt
-	@echo "Installing PyTorch and four small packages into $(VENV) with $(if $(UV),uv,pip). The download may take some minutes."
+	@echo "Installing PyTorch, Triton, NumPy, tiktoken and matplotlib into $(VENV), with $(if $(UV),uv,pip). The download may take minutes."
 	@rm -rf $(VENV)
 	@$(MAKE_VENV) $(VENV)
 	@$(PIP) -c constraints.txt -e .
