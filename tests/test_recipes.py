@@ -101,7 +101,7 @@ def test_dockerfile():
     """The files that its steps name exist, and the packages are installed before the rest is copied, which changes more often."""
     lines = [line for line in (ROOT / 'Dockerfile').read_text().splitlines() if line and not line.startswith('#')]
     steps = [line.split(' #')[0].split(maxsplit=1) for line in lines]
-    assert len(lines) <= 10 and [step for step, _ in steps][0] == 'FROM'
+    assert len(lines) <= 10 and steps[0][0] == 'FROM'
     copied = [words.split()[:-1] for step, words in steps if step == 'COPY']
     assert all((ROOT / name).exists() for names in copied for name in names) and copied[-1] == ['.']
     (command,) = [json.loads(words) for step, words in steps if step == 'CMD']
