@@ -10,7 +10,7 @@ MAKE_VENV := $(if $(UV),uv venv --quiet --python $(PYTHON),$(PYTHON) -m venv)
 PIP := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/pip install --quiet --disable-pip-version-check)
 
 # `make sync` copies every file of nanoGPT/ but these: the two that phases change, and the tools that work on any checkpoint
-NOT_COPIED := model.py train.py evaluate.py export_hf.py import_hf.py
+NOT_COPIED := model.py train.py evaluate.py export_hf.py import_hf.py hf_format.py
 COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 
 .PHONY: demo test test-full soak lint sync bench documents clean

@@ -23,6 +23,7 @@ from planner.gpus import GPUS, find_gpu
 
 from configurator import configure
 from errors import UserError
+from shell import python_command
 
 # -----------------------------------------------------------------------------
 FLAGS = {  # name: (default, help)
@@ -44,7 +45,10 @@ def print_help():
     print(__doc__.strip() + '\n\nFlags, written --key=value, with their defaults:')
     for name, (default, text) in FLAGS.items():
         print(f'  {f"--{name}={default}":<22} {text}')
-    print("Those of train.py: python nanoGPT/train.py --help, and the same in the trainers' folders.")
+    train = os.path.join(ROOT, 'nanoGPT', 'train.py')
+    print(
+        f"The flags of train.py, and of the same script in the other trainers' folders:\n  {python_command(train, '--help')}"
+    )
 
 
 def parse():

@@ -127,7 +127,7 @@ def memory_now():
 
 def watch_capture(graph_class, seen):
     """Makes graph_class write the peaks before its first capture into seen, and start new peaks there."""
-    record = graph_class.record
+    record = graph_class._capture
 
     def watched(self, *args):
         if not seen:
@@ -135,7 +135,7 @@ def watch_capture(graph_class, seen):
             torch.cuda.reset_peak_memory_stats()
         return record(self, *args)
 
-    graph_class.record = watched
+    graph_class._capture = watched
 
 
 def measure(trainer, size, batch_size, block_size, options, dry_run):
@@ -162,7 +162,7 @@ def measure(trainer, size, batch_size, block_size, options, dry_run):
                 build(self, config)
 
         model.GPT.__init__ = build_on_gpu
-        watch_capture(cuda_graph.MicroStepGraph, launched)
+        watch_capture(cuda_graph.MicroStep, launched)
         sys.argv = [str(folder / 'bench.py'), *(f'--{key}={value}' for key, value in flags.items())]
         # the result keeps the model alive until the memory has been read
         kept = runpy.run_path(sys.argv[0])  # noqa: F841
@@ -179,14 +179,14 @@ def measure_fsdp(size, batch_size, block_size, options, dry_run, launched):
 
     import bench_fsdp
 
-    device, *_, backend = bench_fsdp.hardware.choose('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
+    device, *_, backend = bench_fsdp.hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
     os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
     store = dist.HashStore()
     dist.init_process_group('gloo' if dry_run else 'cpu:gloo,cuda:nccl', store=store, rank=0, world_size=1)
     options = dict(options)
     micro_steps, compile = options.pop('gradient_accumulation_steps'), options.pop('compile', True)
     flags = {key: options.pop(key) for key in list(options) if key.startswith('fsdp_') or key == 'cuda_graph'}
-    watch_capture(bench_fsdp.ShardedMicroStepGraph, launched)
+    watch_capture(bench_fsdp.ShardedMicroStep, launched)
     trainer = bench_fsdp.Trainer(
         'fsdp', (*SIZES[size], batch_size, block_size), device, compile, flags, exact_init=False, **options
     )
@@ -234,7 +234,7 @@ class Children:
             'TORCHINDUCTOR_COMPILE_THREADS': '4',
             'OMP_NUM_THREADS': '1',
             'PYTHONUNBUFFERED': '1',
-            'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True',  # as hardware.choose() sets it
+            'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True',  # as hardware.resolve_auto() sets it
         }
 
     def start(self, key, spec):

@@ -11,11 +11,12 @@ import sys
 import torch
 
 import hardware
-from checkpoint import find_checkpoint, load_checkpoint, load_model
+from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_options
 from configurator import configure
-from dataset import find_data_dir, load_meta
+from dataset import meta_of_model
 from encoding import get_encoding
 from errors import UserError
+from kv_cache import generate
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -31,7 +32,8 @@ seed = 1337  # of the random numbers; needs temperature
 model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this one
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
 dtype = 'auto'  # float32, bfloat16 or float16
-compile = False  # use torch.compile?
+compile = False  # use torch.compile? unused with kv_cache
+kv_cache = True  # draw all samples as a batch, with a key-value cache; False: one after the other, slowly
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
@@ -44,37 +46,27 @@ if model_dir:
     sys.path.insert(0, model_dir)
 from model import GPT, GPTConfig
 
+data_manifest = None
 model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}
 if init_from == 'resume':
     checkpoint = load_checkpoint(find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt))
+    model_options = saved_options(checkpoint, model_options, given)
     known = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
     model = GPT(GPTConfig(**{**known, 'dropout': 0.0, **model_options}))
     load_model(model, checkpoint)
     dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
+    data_manifest = checkpoint.get('resume', {}).get('data')
 elif init_from in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
     model = GPT.from_pretrained(init_from, dict(dropout=0.0, **model_options))
 else:
     raise UserError(f"init_from is '{init_from}', but it can be resume, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
 model.eval()
 model.to(device)
-if compile:
+if compile and not kv_cache:
     model.compile()
 
 # text to tokens and back, as in the data set that the model was trained on
-vocab_size = model.config.vocab_size
-meta = {}
-if dataset:
-    try:
-        meta = load_meta(find_data_dir(dataset))
-    except UserError:
-        if vocab_size < 50257 or 'dataset' in given:  # then it was not GPT-2's encoding
-            raise
-own = meta and meta.get('encoding') != 'gpt2'  # GPT-2's vocabulary may be padded in the model
-if vocab_size < meta.get('vocab_size', 50257) or (own and vocab_size != meta['vocab_size']):
-    raise UserError(
-        f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has {meta.get("vocab_size", 50257)}: name the data '
-        'set that it was trained on with --dataset'
-    )
+meta = meta_of_model(dataset, model.config.vocab_size, 'dataset' in given, data_manifest)
 encoding = get_encoding(meta)
 if start.startswith('FILE:'):
     try:
@@ -93,7 +85,14 @@ with torch.no_grad(), ctx:
         raise UserError(
             'the model computes numbers that are not finite: its weights are no result of a training that converged'
         )
-    for k in range(num_samples):
-        y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k)
+    started = hardware.now(device)
+    samples = (model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k) for k in range(num_samples))
+    if kv_cache:
+        samples = generate(model, x, num_samples, max_new_tokens, temperature, top_k).split(1)
+    for y in samples:
         print(encoding.decode(y[0].tolist()))
         print('---------------', flush=True)
+    seconds = hardware.now(device) - started
+tokens = num_samples * max_new_tokens
+# not to stdout, which stays the same from run to run
+print(f'{tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s', file=sys.stderr)

@@ -14,6 +14,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's name of the form -> PyTorch's
+
 
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias."""
@@ -55,7 +57,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()
+        self.gelu = nn.GELU(approximate=GELU[config.gelu])
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -86,6 +88,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
+    gelu: str = 'erf'  # or tanh, as in OpenAI's GPT-2; a checkpoint records it in its config, not in model_args
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
 
@@ -156,7 +159,7 @@ class GPT(nn.Module):
             logits = self.lm_head(x)
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         else:
-            logits = self.lm_head(x[:, [-1], :])  # [-1] as a list keeps the time dimension
+            logits = self.lm_head(x[:, -1:, :])  # -1: keeps the time dimension
             loss = None
 
         return logits, loss

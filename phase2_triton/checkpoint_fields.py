@@ -41,6 +41,8 @@ def check_fields(checkpoint, path: str, to_resume: bool, tensors: bool = True) -
     config = field.dictionary('config', checkpoint.get('config', {}))
     if 'dataset' in config:
         field.text('config.dataset', config['dataset'], 4096)
+    if config.get('gelu', 'erf') not in ('erf', 'tanh'):
+        field.wrong('config.gelu', config['gelu'], 'erf or tanh')
 
     weights = checkpoint['model']
     for name, weight in weights.items():

@@ -52,6 +52,7 @@ NOT_NEGATIVE = (
     'val_tokens',
 )
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
+CHOICES = {'gelu': ('erf', 'tanh')}  # of the model's own flags
 NAMES = ('device', 'dtype', 'backend')  # never True or False; other flags that are auto by default can be
 
 
@@ -71,7 +72,7 @@ def configure(namespace):
     )[-1]
     config, given = dict(defaults), set()
     config['model_dir'] = find_model_dir(model_dir, script)
-    options = model_options(config['model_dir'], script)
+    options = {k: v for k, v in model_options(config['model_dir'], script).items() if k not in config}
     config.update(options)
     defaults.update(options)
 
@@ -147,6 +148,9 @@ def check_values(config, options):
         for key in keys:
             if key in config and not good(config[key]):  # `not good` is also true of NaN
                 raise UserError(f'{key}={config[key]}, but it must be {what}')
+    for key in CHOICES.keys() & options:
+        if config[key] not in CHOICES[key]:
+            raise UserError(f"{key} is '{config[key]}', but it can be {' or '.join(CHOICES[key])}")
     if 'n_head' in config and config['n_embd'] % config['n_head']:
         raise UserError(f'n_embd={config["n_embd"]} cannot be divided among n_head={config["n_head"]} heads')
 

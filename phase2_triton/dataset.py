@@ -22,7 +22,7 @@ import sys
 
 import torch.distributed as dist
 
-from data_identity import make_manifest, without_fingerprints
+from data_identity import check_same_encoding, make_manifest, without_fingerprints
 from encoding import encoding_fingerprint, get_encoding
 from errors import UserError
 from shell import python_command, quote
@@ -297,6 +297,29 @@ def load_meta(data_dir):
         raise UserError(
             f'{path} is not a usable meta.pkl: {error}. Prepare the data again: {prepare_command(data_dir)}'
         ) from error
+    return meta
+
+
+def meta_of_model(dataset: str, vocab_size: int, named: bool, saved: dict | None = None) -> dict:
+    """
+    Returns the meta of the data set whose encoding a model with vocab_size tokens was trained with; {} for GPT-2's encoding, also where the
+    data set is not on this machine and vocab_size allows it. named: the user has named the data set. saved: the checkpoint's manifest of its
+    data. Raises UserError if the data set is missing or has another encoding.
+    """
+    meta = {}
+    if dataset:
+        try:
+            meta = load_meta(find_data_dir(dataset))
+        except UserError:
+            if vocab_size < 50257 or named:  # then it was not GPT-2's encoding
+                raise
+    own = meta and meta.get('encoding') != 'gpt2'  # GPT-2's vocabulary may be padded in the model
+    if vocab_size < meta.get('vocab_size', 50257) or (own and vocab_size != meta['vocab_size']):
+        raise UserError(
+            f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has {meta.get("vocab_size", 50257)}: name the data '
+            'set that it was trained on with --dataset'
+        )
+    check_same_encoding(saved, meta, dataset or 'GPT-2')
     return meta
 
 

@@ -14,10 +14,14 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's name of the form -> PyTorch's
+
+from kernels.attention import causal_attention
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.device import announce_triton
+from kernels.embedding import embeddings
 from kernels.linear import autocast_dtype
-from kernels.modules import GELU, AddLayerNorm, Embedding, Linear
+from kernels.modules import AddLayerNorm, Gelu, Linear
 
 
 class CausalSelfAttention(nn.Module):
@@ -31,16 +35,11 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.dropout = config.dropout
+        self.use_triton = config.use_triton
 
     def forward(self, x):
-        B, T, C = x.size()  # batch size, sequence length, n_embd
-        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         # each token attends to itself and to what came before; (B, nh, T, T) is never written to memory
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side again
+        y = causal_attention(self.c_attn(x), self.n_head, self.dropout if self.training else 0.0, self.use_triton)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -48,7 +47,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias, use_triton=config.use_triton)
-        self.gelu = GELU(config.use_triton)
+        self.gelu = Gelu(approximate=GELU[config.gelu], use_triton=config.use_triton)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias, use_triton=config.use_triton)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -80,6 +79,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
+    gelu: str = 'erf'  # or tanh, as in OpenAI's GPT-2; a checkpoint records it in its config, not in model_args
     # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
     use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
@@ -96,7 +96,7 @@ class GPT(nn.Module):
 
         self.transformer = nn.ModuleDict(
             dict(
-                wte=Embedding(config.vocab_size, config.n_embd, use_triton=config.use_triton),
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
@@ -140,13 +140,9 @@ class GPT(nn.Module):
         self.announce_kernels(idx.device)
         B, T = idx.size()
         assert T <= self.config.block_size, f'a sequence of {T} tokens does not fit block_size={self.config.block_size}'
-        pos = torch.arange(0, T, dtype=torch.long, device=idx.device)  # (T)
-
-        tok_emb = self.transformer.wte(idx)  # (B, T, n_embd)
-        pos_emb = self.transformer.wpe(pos)  # (T, n_embd)
-        x = self.transformer.drop(tok_emb + pos_emb)
-        if self.config.half_residual and self.config.use_triton:
-            x = x.to(autocast_dtype(x) or x.dtype)
+        wte, wpe, use_triton = self.transformer.wte.weight, self.transformer.wpe.weight, self.config.use_triton
+        dtype = autocast_dtype(wte) if self.config.half_residual and use_triton else None
+        x = self.transformer.drop(embeddings(idx, wte, wpe, dtype, use_triton))  # (B, T, n_embd)
         branch = None
         for block in self.transformer.h:
             if self.config.activation_checkpointing and self.training:
@@ -168,7 +164,7 @@ class GPT(nn.Module):
             entropy = cross_entropy if self.config.use_triton else F.cross_entropy
             loss = entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         else:
-            logits = self.lm_head(x[:, [-1], :])  # [-1] as a list keeps the time dimension
+            logits = self.lm_head(x[:, -1:, :])  # -1: keeps the time dimension
             loss = None
 
         return logits, loss

@@ -132,13 +132,15 @@ if init_from.startswith('gpt2'):
 else:
     print(f'Resuming training from {resume.path}' if resume.path else 'Initializing a new model from scratch')
     model_args = resume.model_args(model_args, given)
+    model_options = resume.model_options(model_options, given)
     model = GPT(GPTConfig(**model_args, **model_options))
 if block_size > model.config.block_size:
     raise UserError(f'block_size={block_size}, but the model from {init_from} takes at most {model.config.block_size}')
 if block_size < model.config.block_size:
     model.crop_block_size(block_size)
     model_args['block_size'] = block_size
-config.update({k: v for k, v in model_args.items() if k in config})  # record the loaded architecture, not the flags
+model_facts = model_args | model_options  # record the loaded model, not the flags
+config.update({k: v for k, v in model_facts.items() if k in config})
 vocab_size = model_args['vocab_size']
 scan_in_background(data, vocab_size)  # finds tokens outside the vocabulary early
 model.to(device)

@@ -422,18 +422,36 @@ def _facts(ax, run, row):
         'steps': f'{row["last_iter"] or 0:,} in {duration(run.seconds.max(initial=0))}',
         'speed': f'median {short(row["tokens_per_sec_median"])} tokens/s' if row['tokens_per_sec_median'] else '',
         'losses': f'train {number(row["final_loss"])}, best val {number(row["best_val_loss"])}',
+        'evaluated': ', '.join(_results(run.results)),
     }
+    lines = {name: text for name, text in lines.items() if text}
     ax.set_axis_off()
     ax.set_title('Run')
-    for i, (name, text) in enumerate((name, shown(text)) for name, text in lines.items() if text):
+    for i, (name, text) in enumerate((name, shown(text)) for name, text in lines.items()):
         alarm = {'color': VERMILLION, 'weight': 'bold'} if name == 'status' and run.status in ('failed', 'died') else {}
         for place, words, look in (
             (0, name, {'color': GREY}),
             (0.2, text if len(text) <= 37 else text[:36] + '…', alarm),
         ):
             ax.text(
-                place, 0.99 - i * 0.083, words, transform=ax.transAxes, va='top', fontsize=12, in_layout=False, **look
+                place,
+                0.99 - i * min(0.09, 1.05 / len(lines)),
+                words,
+                transform=ax.transAxes,
+                va='top',
+                fontsize=12,
+                in_layout=False,
+                **look,
             )
+
+
+def _results(results):
+    """What evaluate.py has added to the log, in words."""
+    words = [f'{bits:.3f} bits/byte' for bits in [positive(results.get('bits_per_byte'))] if bits]
+    for key, name in (('hellaswag', 'HellaSwag'), ('hellaswag_llmc', 'HellaSwag (llm.c)')):
+        accuracy = positive((results.get(key) or {}).get('acc_norm'))
+        words += [f'{name} {100 * accuracy:.1f}%'] if accuracy else []
+    return words
 
 
 def _state(run):

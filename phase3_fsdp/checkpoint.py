@@ -230,6 +230,21 @@ def _about_folder(path):
     return f'{path} is a folder, not a checkpoint file. {about}'
 
 
+def saved_options(checkpoint: dict, options: dict, given: set) -> dict:
+    """
+    Returns options, the fields of GPTConfig that are flags, with the GELU of the checkpoint: unlike the others it belongs to the weights.
+    nanoGPT's own checkpoints do not record it; they have the erf form. Raises UserError if the flag is in given and asks for another form.
+    """
+    if 'gelu' not in options:  # a model.py of the user's own
+        return options
+    saved = checkpoint.get('config', {}).get('gelu', 'erf')
+    if 'gelu' in given and options['gelu'] != saved:
+        raise UserError(
+            f'the checkpoint was trained with gelu={saved}, but gelu={options["gelu"]} was asked for: leave the flag out'
+        )
+    return {**options, 'gelu': saved}
+
+
 def load_model(model: torch.nn.Module, checkpoint: dict) -> None:
     """Copies the checkpoint's weights into the model. Raises UserError if they do not fit or are not finite."""
     own = model.state_dict()

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from checkpoint import fit_names, load_checkpoint, load_model
+from checkpoint import fit_names, load_checkpoint, load_model, saved_options
 from checkpoint_fields import check_finite
 from configurator import ARCHITECTURE
 from data_identity import check_same_data
@@ -170,6 +170,10 @@ class Resume:
         model_args = resume_model_args(self.checkpoint, model_args, given)
         check_same_data(self.saved_data, self.data)
         return model_args
+
+    def model_options(self, options: dict, given: set) -> dict:
+        """Returns options, the model's own flags, with the checkpoint's GELU. Raises UserError where that contradicts a flag in given."""
+        return saved_options(self.checkpoint, options, given) if self.path else options
 
     def load(self, model, optimizer, scaler):
         """Loads weights, AdamW's state and the float16 loss scale. Raises UserError where they do not fit."""

@@ -117,6 +117,9 @@ class Run:
             log = load_log(path)
             self.path, self.segments, self.run, self.config = path, log['segments'], log['run'], log['config']
             self.parts, self.notes = log['parts'], log['notes']
+            self.results = {}  # of evaluate.py, the latest of each kind
+            for record in log.get('results', []):
+                self.results |= record
             self.iterations = {key: _column(log['iterations'], key) for key in ('iter', *METRICS, 'mfu')}
             self.evaluations = {key: _column(log['evaluations'], key) for key in ('iter', 'train_loss', 'val_loss')}
             self.checkpoints = _column(

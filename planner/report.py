@@ -4,6 +4,7 @@ from errors import UserError
 from planner import options, plan, speed
 from planner.gpus import GIB
 from planner.memory import COMPONENTS
+from shell import pip_install
 
 TITLES = {
     'parameters': 'param.',
@@ -180,7 +181,7 @@ def draw(found, config, gpu, gpus, network, path):
         import matplotlib
     except ModuleNotFoundError:
         raise UserError(
-            '--picture needs the package matplotlib, which is not installed: pip install matplotlib'
+            f'--picture needs the package matplotlib, which is not installed: {pip_install("matplotlib")}'
         ) from None
 
     matplotlib.use('Agg')

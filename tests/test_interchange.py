@@ -232,7 +232,7 @@ def test_from_upstream(walk, kind, prefix):
     args = {
         k: v
         for k, v in ours['config'].items()
-        if k not in ('model_dir', 'activation_checkpointing', 'json_log', 'peak_tflops')
+        if k not in ('model_dir', 'activation_checkpointing', 'gelu', 'json_log', 'peak_tflops')
     }
     theirs = {k: v for k, v in ours.items() if k != 'resume'} | {
         'config': args,

@@ -23,10 +23,10 @@ from message_commands import commands_in, run_command
 
 SOURCES = [
     path
-    for folder in ('nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp')
+    for folder in ('nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp', 'planner')
     for path in (ROOT / folder).rglob('*.py')
     if '__pycache__' not in path.parts and path.name != 'shell.py'
-] + [ROOT / 'demo.py']
+] + [ROOT / 'demo.py', ROOT / 'plan.py']
 FAST = '--max_iters=1 --n_layer=1 --n_head=1 --n_embd=16 --batch_size=2 --eval_iters=1 --device=cpu --compile=False'.split()
 FAST += ['--gradient_accumulation_steps=1']
 

@@ -253,6 +253,14 @@ def test_text_prepare(corpus, tmp_path, monkeypatch, capsys):
     assert len(commands_in(capsys.readouterr().out)) == 1
 
 
+def test_other_files_in_the_folder_do_not_matter(tmp_path):
+    (tmp_path / 'training').mkdir()
+    (tmp_path / 'training' / 'ids.bin').write_bytes(b'12')
+    (tmp_path / 'a.jsonl').write_text('{"text": "some text"}')
+    write_shards(TextReader([str(tmp_path / 'a.jsonl')]), str(tmp_path / 'training'), 'text')
+    assert len(shards(tmp_path / 'training')[2]) == 2
+
+
 def test_too_little_text(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": ""}')
     with pytest.raises(UserError, match='the text is too short'):

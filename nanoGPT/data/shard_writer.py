@@ -10,7 +10,6 @@ in the next shard. A shard appears complete (written to a .tmp file, fsync, rena
 behind the last complete one: shards.json says which part of the input that is.
 """
 
-import glob
 import json
 import os
 import re
@@ -124,7 +123,8 @@ class ShardFolder:
         return os.path.join(self.folder, name)
 
     def _load(self):
-        others = [path for path in glob.glob(glob.escape(self.path('')) + '*.bin') if re.search('train|val', path)]
+        names = [name for name in os.listdir(self.folder) if name.endswith('.bin') and re.search('train|val', name)]
+        others = [self.path(name) for name in sorted(names)]
         try:
             with open(self.path(STATE), encoding='utf-8') as f:
                 state = json.load(f)

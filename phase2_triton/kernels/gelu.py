@@ -3,6 +3,9 @@
 The library's erf takes some 40 instructions an element, more than the memory does. For 16-bit x this uses formula 7.1.26 of Abramowitz
 and Stegun, Handbook of Mathematical Functions, 1964: 1 - erf(z) = (a1 t + ... + a5 t^5) exp(-z^2), t = 1 / (1 + p z), for z >= 0, which
 is off by at most 1.5e-7, where 16 bits round by 4e-3 or 5e-4 of the value; its exponential is the one that phi needs. float32 x gets erf.
+
+The tanh form (Hendrycks & Gimpel 2016, arxiv.org/abs/1606.08415) has another function in the place of Phi:
+(1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 """
 
 import torch
@@ -31,24 +34,38 @@ def normal(x, EXACT: tl.constexpr):
 
 
 @jit
-def forward_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+def sigmoid(x):
+    """(sigmoid(2 u), its derivative) of float32 x."""
+    square = tl.minimum(x * x, 1e4)  # both are constant beyond |x| = 100, and the cube of a large x is infinite
+    below = 1.0 / (1.0 + tl.exp2(x * (1.0 + 0.044715 * square) * -2.302208198144325))  # -2 sqrt(2 / pi) / ln(2)
+    return below, below * (1.0 - below) * (1.0 + 0.134145 * square) * 1.5957691216057308
+
+
+@jit
+def forward_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr, TANH: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64: size may pass 2^31
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    below, _ = normal(x, EXACT)
+    if TANH:
+        below, _ = sigmoid(x)
+    else:
+        below, _ = normal(x, EXACT)
     tl.store(y_ptr + at, (x * below).to(y_ptr.dtype.element_ty), mask=at < size)
 
 
 @jit
-def backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+def backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr, TANH: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    below, bell = normal(x, EXACT)
+    if TANH:
+        below, bell = sigmoid(x)
+    else:
+        below, bell = normal(x, EXACT)
     tl.store(dx_ptr + at, (dy * (below + x * bell)).to(dx_ptr.dtype.element_ty), mask=at < size)
 
 
-def launch_elementwise(kernel, *tensors):
-    """kernel over contiguous tensors of one shape and dtype, the last of which it writes."""
+def launch_elementwise(kernel, *tensors, tanh=False):
+    """Runs kernel, in the tanh form if asked for, on contiguous tensors of one shape and dtype; writes and returns the last one."""
     size = tensors[0].numel()
     config = Config(1, 65536 if interpreted else 2048, 4)
     if size > 0:
@@ -57,7 +74,7 @@ def launch_elementwise(kernel, *tensors):
             (-(-size // config.chunk),),
             tensors,
             (size,),
-            (config.chunk, tensors[0].dtype == torch.float32),
+            (config.chunk, tensors[0].dtype == torch.float32, tanh),
             config,
         )
     return tensors[-1]
@@ -65,22 +82,23 @@ def launch_elementwise(kernel, *tensors):
 
 class GeluFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, tanh):
         x = x.contiguous()
         ctx.save_for_backward(x)
-        return launch_elementwise(forward_kernel, x, torch.empty_like(x))
+        ctx.tanh = tanh
+        return launch_elementwise(forward_kernel, x, torch.empty_like(x), tanh=tanh)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        return launch_elementwise(backward_kernel, dy.contiguous(), x, torch.empty_like(x))
+        return launch_elementwise(backward_kernel, dy.contiguous(), x, torch.empty_like(x), tanh=ctx.tanh), None
 
 
-def gelu(x):
+def gelu(x, approximate='none'):
     """
-    torch.nn.functional.gelu(x) for x of any shape in float32, bfloat16 or float16, by a Triton kernel where it can run and by that very
-    function elsewhere. Differentiable once.
+    torch.nn.functional.gelu(x, approximate=approximate), 'none' or 'tanh', for x of any shape in float32, bfloat16 or float16, by a Triton
+    kernel where it can run and by that very function elsewhere. Differentiable once.
     """
     if (
         type(x) is torch.Tensor
@@ -88,5 +106,5 @@ def gelu(x):
         and available(x.device)
         and not torch.compiler.is_compiling()
     ):
-        return GeluFunction.apply(x)
-    return F.gelu(x)
+        return GeluFunction.apply(x, approximate == 'tanh')
+    return F.gelu(x, approximate=approximate)

@@ -5,9 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .add_layer_norm import add_layer_norm
-from .embedding import embedding
 from .gelu import gelu
-from .layer_norm import layer_norm
 from .linear import autocast_dtype, linear
 
 
@@ -20,22 +18,13 @@ class Linear(nn.Linear):
         return (linear if self.use_triton else F.linear)(input, self.weight, self.bias)
 
 
-class Embedding(nn.Embedding):
-    def __init__(self, num_embeddings, embedding_dim, use_triton):
-        super().__init__(num_embeddings, embedding_dim)
-        self.use_triton = use_triton
-
-    def forward(self, input):
-        return (embedding if self.use_triton else F.embedding)(input, self.weight)
-
-
-class GELU(nn.Module):
-    def __init__(self, use_triton):
+class Gelu(nn.Module):
+    def __init__(self, approximate, use_triton):
         super().__init__()
-        self.use_triton = use_triton
+        self.approximate, self.use_triton = approximate, use_triton
 
     def forward(self, input):
-        return (gelu if self.use_triton else F.gelu)(input)
+        return (gelu if self.use_triton else F.gelu)(input, approximate=self.approximate)
 
 
 class AddLayerNorm(nn.Module):
@@ -54,6 +43,4 @@ class AddLayerNorm(nn.Module):
         if not self.use_triton:
             x = x if branch is None else x + branch
             return x, F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-        if branch is None:
-            return x, layer_norm(x, self.weight, self.bias, 1e-5, autocast_dtype(x))
         return add_layer_norm(x, branch, self.weight, self.bias, 1e-5, autocast_dtype(x))

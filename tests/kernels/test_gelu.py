@@ -44,6 +44,31 @@ def test_gelu_on_a_dense_grid(dtype):
 
 
 @pytest.mark.parametrize('dtype', dtypes)
+def test_tanh_gelu_on_a_dense_grid(dtype):
+    """
+    At most twice as far from the float64 function and its derivative as PyTorch's largest error, and everywhere within a rounding of the
+    result plus 3e-7 of |x| + 1, a few roundings of the float32 arithmetic. At +-60,000, where float32 cubes are still finite but float16
+    squares are not, the function is x or 0.
+    """
+    x = torch.linspace(-30, 30, 600_001 if gpu else 60_001, device=device, dtype=f64).to(dtype)
+    ours, theirs, truth = leaf(x), leaf(x), leaf(x.to(f64))
+    results = [gelu(ours, approximate='tanh'), F.gelu(theirs, approximate='tanh'), F.gelu(truth, approximate='tanh')]
+    for y in results:
+        y.sum().backward()
+    assert results[0].dtype == ours.grad.dtype == dtype
+    rounding = {f32: 2**-23, bf16: 2**-8 if gpu else 2**-7, f16: 2**-10}[dtype]
+    for what, got, torchs, exact in (('y', *results), ('dx', ours.grad, theirs.grad, truth.grad)):
+        got, torchs, exact = got.detach(), torchs.detach(), exact.detach()
+        bound(what, got, exact, torchs)
+        allowed = 3e-7 * (x.to(f64).abs() + 1) + 2 * rounding * exact.abs() + (2**-24 if dtype == f16 else 0)
+        assert ((got.to(f64) - exact).abs() <= allowed).all(), what
+    far = leaf(torch.tensor([6e4, -6e4], device=device, dtype=dtype))
+    y = gelu(far, approximate='tanh')
+    y.sum().backward()
+    assert y.tolist() == [far[0].item(), 0] and far.grad.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize('dtype', dtypes)
 def test_gelu_of_special_numbers(dtype):
     """NaN, the infinities, zeros with their signs, the smallest and the largest numbers; -inf is multiplied by 0 here as in PyTorch."""
     info = torch.finfo(dtype)

@@ -1,0 +1,126 @@
+"""
+How much faster sampling is with the key-value cache: the same model and tokens with model.generate, with the cache, and with its steps
+replayed as a CUDA graph. The model has random weights.
+
+    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json     # 4 minutes on one core
+    python benchmarks/bench_sampling.py --tokens=1000 --out=sampling_h200.json    # 1 minute on a GPU
+
+The ways take turns, and a ratio is that of two medians of one run. Times include prefill and capture.
+"""
+
+import argparse
+import sys
+import time
+from contextlib import redirect_stdout
+from functools import partial
+from os import devnull
+
+import torch
+
+from common import ROOT, facts, spread, write_json
+
+SHAPES = {
+    'char': dict(n_layer=6, n_head=6, n_embd=384, block_size=512, vocab_size=96),
+    '124M': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304),
+}
+
+
+def build(shape, model_dir, device):
+    """The model with that shape and random weights, without biases, in eval mode."""
+    sys.path[:0] = [str(ROOT / model_dir), str(ROOT / 'nanoGPT')]
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(1337)
+    with redirect_stdout(open(devnull, 'w')):
+        return GPT(GPTConfig(**SHAPES[shape], bias=False)).eval().to(device)
+
+
+def ways(model, prompt, samples, tokens, **options):
+    """{name: a function that returns the text (samples, T + tokens)}."""
+    from kv_cache import generate
+
+    def one_by_one():
+        return torch.cat([model.generate(prompt, tokens, **options) for _ in range(samples)])
+
+    cached = partial(generate, model, prompt, samples, tokens, **options)
+    found = {'model.generate': one_by_one, 'cache': partial(cached, cuda_graph=False)}
+    return found | ({'cache, CUDA graph': partial(cached, cuda_graph=True)} if prompt.is_cuda else {})
+
+
+def measure(functions, repeats, device):
+    """{name: spread of seconds}."""
+    from hardware import now
+
+    seconds = {name: [] for name in functions}
+    warmup = device != 'cpu'  # one more turn
+    for i in range(repeats + warmup):
+        for name, function in functions.items():
+            started = now(device)
+            function()
+            if i >= warmup:
+                seconds[name].append(now(device) - started)
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def first_difference(functions):
+    """How many tokens the text of the last of the functions shares with that of model.generate before the first that differs."""
+    texts = [functions[name]()[0] for name in ('model.generate', list(functions)[-1])]
+    return int((texts[0] == texts[1]).cumprod(0).sum())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', default='auto')
+    parser.add_argument('--dtype', default='auto')
+    parser.add_argument('--shape', default='124M', choices=SHAPES)
+    parser.add_argument('--model_dir', default='nanoGPT')
+    parser.add_argument('--tokens', type=int, default=500)
+    parser.add_argument('--samples', type=int, nargs='+', default=[1, 10])
+    parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--out')
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT / 'nanoGPT'))
+    import hardware
+
+    device, dtype, _, _ = hardware.resolve_auto(args.device, args.dtype, False, 'auto')
+    if device == 'cpu':
+        torch.set_num_threads(1)
+    model = build(args.shape, args.model_dir, device)
+    prompt = torch.randint(SHAPES[args.shape]['vocab_size'], (1, 8), device=device)
+    rows = []
+    for samples in args.samples:
+        functions = ways(model, prompt, samples, args.tokens, temperature=0.8, top_k=200)
+        with torch.no_grad(), hardware.autocast(device, dtype):
+            seconds = measure(functions, args.repeats, device)
+        for name, found in seconds.items():
+            ratio = seconds['model.generate']['median'] / found['median']
+            speed = samples * args.tokens / found['median']
+            rows.append(dict(way=name, samples=samples, seconds=found, tokens_per_sec=speed, ratio=ratio))
+            print(
+                f'{samples:>3} x {args.tokens} tokens, {name:<18} {found["median"]:8.3f} s ({found["min"]:.3f} to {found["max"]:.3f}), '
+                f'{speed:>9,.0f} tokens/s, {ratio:5.1f} x'
+            )
+    torch.backends.cuda.matmul.allow_tf32 = False
+    total = SHAPES[args.shape]['block_size'] + 100
+    started = time.perf_counter()
+    same = first_difference(ways(model, prompt, 1, total, temperature=0))
+    print(
+        f'greedy, float32 ({time.perf_counter() - started:.0f} s): {same} of {total + prompt.size(1)} tokens as without the cache'
+    )
+    report = {
+        **facts(cpu=device == 'cpu'),
+        'threads': torch.get_num_threads(),
+        'dtype': dtype,
+        'model_dir': args.model_dir,
+        'shape': SHAPES[args.shape],
+        'tokens': args.tokens,
+        'rows': rows,
+        'greedy_tokens': total + prompt.size(1),
+        'greedy_tokens_in_common': same,
+    }
+    if args.out:
+        write_json(args.out, report)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,261 @@
+"""
+Evaluates a checkpoint: loss, perplexity and bits per byte on a data set, and HellaSwag.
+
+$ python evaluate.py --out_dir=out                          # the validation split of the data set that it was trained on
+$ python evaluate.py --out_dir=out --dataset=fineweb --val_tokens=10_485_760
+$ python evaluate.py --out_dir=out --hellaswag=True         # downloads the 10,042 questions (12 MB)
+$ torchrun --standalone --nproc_per_node=4 evaluate.py --out_dir=out --hellaswag=True --input=hellaswag_val.jsonl
+
+The results are printed and written to OUT/ckpt_evaluation.json. For other benchmarks, see docs/huggingface.md.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+import hardware
+from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_options
+from configurator import configure
+from dataset import meta_of_model, open_dataset
+from distributed import check_environment, join_ranks, leave_ranks, mean_over_ranks
+from encoding import download, get_encoding
+from errors import UserError
+from evaluation import bits_per_byte, bytes_per_token, mean_loss
+from progress import progress
+
+# -----------------------------------------------------------------------------
+out_dir = 'out'  # folder of the checkpoint
+ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
+dataset = ''  # data set to evaluate on; empty: the one that the checkpoint was trained on
+val_tokens = 0  # evaluate on the first so many tokens of the validation split; 0: on all of them
+hellaswag = False  # answer the questions of HellaSwag too?
+input = ''  # file hellaswag_val.jsonl, for machines without a network; empty: download it; needs hellaswag
+hellaswag_style = 'harness'  # score as lm-evaluation-harness does, or as llm.c does; needs hellaswag
+limit = 0  # answer the first so many questions only; 0: all; needs hellaswag
+batch_size = 16  # sequences that are computed at a time, on every rank
+model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this one
+backend = 'auto'  # nccl or gloo
+dist_timeout = 600  # seconds that a rank waits for the others, whose machine may be gone, before it ends the run
+device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
+dtype = 'auto'  # float32, bfloat16 or float16
+config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+# -----------------------------------------------------------------------------
+
+# Zellers et al. 2019, arxiv.org/abs/1905.07830
+HELLASWAG_URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
+HELLASWAG_SHA256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'
+
+
+def read_questions():
+    """Returns HellaSwag's questions, a list of dicts, up to limit of them. Raises UserError if the file is missing or another one."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = input or os.path.join(here, 'data', 'downloads', 'hellaswag_val.jsonl')
+    if not input and not os.path.exists(path):
+        print(f'downloading {HELLASWAG_URL}')
+        instead = f'Get this file on any machine:\n  {HELLASWAG_URL}\nand name it: --input=hellaswag_val.jsonl'
+        download(HELLASWAG_URL, path, HELLASWAG_SHA256, instead)
+    try:
+        with open(path, 'rb') as f:
+            content = f.read()
+    except OSError as e:
+        raise UserError(f'{path} cannot be read: {e.strerror}') from None
+    if hashlib.sha256(content).hexdigest() != HELLASWAG_SHA256:
+        print(f"note: {path} is not HellaSwag's validation split (its SHA-256 is another); used as it is")
+    questions = []
+    for i, line in enumerate(content.splitlines()[: limit or None], 1):
+        try:
+            question = json.loads(line)
+            texts = [question[key] for key in ('ctx', 'ctx_a', 'ctx_b', 'activity_label')] + question['endings']
+            if not all(isinstance(text, str) for text in texts) or not 0 <= int(question['label']) < len(texts) - 4:
+                raise ValueError('a field has another type')
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f'{path}, line {i}, is no question of HellaSwag: {type(e).__name__}: {e}') from None
+        questions.append(question)
+    if not questions:
+        raise UserError(f'{path} holds no questions')
+    return questions
+
+
+def on_rank_0(function):
+    """Returns function(), which rank 0 calls, on every rank. A UserError is raised on every rank. Collective."""
+    answer = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer = [('result', function())]
+        except UserError as e:
+            answer = [('error', str(e))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    kind, value = answer[0]
+    if kind == 'error':
+        raise UserError(value)
+    return value
+
+
+def clean(text):
+    """Returns the text as lm-evaluation-harness cleans it of the marks that WikiHow's pages left (its hellaswag/utils.py)."""
+    text = re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. '))
+    return text.replace('  ', ' ')
+
+
+def endings_of(question, encoding):
+    """
+    Returns [(tokens, n, length)], one for each ending: tokens of context and ending, of which the last n are the ending's, and the length by
+    which the normalized score divides: characters in lm-evaluation-harness, tokens in llm.c.
+    """
+    if hellaswag_style == 'llm.c':
+        context = encoding.encode(question['ctx'])
+        endings = [encoding.encode(' ' + ending) for ending in question['endings']]
+        return [(context + ending, len(ending), len(ending)) for ending in endings]
+    context = clean(f'{question["activity_label"]}: {question["ctx_a"]} {question["ctx_b"].capitalize()}')
+    start = len(encoding.encode(context.rstrip()))
+    rows = []
+    for ending in map(clean, question['endings']):
+        tokens = encoding.encode(f'{context} {ending}')
+        rows.append((tokens, len(tokens) - start, max(len(ending), 1)))
+    return rows
+
+
+@torch.no_grad()
+def log_likelihoods(model, rows):
+    """Returns the log-likelihood, in nats, of the last n of the tokens for each (tokens, n), given those before them. Order is kept."""
+    block_size, found = model.config.block_size, [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # similar lengths together: little padding
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for batch in progress(batches, 'HellaSwag'):
+        width = min(len(rows[batch[0]][0]) - 1, block_size)
+        X, Y = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), -1)
+        for x, y, i in zip(X, Y, batch):
+            tokens, n = rows[i]
+            tokens = torch.tensor(tokens[-block_size - 1 :])
+            last = len(tokens) - 1
+            x[:last] = tokens[:-1]
+            y[max(last - n, 0) : last] = tokens[1:][-n:]
+        X, Y = X.to(device), Y.to(device)
+        with ctx:
+            logits, _ = model(X, Y)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), Y, ignore_index=-1, reduction='none').sum(1)
+        for i, loss in zip(batch, losses.tolist()):
+            found[i] = -loss
+    return found
+
+
+def hellaswag_accuracy(model, encoding):
+    """Returns {'acc', 'acc_norm', 'stderr_norm', 'questions'}: by the likeliest ending, and by the likeliest for its length. Collective."""
+    questions = on_rank_0(read_questions)
+    own = questions[rank::world_size]
+    endings = [endings_of(question, encoding) for question in own]
+    scores = iter(log_likelihoods(model, [(tokens, n) for rows in endings for tokens, n, _ in rows]))
+    right = torch.zeros(2, dtype=torch.float64)
+    for question, rows in zip(own, endings):
+        score = torch.tensor([next(scores) for _ in rows], dtype=torch.float64)
+        normalized = score / torch.tensor([length for _, _, length in rows], dtype=torch.float64)
+        right += torch.tensor([score.argmax() == int(question['label']), normalized.argmax() == int(question['label'])])
+    acc, acc_norm = (mean_over_ranks(right) * world_size / len(questions)).tolist()
+    stderr = math.sqrt(acc_norm * (1 - acc_norm) / len(questions))
+    return {'acc': acc, 'acc_norm': acc_norm, 'stderr_norm': stderr, 'questions': len(questions)}
+
+
+def write_results(path, results):
+    """Writes the results as JSON. Those of an earlier evaluation of the same checkpoint stay, where there are no new ones."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            earlier = json.load(f)
+    except (OSError, ValueError):
+        earlier = {}
+    if isinstance(earlier, dict) and earlier.get('iter') == results['iter']:
+        results = earlier | results
+    write_json(path, results)
+
+
+def add_to_log(path, results):
+    """Adds the results to the list `results` in the log at path, unless its run has not ended or the file is missing. Prints which."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            log = json.load(f)
+        if log['run']['status'] == 'running':
+            return print(f'not added to {path}: its run has not ended')
+        log.setdefault('results', []).append(results)
+        write_json(path, log)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        return print(f'not added to {path}: {type(e).__name__}: {e}')
+    print(f'added to {path}')
+
+
+def write_json(path, content):
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(content, f, indent=2, allow_nan=False)
+        f.write('\n')
+    os.replace(path + '.tmp', path)
+
+
+if hellaswag_style not in ('harness', 'llm.c'):
+    raise UserError(f"hellaswag_style is '{hellaswag_style}', but it can be harness or llm.c")
+check_environment()
+device, dtype, _, backend = hardware.resolve_auto(device, dtype, False, backend)
+rank, world_size = join_ranks(backend, dist_timeout)
+ctx = hardware.autocast(device, dtype)
+
+# model
+if model_dir:
+    sys.path.insert(0, model_dir)
+from model import GPT, GPTConfig
+
+path = find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt)
+checkpoint = load_checkpoint(path)
+args = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
+options = saved_options(checkpoint, {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}, given)
+model = GPT(GPTConfig(**{**args, 'dropout': 0.0, **options})).eval()
+load_model(model, checkpoint)
+model.to(device)
+dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
+manifest = checkpoint.get('resume', {}).get('data')
+meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in given, manifest)
+if not dataset and not hellaswag:
+    raise UserError(f'{path} does not say on which data set it was trained: name one with --dataset')
+
+results = {'checkpoint': os.path.basename(path), 'iter': checkpoint['iter_num'], 'dtype': dtype}
+data = None
+try:
+    data = open_dataset(dataset, args['block_size'], splits=('val',)) if dataset else None
+except UserError as error:
+    if not hellaswag or 'dataset' in given:
+        raise
+    print(f'note: HellaSwag only, because {error}')
+if data:
+    num_tokens = val_tokens or len(data.val)
+    loss = mean_loss(model, data.val, num_tokens, args['block_size'], batch_size, device, ctx)
+    data.raise_problem()
+    if not math.isfinite(loss):
+        raise UserError(f'the loss of {path} on {dataset} is {loss}: in another --dtype, it may be finite')
+    bits = bits_per_byte(loss, bytes_per_token(data, num_tokens))
+    results |= {'dataset': dataset, 'val_tokens': num_tokens, 'val_loss': loss, 'perplexity': math.exp(min(loss, 700))}
+    results |= {'bits_per_byte': bits}
+    text = 'n/a' if bits is None else f'{bits:.4f}'
+    print(
+        f'{dataset}, first {num_tokens:,} tokens: loss {loss:.4f}, perplexity {results["perplexity"]:.2f}, bits per byte {text}'
+    )
+if hellaswag:
+    started = time.perf_counter()
+    found = hellaswag_accuracy(model, get_encoding(meta))
+    results['hellaswag' if hellaswag_style == 'harness' else 'hellaswag_llmc'] = found
+    print(
+        f'HellaSwag ({hellaswag_style}), {found["questions"]:,} questions: acc_norm {found["acc_norm"]:.4f} '
+        f'(standard error {found["stderr_norm"]:.4f}), acc {found["acc"]:.4f}, {time.perf_counter() - started:.0f} s'
+    )
+if rank == 0:
+    file = os.path.splitext(path)[0] + '_evaluation.json'
+    write_results(file, results)
+    print(f'written to {file}')
+    log = checkpoint.get('resume', {}).get('log')
+    if log:
+        add_to_log(os.path.join(os.path.dirname(path), os.path.basename(log)), results)
+leave_ranks()

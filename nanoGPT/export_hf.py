@@ -1,0 +1,234 @@
+"""
+Turns a checkpoint into a folder that Hugging Face transformers loads: weights, config, tokenizer and model card.
+
+$ python export_hf.py --out_dir=out --hf_dir=my-model
+$ python export_hf.py --out_dir=out --ckpt=ckpt_best.pt --hf_dir=my-model --dtype=bfloat16
+
+Before the folder appears, a fresh process loads it with AutoModelForCausalLM and AutoTokenizer, and what they compute is compared with what
+our model and encoding do.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+import hf_format
+from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_options
+from configurator import configure
+from dataset import meta_of_model
+from encoding import get_encoding
+from errors import UserError
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+out_dir = 'out'  # folder of the checkpoint
+ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
+hf_dir = ''  # folder to write; it must not exist yet
+dtype = 'float32'  # of the exported weights: float32 or bfloat16
+crop_vocab = True  # leave out the tokens that pad the vocabulary (50304 to GPT-2's 50257)?
+dataset = ''  # data set whose encoding to use; empty: the one that the checkpoint was trained on
+shard_bytes = 5_000_000_000  # weights of more bytes are split into several files
+config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+# -----------------------------------------------------------------------------
+
+TOLERANCE = 1e-4  # of the logits; float32 rounds in proportion to them, so a tenth of this of the largest one is added
+
+# runs in a process of its own: loads the folder, writes logits (1, T, vocab_size) and the tokens of each text
+RELOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, work, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(work + '/idx.pt')).logits, work + '/logits.pt')
+ids = []
+if texts:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        ids.append(tokenizer(text)['input_ids'])
+        assert tokenizer.decode(ids[-1]) == text, f'the tokenizer decodes {text!r} as {tokenizer.decode(ids[-1])!r}'
+json.dump(ids, open(work + '/ids.json', 'w'))
+"""
+
+
+def write_weights(folder, tensors):
+    """Writes model.safetensors, or several such files and their index if the tensors have more than shard_bytes bytes."""
+    from safetensors.torch import save_file
+
+    parts, size = [{}], 0
+    for name, tensor in tensors.items():
+        if parts[-1] and size + tensor.nbytes > shard_bytes:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += tensor.nbytes
+    names = ['model.safetensors'] if len(parts) == 1 else []
+    names = names or [f'model-{i:05d}-of-{len(parts):05d}.safetensors' for i in range(1, len(parts) + 1)]
+    for name, part in zip(names, parts):
+        save_file(part, os.path.join(folder, name), metadata={'format': 'pt'})
+        os.chmod(os.path.join(folder, name), 0o644)  # safetensors makes it unreadable to others
+    if len(parts) > 1:
+        index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values())}}
+        index['weight_map'] = {tensor: name for name, part in zip(names, parts) for tensor in part}
+        hf_format.write_json(os.path.join(folder, 'model.safetensors.index.json'), index)
+
+
+def model_card(checkpoint, path, options, vocab_size, meta, has_tokenizer):
+    """Returns README.md: the run's facts and how to use the model."""
+    args, flags = checkpoint['model_args'], checkpoint.get('config', {})
+    steps, loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+    facts = [('data set', flags.get('dataset') or 'unknown'), ('iterations', f'{steps:,}')]
+    if {'gradient_accumulation_steps', 'batch_size', 'block_size'} <= flags.keys():
+        per_step = flags['gradient_accumulation_steps'] * flags['batch_size'] * flags['block_size']
+        facts.append(('tokens', f'{steps * per_step:,} ({per_step:,} per iteration)'))
+    if loss < 1e9:
+        facts.append(('lowest validation loss so far', f'{loss:.4f} nats per token'))
+    facts += [(name, args[name]) for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')]
+    facts += [('vocabulary', vocab_size), ('GELU', options.get('gelu', 'erf')), ('weights', dtype)]
+    facts += [(name, flags[name]) for name in ('learning_rate', 'weight_decay', 'dropout', 'dtype') if name in flags]
+    table = '\n'.join(f'| {name} | {value} |' for name, value in facts)
+    start = next(iter(meta.get('stoi', ['Once'])))
+    prompt = f'tokenizer({start!r}, return_tensors="pt").input_ids' if has_tokenizer else 'torch.zeros(1, 1).long()'
+    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained(folder)\n' if has_tokenizer else ''
+    imports = 'from transformers import AutoModelForCausalLM' + (', AutoTokenizer' if has_tokenizer else '')
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {os.path.basename(os.path.abspath(hf_dir))}
+
+A GPT with GPT-2's architecture, exported from `{os.path.basename(path)}`.
+
+| | |
+|---|---|
+{table}
+
+```python
+{'' if has_tokenizer else 'import torch' + chr(10)}{imports}
+
+folder = '{os.path.basename(os.path.abspath(hf_dir))}'
+model = AutoModelForCausalLM.from_pretrained(folder)
+{tokenizer}tokens = model.generate({prompt}, max_new_tokens=50)
+print({'tokenizer.decode(tokens[0])' if has_tokenizer else 'tokens[0]'})
+```
+"""
+
+
+@torch.no_grad()
+def check(folder, model, encoding, meta):
+    """
+    Loads folder in a fresh process and returns the largest difference between its logits and the model's. Raises UserError if it is too large,
+    if the tokenizer gives other tokens than encoding (None: there is no tokenizer), or if the folder cannot be loaded.
+    """
+    idx = torch.randint(model.config.vocab_size, (1, min(model.config.block_size, 128)), generator=torch.Generator())
+    texts = [] if encoding is None else sample_texts(meta)
+    with tempfile.TemporaryDirectory() as work:
+        torch.save(idx, f'{work}/idx.pt')
+        command = [sys.executable, '-c', RELOAD, os.path.abspath(folder), work, json.dumps(texts)]
+        env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
+        run = subprocess.run(command, capture_output=True, text=True, env=env)
+        if run.returncode:
+            raise UserError(
+                f'transformers cannot use the export: {(run.stderr.strip().splitlines() or ["no reason given"])[-1]}'
+            )
+        theirs = torch.load(f'{work}/logits.pt')
+        with open(f'{work}/ids.json') as f:
+            ids = json.load(f)
+    for text, got in zip(texts, ids):
+        if got != encoding.encode(text):
+            raise UserError(
+                f'the exported tokenizer does not fit: it encodes {text!r} as {got[:10]}, not as {encoding.encode(text)[:10]}'
+            )
+    ours, _ = model(idx, idx)
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= TOLERANCE + TOLERANCE / 10 * ours.abs().max().item():
+        raise UserError(
+            f"the logits of the exported model differ from the checkpoint's by {difference:.1e}, more than {TOLERANCE:g}: "
+            f'this version of transformers computes another model. Nothing was exported'
+        )
+    return difference
+
+
+def sample_texts(meta):
+    """Texts that show whether two tokenizers are the same one: every character of an alphabet, or some of many kinds."""
+    if isinstance(meta.get('stoi'), dict):
+        return [''.join(meta['stoi']), ''.join(reversed(meta['stoi']))]
+    return ["Hello, world! It's  1,234 tokens;\n\n\tdef f(x): return x<|endoftext|>", 'naïve café – 東京 🙂   ']
+
+
+if not hf_dir:
+    raise UserError('hf_dir is empty: name the folder to write, such as --hf_dir=my-model')
+if os.path.exists(hf_dir) and (not os.path.isdir(hf_dir) or os.listdir(hf_dir)):
+    raise UserError(f'hf_dir={hf_dir} exists already: delete it, or name another folder')
+if dtype not in ('float32', 'bfloat16'):
+    raise UserError(f"dtype is '{dtype}', but it can be float32 or bfloat16")
+for package in ('safetensors', 'transformers'):
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f'export_hf.py needs the package {package}: pip install {package}')
+
+path = find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt)
+checkpoint = load_checkpoint(path)
+args = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
+options = saved_options(checkpoint, {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}, given)
+model = GPT(GPTConfig(**{**args, **options})).eval()
+load_model(model, checkpoint)
+dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
+try:
+    meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in given, checkpoint.get('resume', {}).get('data'))
+    no_tokenizer = ''
+except UserError as error:
+    if 'dataset' in given:
+        raise
+    meta, no_tokenizer = {'vocab_size': args['vocab_size']}, str(error)
+vocab_size = min(args['vocab_size'], meta.get('vocab_size', 50257)) if crop_vocab else args['vocab_size']
+
+weights = model.state_dict()
+torch_dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16}[dtype]
+tensors = hf_format.to_hf(weights, vocab_size, torch_dtype)
+folder = hf_dir.rstrip(os.sep) + '.tmp'
+shutil.rmtree(folder, ignore_errors=True)  # left by an export that was killed
+try:
+    os.makedirs(folder)
+    write_weights(folder, tensors)
+    end_token = encoding = None
+    if not no_tokenizer:
+        try:
+            encoding = get_encoding(meta)
+            end_token = hf_format.write_tokenizer(folder, meta, args['block_size'])
+        except UserError as error:
+            encoding, no_tokenizer = None, str(error)
+    hf_format.write_json(
+        os.path.join(folder, 'config.json'),
+        hf_format.hf_config(args, options['gelu'], vocab_size, dtype, end_token, dataset),
+    )
+    ids = {'bos_token_id': end_token, 'eos_token_id': end_token}
+    hf_format.write_json(
+        os.path.join(folder, 'generation_config.json'), {**ids, 'do_sample': True, 'temperature': 0.8, 'top_k': 200}
+    )
+    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
+        f.write(model_card(checkpoint, path, options, vocab_size, meta, encoding is not None))
+    hf_format.write_checksums(folder)
+    # the exported model is ours with rounded weights and the cropped vocabulary
+    for weight in weights.values():
+        weight.copy_(weight.to(torch_dtype))
+    model.config.vocab_size = vocab_size
+    model.lm_head.weight.data = model.lm_head.weight.data[:vocab_size]
+    difference = check(folder, model, encoding, meta)
+    if os.path.isdir(hf_dir):
+        os.rmdir(hf_dir)
+    os.rename(folder, hf_dir)
+except OSError as error:
+    raise UserError(f'{hf_dir} could not be written: {error}') from None
+finally:
+    shutil.rmtree(folder, ignore_errors=True)
+if no_tokenizer:
+    print(f'without tokenizer files: {no_tokenizer}')
+print(f'exported {path} to {hf_dir}: {len(tensors)} tensors in {dtype}, vocabulary of {vocab_size:,}')
+print(f'reloaded in a fresh process: the logits differ by at most {difference:.1e}')

@@ -1,0 +1,221 @@
+"""
+GPT-2 in the format of Hugging Face transformers: the names and layout of its weights, its config.json and its tokenizer files.
+
+The two formats differ in four points. transformers stores c_attn, c_fc and c_proj as (in, out), ours is nn.Linear's (out, in). It has no
+GPT-2 without biases, so absent ones become zeros. It stores the tied token embedding and output layer once. Its activation_function 'gelu'
+is the erf form, 'gelu_new' the tanh form.
+"""
+
+import hashlib
+import json
+import os
+
+import torch
+
+from errors import UserError
+
+ACTIVATIONS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}  # GPTConfig's gelu
+TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+CHECKSUMS = 'SHA256SUMS'
+OWN = 'nanogpt'  # key of config.json for what transformers does not know
+
+
+def to_hf(weights, vocab_size, dtype):
+    """Returns {name: tensor} for transformers, in dtype and with vocab_size rows of embeddings, of a GPT's state_dict."""
+    tensors = {}
+    for name, weight in weights.items():
+        if name == 'lm_head.weight':
+            continue  # tied to the embedding
+        if name == 'transformer.wte.weight':
+            weight = weight[:vocab_size]
+        tensors[name] = (weight.t() if name.endswith(TRANSPOSED) else weight).to(dtype).contiguous()
+        bias = name.removesuffix('weight') + 'bias'
+        if name.endswith('weight') and bias not in weights and '.wte.' not in name and '.wpe.' not in name:
+            tensors[bias] = torch.zeros(len(weight), dtype=dtype)
+    return tensors
+
+
+def from_hf(tensors, expected):
+    """Returns transformers' tensors under the names of expected, a GPT's state_dict, in float32. Raises UserError if they do not fit it."""
+    tensors = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}
+    weights = {}
+    for name, like in expected.items():
+        theirs = 'wte.weight' if name == 'lm_head.weight' else name.removeprefix('transformer.')
+        if theirs not in tensors:
+            raise UserError(f'the weights lack {theirs}: they are not those of a GPT-2 with the sizes in config.json')
+        weight = tensors[theirs].t() if name.endswith(TRANSPOSED) else tensors[theirs]
+        if weight.shape != like.shape:
+            raise UserError(f'{theirs} is {tuple(weight.shape)}, but by config.json it should be {tuple(like.shape)}')
+        weights[name] = weight.float().contiguous()
+    weights['lm_head.weight'] = weights['transformer.wte.weight']
+    head = tensors.get('lm_head.weight')
+    if head is not None and not torch.equal(head.float(), weights['lm_head.weight']):
+        raise UserError('its output layer differs from its token embedding (untied), and ours are one tensor')
+    return weights
+
+
+def hf_config(model_args, gelu, vocab_size, dtype, end_token, dataset):
+    """Returns config.json, as a dict, of a checkpoint with these model_args. end_token: the id of <|endoftext|>, or None."""
+    return {
+        'architectures': ['GPT2LMHeadModel'],
+        'model_type': 'gpt2',
+        'activation_function': {'erf': 'gelu', 'tanh': 'gelu_new'}[gelu],
+        'n_layer': model_args['n_layer'],
+        'n_head': model_args['n_head'],
+        'n_embd': model_args['n_embd'],
+        'n_inner': None,
+        'n_positions': model_args['block_size'],
+        'vocab_size': vocab_size,
+        'layer_norm_epsilon': 1e-5,
+        **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), model_args.get('dropout', 0.0)),
+        'bos_token_id': end_token,
+        'eos_token_id': end_token,
+        'tie_word_embeddings': True,
+        'torch_dtype': dtype,
+        OWN: {'bias': model_args['bias'], 'dataset': dataset},
+    }
+
+
+def model_args_of(config):
+    """
+    Returns (model_args, gelu, dataset) for the model that this config.json, a dict, describes. Raises UserError if it is no GPT-2, or one with
+    a feature that our model lacks.
+    """
+    kind = config.get('model_type')
+    if kind != 'gpt2':
+        raise UserError(
+            f'its config.json describes a model of type {kind!r}, but only gpt2 has the architecture of our model'
+        )
+    sizes = {k: config.get(k) for k in ('n_layer', 'n_head', 'n_embd', 'n_positions', 'vocab_size')}
+    wrong = [f'{k}={v!r}' for k, v in sizes.items() if type(v) is not int or v < 1]
+    if wrong or sizes['n_embd'] % sizes['n_head']:
+        raise UserError(f'its config.json makes no sense: {", ".join(wrong) or "n_embd is no multiple of n_head"}')
+    supported = {
+        'activation_function': tuple(ACTIVATIONS),
+        'n_inner': (None, 4 * sizes['n_embd']),
+        'layer_norm_epsilon': (1e-5,),
+        'tie_word_embeddings': (True,),
+        'scale_attn_weights': (True,),
+        'scale_attn_by_inverse_layer_idx': (False,),
+        'add_cross_attention': (False,),
+    }
+    defaults = {'activation_function': 'gelu_new'}  # transformers' own
+    for key, values in supported.items():
+        value = config.get(key, defaults.get(key, values[0]))
+        if value not in values:
+            raise UserError(
+                f'its config.json has {key}={value!r}, which our model lacks (it has {" or ".join(map(repr, values))})'
+            )
+    own = config.get(OWN) or {}
+    model_args = dict(
+        n_layer=sizes['n_layer'],
+        n_head=sizes['n_head'],
+        n_embd=sizes['n_embd'],
+        block_size=sizes['n_positions'],
+        bias=own.get('bias', True),
+        vocab_size=sizes['vocab_size'],
+        dropout=0.0,
+    )
+    return model_args, ACTIVATIONS[config.get('activation_function', 'gelu_new')], own.get('dataset', '')
+
+
+def write_tokenizer(folder, meta, block_size):
+    """
+    Writes the tokenizer files of a data set with this meta (of dataset.load_meta) and returns the id of <|endoftext|>, or None where there is
+    none. Raises UserError for an encoding of which no tokenizer can be made here, or where the package tokenizers is missing.
+    """
+    try:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    except ImportError:
+        raise UserError('the package tokenizers is not installed (pip install tokenizers)') from None
+
+    config, end_token = {'tokenizer_class': 'PreTrainedTokenizerFast'}, None
+    if not meta or meta.get('encoding') == 'gpt2':
+        vocab_file, merges_file = gpt2_files()
+        for path, name in ((vocab_file, 'vocab.json'), (merges_file, 'merges.txt')):
+            with open(path, 'rb') as source, open(os.path.join(folder, name), 'wb') as target:
+                target.write(source.read())
+        tokenizer = Tokenizer(models.BPE.from_file(vocab_file, merges_file))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        end = '<|endoftext|>'
+        tokenizer.add_special_tokens([end])
+        end_token = tokenizer.token_to_id(end)
+        config = {'tokenizer_class': 'GPT2Tokenizer', 'bos_token': end, 'eos_token': end, 'unk_token': end}
+        config['add_prefix_space'] = False
+    elif meta.get('encoding') == 'byte':
+        tokenizer = Tokenizer(models.BPE(byte_characters(), []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    elif isinstance(meta.get('stoi'), dict) and all(isinstance(c, str) and len(c) == 1 for c in meta['stoi']):
+        tokenizer = Tokenizer(models.WordLevel(meta['stoi']))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        tokenizer.decoder = decoders.Fuse()
+    else:
+        raise UserError('meta.pkl describes an encoding of which no tokenizer can be made')
+    tokenizer.save(os.path.join(folder, 'tokenizer.json'))
+    config |= {'model_max_length': block_size, 'clean_up_tokenization_spaces': False}
+    write_json(os.path.join(folder, 'tokenizer_config.json'), config)
+    return end_token
+
+
+def gpt2_files():
+    """Returns the paths of GPT-2's encoder.json and vocab.bpe in tiktoken's cache; where they are missing, they are fetched first."""
+    from encoding import GPT2_FILES, gpt2_encoding
+
+    gpt2_encoding()
+    cached = lambda name: hashlib.sha1(GPT2_FILES[name][0].encode()).hexdigest()
+    return tuple(os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], cached(name)) for name in ('encoder.json', 'vocab.bpe'))
+
+
+def byte_characters():
+    """Returns {character: byte}: the printable characters by which GPT-2's vocabulary (and tokenizers' ByteLevel) writes the 256 bytes."""
+    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def write_json(path, content):
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(content, f, indent=2, ensure_ascii=False)
+        f.write('\n')
+
+
+def read_json(path):
+    """Returns the dict in the JSON file at path. Raises UserError if there is none."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            content = json.load(f)
+    except FileNotFoundError:
+        raise UserError(f'{path} does not exist, so its folder holds no exported model') from None
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} cannot be read ({e})') from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path} holds a {type(content).__name__} instead of an object')
+    return content
+
+
+def write_checksums(folder):
+    """Writes the SHA-256 of every file in folder, as `sha256sum -c SHA256SUMS` checks them."""
+    lines = [f'{sha256_of(os.path.join(folder, name))}  {name}\n' for name in sorted(os.listdir(folder))]
+    with open(os.path.join(folder, CHECKSUMS), 'w') as f:
+        f.writelines(lines)
+
+
+def check_checksum(folder, name):
+    """Raises UserError if the file `name` in folder is not the one that was exported. Without SHA256SUMS nothing is checked."""
+    path = os.path.join(folder, CHECKSUMS)
+    if not os.path.exists(path):
+        return
+    with open(path, errors='replace') as f:
+        expected = {line[66:].strip(): line[:64] for line in f}
+    if name in expected and sha256_of(os.path.join(folder, name)) != expected[name]:
+        raise UserError(
+            f'{os.path.join(folder, name)} is not the file that was exported: its SHA-256 is not the one in {path}. Copy it again, or '
+            f'delete {CHECKSUMS} if you changed the model yourself'
+        )
+
+
+def sha256_of(path):
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()

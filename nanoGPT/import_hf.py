@@ -1,0 +1,145 @@
+"""
+Turns a GPT-2 in the format of Hugging Face transformers into a checkpoint: OUT/ckpt.pt, from which train.py and sample.py continue.
+
+$ python import_hf.py --hf_dir=my-model --out_dir=out-mine
+$ python import_hf.py --hf_dir=gpt2 --out_dir=out-gpt2                  # a name: downloaded from the Hugging Face Hub
+$ python train.py --init_from=resume --out_dir=out-gpt2 --bias=True --dataset=... --learning_rate=3e-5 --decay_lr=False
+"""
+
+import os
+import re
+from contextlib import redirect_stdout
+
+import torch
+
+import hf_format
+from checkpoint import write_checkpoint
+from configurator import configure
+from errors import UserError, first_line
+from model import GPT, GPTConfig
+from out_dir import make_out_dir
+
+# -----------------------------------------------------------------------------
+hf_dir = ''  # folder with config.json and model.safetensors, or a model's name on the Hugging Face Hub
+out_dir = 'out'  # folder of the checkpoint
+gelu = 'auto'  # erf or tanh; auto: the one that config.json names
+check_tokenizer = True  # refuse a model whose tokenizer is not GPT-2's although its vocabulary is as large?
+config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+# -----------------------------------------------------------------------------
+
+
+def find_folder(hf_dir):
+    """Returns the local folder of hf_dir, a folder or the name of a model, which is downloaded. Raises UserError if it is neither."""
+    if os.path.isdir(hf_dir):
+        return hf_dir
+    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', hf_dir):
+        raise UserError(f'hf_dir={hf_dir}: there is no such folder')
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f'hf_dir={hf_dir} is no folder; to download a model of that name: pip install huggingface_hub'
+        ) from None
+    try:
+        return snapshot_download(hf_dir, allow_patterns=['*.json', '*.safetensors', '*.txt', hf_format.CHECKSUMS])
+    except Exception as e:  # no network, no such model, a private one, a full disk: each has a class of its own
+        raise UserError(
+            f'hf_dir={hf_dir} is no folder, and no model of that name could be fetched: {first_line(e)}'
+        ) from None
+
+
+def read_weights(folder):
+    """Returns {name: tensor} from model.safetensors in folder, or from the files that its index names. Raises UserError for a damaged file."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError('import_hf.py needs the package safetensors: pip install safetensors') from None
+    index = os.path.join(folder, 'model.safetensors.index.json')
+    names = ['model.safetensors']
+    if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
+        names = sorted(
+            {os.path.basename(str(name)) for name in hf_format.read_json(index).get('weight_map', {}).values()}
+        )
+    tensors = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            raise UserError(f'{path} does not exist; weights in other formats are not read, because those can run code')
+        hf_format.check_checksum(folder, name)
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as e:
+            raise UserError(
+                f'{path} is damaged or no safetensors file ({first_line(e)}): copy or download it again'
+            ) from None
+    return tensors
+
+
+def check_vocabulary(folder, vocab_size):
+    """
+    Raises UserError if the tokenizer in folder does not fit: more tokens than the model has, or another encoding than GPT-2's where sample.py
+    will take the vocabulary for GPT-2's. A folder without a tokenizer passes.
+    """
+    path = os.path.join(folder, 'tokenizer.json')
+    if os.path.exists(path):
+        content = hf_format.read_json(path)
+        model = content.get('model')
+        vocab = model.get('vocab') if isinstance(model, dict) else None
+        added = {token.get('content'): token.get('id') for token in content.get('added_tokens') or []}
+    else:
+        path = os.path.join(folder, 'vocab.json')
+        vocab, added = hf_format.read_json(path) if os.path.exists(path) else None, {}
+    if not isinstance(vocab, dict):
+        return
+    vocab = vocab | added
+    largest = max(vocab.values(), default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f'the tokenizer does not fit the model: {path} has ids up to {largest:,}, but the model has {vocab_size:,} tokens'
+        )
+    if vocab_size >= 50257 and check_tokenizer:
+        gpt2 = hf_format.read_json(hf_format.gpt2_files()[0])
+        if any(vocab.get(token) != i for token, i in gpt2.items()):
+            raise UserError(
+                f'the tokenizer does not fit: {path} is not that of GPT-2, by which train.py and sample.py encode text for a model with '
+                f'{vocab_size:,} tokens; --check_tokenizer=False imports the weights all the same'
+            )
+
+
+if not hf_dir:
+    raise UserError('hf_dir is empty: name a folder or a model, such as --hf_dir=gpt2')
+if gelu not in ('auto', 'erf', 'tanh'):
+    raise UserError(f"gelu is '{gelu}', but it can be auto, erf or tanh")
+folder = find_folder(hf_dir)
+hf_format.check_checksum(folder, 'config.json')
+model_args, own_gelu, dataset = hf_format.model_args_of(hf_format.read_json(os.path.join(folder, 'config.json')))
+gelu = own_gelu if gelu == 'auto' else gelu
+check_vocabulary(folder, model_args['vocab_size'])
+tensors = read_weights(folder)
+if not model_args['bias'] and any(tensor.any() for name, tensor in tensors.items() if name.endswith('.bias')):
+    model_args['bias'] = True  # trained further with biases, elsewhere
+with torch.device('meta'):  # shapes without memory
+    model = GPT(GPTConfig(**model_args, gelu=gelu))
+weights = hf_format.from_hf(tensors, model.state_dict())
+with redirect_stdout(None):
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu').state_dict()
+# AdamW starts anew: all its moments are views of one zero tensor, which the file holds once
+params = sorted(model.parameters(), key=lambda p: p.dim() < 2)  # the optimizer's order: matrices, vectors
+zeros = torch.zeros(max(p.numel() for p in params))
+moments = [zeros[: p.numel()].view(p.shape) for p in params]
+state = {i: {'step': torch.tensor(0.0), 'exp_avg': m, 'exp_avg_sq': m} for i, m in enumerate(moments)}
+checkpoint = {
+    'model': weights,
+    'optimizer': {**optimizer, 'state': state},
+    'model_args': model_args,
+    'iter_num': 0,
+    'best_val_loss': 1e9,
+    'config': {**model_args, 'gelu': gelu, 'init_from': hf_dir} | ({'dataset': dataset} if dataset else {}),
+}
+make_out_dir(out_dir, 'import')
+path = write_checkpoint(checkpoint, out_dir, best=False, required=True)['path']
+print(
+    f'imported {hf_dir} to {path}: GELU {gelu}, bias {model_args["bias"]}, vocabulary of {model_args["vocab_size"]:,}'
+)
+print(f'continue with --init_from=resume --out_dir={out_dir} --block_size={model_args["block_size"]}')

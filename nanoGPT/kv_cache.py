@@ -1,0 +1,162 @@
+"""
+Sampling with a key-value cache: a step computes one new token of each sample instead of the whole text.
+
+    text = generate(model, prompt, num_samples=10, max_new_tokens=500, temperature=0.8, top_k=200)
+
+Prefill computes the prompt once and keeps the keys and values of its tokens for every sample. Each decode step then feeds the newest token
+of all samples as a batch; its query attends to the kept keys. On a GPU a step is captured as a CUDA graph and replayed, because launching
+its kernels one by one takes longer than running them. Positions are learned, so the cache is valid for the first block_size tokens. Beyond
+them the window of the last block_size tokens is computed anew for each token, as in model.generate.
+
+The model is unaware of the cache: during a step, KVCache replaces the forward of its attention and its position embeddings.
+"""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.func import functional_call
+from torch.nn import functional as F
+
+WARMUP = 2  # decode steps before the capture: libraries choose their kernels
+
+
+class KVCache:
+    """
+    Keys and values of num_samples texts of up to max_length tokens: for each attention a tensor (2, num_samples, n_head, length, head_size) in
+    the dtype in which the model computes them.
+    """
+
+    def __init__(self, model, num_samples, max_length):
+        device = model.lm_head.weight.device
+        self.model, self.num_samples = model, num_samples
+        self.length = -(-max_length // 16) * 16  # a multiple of 16: attention kernels copy a mask of any other length
+        self.kept = {}  # attention module -> its keys and values
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the token that decode feeds
+        self.positions = torch.arange(self.length, device=device)
+
+    def prefill(self, prompt):
+        """Computes the prompt (1, T), keeps its keys and values, and returns the logits (1, vocab_size) after it."""
+        with self.replace_attention(self.attend_to_prompt):
+            logits, _ = self.model(prompt)
+        self.position.fill_(prompt.size(1))
+        return logits[:, -1]
+
+    def decode(self, token):
+        """Computes the token (num_samples, 1) at self.position, keeps its keys and values, and returns the logits (num_samples, vocab_size)."""
+        later, dtype = self.positions > self.position, next(iter(self.kept.values())).dtype
+        self.mask = torch.zeros_like(later, dtype=dtype).masked_fill(later, -float('inf'))[None]  # (1, length)
+        # for a single token, the model takes the first row
+        row = self.model.transformer.wpe.weight.index_select(0, self.position)
+        with self.replace_attention(self.attend_to_cache):
+            logits, _ = functional_call(self.model, {'transformer.wpe.weight': row}, (token,), tie_weights=False)
+        return logits[:, -1]
+
+    @contextmanager
+    def replace_attention(self, attend):
+        """Inside, each attention module computes attend(module, x)."""
+        modules = [block.attn for block in self.model.transformer.h]
+        for module in modules:
+            module.forward = partial(attend, module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward  # the class's own appears again
+
+    def attend_to_prompt(self, attn, x):
+        q, kv = self.heads(attn, x)
+        self.kept[attn] = kv.new_zeros(2, self.num_samples, kv.size(2), self.length, kv.size(4))
+        self.kept[attn][:, :, :, : x.size(1)] = kv  # the same for every sample
+        return self.project(attn, F.scaled_dot_product_attention(q, *kv, is_causal=True))
+
+    def attend_to_cache(self, attn, x):
+        q, kv = self.heads(attn, x)
+        kept = self.kept[attn].index_copy_(3, self.position, kv)
+        return self.project(attn, F.scaled_dot_product_attention(q, *kept, attn_mask=self.mask))
+
+    def heads(self, attn, x):
+        """Query (B, n_head, T, head_size), and key and value (2, B, n_head, T, head_size), of x (B, T, n_embd)."""
+        B, T, C = x.shape
+        qkv = attn.c_attn(x).view(B, T, 3, attn.n_head, C // attn.n_head).permute(2, 0, 3, 1, 4)
+        return qkv[0], qkv[1:]
+
+    def project(self, attn, y):
+        """The attention's output (B, T, n_embd) from that of its heads (B, n_head, T, head_size)."""
+        return attn.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class ReplayedStep:
+    """Calls step() WARMUP times, then captures it as a CUDA graph and replays that."""
+
+    def __init__(self, step):
+        self.step, self.calls, self.graph = step, 0, None
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= WARMUP:
+            return self.step()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # computes nothing
+                self.step()
+        self.graph.replay()
+
+
+def draw(logits, temperature, top_k):
+    """
+    Returns tokens (B,) for logits (B, vocab_size): drawn from the top_k likeliest ones (all, if None), or the likeliest at temperature 0. A
+    token of probability p wins the race to the smallest e / p with probability p, if the e are exponentially distributed; torch.multinomial
+    does the same, but its checks cannot be captured as a CUDA graph.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = torch.topk(logits, min(top_k, logits.size(-1)), sorted=False).values.amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < kth, -float('inf'))
+    probabilities = F.softmax(logits, dim=-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    prompt: torch.Tensor,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    cuda_graph: bool | None = None,
+) -> torch.Tensor:
+    """
+    Continues the prompt (int64 (1, T)) num_samples times by max_new_tokens tokens and returns int64 (num_samples, T + max_new_tokens).
+    temperature and top_k are those of model.generate, and so is the text at temperature 0. The model must be in eval mode.
+    cuda_graph: replay the decode steps as a CUDA graph? None: on a GPU.
+    """
+    block_size, length = model.config.block_size, prompt.size(1)
+    end = length + max_new_tokens
+    text = prompt.new_zeros(num_samples, end)
+    text[:, :length] = prompt
+
+    if length <= block_size:
+        cache = KVCache(model, num_samples, min(block_size, end))
+        text[:, length] = draw(cache.prefill(prompt).expand(num_samples, -1), temperature, top_k)
+        length += 1
+
+        def step():
+            logits = cache.decode(text.index_select(1, cache.position))
+            cache.position += 1
+            text.index_copy_(1, cache.position, draw(logits, temperature, top_k)[:, None])
+
+        if text.is_cuda if cuda_graph is None else cuda_graph:
+            step = ReplayedStep(step)
+        while length < min(end, block_size + 1):
+            step()
+            length += 1
+    while length < end:
+        logits, _ = model(text[:, length - block_size : length])
+        text[:, length] = draw(logits[:, -1], temperature, top_k)
+        length += 1
+    return text

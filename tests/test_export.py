@@ -1,0 +1,293 @@
+"""export_hf.py and import_hf.py: checkpoints to Hugging Face transformers and back, and a GELU that goes with the weights."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import NANOGPT, ROOT, TINY, load
+from model import GPT, GPTConfig
+
+transformers = pytest.importorskip('transformers', reason='the test extra brings it')
+TRAIN, SAMPLE, EXPORT, IMPORT = (NANOGPT / f'{name}.py' for name in ('train', 'sample', 'export_hf', 'import_hf'))
+
+
+def make_dataset(name, vocab_size, meta):
+    os.makedirs(f'data/{name}')
+    for split in ('train', 'val'):
+        np.random.default_rng(0).integers(vocab_size, size=2000).astype(np.uint16).tofile(f'data/{name}/{split}.bin')
+    if meta:
+        with open(f'data/{name}/meta.pkl', 'wb') as f:
+            pickle.dump(meta, f)
+
+
+def write_random_checkpoint(dataset, vocab_size, bias, gelu, out_dir='out'):
+    """A checkpoint of random weights, all large enough to matter, biases included."""
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, bias=bias, vocab_size=vocab_size, dropout=0.0)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**args, gelu=gelu)).eval()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    os.makedirs(out_dir, exist_ok=True)
+    rest = dict(model_args=args, iter_num=7, best_val_loss=1.5, config={'dataset': dataset, 'gelu': gelu})
+    torch.save({'model': model.state_dict(), **rest}, f'{out_dir}/ckpt.pt')
+    return model
+
+
+ALPHABET = '\n !aé🙂"\\中|<>e\u0301'  # WordLevel has no trouble with blanks, quotes, combining characters or planes
+CASES = {
+    'characters': (len(ALPHABET), False, 'erf', {'stoi': {c: i for i, c in enumerate(ALPHABET)}}),
+    'bytes': (256, True, 'tanh', {'encoding': 'byte'}),
+    'gpt2': (50304, True, 'erf', None),
+}
+FLAGS = {'characters': ['--shard_bytes=1000'], 'bytes': [], 'gpt2': ['--dtype=bfloat16']}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_there_and_back(launch, work, case):
+    """
+    transformers loads the folder, its tokenizer encodes as we do, and its greedy text is ours. The import has the same bits, except for
+    padding, which is left out, and for bfloat16's rounding, where that was asked for.
+    """
+    vocab_size, bias, gelu, meta = CASES[case]
+    if meta:
+        meta |= {'vocab_size': vocab_size} | (
+            {'itos': {i: c for c, i in meta['stoi'].items()}} if 'stoi' in meta else {}
+        )
+    make_dataset(case, min(vocab_size, 50257), meta)
+    model = write_random_checkpoint(case, vocab_size, bias, gelu)
+    out = launch(EXPORT, '--hf_dir=hf', *FLAGS[case]).stdout
+    assert re.search(r'^exported out/ckpt.pt to hf: 28 tensors', out, re.M) and 'logits differ by at most' in out
+    kept = min(vocab_size, 50257)
+    if case == 'gpt2':
+        model.lm_head.weight.data = model.lm_head.weight.data[:kept]
+        for p in model.parameters():
+            p.data = p.data.bfloat16().float()
+    shards = [name for name in os.listdir('hf') if name.endswith('.safetensors')]
+    assert (len(shards) > 5) == (case == 'characters')
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained('hf', dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained('hf')
+    assert hf.config.activation_function == {'erf': 'gelu', 'tanh': 'gelu_new'}[gelu] and len(tokenizer) == kept
+    assert hf.config.n_positions == 32 and hf.config.vocab_size == kept
+    idx = torch.randint(kept, (2, 32))
+    assert (hf(idx).logits - model(idx, idx)[0]).abs().max() < 1e-4  # float32, logits of about 10
+    text = {'characters': 'e\u0301 🙂"\n\n!', 'bytes': 'é \n 🙂', 'gpt2': "def f(x):\n    return '🙂'"}[case]
+    from encoding import get_encoding
+
+    ids = tokenizer(text)['input_ids']
+    assert ids == get_encoding(meta or {}).encode(text) and tokenizer.decode(ids) == text
+
+    prompt = torch.tensor([ids])
+    ours = model.generate(prompt, 32 - len(ids), temperature=0)
+    theirs = hf.generate(prompt, max_length=32, do_sample=False, eos_token_id=None)
+    assert torch.equal(ours, theirs)
+    assert re.search(r'\| iterations \| 7 \|', open('hf/README.md').read())
+
+    out = launch(IMPORT, '--hf_dir=hf', '--out_dir=back').stdout
+    before, after = load('out/ckpt.pt'), load('back/ckpt.pt')
+    assert after['config']['gelu'] == gelu and after['config']['dataset'] == case and f'GELU {gelu}' in out
+    assert after['model_args'] == before['model_args'] | {'vocab_size': kept}
+    assert after['model'].keys() == before['model'].keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(after['model'][name], weight), name
+    flags = ['--start=a', '--num_samples=1', '--max_new_tokens=40', '--temperature=0', '--device=cpu']
+    samples = [launch(SAMPLE, *flags, f'--out_dir={folder}').stdout for folder in ('out', 'back')]
+    assert samples[0] == samples[1] or case == 'gpt2'  # whose weights are rounded
+
+
+@pytest.fixture
+def random_gpt2(work):
+    """A transformers GPT-2 with the tanh GELU and weights so large that the two GELUs differ, in the folder hf."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_positions=32, vocab_size=40, n_embd=32, n_layer=3, n_head=4)
+    hf = transformers.GPT2LMHeadModel(config).eval()
+    for p in hf.parameters():
+        p.data += 0.5 * torch.randn_like(p)
+    hf.save_pretrained('hf', max_shard_size='40KB')
+    return hf
+
+
+def logits_of(out_dir, idx, **options):
+    checkpoint = load(f'{out_dir}/ckpt.pt')
+    model = GPT(GPTConfig(**checkpoint['model_args'], **options)).eval()
+    model.load_state_dict(checkpoint['model'])
+    return model(idx, idx)[0]
+
+
+def test_import_of_a_transformers_model(launch, launch_interpreted, random_gpt2):
+    """
+    The logits are transformers' with the tanh GELU only. sample.py takes the GELU from the checkpoint, also for the Triton kernels,
+    and training continues with it, on one rank or sharded over two.
+    """
+    assert len([name for name in os.listdir('hf') if name.endswith('.safetensors')]) > 1
+    out = launch(IMPORT, '--hf_dir=hf').stdout
+    assert 'GELU tanh, bias True' in out
+    idx = torch.randint(40, (2, 32))
+    expected = random_gpt2(idx).logits
+    assert (logits_of('out', idx, gelu='tanh') - expected).abs().max() < 1e-4  # roundings of logits of about 5
+    assert (logits_of('out', idx, gelu='erf') - expected).abs().max() > 1e-3
+
+    flags = [
+        '--start=0',
+        '--dataset=letters',
+        '--num_samples=1',
+        '--max_new_tokens=20',
+        '--temperature=0',
+        '--device=cpu',
+    ]
+    theirs = random_gpt2.generate(torch.zeros(1, 1).long(), max_new_tokens=20, do_sample=False, eos_token_id=None)[0]
+    text = ''.join(chr(ord('0') + i) for i in theirs)
+    assert text in launch(SAMPLE, *flags).stdout
+    assert text in launch_interpreted(ROOT / 'phase2_triton' / 'sample.py', *flags).stdout
+
+    tiny = [flag for flag in TINY if not flag.startswith(('--n_', '--block_size'))]
+    resume = [*tiny, '--init_from=resume', '--block_size=32', '--bias=True', '--max_iters=3', '--eval_interval=2']
+    shutil.copytree('out', 'sharded')
+    assert 'iter 3:' in launch(TRAIN, *resume).stdout
+    assert load('out/ckpt.pt')['config']['gelu'] == 'tanh'
+    fsdp = [*resume, '--out_dir=sharded', '--ckpt_format=sharded']
+    launch(ROOT / 'phase3_fsdp' / 'train.py', *fsdp, nproc=2)
+    os.remove('sharded/ckpt.pt')
+    launch(ROOT / 'phase3_fsdp' / 'train.py', *fsdp, '--max_iters=5', nproc=2)
+    run = launch(EXPORT, '--out_dir=sharded', '--hf_dir=again', check=False)
+    assert run.returncode == 2 and 'sharded_checkpoint.py full' in run.stderr
+    launch(ROOT / 'phase3_fsdp' / 'sharded_checkpoint.py', 'full', 'sharded')
+    assert 'exported sharded/ckpt.pt' in launch(EXPORT, '--out_dir=sharded', '--hf_dir=again').stdout
+    with open('again/config.json') as f:
+        assert json.load(f)['activation_function'] == 'gelu_new'
+
+
+def test_gelu_of_a_run(launch, work):
+    """A resume keeps it without the flag, and refuses the other one, as sample.py does. Upstream's checkpoints have the erf form."""
+    launch(TRAIN, *TINY, '--gelu=tanh', '--max_iters=6')
+    checkpoint = load('out/ckpt.pt')
+    assert checkpoint['config']['gelu'] == 'tanh' and 'gelu' not in checkpoint['model_args']
+    launch(TRAIN, *TINY, '--init_from=resume', '--max_iters=8')
+    launch(TRAIN, *TINY, '--gelu=tanh', '--max_iters=8', '--out_dir=whole')
+    launch(TRAIN, *TINY, '--max_iters=8', '--out_dir=erf')
+    resumed, whole, erf = (load(f'{folder}/ckpt.pt') for folder in ('out', 'whole', 'erf'))
+    assert resumed['config']['gelu'] == 'tanh' and erf['config']['gelu'] == 'erf'
+    weight = 'transformer.h.1.mlp.c_fc.weight'
+    assert torch.equal(resumed['model'][weight], whole['model'][weight])
+    assert not torch.equal(resumed['model'][weight], erf['model'][weight])
+    for script in (TRAIN, SAMPLE):
+        flags = [*TINY, '--init_from=resume'] if script == TRAIN else ['--start=0']
+        run = launch(script, *flags, '--gelu=erf', check=False)
+        assert run.returncode == 2 and 'was trained with gelu=tanh, but gelu=erf' in run.stderr
+    run = launch(TRAIN, *TINY, '--gelu=sigmoid', check=False)
+    assert run.returncode == 2 and "gelu is 'sigmoid', but it can be erf or tanh" in run.stderr
+    del checkpoint['config']['gelu']
+    torch.save(checkpoint, 'out/ckpt.pt')
+    run = launch(SAMPLE, '--start=0', '--gelu=tanh', '--device=cpu', check=False)
+    assert run.returncode == 2 and 'was trained with gelu=erf' in run.stderr
+
+
+def edit_json(path, **changes):
+    with open(path) as f:
+        content = json.load(f)
+    with open(path, 'w') as f:
+        json.dump(content | changes, f)
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(model_type='llama'), "of type 'llama', but only gpt2"),
+        (dict(activation_function='relu'), "activation_function='relu'"),
+        (dict(n_inner=100), 'n_inner=100'),
+        (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon=1e-06'),
+        (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=True'),
+        (dict(n_layer=4), 'lack h.3.ln_1.weight'),
+        (dict(n_embd=64), 'by config.json it should be'),
+        (dict(n_head=None), 'n_head=None'),
+    ],
+)
+def test_models_that_are_not_ours(launch, random_gpt2, changes, message):
+    edit_json('hf/config.json', **changes)
+    run = launch(IMPORT, '--hf_dir=hf', check=False)
+    assert run.returncode == 2 and message in run.stderr and 'Traceback' not in run.stderr
+    assert not os.path.exists('out/ckpt.pt')
+
+
+def test_damaged_and_missing_files(launch, work):
+    """The export, of a data set that is not here any more, has weights without a tokenizer, and a line says so."""
+
+    def fails(*flags):
+        run = launch(IMPORT, *flags, check=False, env={'HF_HUB_OFFLINE': '1'})
+        assert run.returncode == 2 and 'Traceback' not in run.stderr and run.stderr.count('error:') == 1
+        return run.stderr
+
+    write_random_checkpoint('elsewhere', 40, True, 'erf')
+    out = launch(EXPORT, '--hf_dir=hf').stdout
+    assert re.search(r"^without tokenizer files: there is no data set 'elsewhere'", out, re.M)
+    assert 'tokenizer.json' not in os.listdir('hf') and 'model.safetensors' in os.listdir('hf')
+    weights = open('hf/model.safetensors', 'rb').read()
+    for damaged in (weights[:-40] + bytes([weights[-40] ^ 1]) + weights[-39:], weights[:-40], b'\xff' * 40):
+        with open('hf/model.safetensors', 'wb') as f:
+            f.write(damaged)
+        assert 'hf/model.safetensors is not the file that was exported' in fails('--hf_dir=hf')
+    os.remove('hf/SHA256SUMS')
+    for damaged in (weights[:-40], b'\xff' * 40, b''):
+        with open('hf/model.safetensors', 'wb') as f:
+            f.write(damaged)
+        assert 'hf/model.safetensors is damaged or no safetensors file' in fails('--hf_dir=hf')
+    os.remove('hf/model.safetensors')
+    assert 'hf/model.safetensors does not exist' in fails('--hf_dir=hf')
+    assert 'no model of that name could be fetched' in fails('--hf_dir=no-such/model')
+    assert 'there is no such folder' in fails('--hf_dir=./no/such/folder')
+    assert 'out/config.json does not exist' in fails('--hf_dir=out')
+    assert 'hf_dir is empty' in fails()
+
+
+def test_tokenizers_that_do_not_fit(launch, work):
+    def import_error(vocab, *flags):
+        json.dump({'model': {'vocab': vocab}}, open('hf/tokenizer.json', 'w'))
+        run = launch(IMPORT, '--hf_dir=hf', '--out_dir=back', *flags, check=False)
+        assert run.returncode == 2 and 'Traceback' not in run.stderr
+        return run.stderr
+
+    os.makedirs('hf')
+    sizes = dict(n_layer=1, n_head=1, n_embd=8, n_positions=8)
+    json.dump(dict(model_type='gpt2', vocab_size=40, **sizes), open('hf/config.json', 'w'))
+    assert 'has ids up to 40, but the model has 40 tokens' in import_error({'a': 0, 'b': 40})
+    edit_json('hf/config.json', vocab_size=50257)
+    assert 'is not that of GPT-2' in import_error({'a': 0, 'b': 40})
+    assert 'model.safetensors does not exist' in import_error({'a': 0}, '--check_tokenizer=False')
+
+    write_random_checkpoint('letters', 40, False, 'erf')
+    make_dataset('bytes', 256, {'vocab_size': 256, 'encoding': 'byte'})
+    run = launch(EXPORT, '--hf_dir=other', '--dataset=bytes', check=False)
+    assert run.returncode == 2 and 'the model has 40 tokens, but the encoding of bytes has 256' in run.stderr
+    run = launch(EXPORT, '--hf_dir=hf', check=False)
+    assert run.returncode == 2 and 'hf_dir=hf exists already' in run.stderr
+
+
+FAKE = """
+import torch
+from types import SimpleNamespace
+class AutoModelForCausalLM:
+    def from_pretrained(folder, dtype):
+        return AutoModelForCausalLM()
+    def eval(self):
+        return lambda idx: SimpleNamespace(logits=torch.zeros(*idx.shape, 40))
+class AutoTokenizer:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    'fake, message', [(FAKE, 'differ from the checkpoint'), ('raise OSError("old")', 'OSError: old')]
+)
+def test_an_export_that_computes_something_else_leaves_nothing(launch, work, fake, message):
+    write_random_checkpoint('elsewhere', 40, False, 'erf')
+    os.makedirs('fake')
+    with open('fake/transformers.py', 'w') as f:
+        f.write(fake)
+    run = launch(EXPORT, '--hf_dir=hf', env={'PYTHONPATH': os.path.abspath('fake')}, check=False)
+    assert run.returncode == 2 and message in run.stderr and not [n for n in os.listdir('.') if n.startswith('hf')]
