@@ -1,17 +1,19 @@
 """
-Our trainers against upstream nanoGPT, and llm.c if you have it, on one GPU: each as its user starts it, in turns, on the same tokens.
+Our trainers against upstream nanoGPT, and llm.c if you have it, on one GPU: each as its user starts it, in turns, on
+the same tokens.
 
     git clone https://github.com/karpathy/nanoGPT ~/nanoGPT
-    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --out=benchmarks/results/peers.json            # about 12 minutes on an H200
-    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --llmc=$HOME/llm.c/train_gpt2cu --out=...      # llm.c built with cuDNN
+    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --out=benchmarks/results/peers.json  # about 12 minutes on an H200
+    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --llmc=$HOME/llm.c/train_gpt2cu --out=...  # llm.c built with cuDNN
     python benchmarks/bench_peers.py --nanogpt=... --only='upstream;Triton' --rounds=1 --out=...
 
-Each round starts every program once, as a process of its own: GPT-2 124M in bfloat16, --micro_steps of --batch_size x 1024 tokens in an
-iteration, an evaluation before the first. A program's time of an iteration is the median of its last --timed iterations, as it prints them.
-A ratio is taken within a round; the table gives its median and its spread over the rounds. Memory is the GPU's, by nvidia-smi, less what
-was in use before the program started. Upstream and our programs draw the same batches, so their first evaluations should agree; llm.c
-reads the validation tokens in order, so its loss is another. llm.c keeps its weights in bfloat16 with a float32 copy, and its gradients
-and its residual stream in bfloat16.
+Each round starts every program once, as a process of its own: GPT-2 124M in bfloat16, --micro_steps of --batch_size x
+1024 tokens in an iteration, an evaluation before the first. A program's time of an iteration is the median of its last
+--timed iterations, as it prints them. A ratio is taken within a round; the table gives its median and its spread over
+the rounds. Memory is the GPU's, by nvidia-smi, less what was in use before the program started. Upstream and our
+programs draw the same batches, so their first evaluations should agree; llm.c reads the validation tokens in order, so
+its loss is another. llm.c keeps its weights in bfloat16 with a float32 copy, and its gradients and its residual stream
+in bfloat16.
 """
 
 import argparse
@@ -56,7 +58,9 @@ TINY = ['--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=32']
 
 
 def write_shard(source, target):
-    """llm.c's format of the tokens of a train.bin or val.bin: 256 int32, of which three are used, then the uint16 tokens."""
+    """
+    llm.c's format of the tokens of a train.bin or val.bin: 256 int32, of which three are used, then the uint16 tokens.
+    """
     tokens = np.fromfile(source, np.uint16)
     header = np.zeros(256, np.int32)
     header[:3] = 20240520, 1, len(tokens)
@@ -110,7 +114,9 @@ def gpu_bytes_in_use():
 
 
 def run(command, folder):
-    """(what the program prints, the most bytes of GPU memory in use meanwhile or None). Ends the benchmark if it fails."""
+    """
+    (what the program prints, the most bytes of GPU memory in use meanwhile or None). Ends the benchmark if it fails.
+    """
     before, most, done = gpu_bytes_in_use(), [0], threading.Event()
 
     def watch():

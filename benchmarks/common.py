@@ -1,4 +1,7 @@
-"""What the benchmarks share: the facts about the machine that a result file starts with, medians with their spread, torchrun, JSON."""
+"""
+What the benchmarks share: the facts about the machine that a result file starts with, medians with their spread,
+torchrun, JSON.
+"""
 
 import importlib.metadata
 import json

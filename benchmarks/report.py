@@ -1,10 +1,11 @@
 """
-Puts the measurements into the documents. A document has a table between `<!-- table: NAME -->` and `<!-- end -->`, and a number
-inside a sentence between `<!-- number: NAME WORDS -->` and `<!-- end -->`. The benchmarks state both (tables.py says how).
+Puts the measurements into the documents. A document has a table between `<!-- table: NAME -->` and `<!-- end -->`, and
+a number inside a sentence between `<!-- number: NAME WORDS -->` and `<!-- end -->`. The benchmarks state both
+(tables.py says how).
 
     python benchmarks/report.py            # after a new result file: rewrites documents and pictures
     python benchmarks/report.py --check    # fails if one of them is not what the result files say; a test runs this
-    python benchmarks/report.py --run      # runs the verification commands on this machine, keeps what they print, then as above
+    python benchmarks/report.py --run  # runs the verification commands on this machine, keeps what they print, then as above
 """
 
 import argparse
@@ -88,7 +89,9 @@ def result_files(reports):
 
 
 def overview_data():
-    """Returns what README's picture shows: memory by part in GiB, speed in percent of DDP, and thousands of tokens/s."""
+    """
+    Returns what README's picture shows: memory by part in GiB, speed in percent of DDP, and thousands of tokens/s.
+    """
     parts = {'parameters': 'parameters', 'gradients': 'gradients', "AdamW's moments": 'optimizer'}
     parts |= {'other, at rest': 'not_accounted_for', 'more at the peak': 'activations'}
     memory = {}
