@@ -234,6 +234,8 @@ if data:
     num_tokens = val_tokens or len(data.val)
     loss = mean_loss(model, data.val, num_tokens, args['block_size'], batch_size, device, ctx)
     data.raise_problem()
+    if not math.isfinite(loss):
+        raise UserError(f'the loss of {path} on {dataset} is {loss}: in another --dtype, it may be finite')
     bits = bits_per_byte(loss, bytes_per_token(data, num_tokens))
     results |= {'dataset': dataset, 'val_tokens': num_tokens, 'val_loss': loss, 'perplexity': math.exp(min(loss, 700))}
     results |= {'bits_per_byte': bits}

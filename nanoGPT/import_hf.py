@@ -18,6 +18,7 @@ from configurator import configure
 from errors import UserError, first_line
 from model import GPT, GPTConfig
 from out_dir import make_out_dir
+from shell import pip_install
 
 # -----------------------------------------------------------------------------
 hf_dir = ''  # folder with config.json and model.safetensors, or a model's name on the Hugging Face Hub
@@ -38,7 +39,7 @@ def find_folder(hf_dir):
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f'hf_dir={hf_dir} is no folder; to download a model of that name: pip install huggingface_hub'
+            f'hf_dir={hf_dir} is no folder; to download a model of that name: {pip_install("huggingface_hub")}'
         ) from None
     try:
         return snapshot_download(hf_dir, allow_patterns=['*.json', '*.safetensors', '*.txt', hf_format.CHECKSUMS])
@@ -54,7 +55,7 @@ def read_weights(folder):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise UserError('import_hf.py needs the package safetensors: pip install safetensors') from None
+        raise UserError(f'import_hf.py needs the package safetensors: {pip_install("safetensors")}') from None
     index = os.path.join(folder, 'model.safetensors.index.json')
     names = ['model.safetensors']
     if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
@@ -119,18 +120,19 @@ check_vocabulary(folder, model_args['vocab_size'])
 tensors = read_weights(folder)
 if not model_args['bias'] and any(tensor.any() for name, tensor in tensors.items() if name.endswith('.bias')):
     model_args['bias'] = True  # trained further with biases, elsewhere
-model = GPT(GPTConfig(**model_args, gelu=gelu))
+with torch.device('meta'):  # shapes without memory
+    model = GPT(GPTConfig(**model_args, gelu=gelu))
 weights = hf_format.from_hf(tensors, model.state_dict())
 with redirect_stdout(None):
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu').state_dict()
-params = dict(
-    enumerate(sorted(model.parameters(), key=lambda p: p.dim() < 2))
-)  # in the optimizer's order: matrices, vectors
-zeros = {i: {k: torch.zeros_like(p) for k in ('exp_avg', 'exp_avg_sq')} for i, p in params.items()}
+# AdamW starts anew: all its moments are views of one zero tensor, which the file holds once
+params = sorted(model.parameters(), key=lambda p: p.dim() < 2)  # the optimizer's order: matrices, vectors
+zeros = torch.zeros(max(p.numel() for p in params))
+moments = [zeros[: p.numel()].view(p.shape) for p in params]
+state = {i: {'step': torch.tensor(0.0), 'exp_avg': m, 'exp_avg_sq': m} for i, m in enumerate(moments)}
 checkpoint = {
     'model': weights,
-    # AdamW starts anew
-    'optimizer': {**optimizer, 'state': {i: {'step': torch.tensor(0.0), **moments} for i, moments in zeros.items()}},
+    'optimizer': {**optimizer, 'state': state},
     'model_args': model_args,
     'iter_num': 0,
     'best_val_loss': 1e9,

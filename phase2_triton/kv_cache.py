@@ -8,13 +8,14 @@ of all samples as a batch; its query attends to the kept keys. On a GPU a step i
 its kernels one by one takes longer than running them. Positions are learned, so the cache is valid for the first block_size tokens. Beyond
 them the window of the last block_size tokens is computed anew for each token, as in model.generate.
 
-The model is unaware of the cache: during a step, KVCache replaces the forward of its attention and position embedding.
+The model is unaware of the cache: during a step, KVCache replaces the forward of its attention and its position embeddings.
 """
 
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch.func import functional_call
 from torch.nn import functional as F
 
 WARMUP = 2  # decode steps before the capture: libraries choose their kernels
@@ -36,30 +37,31 @@ class KVCache:
 
     def prefill(self, prompt):
         """Computes the prompt (1, T), keeps its keys and values, and returns the logits (1, vocab_size) after it."""
-        with self.replace_forward(self.attend_to_prompt):
+        with self.replace_attention(self.attend_to_prompt):
             logits, _ = self.model(prompt)
         self.position.fill_(prompt.size(1))
         return logits[:, -1]
 
     def decode(self, token):
         """Computes the token (num_samples, 1) at self.position, keeps its keys and values, and returns the logits (num_samples, vocab_size)."""
-        wpe, dtype = self.model.transformer.wpe, next(iter(self.kept.values())).dtype
-        later = self.positions > self.position
+        later, dtype = self.positions > self.position, next(iter(self.kept.values())).dtype
         self.mask = torch.zeros_like(later, dtype=dtype).masked_fill(later, -float('inf'))[None]  # (1, length)
-        with self.replace_forward(self.attend_to_cache, (wpe, lambda _: F.embedding(self.position, wpe.weight))):
-            logits, _ = self.model(token)
+        # for a single token, the model takes the first row
+        row = self.model.transformer.wpe.weight.index_select(0, self.position)
+        with self.replace_attention(self.attend_to_cache):
+            logits, _ = functional_call(self.model, {'transformer.wpe.weight': row}, (token,), tie_weights=False)
         return logits[:, -1]
 
     @contextmanager
-    def replace_forward(self, attend, *others):
-        """Inside, each attention module computes attend(module, x), and each module of others its function."""
-        modules = [(block.attn, partial(attend, block.attn)) for block in self.model.transformer.h] + list(others)
-        for module, forward in modules:
-            module.forward = forward
+    def replace_attention(self, attend):
+        """Inside, each attention module computes attend(module, x)."""
+        modules = [block.attn for block in self.model.transformer.h]
+        for module in modules:
+            module.forward = partial(attend, module)
         try:
             yield
         finally:
-            for module, _ in modules:
+            for module in modules:
                 del module.forward  # the class's own appears again
 
     def attend_to_prompt(self, attn, x):
@@ -108,7 +110,7 @@ def draw(logits, temperature, top_k):
     does the same, but its checks cannot be captured as a CUDA graph.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-10:  # dividing by it would overflow, and the likeliest is as good as certain
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:
