@@ -20,6 +20,7 @@ import bench_fsdp  # noqa: F401
 import bench_kernels  # noqa: F401
 import bench_layer_norm  # noqa: F401
 import bench_mlp  # noqa: F401
+import bench_peers  # noqa: F401
 import bench_reference  # noqa: F401
 import bench_sampling  # noqa: F401
 import bench_trainers
@@ -45,6 +46,7 @@ WHAT = {  # by the beginning of a result file's name
     'layer_norm': 'LayerNorm',
     'memory': 'memory of one GPU, for the planner',
     'mlp': 'GELU inside a matmul',
+    'peers': 'upstream nanoGPT, llm.c and our trainers',
     'phase2_changes': 'Triton: the latest changes',
     'phase2_curves': 'Triton: loss curves',
     'phase2_gradients': 'Triton: gradients against float64',
