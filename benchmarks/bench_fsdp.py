@@ -1,5 +1,5 @@
 """
-What is special to FSDP, on all GPUs of one machine. Its speed and memory next to the other trainers: bench_trainers.py.
+Measures FSDP on all GPUs of one machine. Its speed and memory next to the other trainers: bench_trainers.py.
 
     python benchmarks/bench_fsdp.py variants --out=benchmarks/results/fsdp_variants.json  # each choice at 124M: 3 minutes
     python benchmarks/bench_fsdp.py checkpoint --out=benchmarks/results/fsdp_checkpoint.json  # saves at 1.5B: 3 minutes
@@ -264,7 +264,7 @@ def best_of(attempts):
 
 def run_attempt(args, processes, name, layers):
     """
-    What was measured, or {'error': 'out of memory'}, or another error, of which the last lines of stderr are shown.
+    Returns what was measured, or {'error': 'out of memory'}, or another error, and prints the last lines of its stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, stderr = Path(folder, 'out.json'), Path(folder, 'stderr')
@@ -346,7 +346,7 @@ def write(args, results, processes, **more):
 
 
 def keep(args, results):
-    """What is measured is written at once: a call that is cut short leaves it."""
+    """Writes the results so far, so that a call that is cut short leaves them."""
     if dist.get_rank() == 0:
         write(args, results, dist.get_world_size())
 

@@ -1,5 +1,5 @@
 """
-What TrainingLogger costs: per record at the start of a run and behind 1,000,000 records, and what a loop of 20 ms steps
+Measures the cost of TrainingLogger: per record at the start of a run and behind 1,000,000 records, and what a loop of 20 ms steps
 loses to it.
 
     python benchmarks/bench_logger.py [--records 1000000] [--dir .]

@@ -96,7 +96,7 @@ def fused(a, b, pre, out, mode, tiles):
     return out
 
 
-# of those with two programs a multiprocessor one computes GELU while the other multiplies
+# with two programs per multiprocessor, one computes GELU while the other multiplies
 all_tiles = [
     (128, 128, 64, 4, 2, 0),
     (128, 128, 64, 4, 2, 2),

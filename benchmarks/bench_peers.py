@@ -108,7 +108,7 @@ def programs(args):
 
 
 def gpu_bytes_in_use():
-    """Of the first visible GPU, by nvidia-smi; None without one."""
+    """Returns the bytes in use on the first visible GPU, by nvidia-smi; None without one."""
     visible = os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0] or '0'
     mib = output_of('nvidia-smi', '-i', visible, '--query-gpu=memory.used', '--format=csv,noheader,nounits')
     return mib and int(mib.split()[0]) * 2**20
@@ -139,7 +139,7 @@ def run(command, folder):
 
 
 def measured(text, timed):
-    """What a program's output says: ms of its last iterations, and losses of its first evaluation."""
+    """Returns the ms of a program's last iterations, and the losses of its first evaluation, from its output."""
     ms = [float(found) for found in ITERATION.findall(text)][-timed:]
     evaluation, llmc = EVALUATION.search(text), LLMC_EVALUATION.search(text)
     if len(ms) < timed or not (evaluation or llmc):

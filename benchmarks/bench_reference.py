@@ -1,5 +1,5 @@
 """
-What the reference trainer costs beyond its model: on a GPU the data loader (bench.py on real against random tokens) and
+Measures the reference trainer beyond its model: on a GPU the data loader (bench.py on real against random tokens) and
 the whole of train.py at GPT-2 124M; on a CPU train.py against a minimal loop over the same model
 (tests/minimal_loop.py).
 

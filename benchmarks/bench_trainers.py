@@ -328,7 +328,7 @@ def run_trainer(run):
 
 
 def work(spec_file):
-    """What every rank of the torchrun group does: the runs of the list, one after the other."""
+    """Runs the list of runs, one after the other, on every rank of the torchrun group."""
     spec = json.loads(Path(spec_file).read_text())
     rank = int(os.environ['RANK'])
     sys.path.insert(0, str(ROOT / 'nanoGPT'))  # the place of the trainer's folder
@@ -799,7 +799,7 @@ def main():
     session = facts(cpu=args.device == 'cpu') | {'init': args.init, 'flag': args.flag}
     if report['sessions']:
         last = {'init': 'gpu', 'flag': []} | report['sessions'][-1]
-        for key in ('device', 'versions', 'init', 'flag'):  # what has run with another one would share its rows
+        for key in ('device', 'versions', 'init', 'flag'):  # runs with another one would share its rows
             if last[key] != session[key]:
                 sys.exit(
                     f'bench_trainers.py: --onto={args.onto} has runs with {key} {last[key]}, here it is {session[key]}: use a file of its own'

@@ -129,7 +129,7 @@ def speed(trainer, size, left, log):
 
 
 def save(trainer, log):
-    """Seconds and GPU memory of collecting a checkpoint, with the peak of training beside it; nothing is written."""
+    """Returns seconds and GPU memory of collecting a checkpoint, and the peak of training; nothing is written."""
     trainer.set_optimizer('zero1')
     trainer.timed_steps(1, 2)
     reset_peak(trainer.device)
@@ -327,7 +327,7 @@ def read_tokens():
 
 
 def plot(report, path):
-    """The loss curves of a report, and how far they are apart beside what the reference itself shows."""
+    """Draws the loss curves of a report, and how far each is from DDP's."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -499,7 +499,7 @@ def zero1_range():
 
 @number
 def zero1_save(size, key):
-    """Of collecting the state for a checkpoint: the peak in GiB (peak_bytes), or seconds."""
+    """The peak in GiB (peak_bytes) or the seconds of collecting the state for a checkpoint."""
     saved = load('zero1_h200x4')['save'][size]
     return gib(saved[key]) if key == 'peak_bytes' else f'{saved[key]:.1f}'
 

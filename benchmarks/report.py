@@ -64,7 +64,7 @@ WHAT = {  # by the beginning of a result file's name
     'zero1_124M_curves': 'ZeRO-1: loss curves, profile',
     'zero1': 'ZeRO-1 and DDP in turn',
 }
-FOUR = 'trainers_h200x4'  # what the picture shows
+FOUR = 'trainers_h200x4'  # the file that the picture shows
 MOST = {'124M': '10', '1.5B': '5'}  # micro-steps
 ORANGE, GREY = '#E69F00', '#999999'
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import ROOT, memory, reset_peak
 
-# what several folders have is the same in all of them
+# modules that several folders have are the same in all of them
 sys.path += [str(ROOT / folder) for folder in ('phase3_fsdp', 'phase1_zero1', 'phase2_triton')]
 import hardware
 from cuda_graph import MicroStep, use_side_stream
