@@ -15,7 +15,16 @@ import numpy as np
 DEAD_AFTER_S = 600  # a 'running' log without a new record for this long (and for 20 of its slowest steps, and 3 records) is of a process that died
 LISTS = {'iterations': list, 'evaluations': list, 'checkpoints': list}
 METRICS = ('loss', 'lr', 'time_ms', 'tokens_per_sec', 'grad_norm', 'peak_memory_bytes')  # of a step
-COMPARED = ('tokens_per_sec_median', 'peak_memory_bytes', 'final_val_loss')  # with the first of several runs
+STATE = ('parameters', 'gradients', 'optimizer')  # the parts of state_bytes
+COMPARED = (  # with the first of several runs
+    'tokens_per_sec_median',
+    'peak_memory_bytes',
+    'final_val_loss',
+    'state_bytes_total',
+)
+# folders of trainers: the technique, and the flag that turns it off
+TECHNIQUES = {'nanoGPT': ('DDP', None), 'phase2_triton': ('DDP', None)}
+TECHNIQUES |= {'phase1_zero1': ('ZeRO-1', 'use_zero1'), 'phase3_fsdp': ('FSDP', 'use_fsdp')}
 
 
 class LogError(ValueError):
@@ -129,7 +138,11 @@ class Run:
             str(self.run.get('model') or self.config.get('model_dir') or '.'),
         )
         model = os.path.basename(os.path.normpath(model))
-        self.label = self.phase = phase if model in ('.', phase) else f'{phase} with {model}'
+        self.phase = phase if model in ('.', phase) else f'{phase} with {model}'
+        self.label = self._technique(phase, phase if model == '.' else model) or self.phase
+        state = self.run.get('state_bytes')
+        state = state if isinstance(state, dict) else {}
+        self.state_bytes = {part: positive(state.get(part)) or 0 for part in STATE}  # of each rank
         times = np.nan_to_num(
             self.iterations['time_ms']
         )  # of one step each; the steps between two records took about as long
@@ -151,6 +164,18 @@ class Run:
         )  # of the records, in steps
         if self.status == 'running' and silent_s > max(DEAD_AFTER_S, max(20, 3 * spacing) * times.max(initial=0) / 1e3):
             self.status = 'died'
+
+    def _technique(self, phase, model):
+        """Returns 'DDP', 'ZeRO-1', 'FSDP', 'Triton', 'ZeRO-1 + Triton', ...; None for folders of another name."""
+        if phase not in TECHNIQUES or model not in (phase, *TECHNIQUES):
+            return None
+        name, flag = TECHNIQUES[phase]
+        kernels = model == 'phase2_triton' and self.config.get('use_triton') is not False
+        if self.run.get('world_size') == 1:
+            name = 'one process'
+        elif flag and self.config.get(flag) is not True:  # FSDP's trainer runs the reference trainer, without the flag
+            name = 'DDP'
+        return name if not kernels else 'Triton' if name in ('DDP', 'one process') else f'{name} + Triton'
 
     def x(self, iters, axis):
         """Iteration numbers as positions on the x axis: 'iter', 'tokens' or 'time' (seconds of training steps)."""
@@ -201,11 +226,13 @@ class Run:
             'tokens_per_sec_median': median('tokens_per_sec'),
             'mfu_median': median('mfu'),
             'peak_memory_bytes': pick(np.max, self.iterations['peak_memory_bytes'][self.own]),
+            'state_bytes': self.state_bytes if any(self.state_bytes.values()) else None,
+            'state_bytes_total': sum(self.state_bytes.values()) or None,
         }
 
 
 def label_runs(runs):
-    """Label every run by its phase; where that is ambiguous also by its world size, out_dir, file and path, as far as they tell runs apart."""
+    """Label every run by its technique; where that is ambiguous also by its world size, out_dir, file and path, as far as they tell runs apart."""
     for extra in (
         lambda run: f'{run.run.get("world_size")} ranks',
         lambda run: os.path.basename(os.path.normpath(str(run.config.get('out_dir')))),
