@@ -25,6 +25,7 @@ from dataset import meta_of_model
 from encoding import get_encoding
 from errors import UserError
 from model import GPT, GPTConfig
+from shell import pip_install
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # folder of the checkpoint
@@ -171,7 +172,7 @@ if dtype not in ('float32', 'bfloat16'):
     raise UserError(f"dtype is '{dtype}', but it can be float32 or bfloat16")
 for package in ('safetensors', 'transformers'):
     if importlib.util.find_spec(package) is None:
-        raise UserError(f'export_hf.py needs the package {package}: pip install {package}')
+        raise UserError(f'export_hf.py needs the package {package}: {pip_install(package)}')
 
 path = find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt)
 checkpoint = load_checkpoint(path)

@@ -13,6 +13,7 @@ import os
 import torch
 
 from errors import UserError
+from shell import pip_install
 
 ACTIVATIONS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}  # GPTConfig's gelu
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
@@ -127,7 +128,7 @@ def write_tokenizer(folder, meta, block_size):
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError:
-        raise UserError('the package tokenizers is not installed (pip install tokenizers)') from None
+        raise UserError(f'the package tokenizers is not installed ({pip_install("tokenizers")})') from None
 
     config, end_token = {'tokenizer_class': 'PreTrainedTokenizerFast'}, None
     if not meta or meta.get('encoding') == 'gpt2':

@@ -18,6 +18,7 @@ from configurator import configure
 from errors import UserError, first_line
 from model import GPT, GPTConfig
 from out_dir import make_out_dir
+from shell import pip_install
 
 # -----------------------------------------------------------------------------
 hf_dir = ''  # folder with config.json and model.safetensors, or a model's name on the Hugging Face Hub
@@ -38,7 +39,7 @@ def find_folder(hf_dir):
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f'hf_dir={hf_dir} is no folder; to download a model of that name: pip install huggingface_hub'
+            f'hf_dir={hf_dir} is no folder; to download a model of that name: {pip_install("huggingface_hub")}'
         ) from None
     try:
         return snapshot_download(hf_dir, allow_patterns=['*.json', '*.safetensors', '*.txt', hf_format.CHECKSUMS])
@@ -54,7 +55,7 @@ def read_weights(folder):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise UserError('import_hf.py needs the package safetensors: pip install safetensors') from None
+        raise UserError(f'import_hf.py needs the package safetensors: {pip_install("safetensors")}') from None
     index = os.path.join(folder, 'model.safetensors.index.json')
     names = ['model.safetensors']
     if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):

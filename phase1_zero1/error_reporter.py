@@ -22,7 +22,18 @@ from output import print_error
 from plan_command import plan_command
 from shell import pip_install
 
-OPTIONAL_PACKAGES = ('wandb', 'trackio', 'tensorboard', 'transformers', 'datasets', 'tqdm', 'pyarrow')
+OPTIONAL_PACKAGES = (
+    'wandb',
+    'trackio',
+    'tensorboard',
+    'transformers',
+    'datasets',
+    'tqdm',
+    'pyarrow',
+    'safetensors',
+    'tokenizers',
+    'huggingface_hub',
+)
 
 # the words of gloo, NCCL and the key-value store for another rank that is gone or out of reach
 LOST_RANK = re.compile(

@@ -110,7 +110,7 @@ def draw(logits, temperature, top_k):
     does the same, but its checks cannot be captured as a CUDA graph.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-10:  # dividing by it would overflow, and the likeliest is as good as certain
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:

@@ -209,7 +209,7 @@ class TrainingLogger:
         if not self.warned:
             with suppress(Exception):  # stderr may be gone, too
                 print(
-                    f'training_logger: {self.path}: {error}; training goes on, the log is incomplete',
+                    f'training_logger: {self.path}: {error}; training continues, the log is incomplete',
                     file=sys.stderr,
                     flush=True,
                 )

@@ -123,6 +123,8 @@ def run(script, flags):
             try:
                 runpy.run_path(script, run_name='__main__')
                 sys.stdout.flush()
+            except SystemExit as e:
+                os._exit(e.code or 0)
             except BaseException:
                 sys.excepthook(*sys.exc_info())
                 os._exit(1)

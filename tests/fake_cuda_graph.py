@@ -62,15 +62,26 @@ def graph(graph, pool=None, stream=None, capture_error_mode='global'):
             tensor.copy_(value)
 
 
-def noted(launch):
-    def launch_and_note(kernel, grid, tensors, *args, **kwargs):
-        args = kernel, grid, tensors, *args
-        if recording is not None:
-            recording.before += [(tensor, tensor.detach().clone()) for tensor in tensors]  # a kernel may write to any
+def noted(function):
+    """Returns the function with its calls noted."""
+
+    def call_and_note(*args, **kwargs):
         with _disable_current_modes():  # Triton's interpreter is made of PyTorch's operations, too, and so is gloo
-            launch(*args, **kwargs)
+            function(*args, **kwargs)
         if recording is not None:
-            recording.calls.append(lambda: launch(*args, **kwargs))
+            recording.calls.append(lambda: function(*args, **kwargs))
+
+    return call_and_note
+
+
+def noted_launch(launch):
+    """Returns the launch of a kernel with its calls noted. A kernel may write to any of its tensors."""
+    note = noted(launch)
+
+    def launch_and_note(kernel, grid, tensors, *args, **kwargs):
+        if recording is not None:
+            recording.before += [(tensor, tensor.detach().clone()) for tensor in tensors]
+        note(kernel, grid, tensors, *args, **kwargs)
 
     return launch_and_note
 
@@ -79,7 +90,7 @@ def install(monkeypatch):
     """For the length of a test."""
     for name in ('cross_entropy', 'embedding', 'gelu', 'layer_norm', 'layer_norm_gradients'):
         module = importlib.import_module(f'kernels.{name}')
-        monkeypatch.setattr(module, 'launch', noted(module.launch))
+        monkeypatch.setattr(module, 'launch', noted_launch(module.launch))
     linear = importlib.import_module('kernels.linear')
     monkeypatch.setattr(linear, 'capturing', lambda weight: recording is not None)
     install_in_torch(monkeypatch)

@@ -64,7 +64,8 @@ def flags_of(script):
 
 
 TORCHRUN = set(get_args_parser()._option_string_actions)
-KNOWN = TORCHRUN.union(*map(flags_of, SCRIPTS))
+OF_PYTEST = re.findall(r"addoption\('(--[\w-]+)'", (ROOT / 'tests' / 'conftest.py').read_text())
+KNOWN = TORCHRUN.union(OF_PYTEST, *map(flags_of, SCRIPTS))
 
 
 def code_of(text):

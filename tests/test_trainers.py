@@ -159,7 +159,7 @@ def test_full_disk_is_a_warning_until_the_end(train, saved, trainer):
     flags = [RESUME, '--max_iters=30', '--lr_decay_iters=30']
     run = train(trainer, *flags, program='small_disk.py', check=False)
     assert 'iter 30:' in run.stdout and run.returncode == 2 and 'Traceback' not in run.stderr
-    assert 'training goes on' in run.stderr and run.stderr.count('error: ') == 1
+    assert 'training continues' in run.stderr and run.stderr.count('error: ') == 1
     assert trainer.sharded or run.stderr.count('could not be saved') == 3
     assert_same(saved(trainer), before)
     assert not os.path.exists('out/ckpt.pt.tmp')

@@ -299,7 +299,7 @@ class Disk:
 
 
 def test_disk_that_fills_up(tmp_path, monkeypatch, capfd):
-    """At whichever byte the disk is full: training goes on with one warning; when there is room again, the log goes on as a whole."""
+    """At whichever byte the disk is full: training continues with one warning; when there is room again, the log goes on as a whole."""
     for room in (0, 1, 100, 170, 180, 250, 4000, 5000, 9999):
         disk, log = Disk(monkeypatch), TrainingLogger(tmp_path / str(room), {}, RUN)
         for i in range(3):

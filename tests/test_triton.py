@@ -51,7 +51,7 @@ def test_without_triton_training_runs():
     program = (
         'import sys; sys.modules["triton"] = None; import test_triton as t; print("loss", t.train("phase2_triton"))'
     )
-    env = {**os.environ, 'PYTHONPATH': str(ROOT / 'tests'), 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'PYTHONPATH': f'{ROOT / "phase2_triton"}:{ROOT / "tests"}', 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert 'not using Triton-accelerated LayerNorm: Triton is not installed (' in done.stdout

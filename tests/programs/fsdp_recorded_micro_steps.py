@@ -72,7 +72,7 @@ def train(recorded, **flags):
     limits.clear()
     if recorded:
         graph.release()
-        with pytest.raises(RuntimeError, match='more micro-steps than were recorded'):
+        with pytest.raises(RuntimeError, match='more micro-steps than were captured'):
             for last in (False, True, False, False):
                 set_last_micro_step(model, last)
                 graph(x[:, :-1].contiguous(), x[:, 1:].contiguous())
