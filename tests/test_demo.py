@@ -10,8 +10,11 @@ import time
 import types
 
 import pytest
+import torch
 
+import hardware
 from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of
+from errors import UserError
 
 sys.path.append(str(ROOT))
 import demo
@@ -183,6 +186,19 @@ def test_each_technique_runs_where_it_can(monkeypatch, capsys, tmp_path, gpus):
         assert ('--backend=gloo' in command, '--device=cpu' in command) == (gpus == 1, gpus == 0)
     assert (commands[1][0] == '-m') == (gpus != 1)
     assert ('need a GPU' in printed) == (gpus == 0) and all(f'{name}: 60 iterations' in printed for name in techniques)
+
+
+def test_processes_share_a_gpu_over_gloo_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setenv('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')  # or resolve_auto would set it for good
+    for rank in range(2):
+        monkeypatch.setenv('LOCAL_RANK', str(rank))
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+        assert hardware.resolve_auto('auto', 'float32', False, 'gloo')[0] == 'cuda:0'
+        with pytest.raises(UserError, match='--backend=gloo'):
+            hardware.resolve_auto('auto', 'float32', False, 'auto')
 
 
 @pytest.mark.full
