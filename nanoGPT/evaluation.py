@@ -14,6 +14,7 @@ import torch
 from distributed import mean_over_ranks
 from encoding import get_encoding
 from errors import UserError
+from progress import progress
 from token_files import TokenFiles, inputs_and_targets
 
 
@@ -57,9 +58,9 @@ def mean_loss(
     training = model.training
     model.eval()
     losses, counts = [], []
-    for batch in range(0, tokens.rows, batch_size * world_size):  # the first row over all ranks
-        if _predictions_before(tokens, batch) >= predictions:
-            break
+    batches = range(0, tokens.rows, batch_size * world_size)  # the first row over all ranks
+    batches = [row for row in batches if _predictions_before(tokens, row) < predictions]
+    for batch in progress(batches, 'evaluating val'):
         if stop_requested and stop_requested():
             model.train(training)
             return None

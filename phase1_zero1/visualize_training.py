@@ -6,6 +6,7 @@ schema).
     python visualize_training.py out/run_20260102_030405.json
     python visualize_training.py out-reference out-zero1     # the newest run of each, compared with the first one
     python visualize_training.py out --follow                # redraw while the run is going
+    python visualize_training.py out --html run.html         # also a page to zoom into
 
 The picture is written next to the (first) log: run_..._analysis.png, or for several runs
 run_..._comparison_analysis.png. A run that was resumed is drawn with its predecessors as one. Exit status 2, with one
@@ -21,7 +22,7 @@ import re
 import sys
 import textwrap
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import matplotlib
 import numpy as np
@@ -30,7 +31,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from interactive_page import page
 from run_logs import LogError, duration, load_runs, positive, summarize
+from shell import pip_install
 
 # Okabe and Ito's colours, which people with any colour blindness can tell apart
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = (
@@ -77,9 +80,11 @@ TITLES = {
 }
 BARS = {
     'tokens_per_sec_median': ('Throughput', 'median tokens/s'),
+    'state_bytes_total': ('Memory from step to step', 'on each rank'),
     'peak_memory_bytes': ('Peak memory', 'GiB on rank 0'),
     'final_val_loss': ('Final validation loss', 'nats/token'),
 }
+HATCHES = {'parameters': '', 'gradients': '///', 'optimizer': '...'}  # of the parts of state_bytes
 
 
 def smoothed(values, records):
@@ -134,6 +139,11 @@ def short(value, digits=3):
     return f'{value:.{digits + 1}g}'
 
 
+def binary_unit(size):
+    """Returns (bytes, name) of the unit in which a size has one to four digits before the point."""
+    return next(((2**k, name) for k, name in ((30, 'GiB'), (20, 'MiB'), (10, 'KiB')) if size >= 2**k), (1, 'bytes'))
+
+
 def tick(value, _=None):
     """Formats a tick with enough digits that neighbours on a narrow axis differ."""
     return short(value, 6)
@@ -182,13 +192,15 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
     metrics = metrics or (['loss'] if several else list(TITLES))
     table = summarize(runs)
     wide = metrics if several else [m for m in metrics if m == 'loss']
-    cells = list(BARS) if several else [m for m in metrics if m != 'loss'] + ['facts']
-    heights = [4.6] * len(wide) + [1.4 + 0.45 * len(runs) if several else 3.4] * math.ceil(len(cells) / 3)
+    cells = bars_of(runs) if several else [m for m in metrics if m != 'loss'] + ['facts']
+    columns = 2 if len(cells) == 4 else 3
+    heights = [4.6] * len(wide) + [1.4 + 0.45 * len(runs) if several else 3.4] * math.ceil(len(cells) / columns)
     with matplotlib.rc_context(STYLE):
         figure = figure or Figure()
+        figure.run_names = [clip(run.label, 34) for run in runs]  # for interactive_page.py
         figure.set_size_inches(14, sum(heights) + 0.8)
         figure.set_layout_engine('constrained', w_pad=0.1, h_pad=0.1)
-        grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
+        grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         data = ', '.join(dict.fromkeys(str(run.config['dataset']) for run in runs if 'dataset' in run.config))
         automatic = (
             [f'{len(runs)} runs on {data or "different data"}']
@@ -205,14 +217,25 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
         for i, key in enumerate(wide):
             _curves(figure.add_subplot(grid[i, :], label=key), runs, key, x, smooth)
         for i, key in enumerate(cells):
-            ax = figure.add_subplot(grid[len(wide) + i // 3, i % 3], label=key)
+            ax = figure.add_subplot(grid[len(wide) + i // columns, i % columns], label=key)
             if several:
-                _bars(ax, runs, key, table, named=i == 0)
+                _bars(ax, runs, key, table, named=i % columns == 0)
             elif key == 'facts':
                 _facts(ax, runs[0], table[0])
             else:
                 _curves(ax, runs, key, x, smooth)
     return figure
+
+
+def bars_of(runs):
+    """
+    Returns the keys of BARS that say something about these runs. Logs from before state_bytes have none; and a run on a CPU
+    has the whole process as its peak memory, most of which is Python and PyTorch.
+    """
+    state = any(any(run.state_bytes.values()) for run in runs)
+    on_cpus = state and all(run.run.get('device') == 'cpu' for run in runs)
+    left_out = {'state_bytes_total': not state, 'peak_memory_bytes': on_cpus}
+    return [key for key in BARS if not left_out.get(key)]
 
 
 def _curves(ax, runs, key, axis, smooth):
@@ -402,8 +425,9 @@ def _facts(ax, run, row):
     started = str(run.parts[0][1].get('start_time') or '')[:16].replace('T', ' ') + ' UTC'
     lines = {
         'status': f'{run.status}, {run.silence}' if run.status in ('running', 'died') else run.status,
-        'phase': run.phase,
+        'folder': run.phase,
         'model': f'{short(parameters)} parameters' if (parameters := positive(facts.get('parameters'))) else '',
+        'state': _state(run),
         'shape': ', '.join(f'{config[key]} {name}' for key, name in shape if key in config),
         'data': str(config.get('dataset') or ''),
         'batch': f'{run.tokens[-1]:,} tokens per step' if run.tokens[-1] else '',
@@ -445,14 +469,34 @@ def _results(results):
     return words
 
 
+def _state(run):
+    size = sum(run.state_bytes.values())
+    scale, unit = binary_unit(size)
+    return f'{short(size / scale)} {unit} on each rank' if size else ''
+
+
 def _bars(ax, runs, key, table, named):
     title, unit = BARS[key]
     scale = 2**30 if key == 'peak_memory_bytes' else 1
+    if key == 'state_bytes_total':
+        scale, name = binary_unit(max(row[key] or 0 for row in table))
+        unit = f'{name} {unit}\nparameters (P), gradients (G), optimizer (O)'
     values = [math.nan if row[key] is None else row[key] / scale for row in table]
     widest = max(np.nan_to_num(values)) or 1
     for i, (value, row) in enumerate(zip(values, table)):
-        known = math.isfinite(value)
-        ax.barh(i, value if known else 0, color=COLORS[i % len(COLORS)], height=0.7)
+        known, color = math.isfinite(value), COLORS[i % len(COLORS)]
+        if known and key == 'state_bytes_total':
+            start = 0
+            for part, hatch in HATCHES.items():
+                width = row['state_bytes'][part] / scale
+                look = {'color': color} if not hatch else {'color': 'white', 'ec': color, 'hatch': hatch}
+                ax.barh(i, width, left=start, height=0.7, **look)
+                if width > 0.06 * widest:
+                    letter = ax.text(start + width / 2, i, part[0].upper(), ha='center', va='center', weight='bold')
+                    letter.set_bbox(dict(fc='white', ec='none', pad=2))
+                start += width
+        else:
+            ax.barh(i, value if known else 0, color=color, height=0.7)
         ratio = 'baseline' if i == 0 else f'{row[f"{key}_ratio"]:.3f}×' if row[f'{key}_ratio'] else ''
         text = f'{number(value)}  {ratio}' if key == 'final_val_loss' else f'{short(value)}  {ratio}'
         ax.text((value if known else 0) + 0.02 * widest, i, text if known else 'not recorded', va='center', fontsize=12)
@@ -462,7 +506,7 @@ def _bars(ax, runs, key, table, named):
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
     ax.grid(False, axis='y')
-    ax.set_yticks(range(len(runs)), [clip(run.label, 34) for run in runs] if named else [''] * len(runs))
+    ax.set_yticks(range(len(runs)), ax.get_figure().run_names if named else [''] * len(runs))
     ax.tick_params(axis='y', length=0)
     ax.invert_yaxis()
 
@@ -478,6 +522,7 @@ def parse_args(argv):
     parser.add_argument(
         '--output', help='picture to write, or its folder; the ending picks the format; default: next to the first log'
     )
+    parser.add_argument('--html', metavar='FILE', help='also write an interactive page, which needs the package plotly')
     parser.add_argument('--show', action='store_true', help='also open a window')
     parser.add_argument(
         '--smooth', type=int, metavar='N', help='records to average over; 1 for none; default: 2%% of the run'
@@ -515,6 +560,19 @@ def parse_args(argv):
     return args
 
 
+@contextmanager
+def replaced(path):
+    """Yields the name of a temporary file that then replaces path: whoever watches the file never sees half of it."""
+    stem, ending = os.path.splitext(path)
+    temporary = f'{stem}.tmp{os.getpid()}{ending}'
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
 def report(table):
     for row in table:
         speed = 'n/a' if row['tokens_per_sec_median'] is None else short(row['tokens_per_sec_median'])
@@ -533,6 +591,11 @@ def main(argv=None):
     args = parse_args(argv)
     figure = None
     try:
+        if args.html:
+            try:
+                import plotly  # noqa: F401
+            except ImportError:
+                raise LogError(f'--html needs the package plotly: {pip_install("plotly")}') from None
         if args.show:
             from matplotlib import pyplot
 
@@ -553,17 +616,14 @@ def main(argv=None):
                 )
             stem, ending = os.path.splitext(output)
             output = stem + (ending or '.png')
-            temporary = (
-                f'{stem}.tmp{os.getpid()}{ending or ".png"}'  # a viewer that watches the picture never sees half of it
-            )
             try:
-                picture.savefig(temporary, dpi=100)
-                os.replace(temporary, output)
+                with replaced(output) as temporary:
+                    picture.savefig(temporary, dpi=100)
             except ValueError as error:  # a format that matplotlib does not have
                 raise LogError(f'{output}: {error}') from error
-            finally:
-                with suppress(OSError):
-                    os.unlink(temporary)
+            if args.html:
+                with replaced(args.html) as temporary, open(temporary, 'w', encoding='utf-8') as file:
+                    file.write(page(picture))
             if not args.follow or all(run.status != 'running' for run in runs):
                 break
             pyplot.pause(args.follow) if args.show else time.sleep(args.follow)
@@ -571,7 +631,8 @@ def main(argv=None):
             print(f'visualize_training: {note}', file=sys.stderr)
         table = summarize(runs)
         print(json.dumps(table, indent=2)) if args.json else report(table)
-        print(f'wrote {output}', file=sys.stderr if args.json else sys.stdout)
+        for written in (output, *([args.html] if args.html else [])):
+            print(f'wrote {written}', file=sys.stderr if args.json else sys.stdout)
         if args.show:
             pyplot.show()
     except KeyboardInterrupt:

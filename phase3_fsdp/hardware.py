@@ -3,7 +3,6 @@
 import inspect
 import os
 import re
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -12,6 +11,14 @@ import torch
 
 import torchrun_env
 from errors import UserError
+
+try:
+    import resource
+except ImportError:
+    raise UserError(
+        'this Python has no module `resource`. If it is one for Windows, use a Python in WSL (Windows Subsystem for Linux) '
+        'instead: training needs files and signals as Linux and macOS have them'
+    ) from None
 
 
 def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
@@ -34,13 +41,13 @@ def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
             )
         count = torch.cuda.device_count()
         local_rank, local_world_size = torchrun_env.number('LOCAL_RANK', 0), torchrun_env.number('LOCAL_WORLD_SIZE', 1)
-        if local_world_size > count:
+        if local_world_size > count and backend != 'gloo':
             raise UserError(
-                f'torchrun started {local_world_size} processes on this machine, but it has {count} GPU(s): '
-                f'use --nproc_per_node={count}'
+                f'torchrun started {local_world_size} processes on this machine, but it has {count} GPU(s): use '
+                f'--nproc_per_node={count}, or --backend=gloo, with which processes can share a GPU (slowly)'
             )
         if local_world_size > 1 or (':' not in device and 0 < local_rank < count):
-            device = f'cuda:{local_rank}'  # one GPU per process
+            device = f'cuda:{local_rank % count}'  # one GPU per process; NCCL requires that, gloo does not
         if ':' in device and int(device[5:]) >= count:
             raise UserError(f'device={device}, but this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}')
         if not any(re.fullmatch('PYTORCH_(CUDA_|HIP_)?ALLOC_CONF', name) for name in os.environ):

@@ -17,12 +17,17 @@ import numpy as np
 # process
 DEAD_AFTER_S = 600
 LISTS = {'iterations': list, 'evaluations': list, 'checkpoints': list}
-METRICS = ('loss', 'lr', 'time_ms', 'tokens_per_sec', 'grad_norm', 'peak_memory_bytes')  # fields of an iteration
-COMPARED = (
+METRICS = ('loss', 'lr', 'time_ms', 'tokens_per_sec', 'grad_norm', 'peak_memory_bytes')  # of a step
+STATE = ('parameters', 'gradients', 'optimizer')  # the parts of state_bytes
+COMPARED = (  # with the first of several runs
     'tokens_per_sec_median',
     'peak_memory_bytes',
     'final_val_loss',
-)  # fields compared with the first of several runs
+    'state_bytes_total',
+)
+# folders of trainers: the technique, and the flag that turns it off
+TECHNIQUES = {'nanoGPT': ('DDP', None), 'phase2_triton': ('DDP', None)}
+TECHNIQUES |= {'phase1_zero1': ('ZeRO-1', 'use_zero1'), 'phase3_fsdp': ('FSDP', 'use_fsdp')}
 
 
 class LogError(ValueError):
@@ -137,9 +142,14 @@ class Run:
         phase = str(self.run.get('phase', 'run'))
         model = str(self.run.get('model') or self.config.get('model_dir') or '.')
         model = os.path.basename(os.path.normpath(model))
-        self.label = self.phase = phase if model in ('.', phase) else f'{phase} with {model}'
-        # the time of one step per record; the steps between two records took about as long
-        times = np.nan_to_num(self.iterations['time_ms'])
+        self.phase = phase if model in ('.', phase) else f'{phase} with {model}'
+        self.label = self._technique(phase, phase if model == '.' else model) or self.phase
+        state = self.run.get('state_bytes')
+        state = state if isinstance(state, dict) else {}
+        self.state_bytes = {part: positive(state.get(part)) or 0 for part in STATE}  # of each rank
+        times = np.nan_to_num(
+            self.iterations['time_ms']
+        )  # of one step each; the steps between two records took about as long
         self.seconds = (
             np.cumsum(times * np.diff(self.iterations['iter'], prepend=self.iterations['iter'][:1] - 1)) / 1e3
         )
@@ -155,6 +165,18 @@ class Run:
         spacing = positive(self.config.get('log_interval')) or np.diff(self.iterations['iter']).max(initial=1)
         if self.status == 'running' and silent_s > max(DEAD_AFTER_S, max(20, 3 * spacing) * times.max(initial=0) / 1e3):
             self.status = 'died'
+
+    def _technique(self, phase, model):
+        """Returns 'DDP', 'ZeRO-1', 'FSDP', 'Triton', 'ZeRO-1 + Triton', ...; None for folders of another name."""
+        if phase not in TECHNIQUES or model not in (phase, *TECHNIQUES):
+            return None
+        name, flag = TECHNIQUES[phase]
+        kernels = model == 'phase2_triton' and self.config.get('use_triton') is not False
+        if self.run.get('world_size') == 1:
+            name = 'one process'
+        elif flag and self.config.get(flag) is not True:  # FSDP's trainer runs the reference trainer, without the flag
+            name = 'DDP'
+        return name if not kernels else 'Triton' if name in ('DDP', 'one process') else f'{name} + Triton'
 
     def x(self, iters, axis):
         """
@@ -207,14 +229,13 @@ class Run:
             'tokens_per_sec_median': median('tokens_per_sec'),
             'mfu_median': median('mfu'),
             'peak_memory_bytes': pick(np.max, self.iterations['peak_memory_bytes'][self.own]),
+            'state_bytes': self.state_bytes if any(self.state_bytes.values()) else None,
+            'state_bytes_total': sum(self.state_bytes.values()) or None,
         }
 
 
-def label_runs(runs: list[Run]) -> None:
-    """
-    Labels each run by its phase, and where that is ambiguous also by its world size, out_dir, file and path, as far as
-    they tell runs apart.
-    """
+def label_runs(runs):
+    """Label every run by its technique; where that is ambiguous also by its world size, out_dir, file and path, as far as they tell runs apart."""
     for extra in (
         lambda run: f'{run.run.get("world_size")} ranks',
         lambda run: os.path.basename(os.path.normpath(str(run.config.get('out_dir')))),
