@@ -287,7 +287,8 @@ def test_a_folder_that_was_deleted_is_made_again(launch, run):
 def test_a_save_that_fails_is_no_best_one(launch, run):
     """The evaluations see 3.0, 2.0 and 2.5. The save of 2.0 fails, so 2.5 is the best on the disk."""
     patch = (
-        'import itertools\nimport checkpoint, distributed\nnumbers = iter([9, 9, 3.0, 3.0, 2.0, 2.0, 2.5, 2.5])\nsaves = itertools.count(1)\n'
+        'import itertools\nimport checkpoint, distributed\n'
+        'numbers = iter([9, 9, 3.0, 3.0, 2.0, 2.0, 2.5, 2.5])\nsaves = itertools.count(1)\n'
         'save, mean = torch.save, distributed.mean_over_ranks\n'
         'def fail(*args):\n    if next(saves) == 2: raise RuntimeError\n    save(*args)\n'
         'torch.save = fail\n'
@@ -314,7 +315,8 @@ def test_a_save_that_fails_is_no_best_one(launch, run):
 def test_a_save_may_take_longer_than_dist_timeout(launch, run):
     script = patched(
         run,
-        'save = torch.save\ntorch.save = lambda *args, **options: (time.sleep(0 if options else 4), save(*args, **options))',
+        'save = torch.save\n'
+        'torch.save = lambda *args, **options: (time.sleep(0 if options else 4), save(*args, **options))',
     )
     ended = launch(script, *TINY, '--out_dir=new', '--max_iters=2', '--dist_timeout=2', nproc=2)
     assert load('new/ckpt.pt')['iter_num'] == 3 and ended.stderr == ''

@@ -18,7 +18,8 @@ def script(tmp_path, monkeypatch):
         'class GPTConfig:\n    n_layer: int = 2\n    use_magic: bool = True # a spell\n'
         '    rows: int = 0 # rows at a time; needs use_magic\n'
     )
-    source = "out_dir = 'out' # where to write\nmax_iters = 100 # how long\nlearning_rate = 6e-4\nname = 'gpt'\neval_only = False\n"
+    source = "out_dir = 'out' # where to write\nmax_iters = 100 # how long\n"
+    source += "learning_rate = 6e-4\nname = 'gpt'\neval_only = False\n"
     source += "compile = 'auto'\nmodel_dir = ''\ndevice = 'auto'\n"
     (tmp_path / 'script.py').write_text(source)
     monkeypatch.chdir(tmp_path)
@@ -97,7 +98,8 @@ def test_config_files_and_flags_apply_from_left_to_right(script, tmp_path):
 
 
 def test_only_what_a_config_file_assigns_is_given(script, tmp_path):
-    text = '\ufeffdef f():\n    max_iters = 1\n[max_iters for max_iters in (2, 3)]\nout_dir = __file__\n'  # with the mark that Windows puts in front
+    # with the byte order mark that Windows writes
+    text = '\ufeffdef f():\n    max_iters = 1\n[max_iters for max_iters in (2, 3)]\nout_dir = __file__\n'
     (tmp_path / 'a.py').write_text(text, encoding='utf-8')
     config, given = script('a.py')
     assert given == {'out_dir'} and config['max_iters'] == 100 and config['out_dir'] == str(tmp_path / 'a.py')

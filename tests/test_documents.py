@@ -29,8 +29,9 @@ COMMANDS = ('python', 'torchrun', 'make', 'diff', 'sbatch', 'jq', 'pip')
 FOLDERS = ('nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp')
 SHRINK = {  # added to every command that runs this script; the last flag of a name counts
     'train.py': [
-        *'--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=3 --warmup_iters=1 --eval_interval=2'.split(),
-        *'--eval_iters=1 --log_interval=1 --device=cpu --dataset=python_char --always_save_checkpoint=True --wandb_log=False'.split(),
+        *'--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=3 --warmup_iters=1'.split(),
+        *'--eval_interval=2 --eval_iters=1 --log_interval=1 --device=cpu --dataset=python_char'.split(),
+        *'--always_save_checkpoint=True --wandb_log=False'.split(),
     ],
     'sample.py': ['--num_samples=1', '--max_new_tokens=5', '--device=cpu'],
     'visualize_training.py': [],
@@ -42,7 +43,8 @@ SHRINK = {  # added to every command that runs this script; the last flag of a n
 }
 # names of what a run makes, and of what is the reader's
 MADE = re.compile(
-    r'^\.\w+$|^(/|out|OUT_DIR|FILE|FOLDER|YOUR|run_|\.\.\._|ckpt|iter_|__RANK|\.venv|data/<)|\.(bin|pkl|distcp|jsonl|parquet)$'
+    r'^\.\w+$|^(/|out|OUT_DIR|FILE|FOLDER|YOUR|run_|\.\.\._|ckpt|iter_|__RANK|\.venv|data/<)'
+    r'|\.(bin|pkl|distcp|jsonl|parquet)$'
 )
 ELSEWHERE = ('torch/', 'input.txt', 'slurm.conf', 'torch.')  # of other projects
 SCRIPTS = [ROOT / 'plan.py', *(path for folder in (*FOLDERS, 'benchmarks') for path in (ROOT / folder).rglob('*.py'))]

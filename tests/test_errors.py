@@ -257,7 +257,8 @@ def test_a_crash_of_one_rank_ends_all(launch, work):
     script.write_text(
         f'import os, runpy, sys\nsys.path.insert(0, {str(NANOGPT)!r})\nsys.argv[0] = {str(TRAIN)!r}\n'
         'import step_guard\ncheck = step_guard.StepGuard.check\n'
-        'def broken(self, iter_num, *args):\n    if os.environ["RANK"] == "1" and iter_num == 3: raise ValueError("a bug")\n'
+        'def broken(self, iter_num, *args):\n'
+        '    if os.environ["RANK"] == "1" and iter_num == 3: raise ValueError("a bug")\n'
         '    return check(self, iter_num, *args)\n'
         "step_guard.StepGuard.check = broken\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

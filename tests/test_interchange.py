@@ -18,7 +18,8 @@ import torch
 from conftest import ROOT, TINY, assert_same, load, log_of, make_letters
 from model import GPT, GPTConfig
 
-BETA = '0.9999999999999999'  # its difference to 1 is 1.1e-16, which times a gradient and added to a float32 average rounds to nothing
+# its difference to 1 is 1.1e-16: times a gradient and added to a float32 average, that rounds to nothing
+BETA = '0.9999999999999999'
 SMALL = [*TINY, '--batch_size=2']  # the interpreter takes 10 ms for a row
 STANDSTILL = [
     *SMALL,

@@ -119,7 +119,7 @@ def survive_the_loss_of_a_machine(launch, machines, script, nproc):
     if nproc == 1 or script.parent.name == 'phase3_fsdp':
         assert losses(resumed) == after
         assert_same_state(load('out/ckpt.pt'), load('once/ckpt.pt'))
-    else:  # DDP sums its first gradients in another order than all later ones, which matters to the last bit for 3 ranks and more
+    else:  # DDP sums its first gradients in another order than later ones: with 3 ranks or more, the last bit differs
 
         def parse(lines):
             return [re.match(r'(.*?loss )([\d.]+)', line).groups() for line in lines]

@@ -27,7 +27,8 @@ SOURCES = [
     for path in (ROOT / folder).rglob('*.py')
     if '__pycache__' not in path.parts and path.name != 'shell.py'
 ] + [ROOT / 'demo.py', ROOT / 'plan.py']
-FAST = '--max_iters=1 --n_layer=1 --n_head=1 --n_embd=16 --batch_size=2 --eval_iters=1 --device=cpu --compile=False'.split()
+FAST = '--max_iters=1 --n_layer=1 --n_head=1 --n_embd=16 --batch_size=2 --eval_iters=1'.split()
+FAST += ['--device=cpu', '--compile=False']
 FAST += ['--gradient_accumulation_steps=1']
 
 

@@ -220,7 +220,8 @@ def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
 
     environ = {name: value for name, value in os.environ.items() if not name.endswith('ALLOC_CONF')} | own
     if torch.cuda.is_available():
-        code = 'import torch, hardware; hardware.resolve_auto("cuda", "auto", "auto", "auto"); torch.ones(1, device="cuda"); '
+        code = 'import torch, hardware; hardware.resolve_auto("cuda", "auto", "auto", "auto"); '
+        code += 'torch.ones(1, device="cuda"); '
         code += 'print(torch.cuda.memory_snapshot()[0]["is_expandable"])'
         run = subprocess.run(
             [sys.executable, '-c', code],

@@ -206,7 +206,8 @@ def test_golden_losses(train, pytestconfig, tmp_path, capsys):
             )
             for nproc, values in before.get('losses', {}).items():
                 print(
-                    f'{nproc} processes: by up to {max(abs(a / b - 1) for a, b in zip(losses[nproc], values)):.1e}, relative'
+                    f'{nproc} processes: by up to '
+                    f'{max(abs(a / b - 1) for a, b in zip(losses[nproc], values)):.1e}, relative'
                 )
     golden = json.loads(GOLDEN.read_text())
     assert golden['flags'] == flags and golden['data'] == data, 'these are losses of another run'

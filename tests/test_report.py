@@ -1,4 +1,6 @@
-"""The documents' tables, numbers and pictures are what the result files say, and the benchmarks train as train.py does."""
+"""
+The documents' tables, numbers and pictures are what the result files say, and the benchmarks train as train.py does.
+"""
 
 import json
 import shutil
@@ -18,7 +20,9 @@ from common import write_json
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """A copy of the result files, which the test may change; it clears the cache after a change of a file that was read."""
+    """
+    A copy of the result files, which the test may change; it clears the cache after a change of a file that was read.
+    """
     shutil.copytree(tables.RESULTS, tmp_path / 'results')
     monkeypatch.setattr(tables, 'RESULTS', tmp_path / 'results')
     tables.load.cache_clear()
@@ -265,7 +269,9 @@ def test_first_line_of_an_error_without_text():
 
 @pytest.mark.full
 def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
-    """The real train.py of FSDP on 2 processes: 8 of 16 bytes a parameter on each; one run for two numbers of micro-steps, and a resume."""
+    """
+    FSDP's real train.py on 2 processes: 8 of 16 bytes per parameter on each; two numbers of micro-steps, and a resume.
+    """
     out = tmp_path / 'trainers.json'
     flags = [
         '--device=cpu',

@@ -95,7 +95,8 @@ def test_tensorboard(work, monkeypatch):
     """With a stand-in for the package: scalars by iteration, in the run's own folder."""
     (work / 'writer.py').write_text(
         'calls = []\nclass SummaryWriter:\n    def __init__(self, folder): calls.append(folder)\n'
-        '    def add_scalar(self, *args): calls.append(args)\n    def flush(self): pass\n    def close(self): calls.append("closed")\n'
+        '    def add_scalar(self, *args): calls.append(args)\n    def flush(self): pass\n'
+        '    def close(self): calls.append("closed")\n'
     )
     monkeypatch.syspath_prepend(work)
     import end_of_run

@@ -36,7 +36,8 @@ def test_prints_the_numbers_of_the_minimal_loop(launch, work, dropout, bias, acc
         TRAIN, *TINY, f'--dropout={dropout}', f'--bias={bias}', f'--gradient_accumulation_steps={accumulation}'
     )
     shape = '--data_dir=data/letters --vocab_size=40 --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4'
-    rest = '--max_iters=20 --eval_interval=10 --eval_iters=3 --learning_rate=1e-2 --min_lr=1e-3 --warmup_iters=5 --lr_decay_iters=20'
+    rest = '--max_iters=20 --eval_interval=10 --eval_iters=3 --learning_rate=1e-2 --min_lr=1e-3 --warmup_iters=5'
+    rest += ' --lr_decay_iters=20'
     options = [f'--dropout={dropout}', f'--bias={int(bias)}', f'--accumulation={accumulation}']
     minimal = launch(NANOGPT.parent / 'tests' / 'minimal_loop.py', *shape.split(), *rest.split(), *options)
     assert losses(run.stdout) == losses(minimal.stdout)

@@ -426,7 +426,7 @@ def test_the_head_stays_a_page(tmp_path, strange):
 
 
 FORK = """
-if os.fork() == 0:  # while the thread is at work on a record; the child has no such thread and must neither hang nor write
+if os.fork() == 0:  # while the thread writes a record; the child has no such thread and must neither hang nor write
     log.evaluation(1, train_loss=9.0, val_loss=9.0)
     log.close('failed')
     sys.exit()

@@ -697,7 +697,8 @@ def test_600_000_records_within_1_gib_without_a_display(tmp_path):
     path = tmp_path / 'run_big.json'
     before, behind = Path(write_log(tmp_path, steps=0)).read_text().split('"iterations": []')
     rest = [  # of a record, as long as real ones are
-        f'"loss": {3.1 + 1 / (i + 1)}, "lr": 0.0006, "time_ms": {20 + i % 7 / 3}, "tokens_per_sec": {24576 / 7}, "mfu": {i % 9 / 13}, '
+        f'"loss": {3.1 + 1 / (i + 1)}, "lr": 0.0006, "time_ms": {20 + i % 7 / 3}, '
+        f'"tokens_per_sec": {24576 / 7}, "mfu": {i % 9 / 13}, '
         '"grad_norm": 0.5432, "peak_memory_bytes": 41234567890}'
         for i in range(1000)
     ]
