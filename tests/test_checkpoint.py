@@ -1,6 +1,5 @@
 """
-Checkpoints: any change of a byte or of a field is noticed, names of other versions are understood, and a save loses
-nothing.
+Checkpoints: any changed byte or field is detected, names from other versions are understood, and a save loses nothing.
 """
 
 import glob
@@ -76,17 +75,17 @@ FOLDERS = ['nanoGPT', 'phase1_zero1', 'phase3_fsdp']
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_a_changed_field_is_accepted_or_named(launch, run, folder, name):
     """
-    Each folder has its share of half of the changes, because all that reads a checkpoint on one rank is the same in the
-    three; the next test has all changes in each.
+    Each folder tests its share of half of the changes, because the three share the code that reads a checkpoint on one
+    rank; the next test makes all changes in each.
     """
     found = changes(load('out/ckpt.pt'))
     numbers = representatives(found, READERS)
-    if name == 'sample':  # which looks at nothing else
+    if name == 'sample':  # which checks nothing else
         numbers = [n for n in numbers if found[n][0][0] not in ('optimizer', 'resume')]
     numbers = numbers[FOLDERS.index(folder) :: 6]
     script, flags = SCRIPTS[name]
     accepted = run_changed(launch, ROOT / folder / script.name, numbers, flags)
-    assert 0.05 * len(numbers) < accepted < 0.95 * len(numbers)  # it neither refuses all nor looks at none
+    assert 0.05 * len(numbers) < accepted < 0.95 * len(numbers)  # it neither refuses all changes nor ignores all
 
 
 @pytest.mark.full
@@ -103,7 +102,7 @@ TRAINERS = {'nanoGPT': [], 'phase1_zero1': [], 'phase3_fsdp': [], 'phase3_fsdp s
 
 @pytest.mark.parametrize('trainer', TRAINERS)
 def test_training_state_is_checked_on_all_ranks(launch, run, trainer):
-    """Incomplete state would be replaced by zero moments. A step count that is an int is as good as a tensor."""
+    """Incomplete state would be replaced by zero moments. A step count may be an int instead of a tensor."""
     script, flags = ROOT / trainer.split()[0] / 'train.py', [*TINY, *TRAINERS[trainer], '--n_layer=1']
     if TRAINERS[trainer]:
         shutil.rmtree('out')
@@ -154,7 +153,7 @@ def test_a_flipped_bit_anywhere_in_a_file_is_noticed(run):
 
 
 def test_a_flipped_bit_in_a_file_of_another_program_is_noticed(run):
-    """nanoGPT's files have the checksums of torch.save only, which cover all that is read from them."""
+    """nanoGPT's files have only torch.save's checksums, which cover everything that is read from them."""
     torch.save(load('out/ckpt.pt'), 'other.pt')
     load_checkpoint('other.pt')
     with open('other.pt', 'rb') as f:

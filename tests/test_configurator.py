@@ -1,4 +1,4 @@
-"""The command line: conversions, config files, and what is said about mistakes."""
+"""The command line: conversions, config files, and messages about mistakes."""
 
 import re
 import subprocess
@@ -182,7 +182,7 @@ def test_flags_that_a_config_file_takes_from_elsewhere(launch, work, text):
 
 
 def test_upstreams_style_of_config_file_works(launch, work):
-    """As nanoGPT's own: an import, an f-string, comments, a number where the default is a float."""
+    """Like nanoGPT's config files: an import, an f-string, comments, an int for a float flag."""
     (work / 'config.py').write_text(
         "import time\nwandb_run_name = f'run-{time.time()}'\nlearning_rate = 1 # fast\nmax_iters = 2\n"
     )
@@ -192,7 +192,7 @@ def test_upstreams_style_of_config_file_works(launch, work):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('max_iters: 5\nlearning_rate: 1e-3\n', 'a.py, line 1 sets no flag'),  # YAML is valid Python, of annotations
+        ('max_iters: 5\nlearning_rate: 1e-3\n', 'a.py, line 1 sets no flag'),  # YAML is valid Python: annotations
         ('max_iters = 5\nlearning_rate: 1e-3\n', 'a.py, line 2 sets no flag'),
         ('max_iters == 5\n', 'a.py, line 1 sets no flag'),
         ('{"max_iters": 5}', 'a.py sets no flag'),  # JSON
@@ -215,7 +215,7 @@ def test_helper_variables_of_a_config_file(script, tmp_path):
 
 
 def test_a_flag_that_needs_another_is_noted(script, capsys):
-    """Where it was given, and is not the default."""
+    """Notes appear only for flags that were given and differ from the default."""
     for arguments, note in (
         (['--rows=4', '--use_magic=False'], 'note: rows: no effect with use_magic=False\n'),
         (['--rows=4'], ''),
@@ -249,7 +249,7 @@ TRAIN_FLAGS = ('--warmup_iters=10', '--max_iters=100', '--lr_decay_iters=100', '
         (['--wandb_project=a', '--tracker=trackio'], []),
         (['--wandb_run_name=a', '--wandb_log'], []),
         (['--learning_rate=1e-5', '--max_iters=5'], ['before the end of the warmup']),  # so it never rises to min_lr
-        (['--learning_rate=1e-5'], 'learning_rate=1e-05 is below min_lr=0.0001, .* --min_lr=1e-06 too'),
+        (['--learning_rate=1e-5'], 'learning_rate=1e-05 is below min_lr=0.0001, .* --min_lr=1e-06'),
         (['--min_lr=1'], 'learning_rate=0.001 is below min_lr=1.0'),
         (['--min_lr=1', '--decay_lr=False'], ['min_lr: no effect']),
         (['--tracker=trackio', '--wandb_log'], 'wandb_log=True and tracker=trackio select two trackers'),

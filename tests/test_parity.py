@@ -1,7 +1,7 @@
 """
-Every trainer with every model at 1, 2 and 4 processes computes what nanoGPT/ does; and nanoGPT/ computes what it did
-when golden_losses.json was written. The cells that run on Triton's interpreter are the slow ones: by default three of
-them, briefly (-m full, or make test-full: all).
+Every trainer with every model at 1, 2 and 4 processes computes the same numbers as nanoGPT/, and nanoGPT/ the numbers
+in golden_losses.json. The cases on Triton's interpreter are slow: by default three of them run, briefly (-m full, or
+make test-full: all).
 """
 
 import hashlib

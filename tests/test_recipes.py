@@ -1,7 +1,6 @@
 """
 The recipes, as far as a machine without their services can run them: the files parse, their scripts train and continue,
-and the notebook runs from top to bottom. What a cloud, a cluster or a Docker engine would do with them is not part of
-this.
+and the notebook runs from top to bottom. Clouds, clusters and Docker engines are not part of these tests.
 """
 
 import json

@@ -91,7 +91,7 @@ def test_a_table_by_hand_is_noticed():
 
 
 def test_results_that_are_not_there_promise_nothing(results):
-    """Of the trainers on GPUs nothing is measured: no table, and no row."""
+    """Nothing is measured for trainers on GPUs: no table, and no row."""
     for path in results.glob('trainers_*.json'):
         path.unlink()
     assert (
@@ -101,7 +101,7 @@ def test_results_that_are_not_there_promise_nothing(results):
 
 
 def test_results_of_bench_trainers_become_tables(results):
-    """Of two trainers, one of which ran out of memory."""
+    """Two trainers, one of which ran out of memory."""
     row = dict(
         trainer='ddp',
         size='124M',
