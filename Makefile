@@ -1,9 +1,13 @@
-# make demo: trains, samples and draws on this machine.  make test: proves that it works.  Both install what they need into .venv first.
+# make demo: trains, samples and draws on this machine.  make test: proves that it works.  Each first installs what it needs into .venv.
 # make test-full: also the whole of the tables of which make test takes a part.  make soak: two minutes of faults at random moments.
 # make bench: measures the trainers with what this machine has.  make documents: puts the results into the documents.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# uv where it is installed, else pip
+UV := $(shell command -v uv)
+MAKE_VENV := $(if $(UV),uv venv --quiet --python $(PYTHON),$(PYTHON) -m venv)
+PIP := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/pip install --quiet --disable-pip-version-check)
 
 # `make sync` copies every file of nanoGPT/ but these: the two that phases change, and the tools that work on any checkpoint
 NOT_COPIED := model.py train.py evaluate.py export_hf.py import_hf.py hf_format.py
@@ -12,27 +16,37 @@ COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 .PHONY: demo test test-full soak lint sync bench documents clean
 .DEFAULT_GOAL := demo
 
+# what training needs
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test]'
-	touch $@
+	@echo "Installing PyTorch, Triton, NumPy, tiktoken and matplotlib into $(VENV), with $(if $(UV),uv,pip). The download may take minutes."
+	@rm -rf $(VENV)
+	@$(MAKE_VENV) $(VENV)
+	@$(PIP) -c constraints.txt -e .
+	@du -sh $(VENV)
+	@touch $@
+
+# and what its tests need
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "Installing what the tests need."
+	@$(PIP) -c constraints.txt -e '.[test]'
+	@touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python demo.py
+	@$(BIN)/python demo.py
 
 # two files of tests at a time; the kernels by themselves, on the GPU or else in Triton's interpreter (tests/README.md)
-test: $(VENV)/installed lint
+test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-full: $(VENV)/installed lint
+test-full: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full' tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full'
 
-soak: $(VENV)/installed
+soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py --minutes=2 --seed=1
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

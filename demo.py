@@ -1,146 +1,215 @@
 """
-`make demo`: prepares the embedded data set, trains a small GPT on all GPUs (on a CPU: 2 processes), samples from it, then runs the
-same 60 iterations with the reference, each phase, and two phases together, compares them in one picture and one table, and says
-where everything is. About 6 minutes on 2 CPU cores.
+`make demo`: prepares the embedded data set, trains a small GPT, samples from it, then trains 60 iterations with each technique and
+compares them in one picture and one table. It uses all GPUs. Two processes share a single GPU; without a GPU, two run on the CPU.
 """
 
 import argparse
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent
 NANOGPT = ROOT / 'nanoGPT'
 sys.path.insert(0, str(NANOGPT))
 DATA = NANOGPT / 'data' / 'python_char'
+CONFIG = NANOGPT / 'config' / 'train_python_char.py'
 OUT = ROOT / 'out-demo'
-TRITON = '--model_dir=../phase2_triton'
-EACH_BLOCK = '--fsdp_min_num_params=1'  # by default all of so small a model would be one unit
+ITERATIONS, SHORT = 1000, 60
 
 from run_logs import load_runs, summarize
 from shell import python, python_command, quote
 
-RUNS = {  # name: (folder of the trainer, further flags)
-    'reference': ('nanoGPT', []),
-    'phase 1': ('phase1_zero1', []),
-    'phase 2': ('phase2_triton', []),
-    'phase 3': ('phase3_fsdp', [EACH_BLOCK]),
-    'phases 1 + 2': ('phase1_zero1', [TRITON]),
-    'phases 2 + 3': ('phase3_fsdp', [TRITON, EACH_BLOCK]),
+TRITON = '--model_dir=../phase2_triton'
+EACH_BLOCK = '--fsdp_min_num_params=1'  # by default, the whole of such a small model would be one unit
+TECHNIQUES = {  # name: (folder of the trainer, further flags)
+    'DDP': ('nanoGPT', []),
+    'ZeRO-1': ('phase1_zero1', []),
+    'FSDP': ('phase3_fsdp', [EACH_BLOCK]),
+    'Triton': ('nanoGPT', [TRITON]),
+    'ZeRO-1 + Triton': ('phase1_zero1', [TRITON]),
+    'FSDP + Triton': ('phase3_fsdp', [TRITON, EACH_BLOCK]),
 }
+# seconds that each part takes: measured on 2 cores of a server CPU, and guessed for GPUs
+SECONDS = {
+    'cpu': dict(data=3, train=140, sample=10, draw=6, short=20),
+    'cuda': dict(data=3, train=60, sample=10, draw=6, short=25),
+}
+LETTERS = {'parameters': 'P', 'gradients': 'G', 'optimizer': 'O'}  # a letter for each byte per parameter
 
 
-def run(*command, **env):
-    """Runs python with these arguments where the user sees it; ends the demo, with its status, if it fails. Returns what it printed."""
-    print(f'\n$ {python()} {" ".join(quote(str(part)) for part in command)}', flush=True)
-    env = dict(os.environ, PYTHONUNBUFFERED='1', **env)
-    with subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True) as process:
-        printed = []
-        for line in process.stdout:
-            print(line, end='', flush=True)
-            printed.append(line)
-    if process.returncode:
-        sys.exit(process.returncode)
-    return ''.join(printed)
+class Demo:
+    """parts: [(what it does, the seconds it should take)]. Each run() is the next part."""
+
+    def __init__(self, parts):
+        self.parts, self.next = parts, 0
+        self.spent = self.planned = 0.0  # seconds of the parts done: as they took, and as planned
+
+    def print_plan(self):
+        for number, (what, seconds) in enumerate(self.parts, 1):
+            print(f'{number:>4}. {what:<62} {duration(seconds):>6}')
+        print(f'About {duration(self.left())}, if the machine has nothing else to do.', flush=True)
+
+    def left(self, done=0.0):
+        """Returns the seconds until the end, when a fraction `done` of the next part is done."""
+        slower = (self.spent + 20) / (self.planned + 20)  # than planned; a short part says little
+        return slower * (sum(seconds for _, seconds in self.parts[self.next :]) - done * self.parts[self.next][1])
+
+    def run(self, *command, iterations=0, **env):
+        """
+        Runs Python with these arguments where the user sees it, and returns what it printed. On a terminal, the lines of its
+        iterations replace each other and end with the time left in all. If it fails, the demo ends with its status.
+        """
+        what, seconds = self.parts[self.next]
+        print(f'\n{self.next + 1} of {len(self.parts)}: {what} (about {duration(self.left())} left in all)')
+        print(f'$ {python()} {" ".join(quote(str(part)) for part in command)}', flush=True)
+        started, printed = time.monotonic(), []
+        env = dict(os.environ, PYTHONUNBUFFERED='1', **env)
+        with subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                printed.append(line)
+                iteration = re.match(r'iter (\d+):', line) if iterations else None
+                show(line, self.left(int(iteration[1]) / iterations) if iteration else None)
+        if process.returncode:
+            sys.exit(process.returncode)
+        self.spent += time.monotonic() - started
+        self.planned += seconds
+        self.next += 1
+        return ''.join(printed)
+
+
+def show(line, left=None):
+    """Prints a line of a part. left: the seconds left in all, for a line that on a terminal gives way to the next one."""
+    if not sys.stdout.isatty():
+        print(line, end='', flush=True)
+    elif left is None:
+        print(f'\r\033[K{line}', end='', flush=True)
+    else:
+        line = f'{line.rstrip().rsplit(", ", 1)[0]}; {duration(left)} left in all'
+        print(f'\r\033[K{line[: shutil.get_terminal_size().columns - 1]}', end='', flush=True)
+
+
+def duration(seconds):
+    return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min'
 
 
 def newest_log(folder):
     return max(folder.glob('run_*.json'), key=lambda path: path.stat().st_mtime)
 
 
-def table_row(name, summary, printed):
-    """One line of the table. Whether LayerNorm ran on Triton is known only to the model, which printed it."""
-    kernels = [line for line in printed.splitlines() if 'Triton-accelerated LayerNorm' in line]
-    layer_norm = 'PyTorch' if not kernels or kernels[0].startswith('not') else 'Triton'
-    speed, memory = summary['tokens_per_sec_median'], summary['peak_memory_bytes']
-    speed, memory = f'{speed:,.0f}' if speed else 'n/a', f'{memory / 2**20:,.0f} MiB' if memory else 'n/a'
-    return f'{name:<14}{summary["final_val_loss"]:>10.4f}{speed:>12}{memory:>14}  {layer_norm}'
+def table(rows, parameters, peaks):
+    """
+    Yields the lines of the table. rows: {technique: its row of run_logs.summarize()}. parameters: how many the model has.
+    peaks: whether to show peak memory.
+    """
+    peak_title = f'{"peak":>12}' if peaks else ''
+    yield f'{"":<16}{"val loss":>9}{"tokens/s":>10}{peak_title}{"state":>10}   bytes per parameter'
+    for name, row in rows.items():
+        speed, peak, state = row['tokens_per_sec_median'], row['peak_memory_bytes'], row['state_bytes']
+        speed = f'{speed:,.0f}' if speed else 'n/a'
+        peak = f'{f"{peak / 2**20:,.1f} MiB" if peak else "n/a":>12}' if peaks else ''
+        total = row['state_bytes_total']
+        bar = ''.join(letter * round(state[part] / parameters) for part, letter in LETTERS.items())
+        yield (
+            f'{name:<16}{row["final_val_loss"]:>9.4f}{speed:>10}{peak}{total / 2**20:>6.1f} MiB   '
+            f'{bar} {total / parameters:.1f}'
+        )
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.stdout.reconfigure(
         errors='backslashreplace'
     )  # escapes what the terminal cannot show in the name of this folder
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    import torch
+
     gpus = torch.cuda.device_count()
-    processes = gpus or 2
-    threads = max(1, (os.cpu_count() or 1) // processes)  # more would only take turns
-    run(DATA / 'prepare.py')
-    flags = [f'--gradient_accumulation_steps={processes}', f'--batch_size={max(1, 16 // processes)}']
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    config = NANOGPT / 'config' / 'train_python_char.py'
-    long = ['--log_interval=5', '--max_iters=1000', '--lr_decay_iters=1000']
-    run(*torchrun, NANOGPT / 'train.py', config, f'--out_dir={OUT}', *flags, *long, OMP_NUM_THREADS=str(threads))
-    run(
-        NANOGPT / 'sample.py',
-        f'--out_dir={OUT}',
-        '--ckpt=ckpt_best.pt',
-        '--start=def ',
-        '--num_samples=2',
-        '--max_new_tokens=400',
+    if gpus:
+        processes, device = max(2, gpus), []
+        where = f'{gpus} GPUs' if gpus > 1 else 'a GPU that two processes share'
+        techniques, seconds = list(TECHNIQUES), SECONDS['cuda']
+    else:
+        processes, device, where = 2, ['--device=cpu'], 'two processes on the CPU'
+        techniques, seconds = [name for name in TECHNIQUES if 'Triton' not in name], SECONDS['cpu']
+    demo = Demo(
+        [
+            ("write the data set: the sources of Python's standard library", seconds['data']),
+            (f'train a GPT of 0.8 million parameters for {ITERATIONS:,} iterations', seconds['train']),
+            ('sample from it', seconds['sample']),
+            ('draw its losses', seconds['draw']),
+            *((f'{name}: {SHORT} iterations', seconds['short']) for name in techniques),
+            ('compare these in a picture', seconds['draw']),
+        ]
     )
-    log = newest_log(OUT)
-    run(NANOGPT / 'visualize_training.py', log)
-
-    short = [
-        '--max_iters=60',
-        '--lr_decay_iters=1000',
-        '--eval_interval=60',
-        '--eval_iters=5',
-        '--log_interval=5',
-        '--warmup_iters=10',
-    ]
-    logs, printed = {}, {}
-    for name, (folder, options) in RUNS.items():
-        out_dir = OUT / name.replace(' ', '')
-        printed[name] = run(
-            *torchrun,
-            ROOT / folder / 'train.py',
-            config,
-            *flags,
-            *short,
-            *options,
-            f'--out_dir={out_dir}',
-            OMP_NUM_THREADS=str(threads),
-        )
-        logs[name] = newest_log(out_dir)
-    comparison = OUT / 'comparison.png'
-    run(NANOGPT / 'visualize_training.py', *logs.values(), f'--output={comparison}')
-
-    print(f"""
-{processes} processes, {torch.cuda.get_device_name() if gpus else 'CPU'}, the same 60 iterations:
-
-{'':<14}{'val loss':>10}{'tokens/s':>12}{'peak memory':>14}  LayerNorm by""")
-    for name, summary in zip(RUNS, summarize(load_runs([str(logs[name]) for name in RUNS])), strict=True):
-        print(table_row(name, summary, printed[name]))
-    print(
-        f'Memory is that of rank 0: {"tensors on its GPU" if gpus else "its resident set, most of which is Python and PyTorch"}.'
-    )
+    print(f'The demo runs on {where}.')
     if not gpus:
-        print(
-            'Triton kernels need a GPU: without one, phase 2 is the reference, and a model this small shows no savings. Speeds vary with the load.'
-        )
+        print('It leaves out the Triton kernels, which need a GPU.')
+    if gpus == 1:
+        print('ZeRO-1 and FSDP share state out among processes. Two on one GPU show the savings, but not the speed.')
+    demo.print_plan()
+
+    threads = str(max(1, (os.cpu_count() or 1) // processes))  # with more, processes take turns
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    ranks = [f'--gradient_accumulation_steps={processes}', f'--batch_size={max(1, 16 // processes)}', *device]
+    if gpus == 1:
+        alone = [NANOGPT / 'train.py', CONFIG, '--gradient_accumulation_steps=2', '--batch_size=8']
+        ranks += ['--backend=gloo']  # NCCL takes one process per GPU
+    else:
+        alone = [*torchrun, NANOGPT / 'train.py', CONFIG, *ranks]
+    demo.run(DATA / 'prepare.py')
+    long = ['--log_interval=5', f'--max_iters={ITERATIONS}', f'--lr_decay_iters={ITERATIONS}']
+    demo.run(*alone, *long, f'--out_dir={OUT}', iterations=ITERATIONS, OMP_NUM_THREADS=threads)
+    sample = ['--ckpt=ckpt_best.pt', '--start=def ', '--num_samples=2', '--max_new_tokens=400', *device]
+    demo.run(NANOGPT / 'sample.py', f'--out_dir={OUT}', *sample)
+    log = newest_log(OUT)
+    demo.run(NANOGPT / 'visualize_training.py', log)
+
+    short = [f'--max_iters={SHORT}', f'--eval_interval={SHORT}', '--lr_decay_iters=1000', '--warmup_iters=10']
+    short += ['--eval_iters=5', '--log_interval=5', '--compile=False']
+    logs = []
+    for name in techniques:
+        folder, flags = TECHNIQUES[name]
+        out_dir = OUT / name.lower().replace(' ', '')
+        train = [*torchrun, ROOT / folder / 'train.py', CONFIG, *ranks, *short, *flags, f'--out_dir={out_dir}']
+        demo.run(*train, iterations=SHORT, OMP_NUM_THREADS=threads)
+        logs.append(str(newest_log(out_dir)))
+    comparison = OUT / 'comparison.png'
+    demo.run(NANOGPT / 'visualize_training.py', *logs, f'--output={comparison}')
+
+    rows = dict(zip(techniques, summarize(load_runs(logs)), strict=True))
+    print(f"""
+The same {SHORT} iterations with each technique ({where}). State is what each process keeps from step to step,
+with one letter for each byte per parameter: P for parameters, G for gradients, O for the optimizer.
+""")
+    for line in table(rows, rows['DDP']['state_bytes']['parameters'] / 4, peaks=bool(gpus)):
+        print(line)
+    if gpus:
+        print('Peak is the most that the tensors of one process took on its GPU.')
+    print('The speed of such a small model says little; benchmarks/README.md has real ones.')
 
     entropy = pickle.loads((DATA / 'meta.pkl').read_bytes())['unigram_entropy']  # just written by us
     val_loss = json.loads(log.read_text())['summary']['best_val_loss']
     print(f"""
-The model above learnt from the sources of Python's standard library, one character at a time. Its best validation loss is
+The GPT learnt from the sources of Python's standard library, one character at a time. Its best validation loss is
 {val_loss:.3f} nats per character; knowing only how frequent each character is would give {entropy:.3f}.
 
   checkpoints   {OUT / 'ckpt.pt'} (latest), {OUT / 'ckpt_best.pt'} (best)
   log           {log}
   picture       {log.with_name(log.stem + '_analysis.png')}
-  comparison    {comparison}: the same 60 iterations with each
+  comparison    {comparison}
   more samples  {python_command(NANOGPT / 'sample.py', f'--out_dir={OUT}', '--start=class ')}
-  train on      {python_command(NANOGPT / 'train.py', config, f'--out_dir={OUT}', '--init_from=resume', '--max_iters=4000')}""")
+  train on      {python_command(NANOGPT / 'train.py', CONFIG, f'--out_dir={OUT}', '--init_from=resume', '--max_iters=4000')}""")
     if not val_loss < 0.75 * entropy:
         sys.exit('the validation loss is not clearly below that: something is wrong')
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # training has saved a checkpoint
+        sys.exit(130)

@@ -1,14 +1,15 @@
 """
-Attention's backward on one GPU: PyTorch's operator and the copy that packs its gradients, against each plan of cuDNN that writes them packed.
+Attention's backward on one GPU: PyTorch's operator and the copy that packs its gradients, against each plan of cuDNN
+that writes them packed.
 
     pip install -e '.[cudnn]'
     python benchmarks/bench_attention.py --out=benchmarks/results/attention.json        # about 20 seconds on an H200
 
-CUDA-graph replays of 12 calls, each way in turn. Errors are those of dqkv against float32, of norm. kernels/attention.py takes plan 0.
+CUDA-graph replays of 12 calls, each way in turn. Errors are those of dqkv against float32, of norm.
+kernels/attention.py takes plan 0.
 """
 
 import argparse
-import statistics
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from bench_layer_norm import graph_us
 from common import facts, first_line, write_json
 from kernels import attention
+from tables import markdown, table, with_spread
 
 sizes = {'124M': (12, 1024, 12, 64), '124M, 32 sequences': (32, 1024, 12, 64), '1.5B': (8, 1024, 25, 64)}
 
@@ -77,13 +79,15 @@ def main():
     if attention.cudnn is None or not torch.cuda.is_available():
         parser.error('this needs a CUDA GPU and nvidia-cudnn-frontend: pip install -e ".[cudnn]"')
     rows = [row for name in sizes for row in measure(name, args.repetitions)]
-    summary = [
-        f'{row["size"]:20s} {row["way"]:20s} {statistics.median(row["us"]):7.1f} us '
-        f'({min(row["us"]):.1f} to {max(row["us"]):.1f})  error {row["error"]:.2e}'
-        for row in rows
-    ]
-    write_json(args.out, {**facts(), 'rows': rows, 'summary': summary})
-    print('\n'.join(summary))
+    report = {**facts(), 'rows': rows}
+    write_json(args.out, report)
+    print(attention_backward(report))
+
+
+@table('attention_*')
+def attention_backward(report):
+    cells = [(row['size'], row['way'], with_spread(row['us'], 1), f'{row["error"]:.2e}') for row in report['rows']]
+    return markdown(["attention's backward", '', 'µs', 'error against float32'], cells)
 
 
 if __name__ == '__main__':

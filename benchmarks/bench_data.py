@@ -1,11 +1,12 @@
 """
-The cost of reading batches from many shards: time to open the set, time per batch, and resident memory over many batches.
+The cost of reading batches from many shards: time to open the set, time per batch, and resident memory over many
+batches.
 
     python benchmarks/bench_data.py [--shards=100] [--mb=200] [--ranks=8] [--batches=10000] [--dir=.] [--out=FILE.json]
 
-The shards are sparse files: they take no space on the disk, and reading them costs what reading cached files costs. All ranks
-run at the same time, as processes of this machine. A batch is 12 x 1024 tokens. The last lines give the speed of the scan for
-tokens outside the vocabulary, and of a fingerprint. About 2 minutes on 2 cores.
+The shards are sparse files: they take no space on the disk, and reading them costs what reading cached files costs. All
+ranks run at the same time, as processes of this machine. A batch is 12 x 1024 tokens. The last lines give the speed of
+the scan for tokens outside the vocabulary, and of a fingerprint. About 2 minutes on 2 cores.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import data_scan
 from common import facts, write_json
 from data_order import SequentialOrder
 from dataset import open_dataset
+from tables import markdown, table
 
 BATCH_SIZE, BLOCK_SIZE, VOCAB_SIZE = 12, 1024, 50304
 STEP_MS = 25  # the step that a batch is compared with
@@ -49,7 +51,9 @@ def resident_bytes():
 
 
 def read_batches(folder, rank, ranks, batches):
-    """Returns a dict: milliseconds to open the set, microseconds per batch in either order, resident bytes over time."""
+    """
+    Returns a dict: milliseconds to open the set, microseconds per batch in either order, resident bytes over time.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(1337 + rank)
     start = time.perf_counter()
@@ -110,24 +114,29 @@ def main():
         workers = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE) for rank in range(args.ranks)]
         ranks = [json.loads(worker.communicate()[0]) for worker in workers]
         rest = scan_and_fingerprint(folder)
-    print(f'{args.shards} shards of {args.mb} MB, {args.batches:,} batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens')
+    report = {**facts(cpu=True), 'alone': alone, 'ranks': ranks, **rest}
     print(
-        '| ranks | order | open, ms | batch, µs: CPU, median, 99% | CPU, % of a 25 ms step | resident memory, growth in MB |'
+        f'{args.shards} shards of {args.mb} MB, {args.batches:,} batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens\n{data(report)}'
     )
-    print('|---|---|---|---|---|---|')
-    for name, results in (('1', [alone]), (f'{args.ranks}, slowest', ranks)):
-        for order in ('random', 'sequential'):
-            keys = ('cpu_us', 'median_us', 'p99_us')
-            batch = [max(result[order][key] for result in results) for key in keys]
-            growth = max(last - first for first, last in (result[order]['resident_bytes'] for result in results)) / 1e6
-            opened = max(result['open_ms'] for result in results)
-            share = 100 * batch[0] / (1000 * STEP_MS)
-            batch = ', '.join(f'{us:.0f}' for us in batch)
-            print(f'| {name} | {order} | {opened:.0f} | {batch} | {share:.2f} | {growth:.1f} |')
-    gb, gb_cpu = (rest[key] / 1e9 for key in ('scan_bytes_per_sec', 'scan_bytes_per_cpu_sec'))
-    print(f'manifest {rest["manifest_ms"]:.0f} ms, scan {gb:.1f} GB/s, {gb_cpu:.1f} GB per CPU second')
     if args.out:
-        write_json(args.out, {**facts(cpu=True), 'alone': alone, 'ranks': ranks, **rest})
+        write_json(args.out, report)
+
+
+@table('data_*')
+def data(report):
+    """Opening a set of shards, reading batches, the scan and the fingerprints. Of several ranks, the slowest."""
+    rows = []
+    for name, results in (('1', [report['alone']]), (f'{len(report["ranks"])}, slowest', report['ranks'])):
+        for order in ('random', 'sequential'):
+            cpu, median, p99 = (max(r[order][key] for r in results) for key in ('cpu_us', 'median_us', 'p99_us'))
+            growth = max(last - first for first, last in (r[order]['resident_bytes'] for r in results)) / 1e6
+            opened, share = max(r['open_ms'] for r in results), 100 * cpu / (1000 * STEP_MS)
+            batch = (f'{cpu:.0f}', f'{share:.2f}', f'{median:.0f}', f'{p99:,.0f}')
+            rows.append((name, order, f'{opened:.0f}', *batch, f'{growth:.1f}'))
+    header = ['ranks', 'order', 'open, ms', 'batch: CPU time, µs', f'% of a {STEP_MS} ms step', 'median, µs', '99%, µs']
+    gb = report['scan_bytes_per_sec'] / 1e9, report['scan_bytes_per_cpu_sec'] / 1e9
+    text = f'fingerprints of all files {report["manifest_ms"]:.0f} ms, scan {gb[0]:.1f} GB/s, {gb[1]:.1f} GB per CPU second'
+    return f'{markdown([*header, "growth of resident memory, MB"], rows)}\n\n{text}'
 
 
 if __name__ == '__main__':

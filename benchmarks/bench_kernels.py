@@ -1,37 +1,38 @@
 """
-Phase 2's kernels other than LayerNorm, one by one on one GPU: PyTorch's eager functions, torch.compile, Liger where it has the same, and ours.
+The Triton kernels other than LayerNorm, one by one on one GPU: PyTorch's eager functions, torch.compile, Liger where it
+has the same, and ours.
 
     python benchmarks/bench_kernels.py --out=benchmarks/results/kernels.json                # about 2 minutes on an H100
-    TRITON_INTERPRET=1 python benchmarks/bench_kernels.py --dry-run --out=/tmp/kernels.json   # tiny, on a CPU: only that it runs
+    TRITON_INTERPRET=1 python benchmarks/bench_kernels.py --dry-run --out=/tmp/kernels.json  # tiny, on a CPU: only that it runs
 
-Timed like LayerNorm, by bench_layer_norm.py: CUDA-graph replays over rotating inputs, percentages of the bandwidth of a large copy; those
-with a loss, which take long, and in which Liger waits for the GPU, without a graph. Bytes count what must be moved if nothing is read
-twice. Sizes are those of a micro-step of 12 x 1024 tokens of GPT-2 124M, bfloat16 autocast. `loss` is the kernel alone, logits given, with
-their gradient; `head + loss` includes its three matmuls, and its row has peak memory. `linear` is a matmul with its two backward ones,
-the weight's gradient added to weight.grad; in the captured graph ours rounds the weight in its first call alone, as in an iteration of
-micro-steps, the others in each.
+Timed like LayerNorm, by bench_layer_norm.py: CUDA-graph replays over rotating inputs, percentages of the bandwidth of a
+large copy; those with a loss, which take long, and in which Liger waits for the GPU, without a graph. Bytes count what
+must be moved if nothing is read twice. Sizes are those of a micro-step of 12 x 1024 tokens of GPT-2 124M, bfloat16
+autocast. `loss` is the kernel alone, logits given, with their gradient; `head + loss` includes its three matmuls, and
+its row has peak memory. `linear` is a matmul with its two backward ones, the weight's gradient added to weight.grad; in
+the captured graph ours rounds the weight in its first call alone, as in an iteration of micro-steps, the others in
+each.
 """
 
 import argparse
 import sys
-import time
 
 import torch
 from torch.nn import functional as F
 
-from bench_layer_norm import copy_gb_per_s, graph_us
+from bench_layer_norm import copy_gb_per_s, graph_us, wall_us
 from common import facts, first_line, spread, write_json
 from kernels.add_layer_norm import add_layer_norm
 from kernels.cross_entropy import launch_cross_entropy, linear_cross_entropy
 from kernels.gelu import gelu
 from kernels.linear import linear
+from tables import gib, markdown, table
 
 bf16, f32 = torch.bfloat16, torch.float32
 try:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-except ImportError as error:
-    print(f'Liger left out: {error}')
+except ImportError:
     LigerCrossEntropyFunction = LigerFusedLinearCrossEntropyFunction = None
 
 
@@ -180,16 +181,6 @@ def cases(tiny):
     ]
 
 
-def wall_us(calls):
-    """In place of graph_us on a CPU: says nothing about speed."""
-    times = []
-    for call in calls:
-        began = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - began) * 1e6)
-    return spread(times)['median'], (min(times), max(times))
-
-
 def launched_us(calls, repeats=20):
     """Median and (smallest, largest) microseconds of one call, from repeats of all of them, launched one by one."""
     for call in calls:
@@ -231,15 +222,19 @@ def measure(each, roof, gpu):
     return row
 
 
-def line(row):
+@table('kernels_*')
+def kernels(report):
     cells = []
-    for name, r in row.items():
-        if isinstance(r, dict):
-            text = f'{name} {r["us"]:.1f} us' if 'us' in r else f'{name}: {r["error"]}'
-            text += f' {r["percent_of_copy"]:.0f} %' if 'percent_of_copy' in r else ''
-            text += f' {r["peak_memory_bytes"] / 2**30:.2f} GiB' if 'peak_memory_bytes' in r else ''
-            cells.append(text)
-    return f'{row["name"]:40s} ' + ' | '.join(cells)
+    for row in report['rows']:
+        line = [row['name'].replace(' x ', ' × ')]
+        for name in ('eager', 'compiled', 'Liger', 'ours'):
+            r = row.get(name, {})
+            text = f'{r["us"]:,.1f}' if 'us' in r else 'fails' if r else ''
+            text += f' · {r["percent_of_copy"]:.0f}%' if 'percent_of_copy' in r else ''
+            text += f' · {gib(r["peak_memory_bytes"])} GiB' if 'peak_memory_bytes' in r else ''
+            line.append(f'**{text}**' if name == 'ours' else text)
+        cells.append(line)
+    return markdown(['forward + backward, µs · of copy bandwidth', 'eager', 'compiled', 'Liger', 'ours'], cells)
 
 
 def main():
@@ -260,13 +255,16 @@ def main():
     }
     roof = copy_gb_per_s() if gpu else None
     report['copy_gb_per_s'], report['rows'] = roof, []
+    if LigerCrossEntropyFunction is None:
+        print('Liger is left out: it is not installed')
     print(f'{report["device"]}: copy {roof or 0:.0f} GB/s', flush=True)
     for each in cases(args.dry_run):
         if args.only in each['name']:
             torch._dynamo.reset()
             report['rows'].append(measure(each, roof, gpu))
-            print(line(report['rows'][-1]), flush=True)
+            print(report['rows'][-1]['name'], flush=True)
             write_json(args.out, report)
+    print(f'\n{kernels(report)}')
 
 
 if __name__ == '__main__':

@@ -1,35 +1,40 @@
 """
-LayerNorm alone on one GPU: eager, torch.compile, Liger (if importable) and the Triton kernels of phase 2, against the copy roof.
+LayerNorm alone on one GPU: eager, torch.compile, Liger (if importable) and ours in Triton, against the bandwidth of a
+copy.
 
-    python benchmarks/bench_layer_norm.py --out=benchmarks/results/layer_norm.json    # the table; about 2 minutes on an H100
-    python benchmarks/bench_layer_norm.py --tune --out=tune.json                      # tries launch configurations; about 2 minutes
+    python benchmarks/bench_layer_norm.py --out=benchmarks/results/layer_norm.json  # the table; about 2 minutes on an H100
+    python benchmarks/bench_layer_norm.py --tune --out=tune.json  # tries launch configurations; about 2 minutes
+    TRITON_INTERPRET=1 python benchmarks/bench_layer_norm.py --dry-run --out=/tmp/layer_norm.json   # tiny, on a CPU
 
-Times are replays of a CUDA graph over rotating inputs, so neither launch gaps nor cache hits flatter anyone. Percentages are of
-the bandwidth of a 256 MiB device-to-device copy measured in the same run, counting a forward as 2 passes over x and forward +
-backward as 5 (read x, write y; read x and dy, write dx). The roof is measured before and after; the larger one counts.
+Times are replays of a CUDA graph over rotating inputs, so neither launch gaps nor cache hits flatter anyone.
+Percentages are of the bandwidth of a 256 MiB device-to-device copy measured in the same run, counting a forward as 2
+passes over x and forward + backward as 5 (read x, write y; read x and dy, write dx). The roof is measured before and
+after; the larger one counts.
 """
 
 import argparse
 import os
 import re
+import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 import torch._functorch.config
 from torch.nn import functional as F
 
-from common import facts, first_line, write_json
+from common import ROOT, facts, first_line, write_json
+from tables import markdown, table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'phase2_triton'))
+sys.path.append(str(ROOT / 'phase2_triton'))
 import kernels
 
 ours, gradients = sys.modules['kernels.layer_norm'], sys.modules['kernels.layer_norm_gradients']
 torch._functorch.config.donated_buffer = False  # the graph calls one backward several times
+device = 'cuda'  # 'cpu' with --dry-run
 shapes = [(12 * 1024, 768), (32 * 1024, 768), (16 * 1024, 1600), (16 * 1024, 4096), (4 * 1024, 12288)]
 dtypes = {'bf16': torch.bfloat16, 'fp32': torch.float32}
 mixes = [
@@ -42,6 +47,8 @@ mixes = [
 
 def graph_us(calls, replays=20):
     """Median and (smallest, largest) microseconds of one call, from replays of a graph that makes all of them once."""
+    if device == 'cpu':
+        return wall_us(calls)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -63,8 +70,19 @@ def graph_us(calls, replays=20):
     return us[replays // 2], (us[0], us[-1])
 
 
+def wall_us(calls):
+    """In place of graph_us on a CPU: says nothing about speed."""
+    us = []
+    for call in calls:
+        began = time.perf_counter()
+        call()
+        us.append((time.perf_counter() - began) * 1e6)
+    return statistics.median(us), (min(us), max(us))
+
+
 def copy_gb_per_s():
-    sources = [torch.empty(2**28, dtype=torch.uint8, device='cuda').random_(0, 255) for _ in range(4)]
+    size = 2**28 if device == 'cuda' else 2**16
+    sources = [torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255) for _ in range(4)]
     target = torch.empty_like(sources[0])
     us, _ = graph_us([lambda s=s: target.copy_(s) for s in sources])
     return 2 * target.numel() / us / 1e3
@@ -72,10 +90,10 @@ def copy_gb_per_s():
 
 def inputs(M, N, x_dtype, w_dtype, y_dtype):
     """Enough (x, dy) pairs to overflow any cache between two uses of the same one, and a weight and a bias."""
-    copies = max(2, int(400e6 // (M * N * x_dtype.itemsize)))
-    xs = [torch.randn(M, N, device='cuda', dtype=x_dtype, requires_grad=True) for _ in range(copies)]
-    dys = [torch.randn(M, N, device='cuda', dtype=y_dtype) for _ in xs]
-    weight, bias = (torch.randn(N, device='cuda', dtype=w_dtype, requires_grad=True) for _ in range(2))
+    copies = max(2, int(400e6 // (M * N * x_dtype.itemsize))) if device == 'cuda' else 2
+    xs = [torch.randn(M, N, device=device, dtype=x_dtype, requires_grad=True) for _ in range(copies)]
+    dys = [torch.randn(M, N, device=device, dtype=y_dtype) for _ in xs]
+    weight, bias = (torch.randn(N, device=device, dtype=w_dtype, requires_grad=True) for _ in range(2))
     return xs, dys, weight, bias
 
 
@@ -121,26 +139,31 @@ def measure(mix, M, N, only):
     return row
 
 
-def table(rows, roof):
-    lines = []
+def add_percentages(rows, roof):
+    """Adds to each row what its times are in percent of the copy bandwidth `roof`, in GB/s."""
     for row in rows:
         gb = passes_gb(row['M'], row['N'], dtypes[row['x']].itemsize, dtypes[row['y']].itemsize)
-        cells = []
-        for name in ('eager', 'compiled', 'liger', 'ours'):
-            r = row.get(name, {})
+        row['copy_percent'] = 100 * gb[0] / row['copy_us'][0] * 1e6 / roof
+        for r in (row.get(name, {}) for name in ('eager', 'compiled', 'liger', 'ours')):
             if 'forward_us' in r:
                 r['forward_percent'], r['both_percent'] = (
                     100 * g / us[0] * 1e6 / roof for g, us in zip(gb, (r['forward_us'], r['both_us']))
                 )
-                cells.append(
-                    f'{name} {r["forward_us"][0]:6.1f} {r["both_us"][0]:6.1f} us {r["forward_percent"]:4.0f} {r["both_percent"]:3.0f} %'
-                )
-            else:
-                cells.append(f'{name} -')
-        row['copy_percent'] = 100 * gb[0] / row['copy_us'][0] * 1e6 / roof
-        name = f'{row["x"]}/{row["weight"]}->{row["y"]} {row["M"]} x {row["N"]}'
-        lines.append(f'{name:28s} copy {row["copy_us"][0]:5.1f} us {row["copy_percent"]:3.0f} % | ' + ' | '.join(cells))
-    return '\n'.join(lines)
+
+
+@table('layer_norm_h100')
+def layer_norm(report):
+    cells = []
+    for row in report['rows']:
+        its = [row.get(name, {}) for name in ('eager', 'compiled', 'liger', 'ours')]
+        shares = [
+            f'{r["forward_percent"]:.0f} · {r["both_percent"]:.0f}' if len(r) > 1 else 'refuses' * bool(r) for r in its
+        ]
+        us = [f'{r["forward_us"][0]:.1f} · {r["both_us"][0]:.1f}' for r in its[3:] if len(r) > 1] or ['']
+        mix, shape = f'{row["x"]} / {row["weight"]} → {row["y"]}', f'{row["M"]} × {row["N"]}'
+        cells.append((mix, shape, f'{row["copy_percent"]:.0f}', *shares[:3], f'**{shares[3]}**', *us))
+    header = ['x / weight → y', 'shape', 'copy', *(f'{name} fwd · both' for name in ('eager', 'compiled', 'Liger'))]
+    return markdown([*header, '**ours fwd · both**', 'ours µs'], cells)
 
 
 # --tune: candidates, compiled in parallel first, then timed
@@ -298,6 +321,7 @@ def tune(results, seconds, only, save):
 
 
 def main():
+    global device
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
     parser.add_argument('--tune', action='store_true', help='try launch configurations instead of measuring the table')
@@ -307,13 +331,16 @@ def main():
     parser.add_argument(
         '--only', default='', help='comma-separated implementations to measure (eager,compiled,liger,ours); default all'
     )
+    parser.add_argument('--dry-run', action='store_true', help='tiny shapes on a CPU, under TRITON_INTERPRET=1')
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.dry_run:
+        device, args.tune, shapes[:] = 'cpu', False, [(8, 64)]
+    elif not torch.cuda.is_available():
         sys.exit('bench_layer_norm.py: a benchmark of GPU kernels needs a CUDA GPU')
     torch.manual_seed(0)
     roof = copy_gb_per_s()
-    print(f'{torch.cuda.get_device_name()}: copy {roof:.0f} GB/s', flush=True)
-    report = facts()
+    report = facts(cpu=args.dry_run)
+    print(f'{report["device"]}: copy {roof:.0f} GB/s', flush=True)
     report['method'] = (
         'CUDA-graph replays over rotating inputs; microseconds as [median, [smallest, largest]] of 20 replays'
     )
@@ -333,11 +360,10 @@ def main():
     roofs = [roof, copy_gb_per_s()]
     report['copy_gb_per_s'] = roofs
     if not args.tune:
-        text = table(rows, max(roofs))
+        add_percentages(rows, max(roofs))
     save()
-    print(
-        f'copy {roofs[0]:.0f} and {roofs[1]:.0f} GB/s; us and % of copy bandwidth: forward, forward + backward\n{text}'
-    )
+    print(f'copy {roofs[0]:.0f} and {roofs[1]:.0f} GB/s; % of it, forward and forward + backward')
+    print(text if args.tune else layer_norm(report))
 
 
 if __name__ == '__main__':

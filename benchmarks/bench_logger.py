@@ -1,10 +1,13 @@
 """
-What TrainingLogger costs: per record at the start of a run and behind 1,000,000 records, and what a loop of 20 ms steps loses to it.
+Measures the cost of TrainingLogger: per record at the start of a run and behind 1,000,000 records, and what a loop of 20 ms steps
+loses to it.
 
     python benchmarks/bench_logger.py [--records 1000000] [--dir .]
-    python benchmarks/bench_logger.py --gpu    # instead: what training GPT-2 124M in steps of about 20 ms loses; needs a GPU, 1 minute
+    python benchmarks/bench_logger.py --gpu  # instead: what training GPT-2 124M in steps of about 20 ms loses; needs a GPU, 1 minute
+    python benchmarks/bench_logger.py --dry-run        # few records; with --gpu too, tiny steps on a CPU
 
-The tables in LOGGING_GUIDE.md are this program's output. About 5 minutes, 400 MB of disk in a temporary folder under --dir.
+The tables in LOGGING_GUIDE.md are this program's output. About 5 minutes, 400 MB of disk in a temporary folder under
+--dir.
 """
 
 import argparse
@@ -51,7 +54,10 @@ def python(count):
 
 
 def products(count):
-    """Lets go of the interpreter every few microseconds, as a training step does that launches kernels or computes on the CPU."""
+    """
+    Lets go of the interpreter every few microseconds, as a training step does that launches kernels or computes on the
+    CPU.
+    """
     for _ in range(count):
         np.dot(*MATRICES)
 
@@ -65,8 +71,10 @@ def row(name, seconds):
 
 
 def loop(log, busy, busy_ms, steps):
-    """Steps of 20 ms, busy for the first busy_ms and asleep for the rest, as if waiting for a GPU. A random half of them is logged. Prints
-    what the call costs, and how much longer the busy part of a logged step is, the call included."""
+    """
+    Steps of 20 ms, busy for the first busy_ms and asleep for the rest, as if waiting for a GPU. A random half of them
+    is logged. Prints what the call costs, and how much longer the busy part of a logged step is, the call included.
+    """
     count, best = 1, 0.0
     while best < busy_ms / 1e3:  # the count that takes busy_ms when nothing is in the way
         count = int(count * 1.2) + 1
@@ -91,40 +99,38 @@ def timed(function, *args):
     return time.perf_counter() - start
 
 
-def on_gpu(folder, steps, batch_size=8):
+def on_gpu(folder, steps, dry_run, batch_size=8):
     """
-    Training steps that end as train.py's do at --log_interval=1, each after a random one of: no record, a record that is written at once,
-    and one that is written when the GPU has its work, as in train.py. Prints how long they take.
+    Training steps that end as train.py's do at --log_interval=1, each after a random one of: no record, a record that
+    is written at once, and one that is written when the GPU has its work, as in train.py. Prints how long they take.
     """
-    import torch
+    from trainer import SIZES, Trainer, hardware, random_batch
 
-    import hardware
-    from model import GPT, GPTConfig
-
-    model = GPT(GPTConfig(bias=False)).cuda()
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda')
-    compiled = torch.compile(model)
-    tokens = torch.randint(50257, (batch_size, 1025), device='cuda')
+    device = 'cpu' if dry_run else 'cuda'
+    options = dict(batch_size=2, block_size=32, compile=False) if dry_run else dict(batch_size=batch_size)
+    trainer = Trainer('ddp', SIZES['tiny' if dry_run else '124M'] | dict(vocab_size=50304), device, **options)
+    trainer.feed(random_batch)
     log = TrainingLogger(folder, {'dataset': 'none'}, {'phase': 'benchmark'})
 
+    def next_batch(trainer):
+        log.flush()  # when the GPU has its work
+        return trainer.batch
+
+    trainer.next_batch = next_batch
+
     def step():
-        with torch.autocast('cuda', torch.bfloat16):
-            loss = compiled(tokens[:, :-1], tokens[:, 1:].contiguous())[1]
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        log.flush()
-        return torch.stack([loss.detach(), norm]).tolist()  # waits for the GPU
+        loss = trainer.step()
+        return trainer.step_guard.measure(loss, trainer.grad_norm)[:2]  # waits for the GPU
 
     seconds = {'no record': [], 'written at once': [], 'written while the GPU works': []}
     loss, norm, ms = *step(), 20.0
-    for i in range(steps + 50):
+    warmup = 50 if not dry_run else 2
+    for i in range(steps + warmup):
         arm = random.choice(list(seconds))
         log.wait()
         start = time.perf_counter()
         if arm != 'no record':
-            peak = hardware.peak_memory_bytes('cuda')
+            peak = hardware.peak_memory_bytes(device)
             log.iteration(
                 i,
                 loss=loss,
@@ -140,17 +146,18 @@ def on_gpu(folder, steps, batch_size=8):
         loss, norm = step()
         taken = time.perf_counter() - start
         ms = taken * 1e3
-        if i >= 50:
+        if i >= warmup:
             seconds[arm].append(taken)
     log.close('completed')
-    print(f'GPT-2 124M, batch of {batch_size}, {torch.cuda.get_device_name()}, torch {torch.__version__}')
+    print(f'{trainer.parameters:,} parameters, batch of {trainer.batch_size}, {hardware.device_name(device)}')
     for arm, times in seconds.items():
         row(f'training step, {arm}', times)
     without = seconds['no record']
     for arm, times in list(seconds.items())[1:]:
         quarters = [statistics.quantiles(t, n=4) for t in (times, without)]
         lost = [1e6 * (a - b) for a, b in zip(*quarters)]
-        # standard error of a difference of medians, with deviations from the quartiles: a few steps of a shared machine take 4 times as long
+        # standard error of a difference of medians, with deviations from the quartiles: a few steps of a shared machine
+        # take 4 times as long
         error = 1.25e6 * sum(((q[2] - q[0]) / 1.35) ** 2 / len(t) for q, t in zip(quarters, (times, without))) ** 0.5
         share = lost[1] / 1e6 / statistics.median(without)
         print(
@@ -164,7 +171,10 @@ def main():
     parser.add_argument('--steps', type=int, default=1000, help='of each loop')
     parser.add_argument('--gpu', action='store_true')
     parser.add_argument('--dir', default='.')
+    parser.add_argument('--dry-run', action='store_true', help='few records, and tiny steps on a CPU')
     args = parser.parse_args()
+    if args.dry_run:
+        args.records, args.steps = 4000, 20
     with open('/proc/cpuinfo') as file:
         cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), platform.machine())
     print(
@@ -175,7 +185,7 @@ def main():
     )
     if args.gpu:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-            return on_gpu(folder, args.steps)
+            return on_gpu(folder, args.steps, args.dry_run)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         log = TrainingLogger(folder, {'dataset': 'none'}, {'phase': 'benchmark'})
         for busy, busy_ms in ((python, 0), (python, 4), (products, 4), (products, 18)):

@@ -2,10 +2,10 @@
 Reserved GPU memory of a training step, one process per configuration, on one GPU. plan.py is fitted on the result.
 
     python benchmarks/bench_memory.py --out=benchmarks/results/memory_h200.json --seconds=225
-    python benchmarks/bench_memory.py --dry-run --out=memory.json      # tiny models on a CPU: checks the script, measures nothing
+    python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: checks the script, measures nothing
 
 DDP's model and the Triton model run in nanoGPT/bench.py, without a process group: gradients have no buckets then. FSDP runs in a group of
-one rank (bench_fsdp.Trainer): the shard is the whole model, and units are gathered as among many ranks. Each process runs four iterations
+one rank (trainer.py): the shard is the whole model, and units are gathered as among many ranks. Each process runs four iterations
 of micro_steps micro-steps, random tokens, expandable segments as in train.py. With CUDA graphs the first two iterations launch kernels and
 the third captures, so the result states both peaks: reserved_launched before the first capture, and reserved over the whole process.
 
@@ -177,21 +177,24 @@ def measure(trainer, size, batch_size, block_size, options, dry_run):
 def measure_fsdp(size, batch_size, block_size, options, dry_run, launched):
     import torch.distributed as dist
 
-    import bench_fsdp
+    import trainer as shared  # which finds the modules of FSDP
+    from sharded_cuda_graph import ShardedMicroStep
 
-    device, *_, backend = bench_fsdp.hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
+    device, *_ = shared.hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
     os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
     store = dist.HashStore()
     dist.init_process_group('gloo' if dry_run else 'cpu:gloo,cuda:nccl', store=store, rank=0, world_size=1)
     options = dict(options)
-    micro_steps, compile = options.pop('gradient_accumulation_steps'), options.pop('compile', True)
-    flags = {key: options.pop(key) for key in list(options) if key.startswith('fsdp_') or key == 'cuda_graph'}
-    watch_capture(bench_fsdp.ShardedMicroStep, launched)
-    trainer = bench_fsdp.Trainer(
-        'fsdp', (*SIZES[size], batch_size, block_size), device, compile, flags, exact_init=False, **options
-    )
+    micro_steps, flags = options.pop('gradient_accumulation_steps'), {'compile': True}
+    flags |= {key: options.pop(key) for key in ('compile', 'cuda_graph') if key in options}
+    fsdp = {key: options.pop(key) for key in list(options) if key.startswith('fsdp_')}
+    shape = dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[size]))
+    flags |= dict(batch_size=batch_size, block_size=block_size, fsdp=fsdp, init='fill')
+    watch_capture(ShardedMicroStep, launched)
+    trainer = shared.Trainer('fsdp', shape | dict(vocab_size=50304), device, **flags, **options)
+    trainer.feed(shared.random_batch)
     for _ in range(4):
-        trainer.step(bench_fsdp.random_batch, micro_steps)
+        trainer.step(micro_steps).item()
 
 
 def estimate(trainer, size, batch_size, block_size, options):

@@ -1,18 +1,21 @@
 """
-Does GELU cost less inside a neighbour? The MLP of a block between its matmuls, in ways that phase 2 could take, on one GPU.
+Does GELU cost less inside a matmul? The MLP of a block between its matmuls, in ways that the Triton model could take,
+on one GPU.
 
     python benchmarks/bench_mlp.py --out=benchmarks/results/mlp.json                        # about 3 minutes on an H100
-    TRITON_INTERPRET=1 python benchmarks/bench_mlp.py --dry-run --out=/tmp/mlp.json           # tiny, on a CPU: checks the numbers
+    TRITON_INTERPRET=1 python benchmarks/bench_mlp.py --dry-run --out=/tmp/mlp.json  # tiny, on a CPU: checks the numbers
 
-Forward: x (M, C) -> pre = x @ w_fc.T (M, 4C), act = gelu(pre), both kept. Backward: dy (M, C) -> dpre = (dy @ w_proj) * gelu'(pre).
-The other matmuls are the same in all of them and left out. All bfloat16.
+Forward: x (M, C) -> pre = x @ w_fc.T (M, 4C), act = gelu(pre), both kept. Backward: dy (M, C) -> dpre = (dy @ w_proj) *
+gelu'(pre). The other matmuls are the same in all of them and left out. All bfloat16.
 
-separate:  cuBLAS, then kernels/gelu.py, as phase 2 has it.
+separate:  cuBLAS, then kernels/gelu.py, as the Triton model has it.
 rows / n:  the same in n parts of the rows, so that GELU finds in L2 cache what the matmul has just written.
-fused:     a Triton matmul with GELU in its epilogue, at the fastest of some tile sizes; beside it the same matmul without GELU and cuBLAS's,
+fused:     a Triton matmul with GELU in its epilogue, at the fastest of some tile sizes; with it the same matmul without
+           GELU and cuBLAS's,
            which say what the matmul itself loses to cuBLAS.
 
-CUDA-graph replays, each way in turn, five times; medians. A way pays if it is faster at the sizes of GPT-2 124M and no slower at the others.
+CUDA-graph replays, each way in turn, five times; medians. A way pays if it is faster at the sizes of GPT-2 124M and no
+slower at the others.
 """
 
 import argparse
@@ -28,6 +31,7 @@ from common import facts, first_line, write_json
 from kernels import gelu as gelu_kernels
 from kernels.device import interpreted, jit, num_multiprocessors, tl
 from kernels.gelu import launch_elementwise, normal
+from tables import markdown, table, with_spread
 
 dtype = torch.float16 if interpreted else torch.bfloat16  # the interpreter multiplies the bits of bfloat16
 PLAIN, FORWARD, BACKWARD = 0, 1, 2
@@ -92,7 +96,7 @@ def fused(a, b, pre, out, mode, tiles):
     return out
 
 
-# of those with two programs a multiprocessor one computes GELU while the other multiplies
+# with two programs per multiprocessor, one computes GELU while the other multiplies
 all_tiles = [
     (128, 128, 64, 4, 2, 0),
     (128, 128, 64, 4, 2, 2),
@@ -189,9 +193,21 @@ def measure(M, C, args, row):
     for (direction, name), us in sorted(times.items(), key=lambda item: (item[0][0], statistics.median(item[1]))):
         median, base = statistics.median(us), statistics.median(times[direction, 'separate'])
         row(dict(M=M, C=C, direction=direction, name=name, us=us, of_separate=median / base))
-        print(
-            f'{M:6d} x {C:5d} {direction:9s} {name:48s} {median:8.1f} us ({min(us):.1f} to {max(us):.1f}) {median / base:.3f}'
+
+
+@table('mlp_*')
+def mlp(report):
+    cells = [
+        (
+            f'{row["M"]} × {row["C"]}',
+            row['direction'],
+            row['name'],
+            with_spread(row['us'], 1),
+            f'{row["of_separate"]:.2f}',
         )
+        for row in report['rows']
+    ]
+    return markdown(['tokens × width', '', 'way (tile sizes)', 'µs', 'of separate'], cells)
 
 
 def time_us(function):
@@ -208,11 +224,11 @@ def main():
     if not torch.cuda.is_available() and not args.dry_run:
         sys.exit('bench_mlp.py: needs a CUDA GPU')
     device = 'cpu' if args.dry_run else 'cuda'
-    report, began = {**facts(), 'rows': []}, time.time()
+    report, began = {**facts(cpu=args.dry_run), 'rows': []}, time.time()
     for M, C in [(48, 32)] if args.dry_run else [(12288, 768), (32768, 768), (8192, 1600)]:
         measure(M, C, args, report['rows'].append)
         write_json(args.out, report)
-    print(f'{time.time() - began:.0f} s')
+    print(f'{time.time() - began:.0f} s\n\n{mlp(report)}')
 
 
 if __name__ == '__main__':

@@ -1,29 +1,32 @@
 """
-Phase 2's model against the reference's on one GPU, in one process: speed of training GPT-2, and loss curves.
+The Triton model against the reference's on one GPU, in one process: speed of training GPT-2, memory, gradients, loss
+curves.
 
     python benchmarks/bench_phase2.py ladder --out=benchmarks/results/phase2_ladder.json    # about 3 minutes on an H200
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
-    python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json    # about 5 minutes; needs data/python_gpt2
+    python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json  # 5 minutes; needs data/python_gpt2
     python benchmarks/bench_phase2.py largest --out=benchmarks/results/phase2_largest.json  # about 5 minutes
     python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
-    python benchmarks/bench_phase2.py gradients --batch_size=2 --out=benchmarks/results/phase2_gradients.json  # about 1 minute
+    python benchmarks/bench_phase2.py gradients --batch_size=2 --out=...                    # about 1 minute
     python benchmarks/bench_phase2.py matmuls --out=benchmarks/results/phase2_matmuls.json  # about 10 seconds
+    python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json  # tiny, on a CPU; also gradients
 
-ladder: tokens/s of train.py's iteration (bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens, clipping, fused AdamW) with one change
-after the other. Each variant takes turns with the compiled reference, five times; its ratio is the median of those of the turns. With
---together=6, five variants at a time take turns with it, which compares them better and needs memory for six. Clock and power are
-nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better it is used.
+ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens,
+clipping, fused AdamW) with one change after the other. Each variant takes turns with the compiled reference, five
+times. With --together=6, five variants at a time take turns with it, which compares them better and needs memory for
+six. Clock and power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better
+it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
-largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s with them.
+largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
+with them.
 profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
-curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and phase 2.
+curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and
+Triton.
 """
 
 import argparse
 import contextlib
-import gc
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -36,19 +39,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import facts, write_json
+from common import ROOT, facts, write_json
+from tables import cite, commit_of, gib, load, markdown, number, short, table, times, with_spread
+from trainer import SIZES, Trainer, collect, hardware, out_of_memory, use_side_stream
 
-root = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(root / 'phase2_triton'))
-import hardware
+sys.path.append(str(ROOT / 'phase2_triton'))
 import kernels.attention
 import kernels.cross_entropy
 import kernels.embedding
 import kernels.layer_norm_gradients
 import kernels.linear
 import kernels.modules
-from cuda_graph import MicroStep, use_side_stream
-from errors import out_of_memory
+
+device = 'cuda'  # 'cpu' with --dry-run
+BLOCK_SIZE = {'cuda': 1024, 'cpu': 32}
 
 
 def clip_gradients(optimizer, parameters, max_norm):
@@ -59,21 +63,6 @@ def clip_gradients(optimizer, parameters, max_norm):
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)
     return norm
-
-
-def load(folder, name):
-    spec = importlib.util.spec_from_file_location(name, root / folder / 'model.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sizes = {
-    '124M': dict(n_layer=12, n_head=12, n_embd=768),
-    '350M': dict(n_layer=24, n_head=16, n_embd=1024),
-    '1.5B': dict(n_layer=48, n_head=25, n_embd=1600),
-}
 
 
 def off(*names):
@@ -144,7 +133,11 @@ class Sensors:
     """Samples of the GPU's clock (MHz) and power (W) while the benchmark runs, ten a second."""
 
     def __init__(self):
-        gpu = f'GPU-{torch.cuda.get_device_properties(0).uuid}'  # by number it would be another one under CUDA_VISIBLE_DEVICES
+        self.samples, self.process = [], None
+        if device == 'cpu':
+            return
+        # by number it would be another one under CUDA_VISIBLE_DEVICES
+        gpu = f'GPU-{torch.cuda.get_device_properties(0).uuid}'
         command = [
             'nvidia-smi',
             '-i',
@@ -155,8 +148,11 @@ class Sensors:
             '100',
         ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.samples = []
         threading.Thread(target=self.read, daemon=True).start()
+
+    def stop(self):
+        if self.process:
+            self.process.kill()
 
     def read(self):
         for line in self.process.stdout:
@@ -168,55 +164,45 @@ class Sensors:
         return [statistics.median(column) for column in zip(*during)] if during else [None, None]
 
 
-class Variant:
-    """One variant, ready to run: iteration() is an iteration of train.py. peak_bytes: of its memory, parameters and all."""
+class Variant(Trainer):
+    """
+    One variant, ready to run. batches: pairs (X, Y), which it takes in turn. peak_bytes: of its memory, parameters and
+    all.
+    """
 
     def __init__(self, name, size, batches, micro_steps, seed=1337, warm=True):
         folder, options, compiled, graph, switched_off = variants[name]
-        self.module, self.functions = load(folder, folder + str(id(self))), off(*switched_off)
-        self.batches, self.micro_steps, self.turns = batches, micro_steps, []
+        self.functions, self.batches, self.turns = off(*switched_off), batches, []
         options = dict(options)
-        no_logits = options.pop('no_logits', False)
-        if compiled:
-            torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        torch.manual_seed(seed)
-        with contextlib.redirect_stdout(None):
-            with torch.device('cuda'):  # the initial weights of 1.5 billion parameters would take the CPU half a minute
-                self.model = self.module.GPT(self.module.GPTConfig(dropout=0.0, bias=False, **sizes[size], **options))
-            self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda')
-        forward = (lambda x, y: (None, self.model(x, y)[1])) if no_logits else self.model
-        forward = torch.compile(forward) if compiled else forward
-
-        def forward_backward(x, y):
-            with torch.autocast('cuda', dtype=torch.bfloat16):
-                loss = forward(x, y)[1] / micro_steps
-            loss.backward()
-            return loss.detach()
-
-        self.micro_step = MicroStep(forward_backward, self.model, capture=graph)
-        began = time.perf_counter()
-        with contextlib.redirect_stdout(None):
-            self.loss = sum(self.iteration().item() for _ in range(3)) if warm else None
+        options['logits'] = not options.pop('no_logits', False)
+        options |= dict(model=folder, compile=compiled and device == 'cuda', cuda_graph=graph and device == 'cuda')
+        collect()
+        shape, (batch_size, block_size) = SIZES[size], batches[0][0].shape
+        options |= dict(batch_size=batch_size, block_size=block_size, seed=seed, init='gpu')
+        super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
+        self.feed(Variant.take)
+        self.per_iteration, began = micro_steps, time.perf_counter()
+        self.loss = sum(self.iteration().item() for _ in range(3)) if warm else None
         self.start_s = time.perf_counter() - began
-        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+        self.peak_bytes = torch.cuda.max_memory_allocated() - self.base_bytes if device == 'cuda' else 0
 
     def iteration(self):
-        loss = torch.zeros((), device='cuda')
+        """Returns the mean loss, shape (), on the device."""
+        return self.step(self.per_iteration)
+
+    def take(self):
+        self.batches.append(self.batches.pop(0))
+        return self.batches[0]
+
+    def forward_backward(self, X, Y):
         with self.switched_off():
-            for _ in range(self.micro_steps):
-                self.batches.append(self.batches.pop(0))
-                loss += self.micro_step(*self.batches[0])
-        if 'clip' in self.functions:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        else:
-            clip_gradients(self.optimizer, list(self.model.parameters()), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss
+            return super().forward_backward(X, Y)
+
+    def clip_and_step(self):
+        if 'clip' in self.functions or device == 'cpu':
+            return super().clip_and_step()
+        self.grad_norm = clip_gradients(self.optimizer, list(self.model.parameters()), 1.0)
+        self.step_guard.step(self.optimizer, self.grad_norm)
 
     @contextlib.contextmanager
     def switched_off(self):
@@ -231,13 +217,12 @@ class Variant:
     def ms(self, iterations):
         """Mean milliseconds of an iteration, after one that does not count."""
         self.iteration()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = hardware.now(device)  # waits for the GPU
         for _ in range(iterations):
             self.iteration()
-        torch.cuda.synchronize()
-        self.turns.append((began, time.perf_counter()))
-        return (self.turns[-1][1] - began) / iterations * 1e3
+        ended = hardware.now(device)
+        self.turns.append((began, ended))
+        return (ended - began) / iterations * 1e3
 
 
 @contextlib.contextmanager
@@ -256,12 +241,11 @@ def chosen(args, names):
 
 
 def ladder(args, rows, save):
-    use_side_stream('cuda')
-    generator = torch.Generator('cuda').manual_seed(0)
-    tokens = torch.randint(50257, (16, args.batch_size, 1025), device='cuda', generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.randint(50257, (16, args.batch_size, BLOCK_SIZE[device] + 1), device=device, generator=generator)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
-    base, lines, sensors, names = make('reference, compiled'), [], Sensors(), chosen(args, variants)
+    base, sensors, names = make('reference, compiled'), Sensors(), chosen(args, variants)
     for first in range(0, len(names), args.together - 1):
         group = None  # the variants before are dropped, and with them their memory
         try:
@@ -276,13 +260,11 @@ def ladder(args, rows, save):
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            lines.append(f'{", ".join(names[first : first + args.together - 1])}: out of memory')
-            print(lines[-1], flush=True)
+            print(f'{", ".join(names[first : first + args.together - 1])}: out of memory', flush=True)
             continue
         for i, (name, variant) in enumerate(group.items()):
             ms, ratios = [own[i] for _, own in turns], [reference / own[i] for reference, own in turns]
-            median = statistics.median(ms)
-            tokens_per_s = args.batch_size * 1024 * args.micro_steps / median * 1e3
+            tokens_per_s = variant.tokens(args.micro_steps) / statistics.median(ms) * 1e3
             clock, power = sensors.median(variant.turns)
             rows.append(
                 dict(
@@ -299,23 +281,13 @@ def ladder(args, rows, save):
                     loss_of_3_iterations=variant.loss,
                 )
             )
-            lines.append(
-                f'{name:50s} {median:8.2f} ms ({min(ms):.2f} to {max(ms):.2f}) {tokens_per_s:9,.0f} tokens/s '
-                f'x {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) {variant.peak_bytes / 2**30:6.2f} GiB  '
-                f'start {variant.start_s:3.0f} s  {clock or 0:.0f} MHz {power or 0:.0f} W  loss {variant.loss:.4f}'
-            )
-            print(lines[-1], flush=True)
+            print(f'{name}: {statistics.median(ms):.1f} ms, loss {variant.loss:.4f}', flush=True)
         save()
-    sensors.process.kill()
-    return (
-        f'{args.size}, {args.micro_steps} micro-steps of {args.batch_size} x 1024, {torch.cuda.get_device_name()}\n'
-        + '\n'.join(lines)
-    )
+    sensors.stop()
 
 
 def largest(args, rows, save):
     """Peaks at two batch sizes give a guess, from which bisection finds one that fits while the next does not."""
-    use_side_stream('cuda')
     memory = torch.cuda.get_device_properties(0).total_memory
     if args.gib:
         torch.cuda.set_per_process_memory_fraction(args.gib * 2**30 / memory)
@@ -323,18 +295,17 @@ def largest(args, rows, save):
 
     def tokens_per_s(name, batch_size):
         """And the peak in bytes; None if it does not fit."""
-        tokens = torch.randint(50257, (batch_size, 1025), device='cuda')
+        tokens = torch.randint(50257, (batch_size, 1025), device=device)
         batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
         try:
             variant = Variant(name, args.size, batches, 1)
-            return batch_size * 1024 / variant.ms(args.iterations) * 1e3, variant.peak_bytes
+            return variant.tokens(1) / variant.ms(args.iterations) * 1e3, variant.peak_bytes
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             print(f'{name}, {batch_size} sequences: out of memory', flush=True)
             return None
 
-    lines = []
     names = (
         'reference, eager',
         'reference, compiled',
@@ -352,8 +323,7 @@ def largest(args, rows, save):
         few = double // 2
         tried[few] = tried[double] and tokens_per_s(name, few)
         if not tried[few]:
-            lines.append(f'{name:42s} not even 2 x 1024')
-            print(lines[-1], flush=True)
+            print(f'{name}: not even 2 sequences fit', flush=True)
             continue
         per_sequence = (tried[double][1] - tried[few][1]) / few
         fits, too_many = double, None
@@ -371,19 +341,13 @@ def largest(args, rows, save):
                 name=name, batch_size=fits, tokens_per_s=speed, peak_memory_bytes=peak, bytes_per_sequence=per_sequence
             )
         )
-        lines.append(
-            f'{name:42s} {fits:4d} x 1024 {speed:9,.0f} tokens/s {peak / 2**30:6.2f} GiB, {per_sequence / 2**20:,.0f} MiB a sequence'
-        )
-        print(lines[-1], flush=True)
+        print(f'{name}: {fits} sequences', flush=True)
         save()
-    return f'{args.size}, {torch.cuda.get_device_name()}, {memory / 2**30:.1f} GiB\n' + '\n'.join(lines)
 
 
 def profile(args, rows, save):
-    use_side_stream('cuda')
-    tokens = torch.randint(50257, (16, args.batch_size, 1025), device='cuda')
+    tokens = torch.randint(50257, (16, args.batch_size, BLOCK_SIZE[device] + 1), device=device)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
-    lines = []
     three = ('reference, compiled', '+ clipping by AdamW', '+ half_residual')
     for name in chosen(args, variants if args.only else three):
         variant = Variant(name, args.size, list(batches), args.micro_steps)
@@ -399,24 +363,26 @@ def profile(args, rows, save):
         for event in kernels:
             by_name.setdefault(event.name, []).append(event.time_range.elapsed_us())
         span = max(event.time_range.end for event in kernels) - min(event.time_range.start for event in kernels)
-        table = sorted(([sum(us) / count, len(us) / count, kernel] for kernel, us in by_name.items()), reverse=True)
-        rows.append(dict(name=name, ms=sum(us for us, _, _ in table) / 1e3, span_ms=span / count / 1e3, kernels=table))
-        lines.append(f'{name}: {rows[-1]["ms"]:.2f} ms of kernels in a micro-step of {rows[-1]["span_ms"]:.2f} ms')
-        lines += [f'{us:9.1f} us {times:6.1f} x  {kernel[:100]}' for us, times, kernel in table if us > 10]
+        by_time = sorted(([sum(us) / count, len(us) / count, kernel] for kernel, us in by_name.items()), reverse=True)
+        rows.append(
+            dict(name=name, ms=sum(us for us, _, _ in by_time) / 1e3, span_ms=span / count / 1e3, kernels=by_time)
+        )
         save()
         del variant
-    return '\n'.join(lines)
 
 
 def matmuls(args, rows, save):
-    """Forward, dx and dw (added to float32) of each weight, by both libraries in turns; medians of CUDA-graph replays of 12 calls."""
+    """
+    Forward, dx and dw (added to float32) of each weight, by both libraries in turns; medians of CUDA-graph replays of
+    12 calls.
+    """
     from bench_layer_norm import graph_us
 
-    C, M, lines = sizes[args.size]['n_embd'], args.batch_size * 1024, []
-    random = lambda *shape: torch.randn(*shape, device='cuda').bfloat16()
+    C, M = SIZES[args.size]['n_embd'], args.batch_size * 1024
+    random = lambda *shape: torch.randn(*shape, device=device).bfloat16()
     weights = {'qkv': (3 * C, C), 'proj': (C, C), 'fc': (4 * C, C), 'proj2': (C, 4 * C), 'head': (50304, C)}
     for name, (out, into) in weights.items():
-        w, x, dy, dw = random(out, into), random(M, into), random(M, out), torch.zeros(out, into, device='cuda')
+        w, x, dy, dw = random(out, into), random(M, into), random(M, out), torch.zeros(out, into, device=device)
         calls = {
             'forward': lambda x=x, w=w: x @ w.t(),
             'dx': lambda dy=dy, w=w: dy @ w,
@@ -428,21 +394,20 @@ def matmuls(args, rows, save):
                 for library, context in (('cublas', contextlib.nullcontext), ('cublaslt', kernels.linear.cublaslt)):
                     with context():
                         us[library].append(graph_us([call] * (12 if name != 'head' else 3))[0])
-            medians = {library: statistics.median(values) for library, values in us.items()}
             rows.append(dict(weight=name, shape=[out, into], tokens=M, kind=kind, us=us))
-            lines.append(
-                f'{name:6s} {kind:8s} {medians["cublas"]:8.1f} us by cublas ({min(us["cublas"]):.1f} to {max(us["cublas"]):.1f})  '
-                f'{medians["cublaslt"]:8.1f} by cublaslt ({min(us["cublaslt"]):.1f} to {max(us["cublaslt"]):.1f})  '
-                f'{medians["cublaslt"] / medians["cublas"]:.3f}  {2 * M * out * into / medians["cublas"] / 1e6:.0f} TFLOP/s'
-            )
             save()
-    return f'{args.size}, {M} tokens\n' + '\n'.join(lines)
 
 
 def gradients(args, rows, save):
-    """Gradients of one micro-step in bfloat16 against the reference's in float64: the relative error of each parameter's, by norm."""
+    """
+    Gradients of one micro-step in bfloat16 against the reference's in float64: the relative error of each parameter's,
+    by norm.
+    """
     tokens = torch.randint(
-        50257, (args.batch_size, 1025), device='cuda', generator=torch.Generator('cuda').manual_seed(0)
+        50257,
+        (args.batch_size, BLOCK_SIZE[device] + 1),
+        device=device,
+        generator=torch.Generator(device).manual_seed(0),
     )
     batches, all_errors, lines = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())], {}, []
     truth = Variant('reference, eager', args.size, list(batches), 1, warm=False).model.double()
@@ -451,12 +416,12 @@ def gradients(args, rows, save):
     del truth
     for name in ('reference, eager', 'reference, compiled', '+ clipping by AdamW', '+ half_residual'):
         variant = Variant(name, args.size, list(batches), 1, warm=False)
+        variant.micro_steps = 1
         for _ in range(5):  # the last is a replay, where the variant has CUDA graphs
             variant.model.zero_grad(set_to_none=True)
-            with variant.switched_off():
-                variant.micro_step(*batches[0])
+            variant.micro_step(*batches[0])
         errors = {
-            k: ((p.grad.double() - exact[k].cuda()).norm() / exact[k].norm()).item()
+            k: ((p.grad.double() - exact[k].to(device)).norm() / exact[k].norm()).item()
             for k, p in variant.model.named_parameters()
         }
         all_errors[name] = errors
@@ -471,19 +436,18 @@ def gradients(args, rows, save):
 
 
 def curves(args, rows, save):
-    use_side_stream('cuda')
     data = torch.from_numpy(
-        np.fromfile(root / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin', np.uint16).astype(np.int64)
-    ).cuda()
+        np.fromfile(ROOT / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin', np.uint16).astype(np.int64)
+    ).to(device)
     kinds = {
         'reference': 'reference, compiled',
-        'phase 2': '+ clipping by AdamW',  # with all of its kernels
-        'phase 2, half_residual': '+ half_residual',
+        'Triton': '+ clipping by AdamW',  # with all of its kernels
+        'Triton, half_residual': '+ half_residual',
     }
     for seed in args.seeds:
         for kind in chosen(args, kinds):
             torch.manual_seed(seed)
-            starts = torch.randint(len(data) - 1025, (args.curve_steps, args.batch_size, 1), device='cuda')
+            starts = torch.randint(len(data) - 1025, (args.curve_steps, args.batch_size, 1), device=device)
             train = Variant(
                 kinds[kind],
                 args.size,
@@ -494,8 +458,8 @@ def curves(args, rows, save):
             )
             losses = []
             for i, start in enumerate(starts):
-                batch = data[start + torch.arange(1025, device='cuda')]
-                train.batches[0] = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+                batch = data[start + torch.arange(1025, device=device)]
+                train.batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
                 for group in train.optimizer.param_groups:
                     group['lr'] = 6e-4 * min(1.0, (i + 1) / 100)
                 losses.append(train.iteration())
@@ -507,7 +471,10 @@ def curves(args, rows, save):
 
 
 def compared(rows):
-    """What curves say: how far phase 2 is from the reference at the same seed, beside how far the reference's own seeds are apart."""
+    """
+    Returns lines of text: how far the Triton model's curves are from the reference's at the same seed, and how far the
+    reference's own seeds are apart.
+    """
     curves = {(row['kind'], row['seed']): row['losses'] for row in rows}
     # means of 25 steps, so that batches do not hide the models; each seed has its own batches, the same for all kinds
     smooth = {key: torch.tensor(losses).unfold(0, 25, 25).mean(-1) for key, losses in curves.items()}
@@ -532,6 +499,148 @@ def compared(rows):
     return '\n'.join(lines)
 
 
+# the tables
+
+
+def shown(name):
+    """Returns a variant's name as the documents have it; result files keep the one of their day."""
+    return name.replace('phase 2', 'Triton').replace('cuda_graph', 'CUDA graph')
+
+
+def work_of(report):
+    """Returns size, sequences in a micro-step and micro-steps; the first files do not say."""
+    return report.get('size', '124M'), report.get('batch_size', 12), report.get('micro_steps', 8)
+
+
+def speed_of(row, report, ms):
+    """Returns tokens/s for milliseconds of an iteration: {'median', 'min', 'max'}."""
+    _, batch_size, micro_steps = work_of(report)
+    tokens = batch_size * 1024 * micro_steps
+    return dict(median=tokens / statistics.median(ms) * 1e3, min=tokens / max(ms) * 1e3, max=tokens / min(ms) * 1e3)
+
+
+def changes(report):
+    """
+    Returns the ladder's rows {short name: row}: the references, the last change of the Triton step, and half_residual.
+    """
+    rows = {row['name']: row for row in report['rows']}
+    steps = [name for name in rows if name.startswith('+ ') and name != '+ half_residual']
+    names = {
+        'reference, eager': 'reference, eager',
+        'reference, compiled': 'reference, compiled',
+        'reference, CUDA graph': 'reference, compiled, cuda_graph',
+        'Triton': steps[-1] if steps else '',
+        'Triton, 16-bit residual': '+ half_residual',
+    }
+    return {label: rows[name] for label, name in names.items() if name in rows}
+
+
+@table('phase2_ladder_*')
+def phase2_ladder(report):
+    size, batch_size, micro_steps = work_of(report)
+    cells = []
+    for row in report['rows']:
+        ms = row['ms']
+        speed, base = speed_of(row, report, ms), speed_of(row, report, row['ms_reference'])
+        numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', times(speed, base))
+        cells.append((shown(row['name']), with_spread(ms, 1), *numbers, gib(row['peak_memory_bytes'])))
+    header = [f'{size}, {micro_steps} micro-steps of {batch_size} × 1024', 'ms of an iteration', 'tokens/s']
+    return markdown([*header, 'compiled reference in the same turns', '× the reference', 'peak, GiB'], cells)
+
+
+@table('phase2_changes_*')
+def phase2_changes(report):
+    """A ladder of the latest changes, with the GPU's clock and power."""
+    cells = []
+    for row in report['rows']:
+        speed, base = speed_of(row, report, row['ms']), speed_of(row, report, row['ms_reference'])
+        numbers = (with_spread(row['ms'], 1), f'{speed["median"]:,.0f}', times(speed, base, 3))
+        cells.append((shown(row['name']), *numbers, f'{row["clock_mhz"]:.0f}', f'{row["power_w"]:.0f}'))
+    return markdown(['', 'ms of an iteration', 'tokens/s', '× the compiled reference', 'MHz', 'W'], cells)
+
+
+@table('phase2_matmuls_*')
+def phase2_matmuls(report):
+    """Forward, input gradient (dx) and weight gradient (dw) of each weight."""
+    cells = []
+    for row in report['rows']:
+        us = row['us']
+        ratio = statistics.median(us['cublaslt']) / statistics.median(us['cublas'])
+        cells.append((row['weight'], row['kind'], *(with_spread(us[key], 1) for key in us), f'{ratio:.2f}'))
+    return markdown([f'{report["rows"][0]["tokens"]:,} tokens', '', 'cuBLAS, µs', 'cuBLASLt, µs', 'ratio'], cells)
+
+
+@table('phase2_ladder_*', together=True)
+def measured(reports):
+    """README's table of one GPU: the ladders of the usual work."""
+    rows = []
+    for file, report in reports.items():
+        if work_of(report) != ('124M', 12, 8):
+            continue
+        its = changes(report)
+        graph = its.get('reference, CUDA graph')
+        for label, row in its.items():
+            if label == 'reference, eager':
+                continue
+            speed, base = speed_of(row, report, row['ms']), speed_of(row, report, row['ms_reference'])
+            of_graph = (
+                times(speed, speed_of(graph, report, graph['ms'])) if graph and label.startswith('Triton') else ''
+            )
+            ratio = times(speed, base) if label != 'reference, compiled' else ''
+            numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', ratio, of_graph)
+            where = f'{cite(file)}, {commit_of(report)}'
+            rows.append((label, short(report), *numbers, gib(row['peak_memory_bytes'], 1), where))
+    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same turns', '× that', '× reference with CUDA graph']
+    return markdown([*header, 'peak, GiB', 'result file'], rows)
+
+
+def ladder_in_short():
+    """Returns {short name: thousands of tokens/s} on one H100."""
+    rows = changes(load('phase2_ladder_h100'))
+    return {label: row['tokens_per_s'] / 1000 for label, row in rows.items()}
+
+
+@table('phase2_curves_*')
+def phase2_curves(report):
+    return f'```\n{shown(chr(10).join(report["summary"]))}\n```' if 'summary' in report else ''
+
+
+@table('phase2_profile_*')
+def phase2_profile(report):
+    """The kernels that take more than 0.1 ms of a micro-step."""
+    blocks = []
+    for row in report['rows']:
+        name = shown(row['name'])
+        blocks.append(f'{name}: {row["ms"]:.2f} ms of kernels in a micro-step of {row["span_ms"]:.2f} ms')
+        kernels = [(us / 1e3, times, kernel[:60].replace('|', '/')) for us, times, kernel in row['kernels'] if us > 100]
+        blocks.append(markdown(['ms', 'times', 'kernel'], [(f'{a:.2f}', f'{b:.1f}', f'`{c}`') for a, b, c in kernels]))
+    return '\n\n'.join(blocks)
+
+
+@table('phase2_largest_*')
+def phase2_largest(report):
+    cells = [
+        (
+            shown(row['name']),
+            row['batch_size'],
+            f'{row["tokens_per_s"]:,.0f}',
+            gib(row['peak_memory_bytes'], 1),
+            f'{row["bytes_per_sequence"] / 2**20:,.0f}',
+        )
+        for row in report['rows']
+    ]
+    limit = f' in {report["gib"]:g} GiB' if report.get('gib') else ''
+    header = [f'the most that fits into a micro-step{limit}', 'sequences of 1024', 'tokens/s', 'peak, GiB']
+    return markdown([*header, 'MiB a sequence'], cells)
+
+
+@number
+def largest_batch(file, *name):
+    """Sequences of 1024 tokens that fit into a micro-step of the variant whose name ends with these words."""
+    rows = load(file)['rows']
+    return str(next(row['batch_size'] for row in rows if row['name'].endswith(' '.join(name))))
+
+
 def join(names):
     """One report of the curves in several files, such as those of two GPUs that have shared the work."""
     reports = [json.loads(Path(name).read_text()) for name in names]
@@ -543,13 +652,14 @@ def join(names):
 
 
 def main():
+    global device
     modes = dict(ladder=ladder, curves=curves, largest=largest, profile=profile, matmuls=matmuls, gradients=gradients)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('mode', choices=list(modes))
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
     parser.add_argument('--batch_size', type=int, default=12)
     parser.add_argument('--micro_steps', type=int, default=8)
-    parser.add_argument('--size', choices=list(sizes), default='124M')
+    parser.add_argument('--size', choices=list(SIZES), default='124M')
     parser.add_argument('--iterations', type=int, default=3, help='timed or profiled together')
     parser.add_argument('--repetitions', type=int, default=5, help='turns of every variant')
     parser.add_argument(
@@ -570,6 +680,7 @@ def main():
         default=0,
         help='largest: of a GPU with this much memory for PyTorch, such as 78.5 for one of 80 GB',
     )
+    parser.add_argument('--dry-run', action='store_true', help='ladder and gradients: a tiny model on a CPU')
     args = parser.parse_args()
     if args.join:
         report = join(args.join.split(','))
@@ -577,20 +688,25 @@ def main():
         write_json(args.out, report)
         print('\n'.join(report['summary']))
         return
-    if not torch.cuda.is_available():
+    if args.dry_run:
+        if args.mode not in ('ladder', 'gradients'):
+            parser.error(f'{args.mode} needs a GPU: there is no --dry-run of it')
+        device, args.size, args.batch_size, args.micro_steps = 'cpu', 'tiny', 2, 2
+        args.iterations = args.repetitions = 1
+    elif not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
-    hardware.resolve_auto('cuda', 'auto', 'auto', 'auto')  # sets up the GPU's memory as train.py does
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py
+    hardware.resolve_auto(device, 'auto', 'auto', 'auto')  # sets up the GPU's memory as train.py does
+    if device == 'cuda':
+        use_side_stream(device)  # for all variants, also those without CUDA graphs
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
-    report = {
-        **facts(),
-        **{key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')},
-        'rows': [],
-    }
+    settings = {key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')}
+    report = {**facts(cpu=args.dry_run), **settings, 'rows': []}
     text = modes[args.mode](args, report['rows'], lambda: write_json(args.out, report))
-    report['summary'] = text.splitlines()
+    if text:
+        report['summary'] = text.splitlines()
     write_json(args.out, report)
-    print(text)
+    show = dict(ladder=phase2_ladder, largest=phase2_largest, profile=phase2_profile, matmuls=phase2_matmuls)
+    print('\n' + (text or show[args.mode](report)))
 
 
 if __name__ == '__main__':

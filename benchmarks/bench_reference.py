@@ -1,8 +1,11 @@
 """
-What the reference trainer costs beyond its model: on a GPU the data loader (bench.py on real against random tokens) and the
-whole of train.py at GPT-2 124M; on a CPU train.py against a minimal loop over the same model (tests/minimal_loop.py).
+Measures the reference trainer beyond its model: on a GPU the data loader (bench.py on real against random tokens) and
+the whole of train.py at GPT-2 124M; on a CPU train.py against a minimal loop over the same model
+(tests/minimal_loop.py).
 
-$ python nanoGPT/data/python_gpt2/prepare.py && python benchmarks/bench_reference.py --out=benchmarks/results/reference.json
+    python nanoGPT/data/python_gpt2/prepare.py
+    python benchmarks/bench_reference.py --out=benchmarks/results/reference.json
+    python benchmarks/bench_reference.py --dry-run                                  # tiny, on a CPU
 
 Variants alternate, so that a machine that changes its speed changes it for all. Prints a table, writes JSON.
 """
@@ -19,7 +22,9 @@ from pathlib import Path
 
 import torch
 
+from bench_trainers import make_data
 from common import ROOT, facts, write_json
+from tables import cite, commit_of, gib, load, markdown, number, short, summary, table, with_spread
 
 NANOGPT = ROOT / 'nanoGPT'
 
@@ -39,7 +44,10 @@ def run(script, *flags):
 
 
 def train_ms(skip, *flags):
-    """Median, minimum and maximum of the step times that train.py prints, in ms, without the first `skip`, and its peak memory in bytes."""
+    """
+    Median, minimum and maximum of the step times that train.py prints, in ms, without the first `skip`, and its peak
+    memory in bytes.
+    """
     with tempfile.TemporaryDirectory() as out:
         text = run(NANOGPT / 'train.py', f'--out_dir={out}', '--log_interval=1', *flags)
         log = json.loads(next(Path(out).glob('run_*.json')).read_text())
@@ -57,8 +65,8 @@ def bench_ms(*flags):
     return float(re.search(r'time per iteration: ([\d.]+)ms', run(NANOGPT / 'bench.py', *flags))[1])
 
 
-def on_gpu(repeats, dry):
-    shape = ['--batch_size=12', '--block_size=1024', '--dataset=python_gpt2', '--cuda_graph=False']
+def on_gpu(repeats, dry, dataset='python_gpt2'):
+    shape = ['--batch_size=12', '--block_size=1024', f'--dataset={dataset}', '--cuda_graph=False']
     if dry:
         shape += [
             '--n_layer=1',
@@ -159,18 +167,41 @@ def main():
     )
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    rows, summary = on_gpu(args.repeats, args.dry_run) if gpu or args.dry_run else on_cpu(args.repeats)
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            make_data(Path(folder, 'tiny'), 512)
+            rows, totals = on_gpu(1, True, f'{folder}/tiny')
+    else:
+        rows, totals = on_gpu(args.repeats, False) if gpu else on_cpu(args.repeats)
     where = facts(cpu=not gpu)
     if args.out:
-        write_json(args.out, {'facts': where, 'rows': rows, 'summary': summary})
+        write_json(args.out, {'facts': where, 'rows': rows, 'summary': totals})
     print(', '.join(f'{k} {v}' for k, v in where.items()))
-    for row in rows:
-        speeds = row['tokens_per_sec']
-        print(
-            f'{row["what"]:<34} {statistics.median(speeds):>12,.0f} tokens/s  ({min(speeds):,.0f} to {max(speeds):,.0f})'
-        )
-    for k, v in summary.items():
+    print(markdown(['', 'tokens/s'], [(row['what'], with_spread(row['tokens_per_sec'])) for row in rows]))
+    for k, v in totals.items():
         print(f'{k}: {v if isinstance(v, list) else format(v, ".4f")}')
+
+
+@table('reference_h*', together=True)
+def reference(reports):
+    names = {
+        'train.py': '`nanoGPT/train.py`, without CUDA graphs',
+        'bench.py, data set': 'the bare step, batches from the data set',
+        'bench.py, the same random tokens': 'the bare step, the same batch each time',
+    }
+    rows = [{row['what']: row for row in report['rows']} for report in reports.values()]
+    cells = [(text, *(with_spread(its[what]['tokens_per_sec']) for its in rows)) for what, text in names.items()]
+    peaks = [gib(its['train.py']['runs'][0]['peak_memory_bytes'], 1) for its in rows]
+    cells.append(('peak memory of `train.py`, GiB', *peaks))
+    cells.append(('result file', *(f'{cite(file)}, {commit_of(report)}' for file, report in reports.items())))
+    return markdown(['tokens/s', *(f'one {short(report)}' for report in reports.values())], cells)
+
+
+@number
+def loop_speed():
+    """The speed of train.py on a CPU over that of a minimal loop: the median of the pairs of runs, and their range."""
+    median, least, most = summary(load('reference_cpu')['summary']['ratios'])
+    return f'{median:.2f} ({least:.2f} to {most:.2f})'
 
 
 if __name__ == '__main__':

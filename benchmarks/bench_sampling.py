@@ -1,8 +1,8 @@
 """
-How much faster sampling is with the key-value cache: the same model and tokens with model.generate, with the cache, and with its steps
-replayed as a CUDA graph. The model has random weights.
+How much faster sampling is with the key-value cache: the same model and tokens with model.generate, with the cache, and
+with its steps replayed as a CUDA graph. The model has random weights.
 
-    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json     # 4 minutes on one core
+    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json  # 4 minutes on one core
     python benchmarks/bench_sampling.py --tokens=1000 --out=sampling_h200.json    # 1 minute on a GPU
 
 The ways take turns, and a ratio is that of two medians of one run. Times include prefill and capture.
@@ -18,6 +18,7 @@ from os import devnull
 import torch
 
 from common import ROOT, facts, spread, write_json
+from tables import markdown, table, with_spread
 
 SHAPES = {
     'char': dict(n_layer=6, n_head=6, n_embd=384, block_size=512, vocab_size=96),
@@ -63,7 +64,10 @@ def measure(functions, repeats, device):
 
 
 def first_difference(functions):
-    """How many tokens the text of the last of the functions shares with that of model.generate before the first that differs."""
+    """
+    How many tokens the text of the last of the functions shares with that of model.generate before the first that
+    differs.
+    """
     texts = [functions[name]()[0] for name in ('model.generate', list(functions)[-1])]
     return int((texts[0] == texts[1]).cumprod(0).sum())
 
@@ -96,10 +100,6 @@ def main():
             ratio = seconds['model.generate']['median'] / found['median']
             speed = samples * args.tokens / found['median']
             rows.append(dict(way=name, samples=samples, seconds=found, tokens_per_sec=speed, ratio=ratio))
-            print(
-                f'{samples:>3} x {args.tokens} tokens, {name:<18} {found["median"]:8.3f} s ({found["min"]:.3f} to {found["max"]:.3f}), '
-                f'{speed:>9,.0f} tokens/s, {ratio:5.1f} x'
-            )
     torch.backends.cuda.matmul.allow_tf32 = False
     total = SHAPES[args.shape]['block_size'] + 100
     started = time.perf_counter()
@@ -118,8 +118,25 @@ def main():
         'greedy_tokens': total + prompt.size(1),
         'greedy_tokens_in_common': same,
     }
+    print(sampling(report))
     if args.out:
         write_json(args.out, report)
+
+
+@table('sampling_*')
+def sampling(report):
+    base = {row['samples']: row['seconds'] for row in report['rows'] if row['way'] == 'model.generate'}
+    cells = [
+        (
+            f'{row["samples"]} × {report["tokens"]} tokens',
+            row['way'],
+            with_spread(row['seconds'], 2),
+            f'{row["tokens_per_sec"]:,.0f}',
+            f'{base[row["samples"]]["median"] / row["seconds"]["median"]:.1f}',
+        )
+        for row in report['rows']
+    ]
+    return markdown(['samples', '', 'seconds', 'tokens/s', '× model.generate'], cells)
 
 
 if __name__ == '__main__':

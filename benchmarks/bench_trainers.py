@@ -1,22 +1,25 @@
 """
-Speed and memory of the trainers as they are: the train.py of every phase on this machine, by itself and on all GPUs.
+Speed and memory of the trainers as they are: the train.py of every folder on this machine, by itself and on all GPUs.
 
     python benchmarks/bench_trainers.py --out=FILE                       # everything this machine can do; make bench
     python benchmarks/bench_trainers.py --nproc=4 --sizes=1.5B --trainers=ddp,fsdp,zero1 --minutes=9 --out=FILE
-    python benchmarks/bench_trainers.py --onto=FILE --out=FILE ...       # adds to the runs in FILE, which are of such a machine
+    python benchmarks/bench_trainers.py --onto=FILE --out=FILE ...  # adds to the runs in FILE, which are of such a machine
     python benchmarks/bench_trainers.py --plan                           # says what would run, and about how long
     python benchmarks/bench_trainers.py --device=cpu                     # a tiny model, 1 and 2 processes: 3 minutes
+    python benchmarks/bench_trainers.py --dry-run                        # one such run, of FSDP: 20 seconds
 
 For each number of processes one torchrun group is started, and in it the trainers run one after the other in the same
-processes, so that PyTorch is imported and the GPU set up once. A run is train.py itself, on random tokens, with its flags;
-its speeds are those of its JSON log. What is added from outside (class Probe): between iterations it sets
-gradient_accumulation_steps, which train.py reads anew in each, so that one run measures all numbers of micro-steps; beside
-the optimizer's step it counts the bytes of parameters, gradients and optimizer state, and asks the allocator for the sum; and
-it draws the initial weights on the GPU (--init=cpu: as train.py does, which takes a minute at 1.5B).
+processes, so that PyTorch is imported and the GPU set up once. A run is train.py itself, on random tokens, with its
+flags; its speeds are those of its JSON log. This script executes train.py in a namespace of its own making and adds
+three things (class Probe): between iterations it sets gradient_accumulation_steps, so that one run measures all numbers
+of micro-steps; after an optimizer step it counts the bytes of parameters, gradients and optimizer state, and asks the
+allocator for the sum; and it draws the initial weights on the GPU (--init=cpu: as train.py does, which takes a minute
+at 1.5B).
 
 The runs of a size come in rounds (A B C, A B C), so that no trainer has the warmer GPU. A result is the median over the
-intervals of all rounds, with the smallest and the largest. Compiled code is kept in a folder that is empty at first, so a run's
-time to the first step says how many graphs it found there. Results are written after every run: one that is cut off loses only itself.
+intervals of all rounds, with the smallest and the largest. Compiled code is kept in a folder that is empty at first, so
+a run's time to the first step says how many graphs it found there. Results are written after every run: a run that is
+cut off loses only itself.
 """
 
 import argparse
@@ -25,7 +28,6 @@ import io
 import json
 import os
 import pickle
-import runpy
 import shutil
 import signal
 import statistics
@@ -39,8 +41,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import GIB, ROOT, facts, first_line, spread, torchrun, write_json
+from tables import NAMES, SHAPES, gib, load, markdown, number, percent, table, times, with_spread
 
 TRITON, LAUNCHED = '--model_dir=../phase2_triton', '--cuda_graph=False'
 TRAINERS = {  # name: (folder of train.py, flags)
@@ -58,12 +62,13 @@ TRAINERS = {  # name: (folder of train.py, flags)
     'zero1+launched': ('phase1_zero1', [LAUNCHED]),
     'triton+launched': ('phase2_triton', [LAUNCHED]),
 }
-# Alone a process shards nothing: phases 1 and 3 are the reference then
+# a single process shards nothing: ZeRO-1 and FSDP hand over to the reference
 DEFAULT = {
     'one': ['ddp', 'triton', 'ddp+launched', 'triton+launched'],
     'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton', 'ddp+launched'],
 }
-SIZES = {  # shape; iterations in an interval of the log; intervals that count; seconds that a run takes: the first, later ones
+# shape; iterations in an interval of the log; intervals that count; seconds of a run: the first, later ones
+SIZES = {
     '124M': (dict(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024), 10, 5, (60, 25)),
     '350M': (dict(n_layer=24, n_head=16, n_embd=1024, batch_size=12, block_size=1024), 6, 4, (90, 40)),
     '1.5B': (dict(n_layer=48, n_head=25, n_embd=1600, batch_size=8, block_size=1024), 3, 3, (200, 90)),
@@ -77,12 +82,13 @@ class Enough(Exception):
 
 class Probe:
     """
-    What becomes known of one run of train.py, by way of the calls that every trainer makes: TrainingLogger when all is built and
-    after each logged iteration, and StepGuard at each optimizer step. It runs on every rank.
+    Watches one run of train.py on every rank, through the calls that all trainers make: RunReport when everything is
+    built and after each logged iteration, and StepGuard at each optimizer step. train: the namespace in which train.py
+    runs.
     """
 
-    def __init__(self, run):
-        self.run, self.cuda = run, run['device'] == 'cuda'
+    def __init__(self, run, train):
+        self.run, self.train, self.cuda = run, train, run['device'] == 'cuda'
         # each number of micro-steps begins with intervals of warm-up
         self.interval, self.warmup, self.intervals = run['interval'], run['warmup'], run['warmup'] + run['intervals']
         self.steps, self.blocks = 0, []
@@ -95,10 +101,10 @@ class Probe:
         return time.perf_counter() - self.started
 
     def install(self):
-        """Puts the probe into the modules that train.py is about to import."""
+        """Replaces classes in the modules that train.py is about to import."""
         import distributed
+        import run_report
         import step_guard
-        import training_logger
 
         if TRITON in self.run['flags']:  # this comes from there, and everything else from the trainer's folder
             sys.path.insert(0, str(ROOT / 'phase2_triton'))
@@ -115,27 +121,27 @@ class Probe:
                 super().step(optimizer, grad_norm)
                 probe.after_step(optimizer)
 
-        class Logger(training_logger.TrainingLogger):
+        class Report(run_report.RunReport):
             def __init__(self, *args):
                 probe.results['ready_seconds'] = probe.since_start()
                 super().__init__(*args)
 
-            def iteration(self, iter_num, **fields):
-                super().iteration(iter_num, **fields)
-                probe.after_logging(self, iter_num, fields, sys._getframe(1).f_globals)
+            def iteration(self, iter_num, **record):
+                super().iteration(iter_num, **record)
+                probe.after_logging(self, iter_num)
 
             def close(self, status):
                 super().close(status)
-                probe.results['log'] = self.path
+                probe.results['log'] = self.log.path
                 probe.closed = time.perf_counter()
 
-        step_guard.StepGuard, training_logger.TrainingLogger = Guard, Logger
-        distributed.leave_ranks = lambda micro_step: None  # it ends the process
+        step_guard.StepGuard, run_report.RunReport = Guard, Report
+        distributed.leave_ranks = lambda micro_step: None  # it would end the process
         if self.run['init'] == 'gpu' and self.cuda:
             build = model.GPT.__init__
 
             def build_on_gpu(self, config):
-                meta = torch.get_default_device().type == 'meta'  # phase 3 builds without memory
+                meta = torch.get_default_device().type == 'meta'  # FSDP builds without memory
                 with nullcontext() if meta else torch.device('cuda', torch.cuda.current_device()):
                     build(self, config)
 
@@ -169,52 +175,59 @@ class Probe:
             self.memory = memory
         self.steps += 1
 
-    def after_logging(self, log, iter_num, fields, train):
-        """train: the variables of train.py."""
+    def after_logging(self, report, iter_num):
+        train = self.train
         if iter_num == 0 or self.run['resume']:
             self.results['first_step_seconds'] = self.since_start()
             self.results['parameters'] = sum(p.numel() for p in train['raw_model'].parameters())
         if self.run['resume']:
-            log.close('stopped')
+            report.close('stopped')
             raise Enough
         block, place = divmod(iter_num, self.interval * self.intervals)
         if iter_num and place == 0:
-            block_results = {
-                'micro_steps': self.run['micro_steps'][block - 1],
-                **self.memory,
-                'peak': None,
-                'peak_reserved': None,
-            }
-            if self.cuda:
-                block_results.update(
-                    peak=torch.cuda.max_memory_allocated() - self.run['base_bytes'],
-                    peak_reserved=torch.cuda.max_memory_reserved(),
-                )
-            self.blocks.append(block_results)
+            self.end_block(block, report)
             if block == len(self.run['micro_steps']):
-                self.collect(log)
-                self.ended = time.perf_counter()
-                if not self.run['save']:
-                    log.close('stopped')
-                    raise Enough
                 return
-        # The peak is counted behind the warm-up; but what CUDA graphs need shows while they are recorded, which is at the start or, under DDP,
-        # in the last part of the first warm-up (when it has its last buckets). So without DDP the peak includes the warm-up: the same steps, launched
-        recorded = bool(train['cuda_graph'])
-        begins = 0 if recorded and (block or not train['ddp']) else self.interval * (self.warmup - recorded)
+        # The peak is counted after the warm-up; but the memory of CUDA graphs shows while they are captured: at the start
+        # or, under DDP, in the last part of the first warm-up, when DDP has its last buckets. So without DDP the peak
+        # includes the warm-up, which is the same steps without graphs.
+        captured, ddp = train['cuda_graph'], isinstance(train['model'], DDP)
+        begins = 0 if captured and (block or not ddp) else self.interval * (self.warmup - captured)
         if self.cuda and place in (0, begins):
             torch.cuda.reset_peak_memory_stats()
         if place == 0:
-            if recorded and block:
-                train['graph'].release()  # the factor of the loss is recorded
-            micro_steps, tokens = (
-                self.run['micro_steps'][block],
-                train['batch_size'] * train['block_size'] * train['world_size'],
-            )
+            if block:
+                train['micro_step'].release()  # the divisor of the loss is captured
+            micro_steps = self.run['micro_steps'][block]
+            tokens = train['batch_size'] * train['block_size'] * train['world_size']
             train.update(gradient_accumulation_steps=micro_steps, tokens_per_iter=micro_steps * tokens)
 
+    def end_block(self, block, report):
+        """
+        Keeps what was measured of one number of micro-steps; after the last one, ends the run unless it is to save.
+        """
+        results = {
+            'micro_steps': self.run['micro_steps'][block - 1],
+            **self.memory,
+            'peak': None,
+            'peak_reserved': None,
+        }
+        if self.cuda:
+            results['peak'] = torch.cuda.max_memory_allocated() - self.run['base_bytes']
+            results['peak_reserved'] = torch.cuda.max_memory_reserved()
+        self.blocks.append(results)
+        if block == len(self.run['micro_steps']):
+            self.collect(report.log)
+            self.ended = time.perf_counter()
+            if not self.run['save']:
+                report.close('stopped')
+                raise Enough
+
     def collect(self, log):
-        """All is measured: on every rank the numbers of bytes become those of the rank with most, on rank 0 the log's speeds join them."""
+        """
+        All is measured: on every rank the numbers of bytes become those of the rank with most, on rank 0 the log's
+        speeds join them.
+        """
         everyone = [self.blocks]
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()
@@ -241,10 +254,10 @@ def own_bytes(tensors, device_type):
 
 
 def clean_up(path):
-    """Takes back what a run of train.py has left in the process."""
-    sys.stdout, sys.excepthook, sys.path[:] = sys.__stdout__, sys.__excepthook__, path
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    """Undoes what a run of train.py has changed in this process."""
+    sys.stdout, sys.stderr, sys.excepthook, sys.path[:] = sys.__stdout__, sys.__stderr__, sys.__excepthook__, path
+    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signal_number, signal.SIG_DFL)
     for name, module in list(sys.modules.items()):
         file = getattr(module, '__file__', None) or ''
         # kernels/ imports nothing of the trainers, and its compiled kernels may stay
@@ -265,7 +278,10 @@ def clean_up(path):
 
 
 def run_trainer(run):
-    """One run of train.py, on every rank. Returns what was measured, on rank 0; the numbers of bytes are those of the rank with most."""
+    """
+    One run of train.py, on every rank. Returns what was measured, on rank 0; the numbers of bytes are those of the rank
+    with most.
+    """
     path, argv = list(sys.path), sys.argv
     folder = ROOT / run['folder']
     sys.path[0] = str(folder)
@@ -276,13 +292,15 @@ def run_trainer(run):
     if run['device'] == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         run['base_bytes'] = torch.cuda.memory_allocated()
-    probe, printed = Probe(run), io.StringIO()
+    train = {'__name__': '__main__', '__file__': sys.argv[0]}  # the variables of train.py
+    probe, printed = Probe(run, train), io.StringIO()
     try:
         with redirect_stdout(printed):
             probe.install()
-            runpy.run_path(sys.argv[0], run_name='__main__')
+            exec(compile(Path(sys.argv[0]).read_text(), sys.argv[0], 'exec'), train)
     except Enough as enough:
-        enough.__traceback__ = None  # it holds the variables of train.py
+        enough.__traceback__ = None  # it holds train.py's variables
+    train.clear()
     results = probe.results
     if run['save']:
         results['save_seconds'] = probe.closed - probe.ended  # from the last iteration to the end
@@ -310,7 +328,7 @@ def run_trainer(run):
 
 
 def work(spec_file):
-    """What every rank of the torchrun group does: the runs of the list, one after the other."""
+    """Runs the list of runs, one after the other, on every rank of the torchrun group."""
     spec = json.loads(Path(spec_file).read_text())
     rank = int(os.environ['RANK'])
     sys.path.insert(0, str(ROOT / 'nanoGPT'))  # the place of the trainer's folder
@@ -432,8 +450,220 @@ def rows_of(runs):
     return result
 
 
+# the tables; a row is what rows_of() makes of the runs
+
+
+def in_order(rows):
+    def place(row):
+        size = list(SHAPES).index(row['size']) if row['size'] in SHAPES else -1
+        return row['processes'], size, row['micro_steps'] or 0, list(NAMES).index(row['trainer'])
+
+    return sorted(rows, key=place)
+
+
+def one_of_each(rows):
+    """Returns, without failures, the row with the most micro-steps of each trainer, size and number of processes."""
+    return {
+        (row['processes'], row['size'], row['trainer']): row for row in in_order(rows) if 'error' not in row
+    }.values()
+
+
+def base_of(row, rows):
+    """
+    Returns DDP's row for the same work: without CUDA graphs for a trainer without them, otherwise as it is by default,
+    or the one that was measured; None if neither was.
+    """
+    same = ('size', 'processes', 'micro_steps')
+    found = {r['trainer']: r for r in rows if 'error' not in r and all(r[key] == row[key] for key in same)}
+    names = ('ddp+launched', 'ddp') if row['trainer'].endswith('+launched') else ('ddp', 'ddp+launched')
+    return next((found[name] for name in names if name in found), None)
+
+
+def against_ddp(row, rows):
+    """Returns the row's speed in percent of DDP's; '' for DDP itself, or where there is none."""
+    base = base_of(row, rows)
+    if base is None or base is row:
+        return ''
+    runs = min(row.get('rounds', 1), base.get('rounds', 1))
+    return percent(row['tokens_per_sec'], base['tokens_per_sec'], runs)
+
+
+def on_gpus(report):
+    return report['sessions'][0]['device_type'] == 'cuda'
+
+
+def speeds(report):
+    cells, rows = [], report['rows']
+    for row in in_order(rows):
+        work = f'{row["size"]} × {row["micro_steps"]}' if row['micro_steps'] else row['size']
+        line = [row['processes'], work, NAMES[row['trainer']]]
+        if 'error' in row:
+            cells.append([*line, row['error'].split(':')[0], *[''] * 6])
+            continue
+        speed = row['tokens_per_sec']
+        line += [
+            row['rounds'],
+            with_spread(speed),
+            f'{speed["median"] / row["processes"]:,.0f}',
+            against_ddp(row, rows),
+        ]
+        line += [
+            f'{row["time_ms"]["median"]:,.1f}',
+            f'{row["mfu"]:.{int(row["rounds"] > 1)}%}' if row['mfu'] else 'n/a',
+        ]
+        cells.append([*line, ' / '.join(f'{s:.0f}' for s in row['first_step_seconds'])])
+    header = [
+        'processes',
+        'model × micro-steps',
+        'trainer',
+        'runs',
+        'tokens/s',
+        'per process',
+        'of DDP',
+        'step, ms',
+        'MFU',
+    ]
+    return markdown([*header, 'first step after, s'], cells)
+
+
+def memory_parts(report):
+    parts = ('parameters', 'gradients', 'optimizer', 'not_accounted_for', 'rest', 'activations', 'peak')
+    cells = [
+        (
+            row['processes'],
+            f'{row["size"]} × {row["micro_steps"]}',
+            NAMES[row['trainer']],
+            *(gib(row['memory_bytes'][key]) if key in row['memory_bytes'] else 'n/a' for key in parts),
+        )
+        for row in one_of_each(report['rows'])
+    ]
+    header = ['processes', 'model × micro-steps', 'trainer', 'parameters', 'gradients', 'AdamW', 'else', 'at rest']
+    return markdown([*header, 'more at the peak', 'peak, GiB'], cells)
+
+
+def checkpoints(report):
+    cells = []
+    for row in one_of_each(report['rows']):
+        if c := row.get('checkpoint'):
+            loads = c['ready_seconds_resumed']
+            saving, loading = statistics.median(c['save_seconds']), f'{statistics.median(loads):.1f}' if loads else ''
+            cells.append(
+                (row['processes'], row['size'], NAMES[row['trainer']], gib(c['bytes']), f'{saving:.1f}', loading)
+            )
+    header = ['processes', 'model', 'trainer', 'ckpt.pt, GiB', 'save: training waits, s', 'resume: start to loaded, s']
+    return markdown(header, cells) if cells else ''
+
+
+@table('trainers_*')
+def trainers_speed(report):
+    return on_gpus(report) and speeds(report)
+
+
+@table('trainers_*')
+def trainers_memory(report):
+    return on_gpus(report) and memory_parts(report)
+
+
+@table('trainers_*')
+def trainers_checkpoint(report):
+    return on_gpus(report) and checkpoints(report)
+
+
+def in_short(report):
+    """DDP in tokens/s by model and micro-steps, the others in percent of it; and memory in GiB."""
+    rows = [
+        row
+        for row in in_order(report['rows'])
+        if 'error' not in row and not row['trainer'].endswith(('launched', 'one_unit'))
+    ]
+    works = list(dict.fromkeys((row['size'], row['micro_steps']) for row in rows))
+    sizes = list(dict.fromkeys(size for size, _ in works))
+    found = {(row['trainer'], row['size'], row['micro_steps']): row for row in rows}
+    memory = {(row['trainer'], row['size']): row['memory_bytes'] for row in one_of_each(rows)}
+    cells = []
+    for trainer in (key for key in NAMES if key in {row['trainer'] for row in rows}):
+        line = [NAMES[trainer]]
+        for row in (found.get((trainer, *work)) for work in works):
+            line.append((row and (against_ddp(row, rows) or f'{row["tokens_per_sec"]["median"]:,.0f}')) or '')
+        its = [memory.get((trainer, size)) for size in sizes]
+        cells.append([*line, *(f'{gib(m["rest"], 1)}, {gib(m["peak"], 1)}' if m else '' for m in its)])
+    header = ['', *(f'{size} × {n}' for size, n in works), *(f'{size}: at rest, peak' for size in sizes)]
+    return markdown(header, cells)
+
+
+@table('trainers_h200x4')
+def trainers_on_4(report):
+    return in_short(report)
+
+
+@table('trainers_h200x1', 'trainers_h100x1')
+def trainers_on_1(report):
+    return in_short(report)
+
+
+@table('trainers_h200x4')
+def triton_of_ddp(report):
+    found = {(row['trainer'], row['size'], row['micro_steps']): row for row in report['rows'] if 'error' not in row}
+    works = sorted({(size, n) for _, size, n in found}, key=lambda work: (list(SHAPES).index(work[0]), -work[1]))
+    cells = [
+        (NAMES[name], *(against_ddp(found[(name, *work)], report['rows']) for work in works))
+        for name in ('triton', 'zero1+triton', 'fsdp+triton')
+    ]
+    return markdown(['speed, of DDP', *(f'{size} × {n}' for size, n in works)], cells)
+
+
+@table('trainers_cpu')
+def trainers_cpu(report):
+    """Bytes per parameter in the tensors. Tokens per second of a CPU say nothing, so speeds are ratios."""
+    rows, cells = in_order(report['rows']), []
+    for row in rows:
+        n, k = row['parameters'], row['processes']
+        if row['micro_steps'] != 1 or k == 1:
+            continue
+        parts = [row['memory_bytes'][key] / n for key in ('parameters', 'gradients', 'optimizer')]
+        expected = {'zero1': 8 + 8 / k, 'fsdp': 16 / k, 'hybrid': 16 / (k // 2)}.get(row['trainer'].split('+')[0], 16)
+        base = base_of(row, rows) if k == 2 else None  # more processes than cores take turns
+        speed = times(row['tokens_per_sec'], base['tokens_per_sec']) if base else ''
+        numbers = [f'{part:.2f}' for part in (*parts, sum(parts))]
+        cells.append((k, NAMES[row['trainer']], *numbers, f'{expected:g}', speed))
+    header = ['processes', 'bytes per parameter', 'parameters', 'gradients', 'AdamW', 'sum', 'by arithmetic']
+    return markdown([*header, "speed, of DDP's"], cells)
+
+
+def row_of(file, trainer, size, micro_steps=None):
+    """Returns the row of a trainer in a result file; without micro_steps, the one with the most."""
+    rows = [
+        r for r in in_order(load(file)['rows']) if 'error' not in r and (r['trainer'], r['size']) == (trainer, size)
+    ]
+    return next(row for row in reversed(rows) if micro_steps in (None, str(row['micro_steps'])))
+
+
+@number
+def of_ddp(file, trainer, size, micro_steps):
+    """The speed of a trainer in percent of DDP's."""
+    return against_ddp(row_of(file, trainer, size, micro_steps), load(file)['rows'])
+
+
+@number
+def trainer_memory(file, trainer, size, key, digits=1):
+    """GiB of a trainer; key: of its memory_bytes, such as rest or peak."""
+    return gib(row_of(file, trainer, size)['memory_bytes'][key], int(digits))
+
+
+@number
+def trainer_bytes(file, trainer, size):
+    """Bytes per parameter of parameters, gradients and AdamW's state, on the rank with most."""
+    row = row_of(file, trainer, size)
+    return (
+        f'{sum(row["memory_bytes"][key] for key in ("parameters", "gradients", "optimizer")) / row["parameters"]:.2f}'
+    )
+
+
 def make_data(folder, vocab_size):
-    """A data set of random tokens: below 50257 for GPT-2's vocabulary (without meta.pkl a model gets that, padded), else below vocab_size."""
+    """
+    A data set of random tokens: below 50257 for GPT-2's vocabulary (without meta.pkl a model gets that, padded), else
+    below vocab_size.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for split, n in (('train', 2_000_000), ('val', 100_000)):
@@ -456,7 +686,8 @@ def plan(args, processes, folder):
                     -(-12 // interval) if args.device == 'cuda' and processes > 1 else 1
                 )  # under DDP graphs are recorded in the 12th iteration
                 last = interval * (intervals + warmup) * len(micro_steps)
-                if (args.device == 'cpu' and LAUNCHED in flags) or (name == 'hybrid' and processes < 4):
+                alone = processes == 1 and script in ('phase1_zero1', 'phase3_fsdp')
+                if alone or (args.device == 'cpu' and LAUNCHED in flags) or (name == 'hybrid' and processes < 4):
                     continue
                 flags = [flag.format(half=processes // 2) for flag in flags]
                 out = folder / f'{name}-{size}-{processes}'
@@ -550,8 +781,12 @@ def main():
         '--minutes', type=float, default=0, help='start no run that would not end within so many minutes'
     )
     parser.add_argument('--plan', action='store_true', help='say what would run, and about how long')
+    parser.add_argument('--dry-run', action='store_true', help='a single run of FSDP, tiny, on a CPU')
     parser.add_argument('--worker', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.dry_run:
+        args.device, args.nproc, args.sizes, args.rounds = 'cpu', [2], ['tiny'], 1
+        args.trainers, args.micro_steps = args.trainers or ['fsdp'], [2, 1]
     if args.worker:
         work(args.worker)
     gpus = torch.cuda.device_count() if args.device == 'cuda' else 0
@@ -564,7 +799,7 @@ def main():
     session = facts(cpu=args.device == 'cpu') | {'init': args.init, 'flag': args.flag}
     if report['sessions']:
         last = {'init': 'gpu', 'flag': []} | report['sessions'][-1]
-        for key in ('device', 'versions', 'init', 'flag'):  # what has run with another one would share its rows
+        for key in ('device', 'versions', 'init', 'flag'):  # runs with another one would share its rows
             if last[key] != session[key]:
                 sys.exit(
                     f'bench_trainers.py: --onto={args.onto} has runs with {key} {last[key]}, here it is {session[key]}: use a file of its own'
@@ -621,6 +856,8 @@ def measure(args, numbers, report, folder):
             todo = [
                 run for run in rest if (run['trainer'], run['size']) != same or (saving and not run['resume'])
             ]  # it would fail again
+    report = json.loads(Path(out).read_text())
+    print('\n' + '\n\n'.join(text for text in (speeds(report), memory_parts(report), checkpoints(report)) if text))
 
 
 if __name__ == '__main__':

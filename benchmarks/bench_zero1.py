@@ -1,19 +1,19 @@
 """
-Phase 1 (ZeRO-1) against the reference (DDP) on all GPUs of one machine, in one run: speed, memory, saves, loss curves.
+ZeRO-1 against DDP on all GPUs of one machine, in one run: speed, memory, saves, loss curves.
 
-    python benchmarks/bench_zero1.py --out=benchmarks/results/zero1.json              # speed, memory: 4 to 5 minutes on 4 H200
-    python benchmarks/bench_zero1.py --sizes=124M --curves=200 --profile --out=...    # 200 steps on real text, and where the
+    python benchmarks/bench_zero1.py --out=benchmarks/results/zero1.json  # speed, memory: 4 to 5 minutes on 4 H200
+    python benchmarks/bench_zero1.py --sizes=124M --curves=200 --profile --out=...  # 200 steps on real text, and where the
                                                                                       # time goes: 3 minutes
     python benchmarks/bench_zero1.py --plot=curves.png --out=FILE                     # draws the curves in FILE
     python benchmarks/bench_zero1.py --dry-run                                        # tiny, 2 processes, on a CPU
 
 It starts its own processes (torchrun). Both trainers use the same model under the same DDP and torch.compile; only the
-optimizer is exchanged, back and forth, so that neither gets the warmer GPU. The steps are those of train.py --cuda_graph=False,
-which reads the loss after each. Memory is that of the rank with most, without what the CUDA driver and NCCL take.
+optimizer is exchanged, back and forth, so that neither gets the warmer GPU. The steps are those of train.py
+--cuda_graph=False (trainer.py), with the loss read after each. Memory is that of the rank with most, without what the
+CUDA driver and NCCL take.
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -24,103 +24,48 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import ROOT, facts, memory, reset_peak, torchrun, write_json
+from tables import gib, load, markdown, number, percent, table
+from trainer import SIZES as SHAPES
+from trainer import Trainer, batches_of, hardware, start_ranks
 
-sys.path.insert(0, str(ROOT / 'phase1_zero1'))
-import distributed
-import hardware
-from model import GPT, GPTConfig
-from step_guard import StepGuard
-from zero1 import Zero1Optimizer, all_gather
-
-# layers, heads, width, batch size; per number of micro-steps: steps in a round, rounds
+# batch size, block size; per number of micro-steps: steps in a round, rounds
 SIZES = {
-    '124M': ((12, 12, 768, 12), {1: (30, 4), 10: (6, 4)}),
-    '1.5B': ((48, 25, 1600, 8), {1: (8, 4), 10: (3, 2)}),
-    'tiny': ((2, 2, 64, 2), {1: (4, 2), 3: (2, 2)}),
+    '124M': ((12, 1024), {1: (30, 4), 10: (6, 4)}),
+    '1.5B': ((8, 1024), {1: (8, 4), 10: (3, 2)}),
+    'tiny': ((2, 32), {1: (4, 2), 3: (2, 2)}),
 }
-BLOCK_SIZE = {'124M': 1024, '1.5B': 1024, 'tiny': 32}
 
 
-class Trainer:
-    """A model under DDP with an exchangeable optimizer, and the training step of train.py."""
+class Unguarded:
+    """Stands in for StepGuard: ZeroRedundancyOptimizer does not pass on its found_inf."""
 
-    def __init__(self, size, device, compile, tokens, keep_start):
-        (n_layer, n_head, n_embd, self.batch_size), _ = SIZES[size]
-        self.block_size, self.device, self.tokens = BLOCK_SIZE[size], device, tokens
-        self.device_type = device.split(':')[0]
-        self.context = hardware.autocast(device, 'bfloat16' if self.device_type == 'cuda' else 'float32')
-        torch.manual_seed(1337)
-        with redirect_stdout(None):
-            self.raw_model = GPT(
-                GPTConfig(block_size=self.block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)
-            ).to(device)
-        self.start = [p.detach().to('cpu', copy=True) for p in self.raw_model.parameters()] if keep_start else None
-        self.compile = compile
+    def step(self, optimizer, grad_norm):
+        optimizer.step()
 
-    def wrap(self):
-        """torch.compile and DDP; again after anything that moves the parameters' memory. The first step afterwards compiles."""
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        self.model = None
-        model = torch.compile(self.raw_model) if self.compile else self.raw_model
-        self.model = DDP(
-            model, device_ids=[self.device] if self.device_type == 'cuda' else None, gradient_as_bucket_view=True
-        )
 
-    def set_optimizer(self, variant):
-        self.optimizer = self.step_guard = None
-        gc.collect()
-        if self.device_type == 'cuda':
-            torch.cuda.empty_cache()
-        with redirect_stdout(None):
-            optimizer = self.raw_model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), self.device_type)
-        if variant == 'zero1':
-            optimizer = Zero1Optimizer(optimizer)
-        if variant == 'bucket_view':
-            from torch.distributed.optim import ZeroRedundancyOptimizer
+def exchange_optimizer(trainer, variant):
+    """Gives the trainer a new optimizer: ddp, zero1, or bucket_view, ZeroRedundancyOptimizer with that option."""
+    if variant != 'bucket_view':
+        return trainer.set_optimizer(variant)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
-            groups = [{k: group[k] for k in ('params', 'weight_decay')} for group in optimizer.param_groups]
-            options = dict(lr=6e-4, betas=(0.9, 0.95), fused=self.device_type == 'cuda')
-            optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, parameters_as_bucket_view=True, **options)
-        self.optimizer = optimizer
-        if variant != 'bucket_view':  # which does not pass on found_inf
-            self.step_guard = StepGuard(self.device, torch.amp.GradScaler(self.device_type, enabled=False))
+    trainer.set_optimizer('ddp')
+    groups = [{k: group[k] for k in ('params', 'weight_decay')} for group in trainer.optimizer.param_groups]
+    options = dict(lr=6e-4, betas=(0.9, 0.95), fused=trainer.device_type == 'cuda', parameters_as_bucket_view=True)
+    trainer.optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    trainer.step_guard = Unguarded()
 
-    def batch(self):
-        ix = torch.randint(len(self.tokens) - self.block_size - 1, (self.batch_size,), generator=self.generator)
-        rows = torch.stack([torch.from_numpy(self.tokens[i : i + self.block_size + 1].astype(np.int64)) for i in ix])
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        if self.device_type == 'cuda':
-            x, y = x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
-        return x, y
 
-    def start_data(self, seed):
-        self.generator = torch.Generator().manual_seed(seed * 1000 + dist.get_rank())
-        self.next = self.batch()
-
-    def step(self, micro_steps):
-        """One iteration; the mean loss."""
-        loss_sum = torch.zeros((), device=self.device)
-        for micro_step in range(micro_steps):
-            self.model.require_backward_grad_sync = micro_step == micro_steps - 1
-            with self.context:
-                loss = self.model(*self.next)[1] / micro_steps
-            self.next = self.batch()
-            loss.backward()
-            loss_sum += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.step_guard.step(self.optimizer, grad_norm) if self.step_guard else self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return distributed.mean_over_ranks(loss_sum).item()
+def start_data(trainer, seed):
+    trainer.next_batch.generator = torch.Generator().manual_seed(seed * 1000 + dist.get_rank())
+    trainer.feed(trainer.next_batch)
 
 
 def most(x):
@@ -137,17 +82,11 @@ def state_bytes(optimizer):
 
 def measure(trainer, variant, micro_steps, steps):
     """Milliseconds of each step, and bytes, of a fresh optimizer."""
-    trainer.set_optimizer(variant)
-    for _ in range(2 if micro_steps == 1 else 1):
-        trainer.step(micro_steps)
+    exchange_optimizer(trainer, variant)
+    trainer.timed_steps(micro_steps, 2 if micro_steps == 1 else 1)
     reset_peak(trainer.device)
-    times = []
     most(0)  # all ranks are here; over the CPU
-    t0 = time.perf_counter()
-    for _ in range(steps):
-        trainer.step(micro_steps)
-        t0, t = time.perf_counter(), t0
-        times.append((t0 - t) * 1000)
+    times = [1000 * seconds for seconds in trainer.timed_steps(micro_steps, steps)]
     result = {'peak_bytes': most(memory(trainer.device, peak=True)), 'at_rest_bytes': most(memory(trainer.device))}
     return times, result | {'optimizer_state_bytes': most(state_bytes(trainer.optimizer))}
 
@@ -156,7 +95,7 @@ def speed(trainer, size, left, log):
     """Rounds of the two optimizers in the order A B B A, at each number of micro-steps."""
     results = {}
     world_size = dist.get_world_size()
-    n = sum(p.numel() for p in trainer.raw_model.parameters())
+    n = trainer.parameters
     for micro_steps, (steps, rounds) in SIZES[size][1].items():
         times, medians, facts = {'ddp': [], 'zero1': []}, {'ddp': [], 'zero1': []}, {}
         for i in range(rounds):
@@ -167,7 +106,7 @@ def speed(trainer, size, left, log):
                 t, facts[variant] = measure(trainer, variant, micro_steps, steps)
                 times[variant] += t
                 medians[variant].append(statistics.median(t))
-        tokens = trainer.batch_size * trainer.block_size * micro_steps * world_size
+        tokens = trainer.tokens(micro_steps)
         row = {}
         for variant, t in times.items():
             row[variant] = {
@@ -190,12 +129,11 @@ def speed(trainer, size, left, log):
 
 
 def save(trainer, log):
-    """Seconds and GPU memory of collecting a checkpoint, with the peak of training beside it; nothing is written."""
+    """Returns seconds and GPU memory of collecting a checkpoint, and the peak of training; nothing is written."""
     trainer.set_optimizer('zero1')
-    for _ in range(2):
-        trainer.step(1)
+    trainer.timed_steps(1, 2)
     reset_peak(trainer.device)
-    trainer.step(1)
+    trainer.timed_steps(1, 1)
     training = most(memory(trainer.device, peak=True))
     reset_peak(trainer.device)
     most(0)  # all ranks are here; over the CPU
@@ -215,8 +153,11 @@ def save(trainer, log):
     return result
 
 
-def curves(trainer, steps, log):
-    """The same steps from the same weights: DDP twice (its noise from run to run), ZeRO-1, and DDP on other data (from seed to seed)."""
+def curves(trainer, start, steps, log):
+    """
+    The same steps from the weights `start`: DDP twice (its noise from run to run), ZeRO-1, and DDP on other data (from
+    seed to seed).
+    """
     results = {}
     for name, variant, seed in (
         ('ddp', 'ddp', 1),
@@ -225,14 +166,14 @@ def curves(trainer, steps, log):
         ('ddp, other data', 'ddp', 2),
     ):
         with torch.no_grad():
-            torch._foreach_copy_(list(trainer.raw_model.parameters()), trainer.start)
-        trainer.set_optimizer(variant)
-        trainer.start_data(seed)
+            torch._foreach_copy_(list(trainer.raw_model.parameters()), start)
+        exchange_optimizer(trainer, variant)
+        start_data(trainer, seed)
         results[name] = []
         for step in range(steps):
             for group in trainer.optimizer.param_groups:
                 group['lr'] = 6e-4 * min(1, (step + 1) / 50)
-            results[name].append(trainer.step(1))
+            results[name].append(trainer.step(1).item())
         log(f'{name}: loss {results[name][0]:.4f} to {statistics.mean(results[name][-10:]):.4f} (mean of the last 10)')
     for name in list(results)[1:]:
         log(f'|ddp - {name}| at most {max(abs(a - b) for a, b in zip(results["ddp"], results[name])):.2e}')
@@ -240,7 +181,9 @@ def curves(trainer, steps, log):
 
 
 def parts(trainer, log):
-    """Milliseconds of the optimizer step's parts, and of other ways to exchange the updated pieces that were considered."""
+    """
+    Milliseconds of the optimizer step's parts, and of other ways to exchange the updated pieces that were considered.
+    """
     results = {}
 
     def timed(name, function, repeat=8):
@@ -266,6 +209,8 @@ def parts(trainer, log):
     zero_gradients(piece.shard for piece in trainer.optimizer.own)
     timed('step: AdamW of the shards', zero._local_step)
     timed('step: all-gather in place', zero._sync_params)
+
+    from zero1 import all_gather
 
     def one_by_one():
         for work in [all_gather(whole, own, async_op=True) for whole, own in zero.in_place]:
@@ -307,11 +252,10 @@ KINDS = (
 
 def profile(trainer, variant, micro_steps, log):
     """Kernel time by kind, gaps between kernels, and numbers of graphs and kernels, per step."""
-    trainer.set_optimizer(variant)
+    exchange_optimizer(trainer, variant)
     if variant == 'bucket_view':
-        trainer.wrap()
-    for _ in range(3):
-        trainer.step(micro_steps)
+        trainer.wrap()  # it has moved the parameters
+    trainer.timed_steps(micro_steps, 3)
     graphs = torch._dynamo.utils.counters['aot_autograd']['total']  # that torch.compile made since wrap()
     cuda = trainer.device != 'cpu'
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
@@ -319,8 +263,7 @@ def profile(trainer, variant, micro_steps, log):
     most(0)  # all ranks are here; over the CPU
     with torch.profiler.profile(activities=activities[-1:]) as prof:
         started = time.perf_counter()
-        for _ in range(steps):
-            trainer.step(micro_steps)
+        trainer.timed_steps(micro_steps, steps)
         wall = (time.perf_counter() - started) * 1e3 / steps
     wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
     events = [
@@ -370,7 +313,10 @@ def longest(events, steps, count=25):
 
 
 def read_tokens():
-    """GPT-2 tokens of data/python_gpt2 if they are there; else the bytes of Python's standard library: real text either way."""
+    """
+    GPT-2 tokens of data/python_gpt2 if they are there; else the bytes of Python's standard library: real text either
+    way.
+    """
     path = ROOT / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin'
     if path.exists():
         return np.memmap(path, dtype=np.uint16, mode='r'), 'python_gpt2'
@@ -381,7 +327,7 @@ def read_tokens():
 
 
 def plot(report, path):
-    """The loss curves of a report, and how far they are apart beside what the reference itself shows."""
+    """Draws the loss curves of a report, and how far each is from DDP's."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -418,10 +364,8 @@ def plot(report, path):
 def main(args):
     started = time.perf_counter()
     cuda = not args.dry_run
-    rank = int(os.environ['RANK'])
-    device, *_ = hardware.resolve_auto('cuda' if cuda else 'cpu', 'auto', 'auto', 'auto')
     torch.set_num_threads(1 if not cuda else 8)
-    distributed.join_ranks('nccl' if cuda else 'gloo', 600)
+    device, rank, _ = start_ranks(cpu=not cuda)
     tokens, data = read_tokens()
 
     def left():
@@ -447,28 +391,31 @@ def main(args):
             write_json(args.out, report)
 
     def make(size):
-        trainer = Trainer(size, device, args.compile, tokens, keep_start=args.curves)
-        trainer.start_data(0)
-        trainer.set_optimizer('ddp')
-        trainer.wrap()
+        (batch_size, block_size), _ = SIZES[size]
+        shape = SHAPES[size] | dict(vocab_size=50304)
+        options = dict(batch_size=batch_size, block_size=block_size, compile=args.compile)
+        trainer = Trainer('ddp', shape, device, **options)
+        start = [p.detach().to('cpu', copy=True) for p in trainer.raw_model.parameters()] if args.curves else None
+        trainer.next_batch = batches_of(tokens)
+        start_data(trainer, 0)
         t = time.perf_counter()
-        trainer.step(1)
-        trainer.step(2)  # compiles what accumulation adds
+        trainer.timed_steps(1, 1)
+        trainer.timed_steps(2, 1)  # compiles what accumulation adds
         log(f'{size}: compiled and warm in {time.perf_counter() - t:.0f} s')
-        return trainer
+        return trainer, start
 
     for size in args.sizes:
         if left() < 60:
             log(f'{size} left out, for lack of time')
             continue
-        trainer = make(size)
+        trainer, start = make(size)
         report.setdefault('speed', {})[size] = speed(trainer, size, left, log)
         write()
         report.setdefault('save', {})[size] = save(trainer, log)
         report.setdefault('parts_ms', {})[size] = parts(trainer, log)
         write()
         if size == args.sizes[0] and args.curves:
-            report['curves'] = curves(trainer, args.curves, log)
+            report['curves'] = curves(trainer, start, args.curves, log)
             write()
         if size == args.sizes[0] and args.profile:
             report['profile'] = {}
@@ -477,32 +424,94 @@ def main(args):
                     micro_steps: profile(trainer, variant, micro_steps, log) for micro_steps in (1, 4)
                 }
                 write()
-        del trainer
-        torch._dynamo.reset()
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+        trainer.free()
     report['seconds'] = time.perf_counter() - started
     write()
     if rank == 0:
-        print(
-            f'\n{report["gpus"]} x {report["device"]}, torch {report["versions"]["torch"]}, {report["seconds"]:.0f} s'
-        )
-        for size, rows in report.get('speed', {}).items():
-            for micro_steps, row in rows.items():
-                for variant in ('ddp', 'zero1'):
-                    r = row[variant]
-                    spread = [min(r['tokens_per_sec_by_round']), max(r['tokens_per_sec_by_round'])]
-                    print(
-                        f'{size:>5} x {micro_steps:2} {variant:>6}: {r["tokens_per_sec"]:12,.0f} tokens/s ({spread[0]:,.0f} to {spread[1]:,.0f}), '
-                        f'at rest {r["at_rest_bytes"] / 2**30:6.2f}, peak {r["peak_bytes"] / 2**30:6.2f} GiB'
-                    )
-                print(
-                    f'{"":>11} ZeRO-1 of DDP: {row["zero1_of_ddp"]:.2%}; saved at rest {row["saved_bytes"] / 2**30:.2f} GiB, '
-                    f'expected {row["saved_bytes_expected"] / 2**30:.2f}'
-                )
+        print(f'\n{report["seconds"]:.0f} s\n\n{zero1_speed(report)}\n\n{zero1_parts(report)}\n')
         print('\n'.join(lines))
     dist.destroy_process_group()
+
+
+@table('zero1_h200x4')
+def zero1_speed(report):
+    rows = []
+    for size, by_micro_steps in report['speed'].items():
+        for micro_steps, row in by_micro_steps.items():
+            speed = {key: row[key]['tokens_per_sec'] for key in ('ddp', 'zero1')}
+            rounds = row['zero1']['tokens_per_sec_by_round']
+            its = dict(median=speed['zero1'], min=min(rounds), max=max(rounds))
+            arrows = [
+                ' → '.join(gib(row[variant][key]) for variant in speed) for key in ('at_rest_bytes', 'peak_bytes')
+            ]
+            of_ddp = percent(its, dict(median=speed['ddp'], min=0, max=0), runs=len(rounds))
+            rows.append((f'{size} × {micro_steps}', *(f'{v:,.0f}' for v in speed.values()), of_ddp, *arrows))
+    header = [
+        'model × micro-steps',
+        'DDP, tokens/s',
+        'ZeRO-1, tokens/s',
+        'of DDP (rounds)',
+        'at rest, GiB',
+        'peak, GiB',
+    ]
+    return markdown(header, rows)
+
+
+@table('zero1_h200x4')
+def zero1_parts(report):
+    names = {
+        'AdamW': 'AdamW of all parameters (DDP)',
+        'step: AdamW of the shards': "a rank's share of it",
+        'step: all-gather in place': 'all-gather in place',
+        'instead: one all-gather of a buffer': 'instead: one all-gather of a buffer, with copies',
+        'instead: an all-gather for each parameter': 'instead: an all-gather for each parameter',
+        "instead: ZeroRedundancyOptimizer's broadcasts": 'instead: a broadcast for each piece, as ZeroRedundancyOptimizer does',
+    }
+    parts = report['parts_ms']
+    rows = [(text, *(f'{its[name]:.2f}' for its in parts.values())) for name, text in names.items()]
+    return markdown(['the optimizer step, ms', *parts], rows)
+
+
+def of_first_micro_steps(size):
+    return load('zero1_h200x4')['speed'][size]['1']
+
+
+@number
+def zero1_saved(size, key):
+    """GiB that ZeRO-1 saves at rest; key: saved_bytes (measured) or saved_bytes_expected (computed)."""
+    return gib(of_first_micro_steps(size)[key])
+
+
+@number
+def zero1_less():
+    """The share of DDP's memory at rest that ZeRO-1 saves, over both sizes."""
+    rows = [of_first_micro_steps(size) for size in ('124M', '1.5B')]
+    less = [100 * row['saved_bytes'] / row['ddp']['at_rest_bytes'] for row in rows]
+    return f'{min(less):.0f}% to {max(less):.0f}%'
+
+
+@number
+def zero1_range():
+    """The speed of ZeRO-1 in percent of DDP's, over both sizes and numbers of micro-steps."""
+    ratios = [100 * row['zero1_of_ddp'] for its in load('zero1_h200x4')['speed'].values() for row in its.values()]
+    return f'{min(ratios):.1f}% to {max(ratios):.1f}%'
+
+
+@number
+def zero1_save(size, key):
+    """The peak in GiB (peak_bytes) or the seconds of collecting the state for a checkpoint."""
+    saved = load('zero1_h200x4')['save'][size]
+    return gib(saved[key]) if key == 'peak_bytes' else f'{saved[key]:.1f}'
+
+
+@number
+def zero1_curve(what, *name):
+    """apart: the largest distance of a loss curve from DDP's; last: the mean of its last ten losses."""
+    curves = load('zero1_124M_curves_h200x4')['curves']
+    losses = curves[' '.join(name)]
+    if what == 'last':
+        return f'{statistics.mean(losses[-10:]):.3f}'
+    return f'{max(abs(a - b) for a, b in zip(curves["ddp"], losses)):.3f}'
 
 
 if __name__ == '__main__':

@@ -93,6 +93,33 @@ EXERCISES = {
         ),
         'tests/test_fsdp.py -k "same_losses or weights_at_the_start or loss_is_in_float32"',
     ),
+    'gelu': Exercise(
+        'Triton: the GELU kernel',
+        'phase2_triton/kernels/gelu.py',
+        (
+            Blank(
+                'bell = tl.exp2(',
+                'below = tl.where(x < 0',
+                'Compute `below`, the normal distribution function of x, and `bell` = exp(-x**2 / 2), in float32. If EXACT, use\n'
+                "tl.math.erf. Otherwise use the formula in this file's docstring, with z = |x| / sqrt(2): a1 to a5 are 0.254829592,\n"
+                '-0.284496736, 1.421413741, -1.453152027, 1.061405429, and p is 0.3275911. Where x < 0, below(x) = 1 - below(-x).',
+            ),
+            Blank(
+                'at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64',
+                'below, _ = normal(x, EXACT)',
+                'Each program computes BLOCK elements. Compute `at`, their offsets as a vector (in int64: size may pass 2**31);\n'
+                'load `x`, with a mask for offsets that reach size, as float32; and compute `below`: Phi(x), by sigmoid() if TANH,\n'
+                'else by normal().',
+            ),
+            Blank(
+                'at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)',
+                'below, bell = normal(x, EXACT)',
+                'Load `x` and `dy` in the same way, and compute `below` and `bell`: Phi(x) and its derivative, by sigmoid() or\n'
+                'normal().',
+            ),
+        ),
+        'tests/kernels/test_gelu.py',
+    ),
 }
 
 

@@ -1,13 +1,16 @@
 """
-Draws the JSON logs of training runs (training_logger.py writes them, run_logs.py reads them; LOGGING_GUIDE.md has the schema).
+Draws the JSON logs of training runs (training_logger.py writes them, run_logs.py reads them; LOGGING_GUIDE.md has the
+schema).
 
     python visualize_training.py                             # the newest run under out*/
     python visualize_training.py out/run_20260102_030405.json
     python visualize_training.py out-reference out-zero1     # the newest run of each, compared with the first one
     python visualize_training.py out --follow                # redraw while the run is going
+    python visualize_training.py out --html run.html         # also a page to zoom into
 
-The picture goes beside the (first) log: run_..._analysis.png, of several runs run_..._comparison_analysis.png. A run that was
-resumed is drawn with its predecessors as one. Exit status 2, with one message, where there is nothing to draw.
+The picture is written next to the (first) log: run_..._analysis.png, or for several runs
+run_..._comparison_analysis.png. A run that was resumed is drawn with its predecessors as one. Exit status 2, with one
+message, if there is nothing to draw.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import re
 import sys
 import textwrap
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import matplotlib
 import numpy as np
@@ -28,7 +31,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from interactive_page import page
 from run_logs import LogError, duration, load_runs, positive, summarize
+from shell import pip_install
 
 # Okabe and Ito's colours, which people with any colour blindness can tell apart
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = (
@@ -48,7 +53,7 @@ DASHES = (
     (6, 2, 1.5, 2),
     (9, 3),
     (3, 2, 1, 2, 1, 2),
-)  # of all but the first: curves that agree stay visible under one another
+)  # for all curves but the first, so that equal curves stay visible
 MARKERS = 'osD^vP'
 STYLE = {
     'font.size': 13,
@@ -75,14 +80,18 @@ TITLES = {
 }
 BARS = {
     'tokens_per_sec_median': ('Throughput', 'median tokens/s'),
+    'state_bytes_total': ('Memory from step to step', 'on each rank'),
     'peak_memory_bytes': ('Peak memory', 'GiB on rank 0'),
     'final_val_loss': ('Final validation loss', 'nats/token'),
 }
+HATCHES = {'parameters': '', 'gradients': '///', 'optimizer': '...'}  # of the parts of state_bytes
 
 
 def smoothed(values, records):
-    """Triangular mean over about `records` values around each one, NaNs left out; it narrows at the start, where a loss falls fast,
-    and ends with the last value."""
+    """
+    Returns the triangular mean over about `records` values around each value, NaNs left out. The window narrows at the
+    start, where a loss falls fast, and the result ends with the last value.
+    """
     index, half = np.arange(len(values)), min(len(values), records // 3)
     end = np.max(index[np.isfinite(values)], initial=-1)
     for _ in range(
@@ -95,8 +104,11 @@ def smoothed(values, records):
 
 
 def _window_sums(values, half):
-    """Sums of up to `half` values on either side of each one. Differences of a cumulative sum would lose all that is smaller than the
-    last digit of an outlier before; so a window is put together from the end of one block and the start of the next."""
+    """
+    Returns the sums of each value and up to `half` values on either side. Differences of one cumulative sum would lose
+    values smaller than the rounding error of an earlier outlier, so each window joins the end of one block and the
+    start of the next.
+    """
     width, start = 2 * half + 1, np.arange(len(values)) - half
     blocks = np.pad(values, (0, width + -len(values) % width)).reshape(-1, width)
     head, tail = np.cumsum(blocks, axis=1).ravel(), np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1].ravel()
@@ -106,7 +118,7 @@ def _window_sums(values, half):
 
 
 def thin(x, y, pieces=1000):
-    """x and y without the NaNs; of long curves the smallest and the largest value of each piece, so that no outlier is lost."""
+    """Returns x and y without NaNs, and of a long curve only the extremes of each piece, so that no outlier is lost."""
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(y) <= 2 * pieces:
         return x, y
@@ -119,7 +131,7 @@ def thin(x, y, pieces=1000):
 
 
 def short(value, digits=3):
-    """12345678 as 12.3M; one more significant digit below 1000."""
+    """Formats 12345678 as 12.3M; numbers below 1000 get one more significant digit."""
     for size, unit in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if size <= abs(value) < 1e15:
             text = f'{value / size:.{digits}g}'
@@ -127,26 +139,33 @@ def short(value, digits=3):
     return f'{value:.{digits + 1}g}'
 
 
+def binary_unit(size):
+    """Returns (bytes, name) of the unit in which a size has one to four digits before the point."""
+    return next(((2**k, name) for k, name in ((30, 'GiB'), (20, 'MiB'), (10, 'KiB')) if size >= 2**k), (1, 'bytes'))
+
+
 def tick(value, _=None):
-    """`short` with digits enough that neighbours on a narrow axis differ; ticks are round, so most need few."""
+    """Formats a tick with enough digits that neighbours on a narrow axis differ."""
     return short(value, 6)
 
 
 @functools.cache
 def has_glyph(char):
-    """Whether the picture's font can show a character, in its normal and its bold form."""
+    """Returns whether the picture's font can show a character, in its normal and its bold form."""
     fonts = (FontProperties(weight=weight) for weight in ('normal', 'bold'))
     return char.isprintable() and all(get_font(findfont(font)).get_char_index(ord(char)) for font in fonts)
 
 
 def shown(text):
-    """Returns text with escapes such as \\udcff and \\u4e2d for what the picture cannot show: bytes of a name that are no text,
-    control characters, and characters for which its font has no glyph."""
+    """
+    Returns text with escapes such as \\udcff and \\u4e2d for everything that the picture cannot show: undecodable bytes
+    in names, control characters, and characters without a glyph in its font.
+    """
     return ''.join(char if has_glyph(char) else char.encode('unicode_escape').decode() for char in text)
 
 
 def clip(text, most):
-    """Returns a label as the picture can show it. Long ones lose their middle: runs differ more often at the end."""
+    """Returns a label that the picture can show. Shortens the middle: labels differ more often at the end."""
     text = shown(text)
     return text if len(text) <= most else f'{text[: most // 3]}…{text[most // 3 + 1 - most :]}'
 
@@ -161,21 +180,27 @@ def scientific(value, _=None):
 
 
 def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
-    """A Figure of one run (panels of `metrics`, facts) or of several (overlaid `metrics`, bars against the first one).
+    """
+    Returns a Figure of one run (panels of `metrics`, facts) or of several (overlaid `metrics`, bars relative to the
+    first run).
 
-    x: 'iter', 'tokens' or 'time'. smooth: records to average over, None for 2% of the run, 1 for none. metrics: names from TITLES,
-    by default all of them for one run and the loss for several. Axes carry the name of what they show as their label."""
+    x: 'iter', 'tokens' or 'time'. smooth: records to average over; None: 2% of the run; 1: no smoothing. metrics: names
+    from TITLES; by default all of them for one run and the loss for several. Each axes has the name of its metric as
+    its label.
+    """
     several = len(runs) > 1
     metrics = metrics or (['loss'] if several else list(TITLES))
     table = summarize(runs)
     wide = metrics if several else [m for m in metrics if m == 'loss']
-    cells = list(BARS) if several else [m for m in metrics if m != 'loss'] + ['facts']
-    heights = [4.6] * len(wide) + [1.4 + 0.45 * len(runs) if several else 3.4] * math.ceil(len(cells) / 3)
+    cells = bars_of(runs) if several else [m for m in metrics if m != 'loss'] + ['facts']
+    columns = 2 if len(cells) == 4 else 3
+    heights = [4.6] * len(wide) + [1.4 + 0.45 * len(runs) if several else 3.4] * math.ceil(len(cells) / columns)
     with matplotlib.rc_context(STYLE):
         figure = figure or Figure()
+        figure.run_names = [clip(run.label, 34) for run in runs]  # for interactive_page.py
         figure.set_size_inches(14, sum(heights) + 0.8)
         figure.set_layout_engine('constrained', w_pad=0.1, h_pad=0.1)
-        grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
+        grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         data = ', '.join(dict.fromkeys(str(run.config['dataset']) for run in runs if 'dataset' in run.config))
         automatic = (
             [f'{len(runs)} runs on {data or "different data"}']
@@ -192,9 +217,9 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
         for i, key in enumerate(wide):
             _curves(figure.add_subplot(grid[i, :], label=key), runs, key, x, smooth)
         for i, key in enumerate(cells):
-            ax = figure.add_subplot(grid[len(wide) + i // 3, i % 3], label=key)
+            ax = figure.add_subplot(grid[len(wide) + i // columns, i % columns], label=key)
             if several:
-                _bars(ax, runs, key, table, named=i == 0)
+                _bars(ax, runs, key, table, named=i % columns == 0)
             elif key == 'facts':
                 _facts(ax, runs[0], table[0])
             else:
@@ -202,8 +227,19 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
     return figure
 
 
+def bars_of(runs):
+    """
+    Returns the keys of BARS that say something about these runs. Logs from before state_bytes have none; and a run on a CPU
+    has the whole process as its peak memory, most of which is Python and PyTorch.
+    """
+    state = any(any(run.state_bytes.values()) for run in runs)
+    on_cpus = state and all(run.run.get('device') == 'cpu' for run in runs)
+    left_out = {'state_bytes_total': not state, 'peak_memory_bytes': on_cpus}
+    return [key for key in BARS if not left_out.get(key)]
+
+
 def _curves(ax, runs, key, axis, smooth):
-    """One metric of one run, or of several overlaid."""
+    """Draws one metric of one run, or of several overlaid."""
     several, losses = len(runs) > 1, []
     longest = max(run.seconds.max(initial=0) for run in runs)
     unit_s, unit = next(
@@ -261,12 +297,12 @@ def _curves(ax, runs, key, axis, smooth):
 
 
 def _highest(losses):
-    """A loss that diverges leaves the picture at its top."""
+    """Returns the highest loss to show: a diverging loss leaves the picture at the top."""
     return 1.3 * max(losses[0], np.median(losses))
 
 
 def _frame(ax, key, xlabel, losses, reach, wide):
-    """Titles, labels, limits and ticks around what is drawn. All panels go from the first to the last of the records, `reach`, known or not."""
+    """Sets title, labels, limits and ticks. The x axis spans all records, `reach`, even those with unknown values."""
     ax.set(title=TITLES[key][0], xlabel=xlabel, ylabel=TITLES[key][1])
     values = np.concatenate([[], *(line.get_ydata() for line in ax.lines)])
     if not len(values):
@@ -296,8 +332,10 @@ def _frame(ax, key, xlabel, losses, reach, wide):
 
 
 def _events(ax, run, place, i):
-    """Validation losses, and of a single run (i None) the best one and the checkpoints; steps whose loss was not finite.
-    Returns the losses to keep in sight."""
+    """
+    Draws validation losses, steps with a non-finite loss, and for a single run (i None) the best loss and the
+    checkpoints. Returns the losses to keep in view.
+    """
     iters, val = run.evaluations['iter'], run.evaluations['val_loss']
     known, lost = np.isfinite(val), np.isnan(run.iterations['loss'])
     edge = {
@@ -381,14 +419,15 @@ def _utilization(ax, x, mfu, smooth):
 
 
 def _facts(ax, run, row):
-    """What was run, on what, and how it went, as two columns of text."""
+    """Writes the facts about a run as two columns of text."""
     config, facts = run.config, run.run
     shape = (('n_layer', 'layers'), ('n_head', 'heads'), ('n_embd', 'wide'))
     started = str(run.parts[0][1].get('start_time') or '')[:16].replace('T', ' ') + ' UTC'
     lines = {
         'status': f'{run.status}, {run.silence}' if run.status in ('running', 'died') else run.status,
-        'phase': run.phase,
+        'folder': run.phase,
         'model': f'{short(parameters)} parameters' if (parameters := positive(facts.get('parameters'))) else '',
+        'state': _state(run),
         'shape': ', '.join(f'{config[key]} {name}' for key, name in shape if key in config),
         'data': str(config.get('dataset') or ''),
         'batch': f'{run.tokens[-1]:,} tokens per step' if run.tokens[-1] else '',
@@ -422,7 +461,7 @@ def _facts(ax, run, row):
 
 
 def _results(results):
-    """What evaluate.py has added to the log, in words."""
+    """Returns evaluate.py's results as a list of short texts."""
     words = [f'{bits:.3f} bits/byte' for bits in [positive(results.get('bits_per_byte'))] if bits]
     for key, name in (('hellaswag', 'HellaSwag'), ('hellaswag_llmc', 'HellaSwag (llm.c)')):
         accuracy = positive((results.get(key) or {}).get('acc_norm'))
@@ -430,14 +469,34 @@ def _results(results):
     return words
 
 
+def _state(run):
+    size = sum(run.state_bytes.values())
+    scale, unit = binary_unit(size)
+    return f'{short(size / scale)} {unit} on each rank' if size else ''
+
+
 def _bars(ax, runs, key, table, named):
     title, unit = BARS[key]
     scale = 2**30 if key == 'peak_memory_bytes' else 1
+    if key == 'state_bytes_total':
+        scale, name = binary_unit(max(row[key] or 0 for row in table))
+        unit = f'{name} {unit}\nparameters (P), gradients (G), optimizer (O)'
     values = [math.nan if row[key] is None else row[key] / scale for row in table]
     widest = max(np.nan_to_num(values)) or 1
     for i, (value, row) in enumerate(zip(values, table)):
-        known = math.isfinite(value)
-        ax.barh(i, value if known else 0, color=COLORS[i % len(COLORS)], height=0.7)
+        known, color = math.isfinite(value), COLORS[i % len(COLORS)]
+        if known and key == 'state_bytes_total':
+            start = 0
+            for part, hatch in HATCHES.items():
+                width = row['state_bytes'][part] / scale
+                look = {'color': color} if not hatch else {'color': 'white', 'ec': color, 'hatch': hatch}
+                ax.barh(i, width, left=start, height=0.7, **look)
+                if width > 0.06 * widest:
+                    letter = ax.text(start + width / 2, i, part[0].upper(), ha='center', va='center', weight='bold')
+                    letter.set_bbox(dict(fc='white', ec='none', pad=2))
+                start += width
+        else:
+            ax.barh(i, value if known else 0, color=color, height=0.7)
         ratio = 'baseline' if i == 0 else f'{row[f"{key}_ratio"]:.3f}×' if row[f'{key}_ratio'] else ''
         text = f'{number(value)}  {ratio}' if key == 'final_val_loss' else f'{short(value)}  {ratio}'
         ax.text((value if known else 0) + 0.02 * widest, i, text if known else 'not recorded', va='center', fontsize=12)
@@ -447,7 +506,7 @@ def _bars(ax, runs, key, table, named):
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
     ax.grid(False, axis='y')
-    ax.set_yticks(range(len(runs)), [clip(run.label, 34) for run in runs] if named else [''] * len(runs))
+    ax.set_yticks(range(len(runs)), ax.get_figure().run_names if named else [''] * len(runs))
     ax.tick_params(axis='y', length=0)
     ax.invert_yaxis()
 
@@ -461,8 +520,9 @@ def parse_args(argv):
         help='files, folders (the newest run in each) or globs; default: the newest under out*/',
     )
     parser.add_argument(
-        '--output', help='picture to write, or its folder; the ending picks the format; default: beside the first log'
+        '--output', help='picture to write, or its folder; the ending picks the format; default: next to the first log'
     )
+    parser.add_argument('--html', metavar='FILE', help='also write an interactive page, which needs the package plotly')
     parser.add_argument('--show', action='store_true', help='also open a window')
     parser.add_argument(
         '--smooth', type=int, metavar='N', help='records to average over; 1 for none; default: 2%% of the run'
@@ -489,8 +549,8 @@ def parse_args(argv):
         if word == '--follow' and (
             not behind or os.path.exists(behind[0]) or not re.fullmatch(r'-?([\d.]+|nan|inf)', behind[0])
         ):
-            argv[i] = '--follow=10'  # what is behind it is no number of seconds, but a log
-    args = parser.parse_intermixed_args(argv)  # logs before and behind
+            argv[i] = '--follow=10'  # the next word is a log, not a number of seconds
+    args = parser.parse_intermixed_args(argv)  # logs may come before or after flags
     args.metrics = args.metrics.split(',') if args.metrics else None
     for name in args.metrics or ():
         if name not in TITLES:
@@ -500,11 +560,25 @@ def parse_args(argv):
     return args
 
 
+@contextmanager
+def replaced(path):
+    """Yields the name of a temporary file that then replaces path: whoever watches the file never sees half of it."""
+    stem, ending = os.path.splitext(path)
+    temporary = f'{stem}.tmp{os.getpid()}{ending}'
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
 def report(table):
     for row in table:
         speed = 'n/a' if row['tokens_per_sec_median'] is None else short(row['tokens_per_sec_median'])
         print(
-            f'{row["label"]}: {row["status"]} at iteration {row["last_iter"]}, best val loss {number(row["best_val_loss"])}, {speed} tokens/s'
+            f'{row["label"]}: {row["status"]} at iteration {row["last_iter"]}, '
+            f'best val loss {number(row["best_val_loss"])}, {speed} tokens/s'
         )
 
 
@@ -517,6 +591,11 @@ def main(argv=None):
     args = parse_args(argv)
     figure = None
     try:
+        if args.html:
+            try:
+                import plotly  # noqa: F401
+            except ImportError:
+                raise LogError(f'--html needs the package plotly: {pip_install("plotly")}') from None
         if args.show:
             from matplotlib import pyplot
 
@@ -537,17 +616,14 @@ def main(argv=None):
                 )
             stem, ending = os.path.splitext(output)
             output = stem + (ending or '.png')
-            temporary = (
-                f'{stem}.tmp{os.getpid()}{ending or ".png"}'  # a viewer that watches the picture never sees half of it
-            )
             try:
-                picture.savefig(temporary, dpi=100)
-                os.replace(temporary, output)
+                with replaced(output) as temporary:
+                    picture.savefig(temporary, dpi=100)
             except ValueError as error:  # a format that matplotlib does not have
                 raise LogError(f'{output}: {error}') from error
-            finally:
-                with suppress(OSError):
-                    os.unlink(temporary)
+            if args.html:
+                with replaced(args.html) as temporary, open(temporary, 'w', encoding='utf-8') as file:
+                    file.write(page(picture))
             if not args.follow or all(run.status != 'running' for run in runs):
                 break
             pyplot.pause(args.follow) if args.show else time.sleep(args.follow)
@@ -555,7 +631,8 @@ def main(argv=None):
             print(f'visualize_training: {note}', file=sys.stderr)
         table = summarize(runs)
         print(json.dumps(table, indent=2)) if args.json else report(table)
-        print(f'wrote {output}', file=sys.stderr if args.json else sys.stdout)
+        for written in (output, *([args.html] if args.html else [])):
+            print(f'wrote {written}', file=sys.stderr if args.json else sys.stdout)
         if args.show:
             pyplot.show()
     except KeyboardInterrupt:

@@ -117,7 +117,8 @@ class Zero1Optimizer(torch.optim.Optimizer):
     """
     Stands in for `optimizer`, whose state must be empty, with the state sharded over all ranks. param_groups, defaults and
     the gradients it reads are those of the whole parameters; learning rates may be set in param_groups, and torch.amp.GradScaler
-    works as with the optimizer itself. Each method but zero_grad is called on every rank.
+    works as with the optimizer itself. Each method but zero_grad is called on every rank. moment_bytes: the size of AdamW's
+    moments on this rank.
     """
 
     def __init__(self, optimizer):
@@ -127,12 +128,17 @@ class Zero1Optimizer(torch.optim.Optimizer):
         options = {k: optimizer.defaults[k] for k in ('lr', 'fused') if k in optimizer.defaults}
         self.zero = EvenZero(self.param_groups, type(optimizer), **options)
         self.own = [piece for piece in self.zero.pieces if piece.owner == self.zero.rank]
+        self.moment_bytes = self._moment_bytes()[self.zero.rank]
 
-    def state_bytes(self):
-        """Bytes of AdamW's two float32 moments: (on the rank with most, unsharded)."""
+    def _moment_bytes(self):
         sizes = [0] * self.zero.world_size
         for piece in self.zero.pieces:
             sizes[piece.owner] += 2 * piece.shard.numel() * piece.shard.element_size()
+        return sizes
+
+    def state_bytes(self):
+        """Bytes of AdamW's two float32 moments: (on the rank with most, unsharded)."""
+        sizes = self._moment_bytes()
         return max(sizes), sum(sizes)
 
     @torch.no_grad()

@@ -64,7 +64,8 @@ def flags_of(script):
 
 
 TORCHRUN = set(get_args_parser()._option_string_actions)
-KNOWN = TORCHRUN.union({'--regenerate-golden'}, *map(flags_of, SCRIPTS))  # an option of tests/conftest.py
+OF_PYTEST = re.findall(r"addoption\('(--[\w-]+)'", (ROOT / 'tests' / 'conftest.py').read_text())
+KNOWN = TORCHRUN.union(OF_PYTEST, *map(flags_of, SCRIPTS))
 
 
 def code_of(text):
@@ -205,10 +206,10 @@ def why_not(words):
 
 def run(words, folder, launch, copy):
     """Runs the command in the copy of the repository, as tiny as it gets."""
-    here = copy / folder.relative_to(ROOT)
+    here = copy if folder == ROOT / 'docs' else copy / folder.relative_to(ROOT)
     if words[0] == 'jq' or 'visualize_training.py' in ' '.join(words):  # these speak of logs that are the reader's
         log = next(here.glob('out*/run_*.json'))
-        for name in ('', 'out', 'out-reference', 'out-zero1', 'out-fsdp', 'out-python-char'):
+        for name in ('', 'out', 'out-reference', 'out-ddp', 'out-zero1', 'out-fsdp', 'out-python-char'):
             (here / name).mkdir(exist_ok=True)
             if not (here / name / 'run_20260102_030405.json').exists():
                 shutil.copy(log, here / name / 'run_20260102_030405.json')

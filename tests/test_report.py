@@ -1,4 +1,4 @@
-"""The documents' tables and pictures are what the result files say."""
+"""The documents' tables, numbers and pictures are what the result files say, and the benchmarks train as train.py does."""
 
 import json
 import shutil
@@ -7,35 +7,57 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import PROGRAMS, ROOT, TINY, log_of
 
 sys.path.append(str(ROOT / 'benchmarks'))
 import bench_trainers
 import report
+import tables
+from common import write_json
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """A copy of the result files, which the test may change."""
-    shutil.copytree(report.RESULTS, tmp_path / 'results')
-    monkeypatch.setattr(report, 'RESULTS', tmp_path / 'results')
-    report.load.cache_clear()
+    """A copy of the result files, which the test may change; it clears the cache after a change of a file that was read."""
+    shutil.copytree(tables.RESULTS, tmp_path / 'results')
+    monkeypatch.setattr(tables, 'RESULTS', tmp_path / 'results')
+    tables.load.cache_clear()
     yield tmp_path / 'results'
-    report.load.cache_clear()
+    tables.load.cache_clear()
 
 
 def test_documents_are_as_the_result_files_say():
     assert report.stale() == [], 'python benchmarks/report.py'
 
 
-def test_every_table_is_in_a_document():
+def test_every_table_and_number_is_in_a_document():
     text = ''.join(path.read_text() for path in report.documents())
-    assert [name for name in report.TABLES if f'<!-- table: {name} -->' not in text] == []
+    assert [name for name in tables.TABLES if f'<!-- table: {name} -->' not in text] == []
+    assert [name for name in tables.NUMBERS if f'<!-- number: {name}' not in text] == []
 
 
-def test_every_result_file_is_in_a_document():
-    text = ''.join(path.read_text() for path in report.documents())
-    assert [path.name for path in report.RESULTS.iterdir() if path.name not in text] == []
+def test_every_result_file_is_listed_with_what_it_measures(results):
+    lines = tables.render('result_files', 'README.md').splitlines()[2:]
+    assert len(lines) == len([path for path in results.iterdir() if path.suffix in ('.json', '.txt')])
+    assert [line for line in lines if line.split(' | ')[1] == ''] == []
+
+
+@pytest.mark.parametrize(
+    ('commits', 'text'),
+    [
+        (['1234567890 and changes'], 'uncommitted code'),
+        (['1234567890', '2345678901 and changes'], 'partly uncommitted code'),
+        ([None], 'no commit recorded'),
+        (['1234567890', '1234567890'], 'commit 1234567'),
+    ],
+)
+def test_a_table_says_which_code_was_measured(results, commits, text):
+    trainers = json.loads((results / 'trainers_h100x1.json').read_text())
+    trainers['sessions'] = [trainers['sessions'][0] | dict(commit=commit) for commit in commits]
+    write_json(results / 'trainers_h100x1.json', trainers)
+    for name in ('trainers_speed', 'trainers_on_1', 'result_files'):
+        lines = [line for line in tables.render(name, 'README.md').splitlines() if 'trainers_h100x1.json' in line]
+        assert len(lines) == 1 and text in lines[0]
 
 
 def test_a_changed_number_is_noticed(results):
@@ -52,7 +74,7 @@ def test_a_picture_of_other_numbers_is_noticed(results):
     row = next(
         row for row in trainers['rows'] if (row['trainer'], row['size'], row['micro_steps']) == ('zero1', '1.5B', 5)
     )
-    row['memory_bytes']['rest'] += 2**30
+    row['memory_bytes']['activations'] += 2**30
     path.write_text(json.dumps(trainers))
     assert 'benchmarks/results/overview.png' in report.stale()
 
@@ -123,16 +145,21 @@ def test_results_of_bench_trainers_become_tables(results):
         command='x',
         date='2036-01-01 00:00:00 UTC',
     )
-    report.write_json(results / 'trainers_h200x4.json', dict(sessions=[session], runs=[], rows=[failed, faster, row]))
-    speed = report.trainers_speed('README.md')
-    assert '| 4 | 124M × 1 | phase 1 | 1,250,000 (1,200,000 to 1,300,000) | 312,500 | 125.0% |' in speed
-    assert '| 4 | 124M | phase 3 | OutOfMemoryError |' in speed
-    assert '| 4 | 124M × 1 | DDP | 0.46 | 0.46 | 0.93 | 0.00 | 2.00 | 8.00 | 10.00 |' in report.trainers_memory(
-        'README.md'
+    write_json(results / 'trainers_h200x4.json', dict(sessions=[session], runs=[], rows=[failed, faster, row]))
+    speed = tables.render('trainers_speed', 'README.md')
+    assert (
+        '| 4 | 124M × 1 | ZeRO-1 | 2 | 1,250,000 (1,200,000 to 1,300,000) | 312,500 | 125.0% (120.0 to 130.0) |'
+        in speed
     )
-    assert '| 4 | 124M | phase 1 | 1.00 | 2.0 | 3.0 |' in report.trainers_checkpoint('README.md')
-    short = report.trainers_on_4('README.md')
-    assert '| DDP | 1,000,000 | 2.00, 10.0 |' in short and '| phase 1 | 125.0% | 2.00, 10.0 |' in short
+    assert '| 4 | 124M | FSDP | OutOfMemoryError |' in speed
+    memory = tables.render('trainers_memory', 'README.md')
+    assert '| 4 | 124M × 1 | DDP | 0.46 | 0.46 | 0.93 | 0.00 | 2.00 | 8.00 | 10.00 |' in memory
+    assert '| 4 | 124M | ZeRO-1 | 1.00 | 2.0 | 3.0 |' in tables.render('trainers_checkpoint', 'README.md')
+    short = tables.render('trainers_on_4', 'README.md')
+    assert '| DDP | 1,000,000 | 2.0, 10.0 |' in short and '| ZeRO-1 | 125.0% (120.0 to 130.0) | 2.0, 10.0 |' in short
+    write_json(results / 'trainers_h200x4.json', dict(sessions=[session], rows=[row, faster | dict(rounds=1)]))
+    tables.load.cache_clear()
+    assert '| ZeRO-1 | 125% (120 to 130) | 2.0, 10.0 |' in tables.render('trainers_on_4', 'README.md')  # a single run
 
 
 def test_memory_and_checkpoints_have_one_row_of_each_trainer(results):
@@ -152,10 +179,10 @@ def test_memory_and_checkpoints_have_one_row_of_each_trainer(results):
     )
     for path in results.glob('trainers_*.json'):
         path.unlink()
-    report.write_json(results / 'trainers_h200x4.json', dict(sessions=[session], rows=rows))
-    for table in (report.trainers_memory, report.trainers_checkpoint):
-        lines = table('README.md').splitlines()
-        assert [line.split(' | ')[2] for line in lines if line.startswith('| 4 |')] == ['DDP', 'phase 1']
+    write_json(results / 'trainers_h200x4.json', dict(sessions=[session], rows=rows))
+    for name in ('trainers_memory', 'trainers_checkpoint'):
+        lines = tables.render(name, 'README.md').splitlines()
+        assert [line.split(' | ')[2] for line in lines if line.startswith('| 4 |')] == ['DDP', 'ZeRO-1']
 
 
 def test_a_failure_is_a_row_only_where_nothing_was_measured():
@@ -170,7 +197,7 @@ def test_a_failure_is_a_row_only_where_nothing_was_measured():
 @pytest.mark.parametrize('change', [dict(device='NVIDIA H200'), dict(flag=['--bias=True']), dict(init='cpu')])
 def test_runs_of_another_kind_get_a_file_of_their_own(launch, tmp_path, change):
     session = bench_trainers.facts(cpu=True) | dict(init='gpu', flag=[]) | change
-    report.write_json(tmp_path / 'of_another.json', dict(sessions=[session], runs=[], rows=[]))
+    write_json(tmp_path / 'of_another.json', dict(sessions=[session], runs=[], rows=[]))
     flags = ['--device=cpu', '--plan', f'--onto={tmp_path / "of_another.json"}']
     done = launch(ROOT / 'benchmarks' / 'bench_trainers.py', *flags, check=False)
     assert done.returncode == 1 and not done.stdout
@@ -178,49 +205,55 @@ def test_runs_of_another_kind_get_a_file_of_their_own(launch, tmp_path, change):
 
 
 def test_a_ladder_of_other_work_is_not_in_the_readme_and_says_what_it_is(results):
-    ladder = report.load('phase2_ladder_h100')
-    assert '| 1.17 × the reference, 1.13 × it with CUDA graphs | 7.2 |' in report.measured('README.md')
-    report.write_json(results / 'phase2_ladder_h200.json', ladder | dict(size='350M', batch_size=4, micro_steps=2))
-    report.load.cache_clear()
-    assert 'phase2_ladder_h200' not in report.measured('README.md')
-    assert '350M, 2 micro-steps of 4 × 1024 tokens: NVIDIA' in report.phase2_ladder('README.md')
+    ladder = tables.load('phase2_ladder_h100')
+    write_json(results / 'phase2_ladder_h200.json', ladder | dict(size='350M', batch_size=4, micro_steps=2))
+    tables.load.cache_clear()
+    assert 'phase2_ladder_h200' not in tables.render('measured', 'README.md')
+    assert '| 350M, 2 micro-steps of 4 × 1024 | ms of an iteration |' in tables.render('phase2_ladder', 'README.md')
+
+
+def test_a_ratio_is_the_quotient_of_the_two_numbers_next_to_it():
+    """The largest difference that rounding both numbers and the ratio can make is below 0.006."""
+    lines = tables.render('measured', 'README.md').splitlines()[2:]
+    rows = [line.strip('| ').split(' | ') for line in lines if '× ' not in line and '(' in line.split(' | ')[4]]
+    assert len(rows) >= 4
+    for row in rows:
+        ours, reference = (float(cell.replace(',', '')) for cell in row[2:4])
+        assert abs(ours / reference - float(row[4].split()[0])) < 0.006
 
 
 def test_a_part_of_a_ladder_is_enough(results):
-    ladder = report.load('phase2_ladder_h100')
+    ladder = tables.load('phase2_ladder_h100')
     rows = [row for row in ladder['rows'] if row['name'] in ('reference, compiled', '+ half_residual')]
-    report.write_json(results / 'phase2_ladder_h100.json', ladder | dict(rows=rows))
+    write_json(results / 'phase2_ladder_h100.json', ladder | dict(rows=rows))
     (results / 'phase2_ladder_h200.json').unlink()
-    report.load.cache_clear()
-    measured = report.measured('README.md')
-    assert (
-        'with a 16-bit residual stream' in measured
-        and 'phase 2, the step' not in measured
-        and 'it with CUDA graphs' not in measured
-    )
-    assert list(report.overview_data()['ladder']) == ['reference, compiled', 'phase 2, 16-bit, residual']
+    tables.load.cache_clear()
+    lines = tables.render('measured', 'README.md').splitlines()[2:]
+    assert [line.split(' | ')[0] for line in lines] == ['| reference, compiled', '| Triton, 16-bit residual']
+    assert list(report.overview_data()['ladder']) == ['reference, compiled', 'Triton, 16-bit residual']
 
 
 def test_curves_and_profiles_become_tables(results):
     versions = dict(torch='2.11', triton='3.6')
     facts = dict(device='NVIDIA H100', versions=versions, command='x', date='2026-01-01 00:00:00 UTC')
     (results / 'phase2_curves_h100.json').unlink()
-    assert report.phase2_curves('README.md') == ''  # the old file has no summary
+    assert tables.render('phase2_curves', 'README.md') == ''
     rows = [dict(kind='reference', seed=0, losses=[2.0, 1.0])]
-    report.write_json(
+    write_json(
         results / 'phase2_curves_h100.json', facts | dict(rows=rows, summary=['between seeds: 0.1', 'phase 2: 0.01'])
     )
-    curves = report.phase2_curves('README.md')
-    assert curves.startswith('NVIDIA H100, torch 2.11') and curves.endswith(
-        ':\n\n```\nbetween seeds: 0.1\nphase 2: 0.01\n```'
+    tables.load.cache_clear()
+    curves = tables.render('phase2_curves', 'README.md')
+    assert curves.startswith('1 × NVIDIA H100, torch 2.11') and curves.endswith(
+        ':\n\n```\nbetween seeds: 0.1\nTriton: 0.01\n```'
     )
     kernels = [[1500.0, 12.0, 'k' * 70], [90.0, 1.0, 'short']]
-    report.write_json(
+    write_json(
         results / 'phase2_profile_h100.json', facts | dict(rows=[dict(name='a', ms=1.6, span_ms=2.0, kernels=kernels)])
     )
-    profile = report.phase2_profile('README.md')
+    profile = tables.render('phase2_profile', 'README.md')
     assert (
-        'a, 1.60 ms of kernels in a micro-step of 2.00 ms:' in profile
+        'a: 1.60 ms of kernels in a micro-step of 2.00 ms' in profile
         and f'| 1.50 | 12.0 | `{"k" * 60}` |' in profile
         and 'short' not in profile
     )
@@ -232,7 +265,7 @@ def test_first_line_of_an_error_without_text():
 
 @pytest.mark.full
 def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
-    """The real train.py of phase 3 on 2 processes: 8 of 16 bytes a parameter on each; one run for two numbers of micro-steps, and a resume."""
+    """The real train.py of FSDP on 2 processes: 8 of 16 bytes a parameter on each; one run for two numbers of micro-steps, and a resume."""
     out = tmp_path / 'trainers.json'
     flags = [
         '--device=cpu',
@@ -253,14 +286,24 @@ def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
         assert row['checkpoint']['bytes'] > 12 * n and len(row['checkpoint']['ready_seconds_resumed']) == 1
 
 
+@pytest.mark.parametrize(('kind', 'folder'), [('ddp', 'nanoGPT'), ('zero1', 'phase1_zero1'), ('fsdp', 'phase3_fsdp')])
+def test_the_step_of_the_benchmarks_is_that_of_train_py(kind, folder, launch, work):
+    """Equal to the last bit: the same operations in the same order on the same CPU."""
+    flags = [*TINY, '--max_iters=4', '--gradient_accumulation_steps=4', '--learning_rate=6e-4', '--decay_lr=False']
+    launch(ROOT / folder / 'train.py', *flags, '--eval_interval=1000', '--eval_iters=1', '--out_dir=out', nproc=2)
+    expected = [record['loss'] for record in log_of('out')['iterations']]
+    own = [f'--kind={kind}', '--dataset=data/letters', '--steps=5', '--micro_steps=2']
+    assert [float(line) for line in launch(PROGRAMS / 'shared_step.py', *own, nproc=2).stdout.split()] == expected
+
+
 def test_curves_of_two_gpus_become_one_report(launch, tmp_path):
     facts = dict(device='NVIDIA H100', versions={}, size='124M', batch_size=12, micro_steps=1)
     curve = lambda kind, seed, loss: dict(kind=kind, seed=seed, losses=[loss] * 100)
-    report.write_json(
+    write_json(
         tmp_path / 'a.json', facts | dict(command='a', rows=[curve('reference', 0, 2.0), curve('reference', 1, 2.5)])
     )
-    report.write_json(tmp_path / 'b.json', facts | dict(command='b', rows=[curve('phase 2', 1, 2.4)]))
-    report.write_json(tmp_path / 'c.json', facts | dict(command='c', rows=[], device='NVIDIA H200'))
+    write_json(tmp_path / 'b.json', facts | dict(command='b', rows=[curve('phase 2', 1, 2.4)]))
+    write_json(tmp_path / 'c.json', facts | dict(command='c', rows=[], device='NVIDIA H200'))
 
     def join(*names):
         files = ','.join(str(tmp_path / f'{name}.json') for name in names)
@@ -270,5 +313,5 @@ def test_curves_of_two_gpus_become_one_report(launch, tmp_path):
     done = join('a', 'b')
     assert 'between seeds of the reference: mean 0.5000, largest 0.5000' in done.stdout
     assert 'phase 2 - reference at the same seed: mean -0.1000, mean size 0.1000' in done.stdout
-    assert report.json.loads((tmp_path / 'out.json').read_text())['command'] == 'a & b'
+    assert json.loads((tmp_path / 'out.json').read_text())['command'] == 'a & b'
     assert 'the files differ in device' in join('a', 'c').stderr

@@ -24,6 +24,7 @@ from training_logger import TrainingLogger
 from visualize_training import draw, main, smoothed, thin
 
 SCRIPT = Path(vis.__file__)
+BARS = {'tokens_per_sec_median', 'peak_memory_bytes', 'final_val_loss'}  # in a picture of logs without state_bytes
 
 
 def write_log(
@@ -36,10 +37,12 @@ def write_log(
     memory=2**31,
     resumed_from=None,
     nan_from=None,
+    state_bytes=None,
     **config,
 ):
     """A log of a simulated run: loss 4 falling to 1, validation 0.1 above it and best at iteration 120, one step of 20 that is slow."""
     config = {'dataset': 'shakespeare_char', 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'out_dir': str(folder)} | config
+    config |= {'phase1_zero1': {'use_zero1': True}, 'phase3_fsdp': {'use_fsdp': True}}.get(phase, {})
     run = {
         'phase': phase,
         'world_size': 4,
@@ -47,6 +50,7 @@ def write_log(
         'dtype': 'bfloat16',
         'parameters': 10_646_784,
         'tokens_per_iter': 16384,
+        'state_bytes': state_bytes,
     }
     log = TrainingLogger(folder, config, run, resumed_from=resumed_from)
     for i in range(start, steps):
@@ -130,7 +134,7 @@ def test_single_run_shows_everything(tmp_path):
     axes = axes_of(figure)
     assert set(axes) == {'loss', 'lr', 'time_ms', 'tokens_per_sec', 'mfu', 'grad_norm', 'peak_memory_bytes', 'facts'}
     assert (
-        'nanoGPT' in figure.get_suptitle()
+        'DDP' in figure.get_suptitle()
         and 'shakespeare_char' in figure.get_suptitle()
         and 'completed' in figure.get_suptitle()
     )
@@ -146,7 +150,7 @@ def test_single_run_shows_everything(tmp_path):
     )
     assert line(loss, 'checkpoint').get_xdata().tolist() == [50, 100, 150]
     assert {text.get_text() for text in loss.get_legend().get_texts()} >= {'validation', 'checkpoint', best.get_label()}
-    assert line(axes['lr'], 'nanoGPT').get_ydata()[:2].tolist() == [1e-3, 1e-3 * (1 - 1 / 400)]
+    assert line(axes['lr'], 'DDP').get_ydata()[:2].tolist() == [1e-3, 1e-3 * (1 - 1 / 400)]
     slow = line(axes['time_ms'], '10 slower')
     assert (
         slow.get_xdata().tolist() == list(range(19, 200, 20))
@@ -177,11 +181,11 @@ def test_comparison_against_the_first(tmp_path):
     runs = vis.load_runs(paths)
     figure = draw(runs)
     axes = axes_of(figure)
-    assert set(axes) == {'loss', *vis.BARS}
+    assert set(axes) == {'loss', *BARS}
     legend = [text.get_text() for text in axes['loss'].get_legend().get_texts()]
-    assert legend == ['nanoGPT', 'phase1_zero1', 'phase3_fsdp', 'validation']
+    assert legend == ['DDP', 'ZeRO-1', 'FSDP', 'validation']
     assert len({line(axes['loss'], name).get_color() for name in legend[:3]}) == 3
-    bars = {name: [patch.get_width() for patch in axes[name].patches] for name in vis.BARS}
+    bars = {name: [patch.get_width() for patch in axes[name].patches] for name in BARS}
     assert bars['tokens_per_sec_median'] == pytest.approx([1e5, 9e4, 2e5]) and bars['peak_memory_bytes'] == [
         2.0,
         1.0,
@@ -195,6 +199,44 @@ def test_comparison_against_the_first(tmp_path):
     assert [text.get_text() for text in axes['peak_memory_bytes'].texts] == ['2  baseline', '1  0.500×', 'not recorded']
     assert [label.get_text() for label in axes['tokens_per_sec_median'].get_yticklabels()] == legend[:3]
     assert overlaps(figure) == []
+
+
+def test_state_is_a_stacked_bar(tmp_path):
+    mib = 2**20
+    parts = {'nanoGPT': (4, 4, 8), 'phase1_zero1': (4, 4, 4), 'phase3_fsdp': (2, 2, 4)}
+    names = ('parameters', 'gradients', 'optimizer')
+    paths = [
+        write_log(tmp_path / phase, phase, state_bytes={name: n * mib for name, n in zip(names, sizes)})
+        for phase, sizes in parts.items()
+    ]
+    runs = vis.load_runs(paths)
+    figure = draw(runs)
+    ax = axes_of(figure)['state_bytes_total']
+    drawn = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
+    assert drawn == [(0, 4), (4, 4), (8, 8), (0, 4), (4, 4), (8, 4), (0, 2), (2, 2), (4, 4)]
+    words = [text.get_text() for text in ax.texts]
+    assert words == [*'PGO', '16  baseline', *'PGO', '12  0.750×', *'PGO', '8  0.500×']
+    assert 'MiB' in ax.get_xlabel() and overlaps(figure) == []
+    assert '16 MiB on each rank' in texts(axes_of(draw(runs[:1]))['facts'])
+    for run in runs:
+        run.run['device'] = 'cpu'  # whose peak is that of the whole process
+    assert 'peak_memory_bytes' not in axes_of(draw(runs))
+
+
+def test_labels_are_those_of_what_ran(tmp_path):
+    def label(phase, model=None, world_size=2, **config):
+        run = {'phase': phase, 'model': model or phase, 'world_size': world_size}
+        log = TrainingLogger(tmp_path, config, run)
+        log.close('completed')
+        return Run(log.path).label
+
+    assert label('nanoGPT') == 'DDP' and label('nanoGPT', world_size=1) == 'one process'
+    assert label('nanoGPT', 'phase2_triton') == label('phase2_triton', world_size=1) == 'Triton'
+    assert label('phase2_triton', use_triton=False) == 'DDP'
+    assert label('phase1_zero1', use_zero1=True) == 'ZeRO-1' and label('phase1_zero1', use_zero1=False) == 'DDP'
+    assert label('phase3_fsdp', 'phase2_triton', use_fsdp=True) == 'FSDP + Triton'
+    assert label('phase3_fsdp') == 'DDP'  # by its copy of the reference trainer, which has no such flag
+    assert label('mine') == 'mine' and label('nanoGPT', 'mine') == 'nanoGPT with mine'
 
 
 def test_more_runs_than_colors_differ_all_the_same(tmp_path):
@@ -216,18 +258,13 @@ def test_labels_say_what_differs(tmp_path):
     triton = write_log(tmp_path / 'd', 'phase1_zero1', steps=2, model_dir='../phase2_triton')
     reference = write_log(tmp_path / 'a', 'nanoGPT', steps=2)
     again = write_log(tmp_path / 'a', 'phase1_zero1', steps=2)
-    assert labels(a, reference) == ['phase1_zero1', 'nanoGPT']
-    assert labels(a, b, c, triton) == [
-        'phase1_zero1, a',
-        'phase1_zero1, b',
-        'phase1_zero1, c',
-        'phase1_zero1 with phase2_triton',
-    ]
-    assert labels(a, again) == [f'phase1_zero1, {os.path.basename(path)}' for path in (a, again)]
+    assert labels(a, reference) == ['ZeRO-1', 'DDP']
+    assert labels(a, b, c, triton) == ['ZeRO-1, a', 'ZeRO-1, b', 'ZeRO-1, c', 'ZeRO-1 + Triton']
+    assert labels(a, again) == [f'ZeRO-1, {os.path.basename(path)}' for path in (a, again)]
     copy = tmp_path / 'copy' / os.path.basename(a)
     copy.parent.mkdir()
     copy.write_bytes(Path(a).read_bytes())
-    assert labels(a, copy) == [f'phase1_zero1, {path}' for path in (a, copy)]
+    assert labels(a, copy) == [f'ZeRO-1, {path}' for path in (a, copy)]
 
 
 def test_crashed_run_with_nulls(tmp_path):
@@ -334,7 +371,7 @@ def test_a_resumed_run_has_speed_memory_and_tokens_of_its_own(tmp_path, capsys):
     assert run.x(np.array([0, 140, 141.0]), 'tokens').tolist() == [0, 140_000, 140_000 + 16384]
     assert '2026-01-01 00:00 UTC, resumed 1×' in texts(axes_of(draw([run]))['facts'])
     assert (
-        main([str(first), second]) == 0 and 'goes on from iteration 140' in capsys.readouterr().err
+        main([str(first), second]) == 0 and 'continues from iteration 140' in capsys.readouterr().err
     )  # 140 to 149 are not drawn
 
 
@@ -350,7 +387,7 @@ def test_axes_smoothing_and_metrics(tmp_path):
     )
     assert line(seconds, 'training').get_ydata().tolist() == line(seconds, '_raw').get_ydata().tolist()
     overlaid = axes_of(draw([run, run], metrics=['time_ms', 'grad_norm']))
-    assert set(overlaid) == {'time_ms', 'grad_norm', *vis.BARS}
+    assert set(overlaid) == {'time_ms', 'grad_norm', *BARS}
 
 
 def test_smoothing():
@@ -379,7 +416,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert picture.read_bytes()[:4] == b'\x89PNG' and f'wrote {picture}' in capsys.readouterr().out
     assert main(['out-old', 'out-*/run_*.json', '--json', '--title', 'Mine']) == 0  # the first one twice is one run
     table = json.loads(capsys.readouterr().out)
-    assert [row['label'] for row in table] == ['nanoGPT', 'phase1_zero1'] and table[1][
+    assert [row['label'] for row in table] == ['DDP', 'ZeRO-1'] and table[1][
         'tokens_per_sec_median_ratio'
     ] == pytest.approx(1)
     assert table[0]['best_val_loss_iter'] == 120 and table[0]['peak_memory_bytes'] == 2**31

@@ -1,0 +1,177 @@
+"""
+The tables of all documents, by name, and what their functions share.
+
+A benchmark states a table once, as a function that takes what its result file holds and returns Markdown. The script
+prints it at its end, and report.py puts it into the documents, with a line in front that says where the numbers come
+from:
+
+    @table('zero1_h*')
+    def zero1_speed(report): ...                 # <!-- table: zero1_speed --> in a document
+
+A number inside a sentence has a function too, which takes the words behind its name:
+
+    @number
+    def zero1_saved(size): ...                   # <!-- number: zero1_saved 124M -->0.69<!-- end -->
+
+A ratio is the quotient of two medians. In parentheses: the smallest and the largest measurement, over the same median.
+Percentages have tenths only if there were several runs.
+"""
+
+import json
+import os
+import re
+import statistics
+from functools import cache
+
+from common import GIB, RESULTS, ROOT
+
+TABLES, NUMBERS = {}, {}
+SHAPES = {'124M': (12, 768), '350M': (24, 1024), '1.5B': (48, 1600)}  # n_layer, n_embd
+NAMES = {
+    'ddp': 'DDP',
+    'zero1': 'ZeRO-1',
+    'triton': 'Triton',
+    'fsdp': 'FSDP',
+    'zero1+triton': 'ZeRO-1 + Triton',
+    'fsdp+triton': 'FSDP + Triton',
+    'hybrid': 'FSDP, hybrid sharding',
+    'fsdp+one_unit': 'FSDP as one unit',
+}
+NAMES |= {f'{key}+launched': f'{name}, without CUDA graphs' for key, name in NAMES.items()}
+
+
+def table(*patterns, together=False):
+    """
+    Registers a function as the table of its name. patterns: of names of result files, without .json; the function gets
+    one report at a time, or, if together, {name: report}. Without patterns it computes, from nothing.
+    """
+
+    def register(function):
+        TABLES[function.__name__] = function, patterns, together
+        return function
+
+    return register
+
+
+def number(function):
+    NUMBERS[function.__name__] = function
+    return function
+
+
+@cache
+def load(name):
+    """Returns a result file's content, or None if there is no such file."""
+    path = RESULTS / f'{name}.json'
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def files(*patterns):
+    """Returns the names of the result files that match, in order."""
+    return sorted({path.stem for pattern in patterns for path in RESULTS.glob(f'{pattern}.json')})
+
+
+def render(name, document):
+    """Returns the table as it stands in a document (a path relative to the repository); '' if nothing is measured."""
+    function, patterns, together = TABLES[name]
+    reports = {file: load(file) for file in files(*patterns)}
+    if not patterns:
+        text = function()
+    elif together:
+        text = function(reports) if reports else ''
+    else:
+        bodies = {file: function(report) for file, report in reports.items()}
+        text = '\n\n'.join(f'{origin(reports[file], file)}:\n\n{body}' for file, body in bodies.items() if body)
+    here = (ROOT / document).parent
+    return re.sub(r'\]\(root:([^)]*)\)', lambda link: f']({os.path.relpath(ROOT / link[1], here)})', text)
+
+
+def printed(text):
+    """Returns a table for the terminal: a link is its text."""
+    return re.sub(r'\[([^]]*)\]\(root:[^)]*\)', r'\1', text)
+
+
+def cite(name):
+    """Returns a link to the result file, whose address render() makes relative to the document."""
+    return f'[{name}.json](root:benchmarks/results/{name}.json)'
+
+
+def sessions_of(report):
+    """Returns what the file says of its runs: a dict with device, versions, commit, command, date for each."""
+    return report.get('sessions') or [report.get('facts', report)]
+
+
+def commit_of(report):
+    """Returns '2970e35', or says that the code was not committed or not recorded."""
+    commits = [session.get('commit') for session in sessions_of(report)]
+    if not all(commits):
+        return 'no commit recorded'
+    changed = [' and changes' in commit for commit in commits]
+    if any(changed):
+        return 'uncommitted code' if all(changed) else 'partly uncommitted code'
+    return f'commit {", ".join(dict.fromkeys(commit[:7] for commit in commits))}'
+
+
+def machine_of(report):
+    """Returns '4 × NVIDIA H200', or 'AMD EPYC'."""
+    device = sessions_of(report)[0].get('device', '')
+    counts = {row['processes'] for row in report.get('rows', []) if isinstance(row, dict) and 'processes' in row}
+    count = report.get('processes') or report.get('gpus') or (max(counts) if counts else 1)
+    return f'{count} × {device}' if 'NVIDIA' in device else device
+
+
+def origin(report, name):
+    """Returns a line about where the numbers of a result file come from."""
+    session = sessions_of(report)[0]
+    versions = session.get('versions', session)
+    parts = [machine_of(report), f'torch {versions["torch"]}']
+    parts += [f'Triton {versions["triton"]}'] if versions.get('triton') and 'NVIDIA' in machine_of(report) else []
+    parts += [(session.get('date') or 'no date')[:10], commit_of(report)]
+    command = session.get('command') if len(sessions_of(report)) == 1 else None
+    by = f', by `{command}`' if command else ''
+    note = f'. {report["note"].rstrip(".")}' if report.get('note') else ''
+    return f'{", ".join(parts)} ({cite(name)}{by}){note}'
+
+
+def short(report):
+    """Returns 'H100' for 'NVIDIA H100 80GB HBM3'."""
+    return sessions_of(report)[0]['device'].removeprefix('NVIDIA ').split()[0]
+
+
+def markdown(header, rows):
+    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in [header, ['---'] * len(header), *rows])
+
+
+def gib(n, digits=2):
+    return f'{n / GIB:,.{digits}f}'
+
+
+def summary(values):
+    """Returns (median, smallest, largest) of a list of numbers, or of what spread() in common.py made of one."""
+    if isinstance(values, dict):
+        return values['median'], values.get('min', values.get('p10')), values.get('max', values.get('p90'))
+    return statistics.median(values), min(values), max(values)
+
+
+def with_spread(values, digits=0):
+    """Returns '1,494 (1,471 to 1,502)'."""
+    median, least, most = summary(values)
+    return f'{median:,.{digits}f} ({least:,.{digits}f} to {most:,.{digits}f})'
+
+
+def percent(values, base, runs=1):
+    """
+    Returns '98% (97 to 99)': the quotient of the medians of values and base, with tenths if there were several runs.
+    """
+    parts, digits = [100 * x / summary(base)[0] for x in summary(values)], int(runs > 1)
+    return '{:.{d}f}% ({:.{d}f} to {:.{d}f})'.format(*parts, d=digits)
+
+
+def times(values, base, digits=2):
+    """Returns '1.17 (1.16 to 1.18)', the quotient of the medians of values and base."""
+    return '{:.{d}f} ({:.{d}f} to {:.{d}f})'.format(*(x / summary(base)[0] for x in summary(values)), d=digits)
+
+
+def parameters_of(size):
+    """Returns the number of parameters of GPT-2 without biases, with 50304 tokens and 1024 positions."""
+    layers, width = SHAPES[size]
+    return 50304 * width + 1024 * width + layers * (12 * width**2 + 2 * width) + width
