@@ -209,4 +209,7 @@ The GPT learnt from the sources of Python's standard library, one character at a
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # training has saved a checkpoint
+        sys.exit(130)

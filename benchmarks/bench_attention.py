@@ -1,10 +1,12 @@
 """
-Attention's backward on one GPU: PyTorch's operator and the copy that packs its gradients, against each plan of cuDNN that writes them packed.
+Attention's backward on one GPU: PyTorch's operator and the copy that packs its gradients, against each plan of cuDNN
+that writes them packed.
 
     pip install -e '.[cudnn]'
     python benchmarks/bench_attention.py --out=benchmarks/results/attention.json        # about 20 seconds on an H200
 
-CUDA-graph replays of 12 calls, each way in turn. Errors are those of dqkv against float32, of norm. kernels/attention.py takes plan 0.
+CUDA-graph replays of 12 calls, each way in turn. Errors are those of dqkv against float32, of norm.
+kernels/attention.py takes plan 0.
 """
 
 import argparse

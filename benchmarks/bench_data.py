@@ -1,11 +1,12 @@
 """
-The cost of reading batches from many shards: time to open the set, time per batch, and resident memory over many batches.
+The cost of reading batches from many shards: time to open the set, time per batch, and resident memory over many
+batches.
 
     python benchmarks/bench_data.py [--shards=100] [--mb=200] [--ranks=8] [--batches=10000] [--dir=.] [--out=FILE.json]
 
-The shards are sparse files: they take no space on the disk, and reading them costs what reading cached files costs. All ranks
-run at the same time, as processes of this machine. A batch is 12 x 1024 tokens. The last lines give the speed of the scan for
-tokens outside the vocabulary, and of a fingerprint. About 2 minutes on 2 cores.
+The shards are sparse files: they take no space on the disk, and reading them costs what reading cached files costs. All
+ranks run at the same time, as processes of this machine. A batch is 12 x 1024 tokens. The last lines give the speed of
+the scan for tokens outside the vocabulary, and of a fingerprint. About 2 minutes on 2 cores.
 """
 
 import argparse
@@ -50,7 +51,9 @@ def resident_bytes():
 
 
 def read_batches(folder, rank, ranks, batches):
-    """Returns a dict: milliseconds to open the set, microseconds per batch in either order, resident bytes over time."""
+    """
+    Returns a dict: milliseconds to open the set, microseconds per batch in either order, resident bytes over time.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(1337 + rank)
     start = time.perf_counter()

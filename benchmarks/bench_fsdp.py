@@ -1,19 +1,20 @@
 """
-What is special to FSDP, on all GPUs of one machine. Its speed and memory next to the other trainers: bench_trainers.py.
+Measures FSDP on all GPUs of one machine. Its speed and memory next to the other trainers: bench_trainers.py.
 
-    python benchmarks/bench_fsdp.py variants --out=benchmarks/results/fsdp_variants.json       # each choice at 124M: 3 minutes
-    python benchmarks/bench_fsdp.py checkpoint --out=benchmarks/results/fsdp_checkpoint.json   # saves at 1.5B: 3 minutes
-    python benchmarks/bench_fsdp.py curves --out=benchmarks/results/fsdp_curves.json           # 200 steps on text: 2 minutes
-    python benchmarks/bench_fsdp.py largest --only=ddp,zero1,fsdp,fsdp+ac --out=...            # largest model: 6 to 7 minutes
+    python benchmarks/bench_fsdp.py variants --out=benchmarks/results/fsdp_variants.json  # each choice at 124M: 3 minutes
+    python benchmarks/bench_fsdp.py checkpoint --out=benchmarks/results/fsdp_checkpoint.json  # saves at 1.5B: 3 minutes
+    python benchmarks/bench_fsdp.py curves --out=benchmarks/results/fsdp_curves.json  # 200 steps on text: 2 minutes
+    python benchmarks/bench_fsdp.py largest --only=ddp,zero1,fsdp,fsdp+ac --out=...  # largest model: 6 to 7 minutes
     python benchmarks/bench_fsdp.py largest --only=fsdp+ac+offload --out=...                   # 8 to 10 minutes
-    python benchmarks/bench_fsdp.py MODE --dry-run                                             # tiny, 2 processes, on a CPU
+    python benchmarks/bench_fsdp.py MODE --dry-run  # tiny, 2 processes, on a CPU
 
 On a single GPU it works too, in a group of one rank: FSDP without communication.
 
-It starts its own processes (torchrun), or runs in those that torchrun has started. A step is that of train.py (trainer.py),
-with its loss read after each; on a GPU with CUDA graphs in `variants` and `checkpoint` and without elsewhere. Memory is that of
-rank 0, as torch allocates it: at rest after a step, and the peak. rest_of_ideal: at rest, over 16 bytes for each of N
-parameters over k ranks, of which 4 are for gradients: DDP's buckets and CUDA graphs keep them, FSDP without graphs frees them.
+It starts its own processes (torchrun), or runs in those that torchrun has started. A step is that of train.py
+(trainer.py), with its loss read after each; on a GPU with CUDA graphs in `variants` and `checkpoint` and without
+elsewhere. Memory is that of rank 0, as torch allocates it: at rest after a step, and the peak. rest_of_ideal: at rest,
+over 16 bytes for each of N parameters over k ranks, of which 4 are for gradients: DDP's buckets and CUDA graphs keep
+them, FSDP without graphs frees them.
 """
 
 import argparse
@@ -55,7 +56,8 @@ LARGEST = {  # trainer, flags, activation checkpointing, width, seconds for a tr
     'zero1': ('zero1', {}, False, 6144, 150),
     'fsdp': ('fsdp', dict(fsdp_reshard=True), False, 6144, 150),
     'fsdp+ac': ('fsdp', dict(fsdp_reshard=True), True, 6144, 150),
-    # torch rounds pinned tensors up to powers of two, which at 6144 would take 1.6 times their size; and pinning takes long
+    # torch rounds pinned tensors up to powers of two, which at 6144 would take 1.6 times their size; and pinning takes
+    # long
     'fsdp+ac+offload': ('fsdp', dict(fsdp_reshard=True, fsdp_cpu_offload=True), True, 8192, 300),
 }
 
@@ -160,7 +162,10 @@ def checkpoint(args, device, results):
 
 
 def curves(args, device, results):
-    """The loss curves of FSDP and DDP from the same seed on the same batches, and of DDP from other seeds, on Python's sources."""
+    """
+    The loss curves of FSDP and DDP from the same seed on the same batches, and of DDP from other seeds, on Python's
+    sources.
+    """
     text = b''.join(p.read_bytes() for p in sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py')))
     next_batch = batches_of(np.frombuffer(text, dtype=np.uint8))
     shape, batch_size, block_size, steps = dict(n_layer=6, n_head=6, n_embd=384), 8, 256, 200
@@ -190,7 +195,10 @@ def curves(args, device, results):
 
 
 def attempt(args, device, results):
-    """One try of `largest`: a model of that many layers, four steps, two of them timed. If it does not fit, args.out says so."""
+    """
+    One try of `largest`: a model of that many layers, four steps, two of them timed. If it does not fit, args.out says
+    so.
+    """
     from errors import out_of_memory
 
     name, layers = args.attempt.rsplit(':', 1)
@@ -213,9 +221,9 @@ def attempt(args, device, results):
 
 def largest(args, processes):
     """
-    For each trainer the largest model that trains, one sequence of 1024 tokens a GPU: models of width 6144 with more and more
-    layers (453M parameters each; with offload 8192 and 805M), every try in processes of its own, first where two small ones say
-    that the memory ends.
+    For each trainer the largest model that trains, one sequence of 1024 tokens a GPU: models of width 6144 with more
+    and more layers (453M parameters each; with offload 8192 and 805M), every try in processes of its own, first where
+    two small ones say that the memory ends.
     """
     attempts = {}  # {trainer: {number of layers: what was measured}}
     for name in args.only.split(',') if args.only else LARGEST:
@@ -241,7 +249,10 @@ def largest(args, processes):
 
 
 def best_of(attempts):
-    """The largest of each trainer that trains, with the number of layers that is too many; None where nothing larger was tried."""
+    """
+    The largest of each trainer that trains, with the number of layers that is too many; None where nothing larger was
+    tried.
+    """
     results = []
     for tried in attempts.values():
         best = max((n for n, r in tried.items() if 'error' not in r), default=None)
@@ -252,7 +263,9 @@ def best_of(attempts):
 
 
 def run_attempt(args, processes, name, layers):
-    """What was measured, or {'error': 'out of memory'}, or another error, of which the last lines of stderr are shown."""
+    """
+    Returns what was measured, or {'error': 'out of memory'}, or another error, and prints the last lines of its stderr.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, stderr = Path(folder, 'out.json'), Path(folder, 'stderr')
         with stderr.open('w') as file:
@@ -312,7 +325,8 @@ def launch(processes, arguments, timeout, stderr=None):
     except subprocess.TimeoutExpired:
         return 'timeout'
     finally:
-        run.terminate()  # if it has not ended: torchrun then ends the ranks, which are in sessions of their own and would keep GPU memory
+        # if it has not ended, torchrun ends the ranks, which are in sessions of their own and would keep GPU memory
+        run.terminate()
         run.wait()
 
 
@@ -332,7 +346,7 @@ def write(args, results, processes, **more):
 
 
 def keep(args, results):
-    """What is measured is written at once: a call that is cut short leaves it."""
+    """Writes the results so far, so that a call that is cut short leaves them."""
     if dist.get_rank() == 0:
         write(args, results, dist.get_world_size())
 
@@ -444,7 +458,9 @@ def largest_model(machine, trainer):
 
 @number
 def fsdp_curve(what):
-    """Means over the second half of the curves: those of ddp or fsdp, their difference, or how far DDP's seeds are apart."""
+    """
+    Means over the second half of the curves: those of ddp or fsdp, their difference, or how far DDP's seeds are apart.
+    """
     summary = load('fsdp_curves_h100x4')['results'][-1]
     means = {
         kind: [mean for name, mean in summary['mean_of_second_half'].items() if name.startswith(kind)]

@@ -1,15 +1,17 @@
 """
-The Triton kernels other than LayerNorm, one by one on one GPU: PyTorch's eager functions, torch.compile, Liger where it has the same, and ours.
+The Triton kernels other than LayerNorm, one by one on one GPU: PyTorch's eager functions, torch.compile, Liger where it
+has the same, and ours.
 
     python benchmarks/bench_kernels.py --out=benchmarks/results/kernels.json                # about 2 minutes on an H100
-    TRITON_INTERPRET=1 python benchmarks/bench_kernels.py --dry-run --out=/tmp/kernels.json   # tiny, on a CPU: only that it runs
+    TRITON_INTERPRET=1 python benchmarks/bench_kernels.py --dry-run --out=/tmp/kernels.json  # tiny, on a CPU: only that it runs
 
-Timed like LayerNorm, by bench_layer_norm.py: CUDA-graph replays over rotating inputs, percentages of the bandwidth of a large copy; those
-with a loss, which take long, and in which Liger waits for the GPU, without a graph. Bytes count what must be moved if nothing is read
-twice. Sizes are those of a micro-step of 12 x 1024 tokens of GPT-2 124M, bfloat16 autocast. `loss` is the kernel alone, logits given, with
-their gradient; `head + loss` includes its three matmuls, and its row has peak memory. `linear` is a matmul with its two backward ones,
-the weight's gradient added to weight.grad; in the captured graph ours rounds the weight in its first call alone, as in an iteration of
-micro-steps, the others in each.
+Timed like LayerNorm, by bench_layer_norm.py: CUDA-graph replays over rotating inputs, percentages of the bandwidth of a
+large copy; those with a loss, which take long, and in which Liger waits for the GPU, without a graph. Bytes count what
+must be moved if nothing is read twice. Sizes are those of a micro-step of 12 x 1024 tokens of GPT-2 124M, bfloat16
+autocast. `loss` is the kernel alone, logits given, with their gradient; `head + loss` includes its three matmuls, and
+its row has peak memory. `linear` is a matmul with its two backward ones, the weight's gradient added to weight.grad; in
+the captured graph ours rounds the weight in its first call alone, as in an iteration of micro-steps, the others in
+each.
 """
 
 import argparse

@@ -1,13 +1,15 @@
 """
-LayerNorm alone on one GPU: eager, torch.compile, Liger (if importable) and the Triton kernels of phase 2, against the copy roof.
+LayerNorm alone on one GPU: eager, torch.compile, Liger (if importable) and ours in Triton, against the bandwidth of a
+copy.
 
-    python benchmarks/bench_layer_norm.py --out=benchmarks/results/layer_norm.json    # the table; about 2 minutes on an H100
-    python benchmarks/bench_layer_norm.py --tune --out=tune.json                      # tries launch configurations; about 2 minutes
+    python benchmarks/bench_layer_norm.py --out=benchmarks/results/layer_norm.json  # the table; about 2 minutes on an H100
+    python benchmarks/bench_layer_norm.py --tune --out=tune.json  # tries launch configurations; about 2 minutes
     TRITON_INTERPRET=1 python benchmarks/bench_layer_norm.py --dry-run --out=/tmp/layer_norm.json   # tiny, on a CPU
 
-Times are replays of a CUDA graph over rotating inputs, so neither launch gaps nor cache hits flatter anyone. Percentages are of
-the bandwidth of a 256 MiB device-to-device copy measured in the same run, counting a forward as 2 passes over x and forward +
-backward as 5 (read x, write y; read x and dy, write dx). The roof is measured before and after; the larger one counts.
+Times are replays of a CUDA graph over rotating inputs, so neither launch gaps nor cache hits flatter anyone.
+Percentages are of the bandwidth of a 256 MiB device-to-device copy measured in the same run, counting a forward as 2
+passes over x and forward + backward as 5 (read x, write y; read x and dy, write dx). The roof is measured before and
+after; the larger one counts.
 """
 
 import argparse

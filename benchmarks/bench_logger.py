@@ -1,11 +1,13 @@
 """
-What TrainingLogger costs: per record at the start of a run and behind 1,000,000 records, and what a loop of 20 ms steps loses to it.
+Measures the cost of TrainingLogger: per record at the start of a run and behind 1,000,000 records, and what a loop of 20 ms steps
+loses to it.
 
     python benchmarks/bench_logger.py [--records 1000000] [--dir .]
-    python benchmarks/bench_logger.py --gpu    # instead: what training GPT-2 124M in steps of about 20 ms loses; needs a GPU, 1 minute
+    python benchmarks/bench_logger.py --gpu  # instead: what training GPT-2 124M in steps of about 20 ms loses; needs a GPU, 1 minute
     python benchmarks/bench_logger.py --dry-run        # few records; with --gpu too, tiny steps on a CPU
 
-The tables in LOGGING_GUIDE.md are this program's output. About 5 minutes, 400 MB of disk in a temporary folder under --dir.
+The tables in LOGGING_GUIDE.md are this program's output. About 5 minutes, 400 MB of disk in a temporary folder under
+--dir.
 """
 
 import argparse
@@ -52,7 +54,10 @@ def python(count):
 
 
 def products(count):
-    """Lets go of the interpreter every few microseconds, as a training step does that launches kernels or computes on the CPU."""
+    """
+    Lets go of the interpreter every few microseconds, as a training step does that launches kernels or computes on the
+    CPU.
+    """
     for _ in range(count):
         np.dot(*MATRICES)
 
@@ -66,8 +71,10 @@ def row(name, seconds):
 
 
 def loop(log, busy, busy_ms, steps):
-    """Steps of 20 ms, busy for the first busy_ms and asleep for the rest, as if waiting for a GPU. A random half of them is logged. Prints
-    what the call costs, and how much longer the busy part of a logged step is, the call included."""
+    """
+    Steps of 20 ms, busy for the first busy_ms and asleep for the rest, as if waiting for a GPU. A random half of them
+    is logged. Prints what the call costs, and how much longer the busy part of a logged step is, the call included.
+    """
     count, best = 1, 0.0
     while best < busy_ms / 1e3:  # the count that takes busy_ms when nothing is in the way
         count = int(count * 1.2) + 1
@@ -94,8 +101,8 @@ def timed(function, *args):
 
 def on_gpu(folder, steps, dry_run, batch_size=8):
     """
-    Training steps that end as train.py's do at --log_interval=1, each after a random one of: no record, a record that is written at
-    once, and one that is written when the GPU has its work, as in train.py. Prints how long they take.
+    Training steps that end as train.py's do at --log_interval=1, each after a random one of: no record, a record that
+    is written at once, and one that is written when the GPU has its work, as in train.py. Prints how long they take.
     """
     from trainer import SIZES, Trainer, hardware, random_batch
 
@@ -149,7 +156,8 @@ def on_gpu(folder, steps, dry_run, batch_size=8):
     for arm, times in list(seconds.items())[1:]:
         quarters = [statistics.quantiles(t, n=4) for t in (times, without)]
         lost = [1e6 * (a - b) for a, b in zip(*quarters)]
-        # standard error of a difference of medians, with deviations from the quartiles: a few steps of a shared machine take 4 times as long
+        # standard error of a difference of medians, with deviations from the quartiles: a few steps of a shared machine
+        # take 4 times as long
         error = 1.25e6 * sum(((q[2] - q[0]) / 1.35) ** 2 / len(t) for q, t in zip(quarters, (times, without))) ** 0.5
         share = lost[1] / 1e6 / statistics.median(without)
         print(

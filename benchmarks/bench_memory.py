@@ -2,7 +2,7 @@
 Reserved GPU memory of a training step, one process per configuration, on one GPU. plan.py is fitted on the result.
 
     python benchmarks/bench_memory.py --out=benchmarks/results/memory_h200.json --seconds=225
-    python benchmarks/bench_memory.py --dry-run --out=memory.json      # tiny models on a CPU: checks the script, measures nothing
+    python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: checks the script, measures nothing
 
 DDP's model and the Triton model run in nanoGPT/bench.py, without a process group: gradients have no buckets then. FSDP runs in a group of
 one rank (trainer.py): the shard is the whole model, and units are gathered as among many ranks. Each process runs four iterations

@@ -1,18 +1,21 @@
 """
-Does GELU cost less inside a matmul? The MLP of a block between its matmuls, in ways that the Triton model could take, on one GPU.
+Does GELU cost less inside a matmul? The MLP of a block between its matmuls, in ways that the Triton model could take,
+on one GPU.
 
     python benchmarks/bench_mlp.py --out=benchmarks/results/mlp.json                        # about 3 minutes on an H100
-    TRITON_INTERPRET=1 python benchmarks/bench_mlp.py --dry-run --out=/tmp/mlp.json           # tiny, on a CPU: checks the numbers
+    TRITON_INTERPRET=1 python benchmarks/bench_mlp.py --dry-run --out=/tmp/mlp.json  # tiny, on a CPU: checks the numbers
 
-Forward: x (M, C) -> pre = x @ w_fc.T (M, 4C), act = gelu(pre), both kept. Backward: dy (M, C) -> dpre = (dy @ w_proj) * gelu'(pre).
-The other matmuls are the same in all of them and left out. All bfloat16.
+Forward: x (M, C) -> pre = x @ w_fc.T (M, 4C), act = gelu(pre), both kept. Backward: dy (M, C) -> dpre = (dy @ w_proj) *
+gelu'(pre). The other matmuls are the same in all of them and left out. All bfloat16.
 
 separate:  cuBLAS, then kernels/gelu.py, as the Triton model has it.
 rows / n:  the same in n parts of the rows, so that GELU finds in L2 cache what the matmul has just written.
-fused:     a Triton matmul with GELU in its epilogue, at the fastest of some tile sizes; with it the same matmul without GELU and cuBLAS's,
+fused:     a Triton matmul with GELU in its epilogue, at the fastest of some tile sizes; with it the same matmul without
+           GELU and cuBLAS's,
            which say what the matmul itself loses to cuBLAS.
 
-CUDA-graph replays, each way in turn, five times; medians. A way pays if it is faster at the sizes of GPT-2 124M and no slower at the others.
+CUDA-graph replays, each way in turn, five times; medians. A way pays if it is faster at the sizes of GPT-2 124M and no
+slower at the others.
 """
 
 import argparse
@@ -93,7 +96,7 @@ def fused(a, b, pre, out, mode, tiles):
     return out
 
 
-# of those with two programs a multiprocessor one computes GELU while the other multiplies
+# with two programs per multiprocessor, one computes GELU while the other multiplies
 all_tiles = [
     (128, 128, 64, 4, 2, 0),
     (128, 128, 64, 4, 2, 2),

@@ -1,17 +1,19 @@
 """
-Our trainers against upstream nanoGPT, and llm.c if you have it, on one GPU: each as its user starts it, in turns, on the same tokens.
+Our trainers against upstream nanoGPT, and llm.c if you have it, on one GPU: each as its user starts it, in turns, on
+the same tokens.
 
     git clone https://github.com/karpathy/nanoGPT ~/nanoGPT
-    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --out=benchmarks/results/peers.json            # about 12 minutes on an H200
-    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --llmc=$HOME/llm.c/train_gpt2cu --out=...      # llm.c built with cuDNN
+    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --out=benchmarks/results/peers.json  # about 12 minutes on an H200
+    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --llmc=$HOME/llm.c/train_gpt2cu --out=...  # llm.c built with cuDNN
     python benchmarks/bench_peers.py --nanogpt=... --only='upstream;Triton' --rounds=1 --out=...
 
-Each round starts every program once, as a process of its own: GPT-2 124M in bfloat16, --micro_steps of --batch_size x 1024 tokens in an
-iteration, an evaluation before the first. A program's time of an iteration is the median of its last --timed iterations, as it prints them.
-A ratio is taken within a round; the table gives its median and its spread over the rounds. Memory is the GPU's, by nvidia-smi, less what
-was in use before the program started. Upstream and our programs draw the same batches, so their first evaluations should agree; llm.c
-reads the validation tokens in order, so its loss is another. llm.c keeps its weights in bfloat16 with a float32 copy, and its gradients
-and its residual stream in bfloat16.
+Each round starts every program once, as a process of its own: GPT-2 124M in bfloat16, --micro_steps of --batch_size x
+1024 tokens in an iteration, an evaluation before the first. A program's time of an iteration is the median of its last
+--timed iterations, as it prints them. A ratio is the quotient of the medians over the rounds, with its spread over
+the rounds. Memory is the GPU's, by nvidia-smi, less what was in use before the program started. Upstream and our
+programs draw the same batches, so their first evaluations should agree; llm.c reads the validation tokens in order, so
+its loss is another. llm.c keeps its weights in bfloat16 with a float32 copy, and its gradients and its residual stream
+in bfloat16.
 """
 
 import argparse
@@ -27,7 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import GIB, ROOT, facts, output_of, spread, write_json
+from common import ROOT, facts, output_of, write_json
+from tables import gib, markdown, table, times, with_spread
 
 BLOCK_SIZE = 1024
 ITERATION = re.compile(r'^(?:iter|step) +\d+.*?(?:, time | \| )([\d.]+) ?ms', re.MULTILINE)  # nanoGPT's line or llm.c's
@@ -56,7 +59,9 @@ TINY = ['--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=32']
 
 
 def write_shard(source, target):
-    """llm.c's format of the tokens of a train.bin or val.bin: 256 int32, of which three are used, then the uint16 tokens."""
+    """
+    llm.c's format of the tokens of a train.bin or val.bin: 256 int32, of which three are used, then the uint16 tokens.
+    """
     tokens = np.fromfile(source, np.uint16)
     header = np.zeros(256, np.int32)
     header[:3] = 20240520, 1, len(tokens)
@@ -103,14 +108,16 @@ def programs(args):
 
 
 def gpu_bytes_in_use():
-    """Of the first visible GPU, by nvidia-smi; None without one."""
+    """Returns the bytes in use on the first visible GPU, by nvidia-smi; None without one."""
     visible = os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0] or '0'
     mib = output_of('nvidia-smi', '-i', visible, '--query-gpu=memory.used', '--format=csv,noheader,nounits')
     return mib and int(mib.split()[0]) * 2**20
 
 
 def run(command, folder):
-    """(what the program prints, the most bytes of GPU memory in use meanwhile or None). Ends the benchmark if it fails."""
+    """
+    (what the program prints, the most bytes of GPU memory in use meanwhile or None). Ends the benchmark if it fails.
+    """
     before, most, done = gpu_bytes_in_use(), [0], threading.Event()
 
     def watch():
@@ -132,7 +139,7 @@ def run(command, folder):
 
 
 def measured(text, timed):
-    """What a program's output says: ms of its last iterations, and losses of its first evaluation."""
+    """Returns the ms of a program's last iterations, and the losses of its first evaluation, from its output."""
     ms = [float(found) for found in ITERATION.findall(text)][-timed:]
     evaluation, llmc = EVALUATION.search(text), LLMC_EVALUATION.search(text)
     if len(ms) < timed or not (evaluation or llmc):
@@ -141,23 +148,25 @@ def measured(text, timed):
     return {'ms': ms, 'first_train_loss': train and float(train), 'first_val_loss': float(val)}
 
 
-def table(rows, tokens, order):
-    """Lines of the summary: medians over the rounds, ratios to upstream and to llm.c within a round."""
-    rounds = max(row['round'] for row in rows) + 1
-    medians = {(row['name'], row['round']): statistics.median(row['ms']) for row in rows}
-    lines = [f'{"":28s} {"ms":>7s} {"tokens/s":>9s} {"GiB":>6s}  first losses     x upstream             x llm.c']
+@table('peers_*')
+def peers(report):
+    """Medians over the rounds, and ratios to upstream and to llm.c, whose spread is over the rounds."""
+    rows, order = report['rows'], list(dict.fromkeys(row['name'] for row in report['rows']))
+    tokens = report['batch_size'] * report['micro_steps'] * report.get('block_size', BLOCK_SIZE)
+    speeds = {name: [tokens / statistics.median(r['ms']) * 1e3 for r in rows if r['name'] == name] for name in order}
+    bases = [name for name in ('upstream nanoGPT, compiled', 'llm.c') if name in order]
+    cells = []
     for name in order:
         own = [row for row in rows if row['name'] == name]
-        ms = statistics.median(medians[name, r] for r in range(rounds))
         memory = [row['peak_memory_bytes'] for row in own if row['peak_memory_bytes'] is not None]
-        line = f'{name:28s} {ms:7.1f} {tokens / ms * 1e3:9,.0f} {max(memory) / GIB if memory else float("nan"):6.1f}  '
-        line += f'{own[0]["first_train_loss"] or float("nan"):.4f} {own[0]["first_val_loss"]:.4f}'
-        for peer in ('upstream nanoGPT, compiled', 'llm.c'):
-            if peer in order:
-                ratio = spread([medians[peer, r] / medians[name, r] for r in range(rounds)])
-                line += f'  {ratio["median"]:.3f} ({ratio["min"]:.3f} to {ratio["max"]:.3f})'
-        lines.append(line)
-    return lines
+        losses = ', '.join(f'{own[0][key]:.4f}' for key in ('first_train_loss', 'first_val_loss') if own[0][key])
+        ms = statistics.median(statistics.median(row['ms']) for row in own)
+        ratios = [times(speeds[name], speeds[base], 3) for base in bases]
+        cells.append(
+            (name, f'{ms:.1f}', with_spread(speeds[name]), *ratios, gib(max(memory), 1) if memory else '', losses)
+        )
+    header = ['', 'ms', 'tokens/s', *(f'× {base}' for base in bases), 'GPU memory, GiB', 'first losses: train, val']
+    return markdown(header, cells)
 
 
 def main():
@@ -183,8 +192,13 @@ def main():
             sys.exit(f'bench_peers.py: there is no {path}')
     args.llmc = args.llmc and args.llmc.resolve()
     args.timed = min(args.timed, args.iterations)
-    tokens = args.batch_size * args.micro_steps * (32 if args.dry_run else BLOCK_SIZE)  # TINY's block_size
-    report = {**facts(), 'batch_size': args.batch_size, 'micro_steps': args.micro_steps, 'rows': []}
+    report = {
+        **facts(),
+        'batch_size': args.batch_size,
+        'micro_steps': args.micro_steps,
+        'block_size': 32 if args.dry_run else BLOCK_SIZE,
+        'rows': [],
+    }
     report['nanogpt_commit'] = output_of('git', '-C', str(args.nanogpt), 'rev-parse', 'HEAD')
     with tempfile.TemporaryDirectory() as args.scratch:
         turns = programs(args)
@@ -196,9 +210,8 @@ def main():
                 report['rows'].append({**row, 'seconds': time.perf_counter() - began})
                 print(f'{name}, round {i}: {statistics.median(row["ms"]):.1f} ms', flush=True)
                 write_json(args.out, report)
-    report['summary'] = table(report['rows'], tokens, list(turns))
     write_json(args.out, report)
-    print('\n'.join(report['summary']))
+    print(peers(report))
 
 
 if __name__ == '__main__':

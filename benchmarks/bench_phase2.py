@@ -1,24 +1,28 @@
 """
-The Triton model against the reference's on one GPU, in one process: speed of training GPT-2, memory, gradients, loss curves.
+The Triton model against the reference's on one GPU, in one process: speed of training GPT-2, memory, gradients, loss
+curves.
 
     python benchmarks/bench_phase2.py ladder --out=benchmarks/results/phase2_ladder.json    # about 3 minutes on an H200
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
-    python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json    # 5 minutes; needs data/python_gpt2
+    python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json  # 5 minutes; needs data/python_gpt2
     python benchmarks/bench_phase2.py largest --out=benchmarks/results/phase2_largest.json  # about 5 minutes
     python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
     python benchmarks/bench_phase2.py gradients --batch_size=2 --out=...                    # about 1 minute
     python benchmarks/bench_phase2.py matmuls --out=benchmarks/results/phase2_matmuls.json  # about 10 seconds
-    python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json                    # tiny, on a CPU; also gradients
+    python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json  # tiny, on a CPU; also gradients
 
-ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens, clipping,
-fused AdamW) with one change after the other. Each variant takes turns with the compiled reference, five times. With
---together=6, five variants at a time take turns with it, which compares them better and needs memory for six. Clock and power
-are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better it is used.
+ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens,
+clipping, fused AdamW) with one change after the other. Each variant takes turns with the compiled reference, five
+times. With --together=6, five variants at a time take turns with it, which compares them better and needs memory for
+six. Clock and power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better
+it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
-largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s with them.
+largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
+with them.
 profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
-curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and Triton.
+curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and
+Triton.
 """
 
 import argparse
@@ -132,7 +136,8 @@ class Sensors:
         self.samples, self.process = [], None
         if device == 'cpu':
             return
-        gpu = f'GPU-{torch.cuda.get_device_properties(0).uuid}'  # by number it would be another one under CUDA_VISIBLE_DEVICES
+        # by number it would be another one under CUDA_VISIBLE_DEVICES
+        gpu = f'GPU-{torch.cuda.get_device_properties(0).uuid}'
         command = [
             'nvidia-smi',
             '-i',
@@ -160,7 +165,10 @@ class Sensors:
 
 
 class Variant(Trainer):
-    """One variant, ready to run. batches: pairs (X, Y), which it takes in turn. peak_bytes: of its memory, parameters and all."""
+    """
+    One variant, ready to run. batches: pairs (X, Y), which it takes in turn. peak_bytes: of its memory, parameters and
+    all.
+    """
 
     def __init__(self, name, size, batches, micro_steps, seed=1337, warm=True):
         folder, options, compiled, graph, switched_off = variants[name]
@@ -364,7 +372,10 @@ def profile(args, rows, save):
 
 
 def matmuls(args, rows, save):
-    """Forward, dx and dw (added to float32) of each weight, by both libraries in turns; medians of CUDA-graph replays of 12 calls."""
+    """
+    Forward, dx and dw (added to float32) of each weight, by both libraries in turns; medians of CUDA-graph replays of
+    12 calls.
+    """
     from bench_layer_norm import graph_us
 
     C, M = SIZES[args.size]['n_embd'], args.batch_size * 1024
@@ -388,7 +399,10 @@ def matmuls(args, rows, save):
 
 
 def gradients(args, rows, save):
-    """Gradients of one micro-step in bfloat16 against the reference's in float64: the relative error of each parameter's, by norm."""
+    """
+    Gradients of one micro-step in bfloat16 against the reference's in float64: the relative error of each parameter's,
+    by norm.
+    """
     tokens = torch.randint(
         50257,
         (args.batch_size, BLOCK_SIZE[device] + 1),
@@ -427,8 +441,8 @@ def curves(args, rows, save):
     ).to(device)
     kinds = {
         'reference': 'reference, compiled',
-        'phase 2': '+ clipping by AdamW',  # with all of its kernels
-        'phase 2, half_residual': '+ half_residual',
+        'Triton': '+ clipping by AdamW',  # with all of its kernels
+        'Triton, half_residual': '+ half_residual',
     }
     for seed in args.seeds:
         for kind in chosen(args, kinds):
@@ -457,7 +471,10 @@ def curves(args, rows, save):
 
 
 def compared(rows):
-    """What curves say: how far phase 2 is from the reference at the same seed, beside how far the reference's own seeds are apart."""
+    """
+    Returns lines of text: how far the Triton model's curves are from the reference's at the same seed, and how far the
+    reference's own seeds are apart.
+    """
     curves = {(row['kind'], row['seed']): row['losses'] for row in rows}
     # means of 25 steps, so that batches do not hide the models; each seed has its own batches, the same for all kinds
     smooth = {key: torch.tensor(losses).unfold(0, 25, 25).mean(-1) for key, losses in curves.items()}
@@ -503,7 +520,9 @@ def speed_of(row, report, ms):
 
 
 def changes(report):
-    """Returns the ladder's rows {short name: row}: the references, the last change of the Triton step, and half_residual."""
+    """
+    Returns the ladder's rows {short name: row}: the references, the last change of the Triton step, and half_residual.
+    """
     rows = {row['name']: row for row in report['rows']}
     steps = [name for name in rows if name.startswith('+ ') and name != '+ half_residual']
     names = {

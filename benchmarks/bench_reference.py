@@ -1,8 +1,11 @@
 """
-What the reference trainer costs beyond its model: on a GPU the data loader (bench.py on real against random tokens) and the
-whole of train.py at GPT-2 124M; on a CPU train.py against a minimal loop over the same model (tests/minimal_loop.py).
+Measures the reference trainer beyond its model: on a GPU the data loader (bench.py on real against random tokens) and
+the whole of train.py at GPT-2 124M; on a CPU train.py against a minimal loop over the same model
+(tests/minimal_loop.py).
 
-$ python nanoGPT/data/python_gpt2/prepare.py && python benchmarks/bench_reference.py --out=benchmarks/results/reference.json
+    python nanoGPT/data/python_gpt2/prepare.py
+    python benchmarks/bench_reference.py --out=benchmarks/results/reference.json
+    python benchmarks/bench_reference.py --dry-run                                  # tiny, on a CPU
 
 Variants alternate, so that a machine that changes its speed changes it for all. Prints a table, writes JSON.
 """
@@ -41,7 +44,10 @@ def run(script, *flags):
 
 
 def train_ms(skip, *flags):
-    """Median, minimum and maximum of the step times that train.py prints, in ms, without the first `skip`, and its peak memory in bytes."""
+    """
+    Median, minimum and maximum of the step times that train.py prints, in ms, without the first `skip`, and its peak
+    memory in bytes.
+    """
     with tempfile.TemporaryDirectory() as out:
         text = run(NANOGPT / 'train.py', f'--out_dir={out}', '--log_interval=1', *flags)
         log = json.loads(next(Path(out).glob('run_*.json')).read_text())

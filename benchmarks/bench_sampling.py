@@ -1,8 +1,8 @@
 """
-How much faster sampling is with the key-value cache: the same model and tokens with model.generate, with the cache, and with its steps
-replayed as a CUDA graph. The model has random weights.
+How much faster sampling is with the key-value cache: the same model and tokens with model.generate, with the cache, and
+with its steps replayed as a CUDA graph. The model has random weights.
 
-    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json     # 4 minutes on one core
+    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json  # 4 minutes on one core
     python benchmarks/bench_sampling.py --tokens=1000 --out=sampling_h200.json    # 1 minute on a GPU
 
 The ways take turns, and a ratio is that of two medians of one run. Times include prefill and capture.
@@ -64,7 +64,10 @@ def measure(functions, repeats, device):
 
 
 def first_difference(functions):
-    """How many tokens the text of the last of the functions shares with that of model.generate before the first that differs."""
+    """
+    How many tokens the text of the last of the functions shares with that of model.generate before the first that
+    differs.
+    """
     texts = [functions[name]()[0] for name in ('model.generate', list(functions)[-1])]
     return int((texts[0] == texts[1]).cumprod(0).sum())
 

@@ -3,22 +3,23 @@ Speed and memory of the trainers as they are: the train.py of every folder on th
 
     python benchmarks/bench_trainers.py --out=FILE                       # everything this machine can do; make bench
     python benchmarks/bench_trainers.py --nproc=4 --sizes=1.5B --trainers=ddp,fsdp,zero1 --minutes=9 --out=FILE
-    python benchmarks/bench_trainers.py --onto=FILE --out=FILE ...       # adds to the runs in FILE, which are of such a machine
+    python benchmarks/bench_trainers.py --onto=FILE --out=FILE ...  # adds to the runs in FILE, which are of such a machine
     python benchmarks/bench_trainers.py --plan                           # says what would run, and about how long
     python benchmarks/bench_trainers.py --device=cpu                     # a tiny model, 1 and 2 processes: 3 minutes
     python benchmarks/bench_trainers.py --dry-run                        # one such run, of FSDP: 20 seconds
 
 For each number of processes one torchrun group is started, and in it the trainers run one after the other in the same
-processes, so that PyTorch is imported and the GPU set up once. A run is train.py itself, on random tokens, with its flags;
-its speeds are those of its JSON log. This script executes train.py in a namespace of its own making and adds three things
-(class Probe): between iterations it sets gradient_accumulation_steps, so that one run measures all numbers of micro-steps;
-after an optimizer step it counts the bytes of parameters, gradients and optimizer state, and asks the allocator for the sum;
-and it draws the initial weights on the GPU (--init=cpu: as train.py does, which takes a minute at 1.5B).
+processes, so that PyTorch is imported and the GPU set up once. A run is train.py itself, on random tokens, with its
+flags; its speeds are those of its JSON log. This script executes train.py in a namespace of its own making and adds
+three things (class Probe): between iterations it sets gradient_accumulation_steps, so that one run measures all numbers
+of micro-steps; after an optimizer step it counts the bytes of parameters, gradients and optimizer state, and asks the
+allocator for the sum; and it draws the initial weights on the GPU (--init=cpu: as train.py does, which takes a minute
+at 1.5B).
 
 The runs of a size come in rounds (A B C, A B C), so that no trainer has the warmer GPU. A result is the median over the
-intervals of all rounds, with the smallest and the largest. Compiled code is kept in a folder that is empty at first, so a
-run's time to the first step says how many graphs it found there. Results are written after every run: a run that is cut off
-loses only itself.
+intervals of all rounds, with the smallest and the largest. Compiled code is kept in a folder that is empty at first, so
+a run's time to the first step says how many graphs it found there. Results are written after every run: a run that is
+cut off loses only itself.
 """
 
 import argparse
@@ -66,7 +67,8 @@ DEFAULT = {
     'one': ['ddp', 'triton', 'ddp+launched', 'triton+launched'],
     'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton', 'ddp+launched'],
 }
-SIZES = {  # shape; iterations in an interval of the log; intervals that count; seconds that a run takes: the first, later ones
+# shape; iterations in an interval of the log; intervals that count; seconds of a run: the first, later ones
+SIZES = {
     '124M': (dict(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024), 10, 5, (60, 25)),
     '350M': (dict(n_layer=24, n_head=16, n_embd=1024, batch_size=12, block_size=1024), 6, 4, (90, 40)),
     '1.5B': (dict(n_layer=48, n_head=25, n_embd=1600, batch_size=8, block_size=1024), 3, 3, (200, 90)),
@@ -80,8 +82,9 @@ class Enough(Exception):
 
 class Probe:
     """
-    Watches one run of train.py on every rank, through the calls that all trainers make: RunReport when everything is built and
-    after each logged iteration, and StepGuard at each optimizer step. train: the namespace in which train.py runs.
+    Watches one run of train.py on every rank, through the calls that all trainers make: RunReport when everything is
+    built and after each logged iteration, and StepGuard at each optimizer step. train: the namespace in which train.py
+    runs.
     """
 
     def __init__(self, run, train):
@@ -185,9 +188,9 @@ class Probe:
             self.end_block(block, report)
             if block == len(self.run['micro_steps']):
                 return
-        # The peak is counted after the warm-up; but the memory of CUDA graphs shows while they are captured: at the start or,
-        # under DDP, in the last part of the first warm-up, when DDP has its last buckets. So without DDP the peak includes
-        # the warm-up, which is the same steps without graphs.
+        # The peak is counted after the warm-up; but the memory of CUDA graphs shows while they are captured: at the start
+        # or, under DDP, in the last part of the first warm-up, when DDP has its last buckets. So without DDP the peak
+        # includes the warm-up, which is the same steps without graphs.
         captured, ddp = train['cuda_graph'], isinstance(train['model'], DDP)
         begins = 0 if captured and (block or not ddp) else self.interval * (self.warmup - captured)
         if self.cuda and place in (0, begins):
@@ -200,7 +203,9 @@ class Probe:
             train.update(gradient_accumulation_steps=micro_steps, tokens_per_iter=micro_steps * tokens)
 
     def end_block(self, block, report):
-        """Keeps what was measured of one number of micro-steps; after the last one, ends the run unless it is to save."""
+        """
+        Keeps what was measured of one number of micro-steps; after the last one, ends the run unless it is to save.
+        """
         results = {
             'micro_steps': self.run['micro_steps'][block - 1],
             **self.memory,
@@ -219,7 +224,10 @@ class Probe:
                 raise Enough
 
     def collect(self, log):
-        """All is measured: on every rank the numbers of bytes become those of the rank with most, on rank 0 the log's speeds join them."""
+        """
+        All is measured: on every rank the numbers of bytes become those of the rank with most, on rank 0 the log's
+        speeds join them.
+        """
         everyone = [self.blocks]
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()
@@ -270,7 +278,10 @@ def clean_up(path):
 
 
 def run_trainer(run):
-    """One run of train.py, on every rank. Returns what was measured, on rank 0; the numbers of bytes are those of the rank with most."""
+    """
+    One run of train.py, on every rank. Returns what was measured, on rank 0; the numbers of bytes are those of the rank
+    with most.
+    """
     path, argv = list(sys.path), sys.argv
     folder = ROOT / run['folder']
     sys.path[0] = str(folder)
@@ -317,7 +328,7 @@ def run_trainer(run):
 
 
 def work(spec_file):
-    """What every rank of the torchrun group does: the runs of the list, one after the other."""
+    """Runs the list of runs, one after the other, on every rank of the torchrun group."""
     spec = json.loads(Path(spec_file).read_text())
     rank = int(os.environ['RANK'])
     sys.path.insert(0, str(ROOT / 'nanoGPT'))  # the place of the trainer's folder
@@ -459,8 +470,8 @@ def one_of_each(rows):
 
 def base_of(row, rows):
     """
-    Returns DDP's row for the same work: without CUDA graphs for a trainer without them, otherwise as it is by default, or the
-    one that was measured; None if neither was.
+    Returns DDP's row for the same work: without CUDA graphs for a trainer without them, otherwise as it is by default,
+    or the one that was measured; None if neither was.
     """
     same = ('size', 'processes', 'micro_steps')
     found = {r['trainer']: r for r in rows if 'error' not in r and all(r[key] == row[key] for key in same)}
@@ -649,7 +660,10 @@ def trainer_bytes(file, trainer, size):
 
 
 def make_data(folder, vocab_size):
-    """A data set of random tokens: below 50257 for GPT-2's vocabulary (without meta.pkl a model gets that, padded), else below vocab_size."""
+    """
+    A data set of random tokens: below 50257 for GPT-2's vocabulary (without meta.pkl a model gets that, padded), else
+    below vocab_size.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for split, n in (('train', 2_000_000), ('val', 100_000)):
@@ -785,7 +799,7 @@ def main():
     session = facts(cpu=args.device == 'cpu') | {'init': args.init, 'flag': args.flag}
     if report['sessions']:
         last = {'init': 'gpu', 'flag': []} | report['sessions'][-1]
-        for key in ('device', 'versions', 'init', 'flag'):  # what has run with another one would share its rows
+        for key in ('device', 'versions', 'init', 'flag'):  # runs with another one would share its rows
             if last[key] != session[key]:
                 sys.exit(
                     f'bench_trainers.py: --onto={args.onto} has runs with {key} {last[key]}, here it is {session[key]}: use a file of its own'

@@ -1,15 +1,16 @@
 """
 ZeRO-1 against DDP on all GPUs of one machine, in one run: speed, memory, saves, loss curves.
 
-    python benchmarks/bench_zero1.py --out=benchmarks/results/zero1.json              # speed, memory: 4 to 5 minutes on 4 H200
-    python benchmarks/bench_zero1.py --sizes=124M --curves=200 --profile --out=...    # 200 steps on real text, and where the
+    python benchmarks/bench_zero1.py --out=benchmarks/results/zero1.json  # speed, memory: 4 to 5 minutes on 4 H200
+    python benchmarks/bench_zero1.py --sizes=124M --curves=200 --profile --out=...  # 200 steps on real text, and where the
                                                                                       # time goes: 3 minutes
     python benchmarks/bench_zero1.py --plot=curves.png --out=FILE                     # draws the curves in FILE
     python benchmarks/bench_zero1.py --dry-run                                        # tiny, 2 processes, on a CPU
 
 It starts its own processes (torchrun). Both trainers use the same model under the same DDP and torch.compile; only the
-optimizer is exchanged, back and forth, so that neither gets the warmer GPU. The steps are those of train.py --cuda_graph=False
-(trainer.py), with the loss read after each. Memory is that of the rank with most, without what the CUDA driver and NCCL take.
+optimizer is exchanged, back and forth, so that neither gets the warmer GPU. The steps are those of train.py
+--cuda_graph=False (trainer.py), with the loss read after each. Memory is that of the rank with most, without what the
+CUDA driver and NCCL take.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def speed(trainer, size, left, log):
 
 
 def save(trainer, log):
-    """Seconds and GPU memory of collecting a checkpoint, with the peak of training beside it; nothing is written."""
+    """Returns seconds and GPU memory of collecting a checkpoint, and the peak of training; nothing is written."""
     trainer.set_optimizer('zero1')
     trainer.timed_steps(1, 2)
     reset_peak(trainer.device)
@@ -153,7 +154,10 @@ def save(trainer, log):
 
 
 def curves(trainer, start, steps, log):
-    """The same steps from the weights `start`: DDP twice (its noise from run to run), ZeRO-1, and DDP on other data (from seed to seed)."""
+    """
+    The same steps from the weights `start`: DDP twice (its noise from run to run), ZeRO-1, and DDP on other data (from
+    seed to seed).
+    """
     results = {}
     for name, variant, seed in (
         ('ddp', 'ddp', 1),
@@ -177,7 +181,9 @@ def curves(trainer, start, steps, log):
 
 
 def parts(trainer, log):
-    """Milliseconds of the optimizer step's parts, and of other ways to exchange the updated pieces that were considered."""
+    """
+    Milliseconds of the optimizer step's parts, and of other ways to exchange the updated pieces that were considered.
+    """
     results = {}
 
     def timed(name, function, repeat=8):
@@ -307,7 +313,10 @@ def longest(events, steps, count=25):
 
 
 def read_tokens():
-    """GPT-2 tokens of data/python_gpt2 if they are there; else the bytes of Python's standard library: real text either way."""
+    """
+    GPT-2 tokens of data/python_gpt2 if they are there; else the bytes of Python's standard library: real text either
+    way.
+    """
     path = ROOT / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin'
     if path.exists():
         return np.memmap(path, dtype=np.uint16, mode='r'), 'python_gpt2'
@@ -318,7 +327,7 @@ def read_tokens():
 
 
 def plot(report, path):
-    """The loss curves of a report, and how far they are apart beside what the reference itself shows."""
+    """Draws the loss curves of a report, and how far each is from DDP's."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -490,7 +499,7 @@ def zero1_range():
 
 @number
 def zero1_save(size, key):
-    """Of collecting the state for a checkpoint: the peak in GiB (peak_bytes), or seconds."""
+    """The peak in GiB (peak_bytes) or the seconds of collecting the state for a checkpoint."""
     saved = load('zero1_h200x4')['save'][size]
     return gib(saved[key]) if key == 'peak_bytes' else f'{saved[key]:.1f}'
 

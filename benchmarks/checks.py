@@ -1,4 +1,6 @@
-"""The commands that show on any machine that the trainers agree: python benchmarks/report.py --run keeps what they print."""
+"""
+The commands that show on any machine that the trainers agree: python benchmarks/report.py --run keeps what they print.
+"""
 
 import os
 import subprocess
@@ -26,7 +28,9 @@ def checks(report):
 
 
 def run_checks():
-    """Runs the commands and writes what they print to results/checks_cpu.json. Ends this process if one prints nothing."""
+    """
+    Runs the commands and writes what they print to results/checks_cpu.json. Ends this process if one prints nothing.
+    """
     results, path = [], f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}'
     env = dict(os.environ, PATH=path, OMP_NUM_THREADS='1')
     for command in CHECKS:

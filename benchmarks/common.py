@@ -1,4 +1,7 @@
-"""What the benchmarks share: the facts about the machine that a result file starts with, medians with their spread, torchrun, JSON."""
+"""
+Shared by the benchmarks: the facts about the machine at the start of a result file, medians with their spread, torchrun,
+JSON.
+"""
 
 import importlib.metadata
 import json
@@ -24,7 +27,7 @@ MEMORY_SETUP = [
 
 
 def output_of(*command):
-    """What the command prints, or None where it is not there or fails."""
+    """Returns what the command prints, or None if there is no such command or it fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
@@ -46,7 +49,7 @@ def without_folder(argument):
 
 
 def facts(cpu=False):
-    """What a result file says about where it comes from. cpu: the benchmark ran on the CPU, whatever else there is."""
+    """Returns a dict that says where results come from. cpu: the benchmark ran on the CPU, even if there is a GPU."""
     gpu = torch.cuda.is_available() and not cpu
     versions = {
         'python': platform.python_version(),
@@ -95,7 +98,7 @@ def reset_peak(device):
 
 
 def first_line(error):
-    """Of an error's message, which may be empty."""
+    """Returns the first line of an error's message, which may be empty."""
     return (str(error).splitlines() or [''])[0]
 
 

@@ -1,4 +1,6 @@
-"""Tables that follow from arithmetic and from the source, not from a measurement: bytes per parameter, and lines changed."""
+"""
+Tables that follow from arithmetic and from the source, not from a measurement: bytes per parameter, and lines changed.
+"""
 
 import difflib
 

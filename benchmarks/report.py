@@ -1,10 +1,11 @@
 """
-Puts the measurements into the documents. A document has a table between `<!-- table: NAME -->` and `<!-- end -->`, and a number
-inside a sentence between `<!-- number: NAME WORDS -->` and `<!-- end -->`. The benchmarks state both (tables.py says how).
+Puts the measurements into the documents. A document has a table between `<!-- table: NAME -->` and `<!-- end -->`, and
+a number inside a sentence between `<!-- number: NAME WORDS -->` and `<!-- end -->`. The benchmarks state both
+(tables.py says how).
 
     python benchmarks/report.py            # after a new result file: rewrites documents and pictures
     python benchmarks/report.py --check    # fails if one of them is not what the result files say; a test runs this
-    python benchmarks/report.py --run      # runs the verification commands on this machine, keeps what they print, then as above
+    python benchmarks/report.py --run  # runs the verification commands on this machine, keeps what they print, then as above
 """
 
 import argparse
@@ -19,6 +20,7 @@ import bench_fsdp  # noqa: F401
 import bench_kernels  # noqa: F401
 import bench_layer_norm  # noqa: F401
 import bench_mlp  # noqa: F401
+import bench_peers  # noqa: F401
 import bench_reference  # noqa: F401
 import bench_sampling  # noqa: F401
 import bench_trainers
@@ -44,6 +46,7 @@ WHAT = {  # by the beginning of a result file's name
     'layer_norm': 'LayerNorm',
     'memory': 'memory of one GPU, for the planner',
     'mlp': 'GELU inside a matmul',
+    'peers': 'upstream nanoGPT, llm.c and our trainers',
     'phase2_changes': 'Triton: the latest changes',
     'phase2_curves': 'Triton: loss curves',
     'phase2_gradients': 'Triton: gradients against float64',
@@ -61,7 +64,7 @@ WHAT = {  # by the beginning of a result file's name
     'zero1_124M_curves': 'ZeRO-1: loss curves, profile',
     'zero1': 'ZeRO-1 and DDP in turn',
 }
-FOUR = 'trainers_h200x4'  # what the picture shows
+FOUR = 'trainers_h200x4'  # the file that the picture shows
 MOST = {'124M': '10', '1.5B': '5'}  # micro-steps
 ORANGE, GREY = '#E69F00', '#999999'
 
@@ -88,7 +91,9 @@ def result_files(reports):
 
 
 def overview_data():
-    """Returns what README's picture shows: memory by part in GiB, speed in percent of DDP, and thousands of tokens/s."""
+    """
+    Returns what README's picture shows: memory by part in GiB, speed in percent of DDP, and thousands of tokens/s.
+    """
     parts = {'parameters': 'parameters', 'gradients': 'gradients', "AdamW's moments": 'optimizer'}
     parts |= {'other, at rest': 'not_accounted_for', 'more at the peak': 'activations'}
     memory = {}

@@ -1,8 +1,9 @@
 """
 The tables of all documents, by name, and what their functions share.
 
-A benchmark states a table once, as a function that takes what its result file holds and returns Markdown. The script prints it
-at its end, and report.py puts it into the documents, with a line in front that says where the numbers come from:
+A benchmark states a table once, as a function that takes what its result file holds and returns Markdown. The script
+prints it at its end, and report.py puts it into the documents, with a line in front that says where the numbers come
+from:
 
     @table('zero1_h*')
     def zero1_speed(report): ...                 # <!-- table: zero1_speed --> in a document
@@ -41,8 +42,8 @@ NAMES |= {f'{key}+launched': f'{name}, without CUDA graphs' for key, name in NAM
 
 def table(*patterns, together=False):
     """
-    Registers a function as the table of its name. patterns: of names of result files, without .json; the function gets one
-    report at a time, or, if together, {name: report}. Without patterns it computes, from nothing.
+    Registers a function as the table of its name. patterns: of names of result files, without .json; the function gets
+    one report at a time, or, if together, {name: report}. Without patterns it computes, from nothing.
     """
 
     def register(function):
@@ -158,7 +159,9 @@ def with_spread(values, digits=0):
 
 
 def percent(values, base, runs=1):
-    """Returns '98% (97 to 99)': the quotient of the medians of values and base, with tenths if there were several runs."""
+    """
+    Returns '98% (97 to 99)': the quotient of the medians of values and base, with tenths if there were several runs.
+    """
     parts, digits = [100 * x / summary(base)[0] for x in summary(values)], int(runs > 1)
     return '{:.{d}f}% ({:.{d}f} to {:.{d}f})'.format(*parts, d=digits)
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import ROOT, memory, reset_peak
 
-# what several folders have is the same in all of them
+# modules that several folders have are the same in all of them
 sys.path += [str(ROOT / folder) for folder in ('phase3_fsdp', 'phase1_zero1', 'phase2_triton')]
 import hardware
 from cuda_graph import MicroStep, use_side_stream
@@ -55,11 +55,11 @@ def load_model(folder):
 
 class Trainer:
     """
-    kind: ddp, zero1 or fsdp; in one process without torch.distributed, ddp is the bare model. shape: of GPTConfig. device:
-    this rank's. model: folder. compile: as the flag; 'blocks' under fsdp: the blocks only. fsdp: flags that differ from their
-    defaults. init: 'cpu' draws the weights as train.py does, 'gpu' on the device, 'fill' takes any numbers, which is fast for
-    billions. logits=False: the model returns none. options: of GPTConfig. peak_bytes and others do not count what was
-    allocated before.
+    kind: ddp, zero1 or fsdp; in one process without torch.distributed, ddp is the bare model. shape: of GPTConfig.
+    device: this rank's. model: folder. compile: as the flag; 'blocks' under fsdp: the blocks only. fsdp: flags that
+    differ from their defaults. init: 'cpu' draws the weights as train.py does, 'gpu' on the device, 'fill' takes any
+    numbers, which is fast for billions. logits=False: the model returns none. options: of GPTConfig. peak_bytes and
+    others do not count what was allocated before.
     """
 
     def __init__(
@@ -127,7 +127,10 @@ class Trainer:
         return model
 
     def set_optimizer(self, kind: str):
-        """Makes a new optimizer: adamw, or that of ddp, zero1, fsdp; the weights stay. Without state, so the next step is its first."""
+        """
+        Makes a new optimizer: adamw, or that of ddp, zero1, fsdp; the weights stay. Without state, so the next step is
+        its first.
+        """
         self.optimizer = self.step_guard = None
         collect()
         with redirect_stdout(None):
@@ -166,7 +169,9 @@ class Trainer:
         return loss.detach()
 
     def feed(self, next_batch):
-        """next_batch(trainer) returns (X, Y) on the device, int64 (batch_size, block_size). The first one is taken now."""
+        """
+        next_batch(trainer) returns (X, Y) on the device, int64 (batch_size, block_size). The first one is taken now.
+        """
         self.next_batch, self.batch = next_batch, next_batch(self)
 
     def step(self, micro_steps: int = 1) -> torch.Tensor:
@@ -190,7 +195,10 @@ class Trainer:
         return mean_over_ranks(loss_sum)
 
     def clip_and_step(self):
-        """Clips the gradients to a norm of 1, which was self.grad_norm before, and steps the optimizer unless that is not finite."""
+        """
+        Clips the gradients to a norm of 1, which was self.grad_norm before, and steps the optimizer unless that is not
+        finite.
+        """
         if hasattr(self.optimizer, 'collect_gradients'):  # FSDP's
             self.optimizer.collect_gradients()
             grad_norm = self.optimizer.clip_grad_norm_(1.0)
@@ -214,7 +222,9 @@ class Trainer:
         return self.batch_size * self.block_size * micro_steps * (dist.get_world_size() if dist.is_initialized() else 1)
 
     def warm_up(self, micro_steps: int, steps: int = 4):
-        """Compiles and captures. Returns seconds of the first step, and bytes at rest and at the peak (None on a CPU)."""
+        """
+        Compiles and captures. Returns seconds of the first step, and bytes at rest and at the peak (None on a CPU).
+        """
         started = time.perf_counter()
         self.step(1).item()
         first = time.perf_counter() - started
@@ -234,7 +244,9 @@ class Trainer:
 
 @torch.no_grad()
 def fill(parameters):
-    """Fills them with the same million random numbers again and again: a CPU would draw billions of them for a minute."""
+    """
+    Fills them with the same million random numbers again and again: a CPU would draw billions of them for a minute.
+    """
     for p in parameters:
         some = torch.randn(2**20, device=p.device) * 0.02
         for part in p.view(-1).split(2**20):

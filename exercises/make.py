@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_COPIED = shutil.ignore_patterns('.*', 'out', 'out-*', 'build', '__pycache__', '*.egg-info', '*.bin', 'downloads', 'input.txt')
+NOT_COPIED = shutil.ignore_patterns(
+    '.*', 'out', 'out-*', 'build', '__pycache__', '*.egg-info', '*.bin', 'downloads', 'input.txt'
+)
 
 
 @dataclass(frozen=True)

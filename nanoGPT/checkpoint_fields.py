@@ -1,5 +1,5 @@
 """
-Checks the fields of a checkpoint before any of them is used, so that a wrong one ends the run with its name.
+Checks the fields of a checkpoint before any of them is used, so that an error message can name the wrong one.
 """
 
 import math
@@ -20,17 +20,17 @@ SCALER = {  # range of each number in the state of torch.amp.GradScaler
 
 def check_fields(checkpoint, path: str, to_resume: bool, tensors: bool = True) -> dict:
     """
-    Returns the checkpoint, read from path, with plain int and float for its numbers and float32 tensors for AdamW's steps.
-    to_resume: checks what a trainer reads too, not only what sampling does. tensors: False where the tensors are
-    stored elsewhere, so that `model` maps names to names, and AdamW's state has the steps only.
-    Raises UserError, which names the field, if one is missing or cannot be used.
+    Returns the checkpoint, read from path, with plain int and float for its numbers and float32 tensors for AdamW's
+    steps. to_resume: also checks the fields that only a trainer reads, not sampling. tensors: False if the tensors are
+    stored elsewhere, so that `model` maps names to names and AdamW's state has only the steps. Raises UserError, which
+    names the field, if one is missing or unusable.
     """
     kinds = {'model': dict, 'model_args': dict, 'iter_num': object}
     fields = checkpoint if isinstance(checkpoint, dict) else {}
     lacking = [k for k, kind in kinds.items() if k not in fields or not isinstance(fields[k], kind)]
     if lacking:
         raise UserError(
-            f'{path} is a file of torch, but no checkpoint of a training run: it lacks {", ".join(lacking)}'
+            f'{path} is a PyTorch file, but not the checkpoint of a training run: it lacks {", ".join(lacking)}'
         )
     field = Field(path)
     result = dict(checkpoint)
@@ -64,8 +64,8 @@ def check_finite(tensor: torch.Tensor, name: str, least: float = -math.inf) -> N
         low, high = torch.aminmax(tensor.detach().float())  # NaN if an element is; faster than isfinite().all()
         if not (least <= low and -math.inf < low and high < math.inf):
             raise UserError(
-                f'{name} of the checkpoint holds numbers from {low:.3g} to {high:.3g}, which no training continues from: '
-                'take an earlier checkpoint, such as ckpt_best.pt'
+                f'{name} of the checkpoint holds numbers from {low:.3g} to {high:.3g}, so training cannot continue '
+                'from it: use an earlier checkpoint, such as ckpt_best.pt'
             )
 
 
@@ -80,14 +80,14 @@ def _model_args(field, model_args, weights, tensors):
         args['dropout'] = field.number('model_args.dropout', args['dropout'], 0, 1)
     if args['n_embd'] % args['n_head']:
         field.wrong('model_args.n_embd', args['n_embd'], f'a multiple of model_args.n_head, {args["n_head"]}')
-    # a model far larger than its weights would use up the memory before the two are compared
+    # a model far larger than its weights would exhaust memory before the two are compared
     most = {'n_layer': len(weights)}
     if tensors:
         widest = max((max(v.shape) for v in weights.values() if v.dim()), default=0)
         most |= {'n_embd': widest, 'vocab_size': widest, 'block_size': sum(v.numel() for v in weights.values())}
     for name in most:
         if args[name] > max(most[name], 1):
-            field.wrong(f'model_args.{name}', args[name], f'at most {most[name]}, to go with the weights')
+            field.wrong(f'model_args.{name}', args[name], f'at most {most[name]}, to match the weights')
     return args
 
 
@@ -95,7 +95,8 @@ def _optimizer(field, optimizer, path):
     """Returns AdamW's state with each step as a float32 tensor."""
     if not isinstance(optimizer, dict) or not {'state', 'param_groups'} <= optimizer.keys():
         raise UserError(
-            f'the optimizer state is missing from {path}: training cannot continue from it, but sample.py can use its weights'
+            f'the optimizer state is missing from {path}: training cannot continue from it, but sample.py can use '
+            'its weights'
         )
     state = {}
     for i, moments in field.dictionary('optimizer.state', optimizer['state']).items():
@@ -144,7 +145,7 @@ def _resume(field, resume):
 
 
 class Field:
-    """Checks of single fields. Each returns the value, or raises UserError with the name of the field."""
+    """Checks single fields. Each method returns the value, or raises UserError with the name of the field."""
 
     def __init__(self, path: str):
         self.path = path
@@ -170,18 +171,18 @@ class Field:
         return value
 
     def number(self, name, value, least, most, whole=False):
-        """value may be a tensor with one element, as in nanoGPT's checkpoints."""
-        number = value
+        """Returns value as an int or a float. It may be a tensor with one element, as in nanoGPT's checkpoints."""
+        item = value
         if isinstance(value, torch.Tensor) and value.numel() == 1:
-            number = self.tensor(name, value).item()
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number <= most:
+            item = self.tensor(name, value).item()
+        if isinstance(item, bool) or not isinstance(item, (int, float)) or not least <= item <= most:
             self.wrong(name, value, f'a number from {least:.0e} to {most:.0e}')
-        if whole and number != int(number):
+        if whole and item != int(item):
             self.wrong(name, value, 'a whole number')
-        return int(number) if whole else float(number)
+        return int(item) if whole else float(item)
 
     def tensor(self, name, value, floating=False):
-        """A dense tensor on the CPU, of which all elements are in the file."""
+        """Returns value, a dense tensor on the CPU with all its elements in the file."""
         if (
             not isinstance(value, torch.Tensor)
             or value.layout != torch.strided

@@ -1,10 +1,10 @@
 """
 The command line: `python train.py [config/file.py ...] [--key=value ...]`, applied from left to right.
 
-A script's flags are the plain values at its top: configure(globals()) overrides them, and the comment at the end of each
-line is its help text. A config file is Python that assigns to the same names. The fields of the model's GPTConfig that are no
-part of its architecture (how it computes, such as activation_checkpointing) are flags of every script too; such a number is
-never negative.
+A script's flags are the plain values at its top: configure(globals()) overrides them, and the comment at the end of
+each line is its help text. A config file is Python that assigns to the same names. Fields of the model's GPTConfig that
+do not belong to its architecture but say how it computes, such as activation_checkpointing, are flags of every script
+too. Such a flag, if a number, must not be negative.
 """
 
 import ast
@@ -18,10 +18,10 @@ from errors import UserError
 from flag_conflicts import conflicts
 from output import silence_other_ranks
 
-# the fields of GPTConfig that say what a model is; dropout may differ between runs
+# the fields of GPTConfig that define a model; dropout may differ between runs
 ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')
 
-# what a value must be, beyond its type, so that a mistake is named here and not deep inside a run
+# ranges of values, so that a mistake is reported here and not deep inside a run
 POSITIVE = (
     'batch_size',
     'steps',
@@ -52,20 +52,20 @@ NOT_NEGATIVE = (
     'val_tokens',
 )
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
-CHOICES = {'gelu': ('erf', 'tanh')}  # of the model's own flags
-NAMES = ('device', 'dtype', 'backend')  # never True or False; other flags that are auto by default can be
+CHOICES = {'gelu': ('erf', 'tanh')}  # for the model's own flags
+NAMES = ('device', 'dtype', 'backend')  # never True or False, unlike the other flags that default to auto
 
 
-def configure(namespace):
+def configure(namespace: dict) -> tuple[dict, set[str]]:
     """
     Overrides the flags in namespace, a script's globals(), from sys.argv. Returns (config, given): all flags with their
-    values, and the names of those that the command line or a config file set. Under torchrun, lets rank 0 alone print. Prints
-    notes about flags without an effect. Raises UserError for anything wrong.
+    values, and the names of the flags that the command line or a config file set. Under torchrun, silences all ranks
+    but rank 0. Prints notes about flags without an effect. Raises UserError for anything wrong.
     """
     silence_other_ranks()
     script = namespace['__file__']
     defaults = {k: v for k, v in namespace.items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))}
-    # the model's own flags have to be known before any other, so the folder of the model comes first
+    # find the model's folder first: its own flags must be known before any flag is read
     model_dir = (
         [arg.split('=', 1)[1] for arg in sys.argv[1:] if arg.startswith('--model_dir=')]
         or [defaults.get('model_dir', '')]
@@ -113,7 +113,9 @@ def check_name(key, known, where, hint=''):
 
 
 def convert(key, value, default, where):
-    """value, a string of the command line or an object of a config file, as the type of default. 'auto' may also be a bool."""
+    """
+    Returns value, from the command line (a string) or a config file, as default's type; for 'auto' also as a bool.
+    """
     kind = type(default)
     words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
     text = str(value)
@@ -129,7 +131,7 @@ def convert(key, value, default, where):
         if kind is int and re.fullmatch(r'[+-]?[\d_]+', text):
             if abs(int(text)) >= 2**63:
                 raise UserError(f'{where}: {key} is a whole number below 2**63')
-            return int(text)  # exactly, beyond 2**53 too
+            return int(text)  # exact beyond 2**53 too
         if kind is float or number == int(number):
             return kind(number)
     except (ValueError, TypeError, OverflowError):
@@ -140,14 +142,14 @@ def convert(key, value, default, where):
 def check_values(config, options):
     """Raises UserError for a value out of its range. options: the names of the model's own flags."""
     numbers = [key for key in options if isinstance(config[key], (int, float))]
-    for keys, good, what in (
+    for keys, good, expected in (
         (POSITIVE, lambda v: v >= 1, 'at least 1'),
         ((*NOT_NEGATIVE, *numbers), lambda v: v >= 0, 'at least 0'),
         (FRACTION, lambda v: 0 <= v < 1, 'at least 0 and less than 1'),
     ):
         for key in keys:
             if key in config and not good(config[key]):  # `not good` is also true of NaN
-                raise UserError(f'{key}={config[key]}, but it must be {what}')
+                raise UserError(f'{key}={config[key]}, but it must be {expected}')
     for key in CHOICES.keys() & options:
         if config[key] not in CHOICES[key]:
             raise UserError(f"{key} is '{config[key]}', but it can be {' or '.join(CHOICES[key])}")
@@ -157,8 +159,8 @@ def check_values(config, options):
 
 def run_config_file(path, config, script):
     """
-    Returns {name: value} of what the config file assigns. It sees the flags' values so far as variables. Raises UserError if
-    it is missing, fails, or assigns nothing.
+    Returns {name: value} for the names that the config file assigns. The file sees the flags' current values as
+    variables. Raises UserError if the file is missing, fails, or assigns nothing.
     """
     found = [p for p in (path, os.path.join(os.path.dirname(os.path.realpath(script)), path)) if os.path.isfile(p)]
     if not found:
@@ -175,7 +177,7 @@ def run_config_file(path, config, script):
     assigned = {
         node.id for node in module_level(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
-    assigned |= {k for k in config if variables.get(k) is not config[k]}  # or imports, say
+    assigned |= {k for k in config if variables.get(k) is not config[k]}  # or changed by an import, say
     flags = {
         k: variables[k] for k in assigned if k in variables and not k.startswith('_') and not callable(variables[k])
     }
@@ -192,7 +194,7 @@ def run_config_file(path, config, script):
 
 
 def module_level(node):
-    """The nodes below `node`, without what is inside functions, classes and comprehensions, whose names are their own."""
+    """Yields the nodes below `node`, except those inside functions, classes and comprehensions: other scopes."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(
             child,
@@ -203,7 +205,7 @@ def module_level(node):
 
 
 def find_model_dir(model_dir, script):
-    """The folder of the model.py to use: model_dir as seen from here or from the script's folder; '' is the latter."""
+    """Returns the folder of model.py: model_dir relative to here or to the script's folder; '' means the script's."""
     own = os.path.dirname(os.path.realpath(script))
     for folder in (model_dir, os.path.join(own, model_dir)) if model_dir else (own,):
         if os.path.isfile(os.path.join(folder, 'model.py')):
@@ -212,7 +214,7 @@ def find_model_dir(model_dir, script):
 
 
 def model_options(model_dir, script):
-    """The fields of GPTConfig that are no architecture, with their defaults; read from model.py without running it."""
+    """Returns {field: default} for GPTConfig's fields outside ARCHITECTURE. Parses model.py without running it."""
     with open(model_file(model_dir, script), encoding='utf-8') as f:
         tree = ast.parse(f.read())
     fields = [
@@ -250,7 +252,7 @@ def print_help(script, defaults, model_dir, doc):
     comments = help_texts(script, model_dir, defaults)
     print(
         (doc or '').strip()
-        + '\n\nFlags, written --key=value, with their defaults. What comes later wins: put them behind a config file.'
+        + '\n\nFlags, written --key=value, with their defaults. Later arguments win: put flags after a config file.'
     )
     for key, value in defaults.items():
         value = repr(value) if '\n' in str(value) else value

@@ -1,11 +1,11 @@
 """
-Reads a split from its first token to its last, over and over: --data_order=sequential.
+Reads a split in order, epoch after epoch: --data_order=sequential.
 
-The rows of TokenFiles.consecutive are numbered through all files. A batch takes the next batch_size * world_size rows, and each
-rank its own batch_size of them, in the order of the ranks. The row after the last one is row 0 of the next epoch, so
-a batch may hold the end of one epoch and the start of the next: nothing is left out, and nothing is repeated.
+The rows of TokenFiles.consecutive are numbered through all files. Each batch takes the next batch_size * world_size
+rows, and each rank takes batch_size of them, in the order of the ranks. The last row is followed by row 0 of the next
+epoch, so a batch may hold the end of one epoch and the start of the next. Each epoch reads every row exactly once.
 
-The position counts rows over all ranks and epochs. It is therefore valid at any world size and batch size.
+The position counts rows over all ranks and epochs, so it stays valid at any world size and batch size.
 """
 
 from errors import UserError
@@ -14,8 +14,8 @@ from token_files import TokenFiles
 
 def training_order(tokens: TokenFiles, config: dict, rank: int, world_size: int, state: dict | None):
     """
-    Returns the order in which a run reads the training data: .next(vocab_size) -> rows, .state() -> dict or None. state: that
-    of a checkpoint, or None to start. Raises UserError for an unknown data_order.
+    Returns an object that yields the training batches in order: .next(vocab_size) -> rows, .state() -> dict or None.
+    state: from a checkpoint, or None to start. Raises UserError for an unknown data_order.
     """
     if config['data_order'] not in ('random', 'sequential'):
         raise UserError(f'data_order={config["data_order"]}, but it can be random or sequential')
@@ -25,7 +25,7 @@ def training_order(tokens: TokenFiles, config: dict, rank: int, world_size: int,
 
 
 class RandomOrder:
-    """Random windows, with replacement. The state is that of torch's random generator, which a checkpoint has anyway."""
+    """Draws random windows with replacement. Its state is that of torch's generator, which every checkpoint has."""
 
     def __init__(self, tokens: TokenFiles, batch_size: int):
         self.tokens, self.batch_size = tokens, batch_size
@@ -39,12 +39,14 @@ class RandomOrder:
 
 class SequentialOrder:
     """
-    order = SequentialOrder(data.train, batch_size, rank, world_size, state)     # state of a checkpoint, or None to start
-    rows = order.next(vocab_size)                                                # this rank's next batch
-    checkpoint['resume']['order'] = order.state()                                # the same on every rank
+    Draws the rows of a split in order:
 
-    Batches are drawn one ahead: at the time of a checkpoint, the latest one has not been trained on. state() is therefore the
-    position of that batch, and the first next() after a resume returns it again.
+        order = SequentialOrder(data.train, batch_size, rank, world_size, state)  # state from a checkpoint, or None
+        rows = order.next(vocab_size)                                             # this rank's next batch
+        checkpoint['resume']['order'] = order.state()                             # the same on every rank
+
+    Batches are drawn one ahead: when a checkpoint is written, the latest batch has not been trained on. state() is
+    therefore the position of that batch, and the first next() after a resume returns it again.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class SequentialOrder:
         self.drawn = self.upcoming = self._position(state) if state else 0
 
     def next(self, vocab_size: int):
-        """Returns int64 (batch_size, block_size + 1); -1 where a row is shorter, as at the end of a file."""
+        """Returns int64 (batch_size, block_size + 1); -1 pads rows that are shorter, as at the end of a file."""
         self.drawn = self.upcoming
         self.upcoming += self.batch_size * self.world_size
         return self.tokens.consecutive(self.drawn + self.rank * self.batch_size, self.batch_size, vocab_size)
@@ -70,7 +72,7 @@ class SequentialOrder:
         row, block_size = fields
         if block_size == self.tokens.block_size:
             return row
-        # the model was cropped: the row that contains the position; at most one row is repeated
+        # the model was cropped: start at the row that contains the position, repeating at most one row
         before = TokenFiles(self.tokens.files, block_size)
         epoch, row = divmod(row, before.rows)
         k, position = before.place(row)

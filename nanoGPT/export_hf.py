@@ -1,11 +1,11 @@
 """
-Turns a checkpoint into a folder that Hugging Face transformers loads: weights, config, tokenizer and model card.
+Exports a checkpoint as a folder for Hugging Face transformers: weights, config, tokenizer and model card.
 
 $ python export_hf.py --out_dir=out --hf_dir=my-model
 $ python export_hf.py --out_dir=out --ckpt=ckpt_best.pt --hf_dir=my-model --dtype=bfloat16
 
-Before the folder appears, a fresh process loads it with AutoModelForCausalLM and AutoTokenizer, and what they compute is compared with what
-our model and encoding do.
+Before the folder appears, a fresh process loads it with AutoModelForCausalLM and AutoTokenizer, and their outputs are
+compared with those of our model and encoding.
 """
 
 import importlib.util
@@ -31,16 +31,16 @@ from shell import pip_install
 out_dir = 'out'  # folder of the checkpoint
 ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
 hf_dir = ''  # folder to write; it must not exist yet
-dtype = 'float32'  # of the exported weights: float32 or bfloat16
-crop_vocab = True  # leave out the tokens that pad the vocabulary (50304 to GPT-2's 50257)?
-dataset = ''  # data set whose encoding to use; empty: the one that the checkpoint was trained on
-shard_bytes = 5_000_000_000  # weights of more bytes are split into several files
+dtype = 'float32'  # dtype of the exported weights: float32 or bfloat16
+crop_vocab = True  # drop the tokens that pad the vocabulary (50304 to GPT-2's 50257)?
+dataset = ''  # data set whose encoding to use; empty: the data set of the training
+shard_bytes = 5_000_000_000  # larger weights are split into several files
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
-TOLERANCE = 1e-4  # of the logits; float32 rounds in proportion to them, so a tenth of this of the largest one is added
+TOLERANCE = 1e-4  # for logits; a tenth of it, times the largest logit, is added, because float32 errors scale with size
 
-# runs in a process of its own: loads the folder, writes logits (1, T, vocab_size) and the tokens of each text
+# runs in a separate process: loads the folder, writes logits (1, T, vocab_size) and the tokens of each text
 RELOAD = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,7 +59,7 @@ json.dump(ids, open(work + '/ids.json', 'w'))
 
 
 def write_weights(folder, tensors):
-    """Writes model.safetensors, or several such files and their index if the tensors have more than shard_bytes bytes."""
+    """Writes model.safetensors, or several such files and their index if the tensors exceed shard_bytes bytes."""
     from safetensors.torch import save_file
 
     parts, size = [{}], 0
@@ -73,7 +73,7 @@ def write_weights(folder, tensors):
     names = names or [f'model-{i:05d}-of-{len(parts):05d}.safetensors' for i in range(1, len(parts) + 1)]
     for name, part in zip(names, parts):
         save_file(part, os.path.join(folder, name), metadata={'format': 'pt'})
-        os.chmod(os.path.join(folder, name), 0o644)  # safetensors makes it unreadable to others
+        os.chmod(os.path.join(folder, name), 0o644)  # safetensors makes it unreadable for other users
     if len(parts) > 1:
         index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values())}}
         index['weight_map'] = {tensor: name for name, part in zip(names, parts) for tensor in part}
@@ -81,7 +81,7 @@ def write_weights(folder, tensors):
 
 
 def model_card(checkpoint, path, options, vocab_size, meta, has_tokenizer):
-    """Returns README.md: the run's facts and how to use the model."""
+    """Returns the text of README.md: facts about the run and how to use the model."""
     args, flags = checkpoint['model_args'], checkpoint.get('config', {})
     steps, loss = checkpoint['iter_num'], checkpoint['best_val_loss']
     facts = [('data set', flags.get('dataset') or 'unknown'), ('iterations', f'{steps:,}')]
@@ -125,8 +125,9 @@ print({'tokenizer.decode(tokens[0])' if has_tokenizer else 'tokens[0]'})
 @torch.no_grad()
 def check(folder, model, encoding, meta):
     """
-    Loads folder in a fresh process and returns the largest difference between its logits and the model's. Raises UserError if it is too large,
-    if the tokenizer gives other tokens than encoding (None: there is no tokenizer), or if the folder cannot be loaded.
+    Loads the folder in a fresh process and returns the largest difference between its logits and the model's. Raises
+    UserError if the difference is too large, if its tokenizer disagrees with `encoding` (None: there is no tokenizer),
+    or if the folder cannot be loaded.
     """
     idx = torch.randint(model.config.vocab_size, (1, min(model.config.block_size, 128)), generator=torch.Generator())
     texts = [] if encoding is None else sample_texts(meta)
@@ -145,20 +146,21 @@ def check(folder, model, encoding, meta):
     for text, got in zip(texts, ids):
         if got != encoding.encode(text):
             raise UserError(
-                f'the exported tokenizer does not fit: it encodes {text!r} as {got[:10]}, not as {encoding.encode(text)[:10]}'
+                f'the exported tokenizer does not fit: it encodes {text!r} as {got[:10]}, '
+                f'not as {encoding.encode(text)[:10]}'
             )
     ours, _ = model(idx, idx)
     difference = (ours - theirs).abs().max().item()
     if not difference <= TOLERANCE + TOLERANCE / 10 * ours.abs().max().item():
         raise UserError(
-            f"the logits of the exported model differ from the checkpoint's by {difference:.1e}, more than {TOLERANCE:g}: "
-            f'this version of transformers computes another model. Nothing was exported'
+            f"the logits of the exported model differ from the checkpoint's by {difference:.1e}, more than "
+            f'{TOLERANCE:g}: this version of transformers computes a different model. Nothing was exported'
         )
     return difference
 
 
 def sample_texts(meta):
-    """Texts that show whether two tokenizers are the same one: every character of an alphabet, or some of many kinds."""
+    """Returns texts that tell tokenizers apart: every character of an alphabet, or a few characters of many kinds."""
     if isinstance(meta.get('stoi'), dict):
         return [''.join(meta['stoi']), ''.join(reversed(meta['stoi']))]
     return ["Hello, world! It's  1,234 tokens;\n\n\tdef f(x): return x<|endoftext|>", 'naïve café – 東京 🙂   ']
@@ -194,7 +196,7 @@ weights = model.state_dict()
 torch_dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16}[dtype]
 tensors = hf_format.to_hf(weights, vocab_size, torch_dtype)
 folder = hf_dir.rstrip(os.sep) + '.tmp'
-shutil.rmtree(folder, ignore_errors=True)  # left by an export that was killed
+shutil.rmtree(folder, ignore_errors=True)  # left by a killed export
 try:
     os.makedirs(folder)
     write_weights(folder, tensors)

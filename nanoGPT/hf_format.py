@@ -1,9 +1,9 @@
 """
-GPT-2 in the format of Hugging Face transformers: the names and layout of its weights, its config.json and its tokenizer files.
+Converts GPT-2 to and from the format of Hugging Face transformers: weights, config.json and tokenizer files.
 
-The two formats differ in four points. transformers stores c_attn, c_fc and c_proj as (in, out), ours is nn.Linear's (out, in). It has no
-GPT-2 without biases, so absent ones become zeros. It stores the tied token embedding and output layer once. Its activation_function 'gelu'
-is the erf form, 'gelu_new' the tanh form.
+The two formats differ in four points. transformers stores c_attn, c_fc and c_proj as (in, out), ours as nn.Linear's
+(out, in). It has no GPT-2 without biases, so absent biases become zeros. It stores the tied token embedding and output
+layer once. Its activation_function 'gelu' is the erf form, 'gelu_new' the tanh form.
 """
 
 import hashlib
@@ -18,11 +18,13 @@ from shell import pip_install
 ACTIVATIONS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}  # GPTConfig's gelu
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 CHECKSUMS = 'SHA256SUMS'
-OWN = 'nanogpt'  # key of config.json for what transformers does not know
+OWN = 'nanogpt'  # key in config.json for fields that transformers does not know
 
 
-def to_hf(weights, vocab_size, dtype):
-    """Returns {name: tensor} for transformers, in dtype and with vocab_size rows of embeddings, of a GPT's state_dict."""
+def to_hf(weights: dict, vocab_size: int, dtype: torch.dtype) -> dict:
+    """
+    Converts a GPT's state_dict to {name: tensor} for transformers, in dtype and with vocab_size rows of embeddings.
+    """
     tensors = {}
     for name, weight in weights.items():
         if name == 'lm_head.weight':
@@ -36,27 +38,33 @@ def to_hf(weights, vocab_size, dtype):
     return tensors
 
 
-def from_hf(tensors, expected):
-    """Returns transformers' tensors under the names of expected, a GPT's state_dict, in float32. Raises UserError if they do not fit it."""
+def from_hf(tensors: dict, expected: dict) -> dict:
+    """
+    Returns transformers' tensors in float32 under the names of `expected`, a GPT's state_dict, or raises UserError.
+    """
     tensors = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}
     weights = {}
-    for name, like in expected.items():
+    for name, own in expected.items():
         theirs = 'wte.weight' if name == 'lm_head.weight' else name.removeprefix('transformer.')
         if theirs not in tensors:
             raise UserError(f'the weights lack {theirs}: they are not those of a GPT-2 with the sizes in config.json')
         weight = tensors[theirs].t() if name.endswith(TRANSPOSED) else tensors[theirs]
-        if weight.shape != like.shape:
-            raise UserError(f'{theirs} is {tuple(weight.shape)}, but by config.json it should be {tuple(like.shape)}')
+        if weight.shape != own.shape:
+            raise UserError(f'{theirs} is {tuple(weight.shape)}, but by config.json it should be {tuple(own.shape)}')
         weights[name] = weight.float().contiguous()
     weights['lm_head.weight'] = weights['transformer.wte.weight']
     head = tensors.get('lm_head.weight')
     if head is not None and not torch.equal(head.float(), weights['lm_head.weight']):
-        raise UserError('its output layer differs from its token embedding (untied), and ours are one tensor')
+        raise UserError(
+            'its output layer differs from its token embedding (untied), but in our model they are one tensor'
+        )
     return weights
 
 
 def hf_config(model_args, gelu, vocab_size, dtype, end_token, dataset):
-    """Returns config.json, as a dict, of a checkpoint with these model_args. end_token: the id of <|endoftext|>, or None."""
+    """
+    Returns config.json as a dict for a checkpoint with these model_args. end_token: the id of <|endoftext|>, or None.
+    """
     return {
         'architectures': ['GPT2LMHeadModel'],
         'model_type': 'gpt2',
@@ -79,8 +87,8 @@ def hf_config(model_args, gelu, vocab_size, dtype, end_token, dataset):
 
 def model_args_of(config):
     """
-    Returns (model_args, gelu, dataset) for the model that this config.json, a dict, describes. Raises UserError if it is no GPT-2, or one with
-    a feature that our model lacks.
+    Returns (model_args, gelu, dataset) for the model that this config.json, a dict, describes. Raises UserError if it
+    is not a GPT-2, or has a feature that our model lacks.
     """
     kind = config.get('model_type')
     if kind != 'gpt2':
@@ -90,7 +98,7 @@ def model_args_of(config):
     sizes = {k: config.get(k) for k in ('n_layer', 'n_head', 'n_embd', 'n_positions', 'vocab_size')}
     wrong = [f'{k}={v!r}' for k, v in sizes.items() if type(v) is not int or v < 1]
     if wrong or sizes['n_embd'] % sizes['n_head']:
-        raise UserError(f'its config.json makes no sense: {", ".join(wrong) or "n_embd is no multiple of n_head"}')
+        raise UserError(f'its config.json is invalid: {", ".join(wrong) or "n_embd is not a multiple of n_head"}')
     supported = {
         'activation_function': tuple(ACTIVATIONS),
         'n_inner': (None, 4 * sizes['n_embd']),
@@ -120,10 +128,11 @@ def model_args_of(config):
     return model_args, ACTIVATIONS[config.get('activation_function', 'gelu_new')], own.get('dataset', '')
 
 
-def write_tokenizer(folder, meta, block_size):
+def write_tokenizer(folder: str, meta: dict, block_size: int) -> int | None:
     """
-    Writes the tokenizer files of a data set with this meta (of dataset.load_meta) and returns the id of <|endoftext|>, or None where there is
-    none. Raises UserError for an encoding of which no tokenizer can be made here, or where the package tokenizers is missing.
+    Writes the tokenizer files of a data set with this meta (see load_meta) and returns the id of <|endoftext|>, or None
+    if there is none. Raises UserError for an encoding that has no tokenizer here, or if the package tokenizers is
+    missing.
     """
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -153,7 +162,7 @@ def write_tokenizer(folder, meta, block_size):
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         tokenizer.decoder = decoders.Fuse()
     else:
-        raise UserError('meta.pkl describes an encoding of which no tokenizer can be made')
+        raise UserError('meta.pkl describes an encoding that cannot be exported as a tokenizer')
     tokenizer.save(os.path.join(folder, 'tokenizer.json'))
     config |= {'model_max_length': block_size, 'clean_up_tokenization_spaces': False}
     write_json(os.path.join(folder, 'tokenizer_config.json'), config)
@@ -161,7 +170,9 @@ def write_tokenizer(folder, meta, block_size):
 
 
 def gpt2_files():
-    """Returns the paths of GPT-2's encoder.json and vocab.bpe in tiktoken's cache; where they are missing, they are fetched first."""
+    """
+    Returns the paths of GPT-2's encoder.json and vocab.bpe in tiktoken's cache. Downloads them if they are missing.
+    """
     from encoding import GPT2_FILES, gpt2_encoding
 
     gpt2_encoding()
@@ -170,7 +181,7 @@ def gpt2_files():
 
 
 def byte_characters():
-    """Returns {character: byte}: the printable characters by which GPT-2's vocabulary (and tokenizers' ByteLevel) writes the 256 bytes."""
+    """Returns {character: byte}: the printable characters that stand for the 256 bytes in GPT-2's vocabulary."""
     printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -197,14 +208,14 @@ def read_json(path):
 
 
 def write_checksums(folder):
-    """Writes the SHA-256 of every file in folder, as `sha256sum -c SHA256SUMS` checks them."""
+    """Writes the SHA-256 of every file in the folder to SHA256SUMS, for `sha256sum -c SHA256SUMS`."""
     lines = [f'{sha256_of(os.path.join(folder, name))}  {name}\n' for name in sorted(os.listdir(folder))]
     with open(os.path.join(folder, CHECKSUMS), 'w') as f:
         f.writelines(lines)
 
 
 def check_checksum(folder, name):
-    """Raises UserError if the file `name` in folder is not the one that was exported. Without SHA256SUMS nothing is checked."""
+    """Raises UserError if the file's SHA-256 differs from the one in SHA256SUMS. Checks nothing without that file."""
     path = os.path.join(folder, CHECKSUMS)
     if not os.path.exists(path):
         return
@@ -212,8 +223,8 @@ def check_checksum(folder, name):
         expected = {line[66:].strip(): line[:64] for line in f}
     if name in expected and sha256_of(os.path.join(folder, name)) != expected[name]:
         raise UserError(
-            f'{os.path.join(folder, name)} is not the file that was exported: its SHA-256 is not the one in {path}. Copy it again, or '
-            f'delete {CHECKSUMS} if you changed the model yourself'
+            f'{os.path.join(folder, name)} is not the exported file: its SHA-256 differs from the one in {path}. Copy '
+            f'it again, or delete {CHECKSUMS} if you changed the model yourself'
         )
 
 

@@ -1,5 +1,5 @@
 """
-Turns a GPT-2 in the format of Hugging Face transformers into a checkpoint: OUT/ckpt.pt, from which train.py and sample.py continue.
+Imports a GPT-2 in the format of Hugging Face transformers as OUT/ckpt.pt, which train.py and sample.py read.
 
 $ python import_hf.py --hf_dir=my-model --out_dir=out-mine
 $ python import_hf.py --hf_dir=gpt2 --out_dir=out-gpt2                  # a name: downloaded from the Hugging Face Hub
@@ -23,14 +23,16 @@ from shell import pip_install
 # -----------------------------------------------------------------------------
 hf_dir = ''  # folder with config.json and model.safetensors, or a model's name on the Hugging Face Hub
 out_dir = 'out'  # folder of the checkpoint
-gelu = 'auto'  # erf or tanh; auto: the one that config.json names
-check_tokenizer = True  # refuse a model whose tokenizer is not GPT-2's although its vocabulary is as large?
+gelu = 'auto'  # erf or tanh; auto: as in config.json
+check_tokenizer = True  # refuse a model with GPT-2's vocabulary size but another tokenizer?
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
 
 def find_folder(hf_dir):
-    """Returns the local folder of hf_dir, a folder or the name of a model, which is downloaded. Raises UserError if it is neither."""
+    """
+    Returns the local folder of hf_dir, a folder or a model's name on the Hub, which it downloads. Raises UserError.
+    """
     if os.path.isdir(hf_dir):
         return hf_dir
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', hf_dir):
@@ -39,18 +41,18 @@ def find_folder(hf_dir):
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f'hf_dir={hf_dir} is no folder; to download a model of that name: {pip_install("huggingface_hub")}'
+            f'hf_dir={hf_dir} is not a folder; to download a model of that name: {pip_install("huggingface_hub")}'
         ) from None
     try:
         return snapshot_download(hf_dir, allow_patterns=['*.json', '*.safetensors', '*.txt', hf_format.CHECKSUMS])
-    except Exception as e:  # no network, no such model, a private one, a full disk: each has a class of its own
+    except Exception as e:  # no network, no such model, no permission, a full disk: all different classes
         raise UserError(
-            f'hf_dir={hf_dir} is no folder, and no model of that name could be fetched: {first_line(e)}'
+            f'hf_dir={hf_dir} is not a folder, and no model of that name could be downloaded: {first_line(e)}'
         ) from None
 
 
 def read_weights(folder):
-    """Returns {name: tensor} from model.safetensors in folder, or from the files that its index names. Raises UserError for a damaged file."""
+    """Returns {name: tensor} from model.safetensors, or the files in its index. Raises UserError for a damaged file."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -66,21 +68,21 @@ def read_weights(folder):
     for name in names:
         path = os.path.join(folder, name)
         if not os.path.exists(path):
-            raise UserError(f'{path} does not exist; weights in other formats are not read, because those can run code')
+            raise UserError(f'{path} does not exist; other formats of weights are not read, because they can run code')
         hf_format.check_checksum(folder, name)
         try:
             tensors |= load_file(path)
         except (SafetensorError, OSError) as e:
             raise UserError(
-                f'{path} is damaged or no safetensors file ({first_line(e)}): copy or download it again'
+                f'{path} is damaged or not a safetensors file ({first_line(e)}): copy or download it again'
             ) from None
     return tensors
 
 
 def check_vocabulary(folder, vocab_size):
     """
-    Raises UserError if the tokenizer in folder does not fit: more tokens than the model has, or another encoding than GPT-2's where sample.py
-    will take the vocabulary for GPT-2's. A folder without a tokenizer passes.
+    Raises UserError if the tokenizer in the folder does not fit: if it has more tokens than the model, or differs from
+    GPT-2's where sample.py would use GPT-2's. Accepts a folder without a tokenizer.
     """
     path = os.path.join(folder, 'tokenizer.json')
     if os.path.exists(path):
@@ -97,14 +99,15 @@ def check_vocabulary(folder, vocab_size):
     largest = max(vocab.values(), default=-1)
     if largest >= vocab_size:
         raise UserError(
-            f'the tokenizer does not fit the model: {path} has ids up to {largest:,}, but the model has {vocab_size:,} tokens'
+            f'the tokenizer does not fit the model: {path} has ids up to {largest:,}, but the model has '
+            f'{vocab_size:,} tokens'
         )
     if vocab_size >= 50257 and check_tokenizer:
         gpt2 = hf_format.read_json(hf_format.gpt2_files()[0])
         if any(vocab.get(token) != i for token, i in gpt2.items()):
             raise UserError(
-                f'the tokenizer does not fit: {path} is not that of GPT-2, by which train.py and sample.py encode text for a model with '
-                f'{vocab_size:,} tokens; --check_tokenizer=False imports the weights all the same'
+                f"the tokenizer does not fit: {path} is not GPT-2's, which train.py and sample.py use for a model with "
+                f'{vocab_size:,} tokens; --check_tokenizer=False imports the weights anyway'
             )
 
 
@@ -119,13 +122,13 @@ gelu = own_gelu if gelu == 'auto' else gelu
 check_vocabulary(folder, model_args['vocab_size'])
 tensors = read_weights(folder)
 if not model_args['bias'] and any(tensor.any() for name, tensor in tensors.items() if name.endswith('.bias')):
-    model_args['bias'] = True  # trained further with biases, elsewhere
+    model_args['bias'] = True  # it has been trained further, with biases, elsewhere
 with torch.device('meta'):  # shapes without memory
     model = GPT(GPTConfig(**model_args, gelu=gelu))
 weights = hf_format.from_hf(tensors, model.state_dict())
 with redirect_stdout(None):
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu').state_dict()
-# AdamW starts anew: all its moments are views of one zero tensor, which the file holds once
+# AdamW starts from zero: all its moments are views of one zero tensor, which the file stores once
 params = sorted(model.parameters(), key=lambda p: p.dim() < 2)  # the optimizer's order: matrices, vectors
 zeros = torch.zeros(max(p.numel() for p in params))
 moments = [zeros[: p.numel()].view(p.shape) for p in params]

@@ -12,7 +12,7 @@ STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1rem; max-width: 1500px; }
 h1 { font-size: 1.4rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1rem; margin: .5rem 0 0; }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, NARROWrem), 1fr)); gap: 1rem; }
 .wide { grid-column: 1 / -1; }
 section { min-width: 0; }
 th { text-align: left; color: #777; font-weight: normal; padding-right: 1rem; vertical-align: top; white-space: nowrap; }
@@ -39,11 +39,13 @@ def page(figure) -> str:
         wide = ax.get_subplotspec().colspan.stop - ax.get_subplotspec().colspan.start > 1
         title = html.escape(ax.get_title(loc='left'))
         sections.append(f'<section{" class=wide" * wide}><h2>{title}</h2>{body}</section>')
+    narrow = sum(not section.startswith('<section class=wide') for section in sections)
+    style = STYLE.replace('NARROW', '34' if narrow % 3 == 1 else '24')  # two columns where three would leave one alone
     title = encodable(html.escape(' '.join(figure.get_suptitle().split())))
     return (
         f'<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>'
         f'<meta name=viewport content="width=device-width, initial-scale=1"><title>{title}</title>'
-        f'<style>{STYLE}</style><script>{get_plotlyjs()}</script></head>\n'
+        f'<style>{style}</style><script>{get_plotlyjs()}</script></head>\n'
         f'<body><h1>{title}</h1><main>\n{encodable(chr(10).join(sections))}\n</main></body></html>\n'
     )
 

@@ -1,13 +1,13 @@
 """
 Finds damage in checkpoint files by their checksums.
 
-A file of torch.save is a zip archive. It holds the CRC-32 of each member, the bytes of a tensor or the pickle that refers to
-them, and torch.load does not compare these. add_crc() appends a comment to the archive with the CRC-32 of all bytes outside
-the members, so that check_archive() finds a change of any byte of the file. Other programs ignore the comment, and
-check_archive() compares the members of a file without one, such as nanoGPT's.
+torch.save writes a zip archive. The archive holds the CRC-32 of each member (the bytes of a tensor, or the pickle that
+refers to them), but torch.load does not compare them. add_crc() appends a comment to the archive with the CRC-32 of all
+bytes outside the members, so that check_archive() detects a change in any byte of the file. Other programs ignore the
+comment. In a file without one, such as nanoGPT's, check_archive() compares the members only.
 
-zlib.crc32 reads 4 to 6 GB/s per core from the page cache on an AMD EPYC, and releases Python's global lock, so the members
-are shared out among threads. A checkpoint of GPT-2 124M with AdamW's state (1.5 GB) takes about 0.3 s on one core.
+zlib.crc32 reads 4 to 6 GB/s per core from the page cache on an AMD EPYC. It releases Python's global lock, so threads
+share the members. A checkpoint of GPT-2 124M with AdamW's state (1.5 GB) takes about 0.3 s on one core.
 """
 
 import mmap
@@ -24,11 +24,11 @@ CHUNK = 64 * 2**20  # bytes
 
 
 class DamagedFile(Exception):
-    """What is wrong with the file."""
+    """Raised for a damaged file; the message describes the damage."""
 
 
 def add_crc(f: BinaryIO) -> None:
-    """Appends the comment to the archive that torch.save has written to f, a file open for reading and writing."""
+    """Appends the comment to the archive that torch.save wrote to f, a file open for reading and writing."""
     members = _members(f)
     f.seek(-2, os.SEEK_END)  # an archive ends with the length of its comment
     f.write(struct.pack('<H', len(COMMENT) + 8) + COMMENT)
@@ -38,15 +38,17 @@ def add_crc(f: BinaryIO) -> None:
 
 
 def check_archive(path: str) -> None:
-    """Raises DamagedFile if a byte of the file that torch.save and add_crc() wrote has changed, OSError if it is unreadable."""
+    """
+    Raises DamagedFile if a byte changed since torch.save and add_crc() wrote the file, OSError if it is unreadable.
+    """
     with open(path, 'rb') as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(0)
         if f.read(4) != b'PK\3\4':
-            raise DamagedFile('it is no file of torch.save, or its first bytes were overwritten')
+            raise DamagedFile('torch.save did not write it, or its first bytes were overwritten')
         try:
             members = _members(f)
-            # torch.save leaves no comment: the record that ends an archive is then 22 bytes long and ends with a 0
+            # without a comment, as torch.save writes it, an archive ends with a record of 22 bytes whose last byte is 0
             f.seek(-22, os.SEEK_END)
             end = f.read()
             if not (end.startswith(b'PK\5\6') and end.endswith(b'\0\0')):

@@ -1,18 +1,18 @@
 """
-UserError: a mistake of the user's. Raise it anywhere, on any rank: importing this module makes error_reporter.py print one
-message from one rank, without a traceback, and exit with status 2.
+UserError, for the user's mistakes. Raise it anywhere, on any rank: importing this module makes error_reporter.py print
+one message from one rank, without a traceback, and exit with status 2.
 """
 
 import re
 
-# the words of CUDA, cuBLAS, PyTorch and NumPy for exhausted memory
+# messages of CUDA, cuBLAS, PyTorch and NumPy about exhausted memory
 OUT_OF_MEMORY = re.compile(
     r"out of memory|ALLOC_FAILED|can't allocate memory|cannot allocate memory|unable to allocate", re.I
 )
 
 
 class UserError(Exception):
-    """Says what was wrong, where, and what to do about it."""
+    """A user's mistake. The message says what was wrong, where, and what to do about it."""
 
 
 def first_line(error: BaseException) -> str:
@@ -21,18 +21,18 @@ def first_line(error: BaseException) -> str:
 
 
 def causes(error: BaseException | None):
-    """Yields the error, the one that it was raised from or while handling, and so on."""
+    """Yields the error, its cause or context, the cause or context of that, and so on."""
     while error:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def out_of_memory(error: BaseException) -> BaseException | None:
-    """Returns the error, or the one of its causes, that reports exhausted memory; None if there is none."""
+    """Returns the error among `error` and its causes that reports exhausted memory, or None."""
     for cause in causes(error):
         if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and OUT_OF_MEMORY.search(str(cause))):
             return cause
     return None
 
 
-import error_reporter  # noqa: F401  at the end, because it imports the names above
+import error_reporter  # noqa: F401  last, because it imports the names above

@@ -1,4 +1,4 @@
-"""This machine: the best device, dtype, compile and backend for it, its peak speed, its clock and its memory."""
+"""Knows this machine: the best device, dtype, compile and backend, peak FLOP/s, clock and memory."""
 
 import inspect
 import os
@@ -23,9 +23,9 @@ except ImportError:
 
 def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
     """
-    Returns (device, dtype, compile, backend) with each 'auto' replaced by the best that this machine has. Under torchrun
-    'cuda' becomes this rank's GPU. Call it before a GPU is used: it configures the GPU's memory. Raises UserError for a value
-    that is unknown, or that this machine cannot do.
+    Returns (device, dtype, compile, backend) with each 'auto' replaced by the best choice on this machine. Under
+    torchrun 'cuda' becomes this rank's GPU. Call it before the first use of a GPU: it configures the GPU's memory
+    allocator. Raises UserError for a value that is unknown or unsupported on this machine.
     """
     mps = getattr(torch.backends, 'mps', None)
     if device == 'auto':
@@ -36,7 +36,8 @@ def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
     if device_type == 'cuda':
         if not torch.cuda.is_available():
             raise UserError(
-                f'device={device}, but torch {torch.__version__} sees no CUDA GPU here; leave the flag out or use --device=cpu'
+                f'device={device}, but torch {torch.__version__} sees no CUDA GPU here; leave the flag out or use '
+                '--device=cpu'
             )
         count = torch.cuda.device_count()
         local_rank, local_world_size = torchrun_env.number('LOCAL_RANK', 0), torchrun_env.number('LOCAL_WORLD_SIZE', 1)
@@ -67,7 +68,7 @@ def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f"dtype is '{dtype}', but it can be float32, bfloat16 or float16")
 
-    if compile == 'auto':  # Triton, which compiled code for a GPU is written in, needs compute capability 7
+    if compile == 'auto':  # torch.compile generates Triton code for GPUs, which needs compute capability 7
         compile = device_type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
     if not isinstance(compile, bool):
         raise UserError(f"compile is '{compile}', but it can be auto, True or False")
@@ -78,15 +79,15 @@ def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
         raise UserError(f"backend is '{backend}', but it can be nccl or gloo")
     if backend == 'nccl' and device_type != 'cuda':
         raise UserError(
-            f'backend=nccl works between GPUs only, and the device is {device}; leave the flag out or use --backend=gloo'
+            f'backend=nccl works between GPUs only, but device is {device}; leave the flag out or use --backend=gloo'
         )
     return device, dtype, compile, backend
 
 
-def autocast(device, dtype):
+def autocast(device: str, dtype: str):
     """
-    The context for a model's forward: matmuls and attention in dtype, the rest and all weights in float32. Where float32
-    matmuls remain, NVIDIA's TF32 units may do them (10 bits of mantissa, several times the speed).
+    Returns the context for a model's forward pass: matmuls and attention in dtype, the rest and all weights in float32.
+    Allows NVIDIA's TF32 units for the remaining float32 matmuls (10 bits of mantissa, several times the speed).
     """
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -97,13 +98,14 @@ def autocast(device, dtype):
     )
 
 
-def device_name(device):
-    """'NVIDIA H200', 'cpu', ..."""
+def device_name(device: str) -> str:
+    """Returns the name of the device, such as 'NVIDIA H200' or 'cpu'."""
     return torch.cuda.get_device_name(device) if device.startswith('cuda') else device
 
 
-# Peak dense matmul TFLOP/s: (bfloat16 and float16 with float32 accumulation, float32 by way of TF32), from NVIDIA's data
-# sheets; where those give the figure with sparsity, half of it. None: the format is not there, or not known to us.
+# Peak dense matmul TFLOP/s from NVIDIA's data sheets: (bfloat16 and float16 with float32 accumulation, float32 as
+# TF32). Half the figure where a data sheet gives it with sparsity. None: the GPU lacks the format, or its peak is
+# unknown.
 PEAK_TFLOPS = [
     (r'NVIDIA (H100 80GB HBM3|H100 SXM.*|H200|GH200.*|H800)', 989.4, 494.7),
     (r'NVIDIA H100 PCIe', 756.0, 378.0),
@@ -125,11 +127,11 @@ PEAK_TFLOPS = [
 ]
 
 
-A100_FLOPS = 312e12  # bfloat16; the peak that nanoGPT's estimate_mfu assumes
+A100_FLOPS = 312e12  # bfloat16 peak, which nanoGPT's estimate_mfu assumes
 
 
-def peak_flops(device, dtype, peak_tflops=0.0):
-    """Returns the device's peak FLOP/s in this dtype, or peak_tflops * 1e12 if that is not 0. None: unknown, never a guess."""
+def peak_flops(device: str, dtype: str, peak_tflops: float = 0.0) -> float | None:
+    """Returns the device's peak FLOP/s in this dtype, or peak_tflops * 1e12 unless that is 0. None: unknown."""
     if peak_tflops:
         return peak_tflops * 1e12
     if ' MIG ' in device_name(device):
@@ -145,8 +147,8 @@ def peak_flops(device, dtype, peak_tflops=0.0):
 
 def estimate_mfu(model: torch.nn.Module, sequences: int, dt: float, peak: float | None) -> float | None:
     """
-    Returns the model FLOPs utilization of `sequences` forward and backward passes in dt seconds, relative to `peak` (FLOP/s);
-    None if that is unknown or the model cannot tell its FLOPs. nanoGPT's own estimate_mfu takes no peak.
+    Returns the model FLOPs utilization of `sequences` forward and backward passes in dt seconds, relative to `peak`
+    (FLOP/s), or None if that is unknown or the model has no estimate_mfu. nanoGPT's own estimate_mfu takes no peak.
     """
     if peak is None or not hasattr(model, 'estimate_mfu'):
         return None
@@ -155,18 +157,17 @@ def estimate_mfu(model: torch.nn.Module, sequences: int, dt: float, peak: float 
     return model.estimate_mfu(sequences, dt, peak)
 
 
-def peak_memory_bytes(device):
-    """Returns the peak memory of this process: that of tensors on its GPU, or, on a CPU, its resident memory."""
+def peak_memory_bytes(device: str) -> int:
+    """Returns the peak memory of this process: of tensors on its GPU, or its resident memory on a CPU."""
     if device.startswith('cuda'):
-        return torch.cuda.memory_stats_as_nested_dict(device)['allocated_bytes']['all'][
-            'peak'
-        ]  # max_memory_allocated() is this, slower
+        # faster than max_memory_allocated(), which returns the same
+        return torch.cuda.memory_stats_as_nested_dict(device)['allocated_bytes']['all']['peak']
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024
 
 
-def now(device):
-    """Waits for the device to finish its work, and returns seconds on a monotonic clock."""
+def now(device: str) -> float:
+    """Waits for the device to finish its work and returns seconds on a monotonic clock."""
     if device.startswith('cuda'):
         torch.cuda.synchronize(device)
     if device == 'mps':

@@ -1,14 +1,15 @@
 """
-Sampling with a key-value cache: a step computes one new token of each sample instead of the whole text.
+Samples with a key-value cache: each step computes only the new token of each sample instead of the whole text.
 
     text = generate(model, prompt, num_samples=10, max_new_tokens=500, temperature=0.8, top_k=200)
 
-Prefill computes the prompt once and keeps the keys and values of its tokens for every sample. Each decode step then feeds the newest token
-of all samples as a batch; its query attends to the kept keys. On a GPU a step is captured as a CUDA graph and replayed, because launching
-its kernels one by one takes longer than running them. Positions are learned, so the cache is valid for the first block_size tokens. Beyond
-them the window of the last block_size tokens is computed anew for each token, as in model.generate.
+Prefill computes the prompt once and caches the keys and values of its tokens for every sample. Each decode step feeds
+the newest token of all samples as a batch; its query attends to the cached keys. On a GPU the step is captured as a
+CUDA graph and replayed, because launching its kernels one by one takes longer than running them. Positions are learned,
+so the cache is valid for the first block_size tokens. Beyond them, each token recomputes the window of the last
+block_size tokens, as model.generate does.
 
-The model is unaware of the cache: during a step, KVCache replaces the forward of its attention and its position embeddings.
+The model is unaware of the cache: during a step, KVCache replaces its attention's forward and its position embeddings.
 """
 
 from contextlib import contextmanager
@@ -18,35 +19,38 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-WARMUP = 2  # decode steps before the capture: libraries choose their kernels
+WARMUP = 2  # decode steps before the capture, in which libraries choose kernels
 
 
 class KVCache:
     """
-    Keys and values of num_samples texts of up to max_length tokens: for each attention a tensor (2, num_samples, n_head, length, head_size) in
-    the dtype in which the model computes them.
+    Keys and values of num_samples texts of up to max_length tokens: for each attention module a tensor (2, num_samples,
+    n_head, length, head_size) in the dtype in which the model computes them.
     """
 
-    def __init__(self, model, num_samples, max_length):
+    def __init__(self, model: torch.nn.Module, num_samples: int, max_length: int):
         device = model.lm_head.weight.device
         self.model, self.num_samples = model, num_samples
-        self.length = -(-max_length // 16) * 16  # a multiple of 16: attention kernels copy a mask of any other length
-        self.kept = {}  # attention module -> its keys and values
-        self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the token that decode feeds
+        self.length = -(-max_length // 16) * 16  # attention kernels copy a mask whose length is not a multiple of 16
+        self.cache = {}  # attention module -> its keys and values
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # position of the next token to decode
         self.positions = torch.arange(self.length, device=device)
 
-    def prefill(self, prompt):
-        """Computes the prompt (1, T), keeps its keys and values, and returns the logits (1, vocab_size) after it."""
+    def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Computes the prompt (1, T), caches its keys and values, and returns the logits (1, vocab_size) after it."""
         with self.replace_attention(self.attend_to_prompt):
             logits, _ = self.model(prompt)
         self.position.fill_(prompt.size(1))
         return logits[:, -1]
 
-    def decode(self, token):
-        """Computes the token (num_samples, 1) at self.position, keeps its keys and values, and returns the logits (num_samples, vocab_size)."""
-        later, dtype = self.positions > self.position, next(iter(self.kept.values())).dtype
+    def decode(self, token: torch.Tensor) -> torch.Tensor:
+        """
+        Computes the token (num_samples, 1) at self.position, caches its keys and values, and returns the logits
+        (num_samples, vocab_size).
+        """
+        later, dtype = self.positions > self.position, next(iter(self.cache.values())).dtype
         self.mask = torch.zeros_like(later, dtype=dtype).masked_fill(later, -float('inf'))[None]  # (1, length)
-        # for a single token, the model takes the first row
+        # the model computes one token, so it reads row 0 of its position embeddings
         row = self.model.transformer.wpe.weight.index_select(0, self.position)
         with self.replace_attention(self.attend_to_cache):
             logits, _ = functional_call(self.model, {'transformer.wpe.weight': row}, (token,), tie_weights=False)
@@ -54,7 +58,7 @@ class KVCache:
 
     @contextmanager
     def replace_attention(self, attend):
-        """Inside, each attention module computes attend(module, x)."""
+        """Inside this context, each attention module computes attend(module, x)."""
         modules = [block.attn for block in self.model.transformer.h]
         for module in modules:
             module.forward = partial(attend, module)
@@ -62,32 +66,35 @@ class KVCache:
             yield
         finally:
             for module in modules:
-                del module.forward  # the class's own appears again
+                del module.forward  # restores the method of the class
 
     def attend_to_prompt(self, attn, x):
         q, kv = self.heads(attn, x)
-        self.kept[attn] = kv.new_zeros(2, self.num_samples, kv.size(2), self.length, kv.size(4))
-        self.kept[attn][:, :, :, : x.size(1)] = kv  # the same for every sample
+        self.cache[attn] = kv.new_zeros(2, self.num_samples, kv.size(2), self.length, kv.size(4))
+        self.cache[attn][:, :, :, : x.size(1)] = kv  # the same for every sample
         return self.project(attn, F.scaled_dot_product_attention(q, *kv, is_causal=True))
 
     def attend_to_cache(self, attn, x):
         q, kv = self.heads(attn, x)
-        kept = self.kept[attn].index_copy_(3, self.position, kv)
-        return self.project(attn, F.scaled_dot_product_attention(q, *kept, attn_mask=self.mask))
+        cached = self.cache[attn].index_copy_(3, self.position, kv)
+        return self.project(attn, F.scaled_dot_product_attention(q, *cached, attn_mask=self.mask))
 
     def heads(self, attn, x):
-        """Query (B, n_head, T, head_size), and key and value (2, B, n_head, T, head_size), of x (B, T, n_embd)."""
+        """
+        Returns the query (B, n_head, T, head_size), and key and value (2, B, n_head, T, head_size), of x (B, T,
+        n_embd).
+        """
         B, T, C = x.shape
         qkv = attn.c_attn(x).view(B, T, 3, attn.n_head, C // attn.n_head).permute(2, 0, 3, 1, 4)
         return qkv[0], qkv[1:]
 
     def project(self, attn, y):
-        """The attention's output (B, T, n_embd) from that of its heads (B, n_head, T, head_size)."""
+        """Returns the attention's output (B, T, n_embd) for the output y of its heads (B, n_head, T, head_size)."""
         return attn.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class ReplayedStep:
-    """Calls step() WARMUP times, then captures it as a CUDA graph and replays that."""
+    """Calls step() WARMUP times, then captures it as a CUDA graph and replays the graph."""
 
     def __init__(self, step):
         self.step, self.calls, self.graph = step, 0, None
@@ -105,12 +112,13 @@ class ReplayedStep:
 
 def draw(logits, temperature, top_k):
     """
-    Returns tokens (B,) for logits (B, vocab_size): drawn from the top_k likeliest ones (all, if None), or the likeliest at temperature 0. A
-    token of probability p wins the race to the smallest e / p with probability p, if the e are exponentially distributed; torch.multinomial
-    does the same, but its checks cannot be captured as a CUDA graph.
+    Returns tokens (B,) for logits (B, vocab_size), drawn from the top_k likeliest (None: all); at temperature 0 the
+    likeliest. Dividing each probability by an exponentially distributed random number and taking the largest quotient
+    picks each token with its probability. torch.multinomial does the same, but its checks cannot be captured as a CUDA
+    graph.
     """
     logits = logits.float()
-    if temperature < 1e-10:  # dividing by it would overflow, and the likeliest is as good as certain
+    if temperature < 1e-10:  # dividing by it would overflow
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:
@@ -131,9 +139,9 @@ def generate(
     cuda_graph: bool | None = None,
 ) -> torch.Tensor:
     """
-    Continues the prompt (int64 (1, T)) num_samples times by max_new_tokens tokens and returns int64 (num_samples, T + max_new_tokens).
-    temperature and top_k are those of model.generate, and so is the text at temperature 0. The model must be in eval mode.
-    cuda_graph: replay the decode steps as a CUDA graph? None: on a GPU.
+    Continues the prompt (int64 (1, T)) num_samples times by max_new_tokens tokens and returns int64 (num_samples, T +
+    max_new_tokens). temperature and top_k mean the same as in model.generate, and temperature 0 gives the same text.
+    The model must be in eval mode. cuda_graph: replay the decode steps as a CUDA graph? None: on a GPU only.
     """
     block_size, length = model.config.block_size, prompt.size(1)
     end = length + max_new_tokens

@@ -1,4 +1,4 @@
-"""The facts about a run that its log records: which code ran where, with which versions, and how its state is spread."""
+"""Collects the facts that a run's log records: which code ran where, with which versions, and how state is sharded."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ from hardware import device_name
 
 
 def run_facts(script: str, config: dict, world_size: int, model, optimizer, tokens_per_iter: int) -> dict:
-    """Returns the log's `run` block. script: the file of the trainer."""
+    """Returns the log's `run` block. script: path of the trainer's train.py."""
     folder = os.path.dirname(os.path.realpath(script))
     versions = {'python': platform.python_version(), 'torch': torch.__version__}
     for package in ('triton', 'numpy'):
@@ -36,10 +36,10 @@ def run_facts(script: str, config: dict, world_size: int, model, optimizer, toke
 
 def state_bytes(model, optimizer) -> dict:
     """
-    Returns {'parameters', 'gradients', 'optimizer'}: bytes of the tensors that this rank keeps from step to step. AdamW has
-    two moments per parameter, in its dtype; an optimizer that holds fewer has `moment_bytes`.
+    Returns {'parameters', 'gradients', 'optimizer'}: bytes of the tensors that this rank keeps from step to step. AdamW
+    has two moments per parameter, in its dtype; an optimizer that holds fewer reports them as `moment_bytes`.
     """
-    # sharded parameters are DTensors, whose local part is what this rank keeps
+    # sharded parameters are DTensors, of which this rank holds the local part
     local = [(p, p.to_local() if hasattr(p, 'to_local') else p) for p in model.parameters()]
     size = {p: tensor.numel() * tensor.element_size() for p, tensor in local}
     trained = sum(size[p] for p, _ in local if p.requires_grad)

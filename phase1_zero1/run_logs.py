@@ -1,6 +1,7 @@
 """
-Reads the JSON logs of training runs, as training_logger.py writes them (LOGGING_GUIDE.md has the schema), for
-visualize_training.py and for anyone else: `from run_logs import load_log`. A run that was resumed comes with its predecessors.
+Reads the JSON logs of training runs, written by training_logger.py (schema: LOGGING_GUIDE.md), for
+visualize_training.py and other programs: `from run_logs import load_log`. A resumed run is read together with its
+predecessors.
 """
 
 import glob
@@ -12,7 +13,9 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-DEAD_AFTER_S = 600  # a 'running' log without a new record for this long (and for 20 of its slowest steps, and 3 records) is of a process that died
+# a 'running' log without a new record for this long (and for 20 of its slowest steps, and 3 records) is from a dead
+# process
+DEAD_AFTER_S = 600
 LISTS = {'iterations': list, 'evaluations': list, 'checkpoints': list}
 METRICS = ('loss', 'lr', 'time_ms', 'tokens_per_sec', 'grad_norm', 'peak_memory_bytes')  # of a step
 STATE = ('parameters', 'gradients', 'optimizer')  # the parts of state_bytes
@@ -28,13 +31,16 @@ TECHNIQUES |= {'phase1_zero1': ('ZeRO-1', 'use_zero1'), 'phase3_fsdp': ('FSDP', 
 
 
 class LogError(ValueError):
-    """What is wrong with a log, an argument or an output, for the user to read."""
+    """A problem with a log, an argument or an output, described for the user."""
 
 
-def load_log(path):
-    """The log at `path` as a dict, with the records of the runs it was resumed from before its own; `segments` are all the paths, oldest
-    first, and `parts` the first iteration and the `run` of each. What a predecessor did at or after the iteration of the resume is
-    dropped. `notes` say what could not be read. Raises LogError."""
+def load_log(path: str) -> dict:
+    """
+    Returns the log at `path` as a dict, with the records of the runs it was resumed from before its own. `segments`
+    lists the paths of all these logs, oldest first, and `parts` the first iteration and the `run` block of each. Drops
+    a predecessor's records at and after the iteration of the resume. `notes` lists what could not be read. Raises
+    LogError.
+    """
     log = part = _read(path)
     log |= {'segments': [path], 'parts': [], 'notes': []}
     while True:
@@ -42,7 +48,7 @@ def load_log(path):
         log['parts'].insert(0, (origin['iter'], part['run']))
         before = os.path.join(os.path.dirname(path), os.path.basename(origin['log'] or 'none'))
         if before in log['segments'] or not os.path.isfile(before):
-            break  # a log that was copied without its predecessor is still worth a picture
+            break  # a log that was copied without its predecessor can still be plotted
         try:
             part = _read(before)
         except LogError as error:
@@ -50,9 +56,7 @@ def load_log(path):
             break
         log['segments'].insert(0, before)
         for name in LISTS:
-            end = origin['iter'] + (
-                name == 'checkpoints'
-            )  # the checkpoint of that very iteration is the one resumed from
+            end = origin['iter'] + (name == 'checkpoints')  # the run resumed from the checkpoint of this iteration
             log[name] = [record for record in part[name] if record['iter'] < end] + log[name]
     return log
 
@@ -65,7 +69,7 @@ def _read(path):
             break
         except OSError as error:
             raise LogError(f'{path}: {error.strerror}') from error
-        except (ValueError, RecursionError) as error:  # it may be that a record was just being written
+        except (ValueError, RecursionError) as error:  # a record may be being written at this moment
             if attempt == 4:
                 raise LogError(f'{path} is not a JSON document: {error}') from error
             time.sleep(0.05)
@@ -100,31 +104,33 @@ def _read(path):
 
 
 def _column(records, key):
-    """A field as floats; NaN for null, and for what is too large for an axis."""
+    """Returns a field as floats; NaN for null and for values too large for an axis."""
     values = np.array([record.get(key) for record in records], float)
     return np.where(np.abs(values) < 1e100, values, math.nan)
 
 
 def positive(fact):
+    """Returns fact if it is a positive number that fits an axis, else None."""
     return fact if isinstance(fact, (int, float)) and 0 < fact < 1e100 else None
 
 
 class Run:
-    """A log as numpy columns: `iterations` and `evaluations` map a field to a float array, with NaN for null. Raises LogError."""
+    """
+    A log as numpy columns: `iterations` and `evaluations` map a field to a float array, NaN for null. Raises LogError.
+    """
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         try:
             log = load_log(path)
             self.path, self.segments, self.run, self.config = path, log['segments'], log['run'], log['config']
             self.parts, self.notes = log['parts'], log['notes']
-            self.results = {}  # of evaluate.py, the latest of each kind
+            self.results = {}  # evaluate.py's results, the latest of each kind
             for record in log.get('results', []):
                 self.results |= record
             self.iterations = {key: _column(log['iterations'], key) for key in ('iter', *METRICS, 'mfu')}
             self.evaluations = {key: _column(log['evaluations'], key) for key in ('iter', 'train_loss', 'val_loss')}
-            self.checkpoints = _column(
-                [r for r in log['checkpoints'] if r.get('bytes', 0) is not None], 'iter'
-            )  # null: it failed
+            # bytes is null for a failed save
+            self.checkpoints = _column([r for r in log['checkpoints'] if r.get('bytes', 0) is not None], 'iter')
             if np.isnan(np.concatenate((self.iterations['iter'], self.evaluations['iter'], self.checkpoints))).any():
                 raise ValueError('a record without iter')
             last = datetime.fromisoformat(self.run.get('last_record_time') or self.run['start_time'])
@@ -133,10 +139,8 @@ class Run:
             raise
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise LogError(f'{path} is not a training log as training_logger.py writes them: {error!r}') from error
-        phase, model = (
-            str(self.run.get('phase', 'run')),
-            str(self.run.get('model') or self.config.get('model_dir') or '.'),
-        )
+        phase = str(self.run.get('phase', 'run'))
+        model = str(self.run.get('model') or self.config.get('model_dir') or '.')
         model = os.path.basename(os.path.normpath(model))
         self.phase = phase if model in ('.', phase) else f'{phase} with {model}'
         self.label = self._technique(phase, phase if model == '.' else model) or self.phase
@@ -151,17 +155,14 @@ class Run:
         )
         tokens = self.iterations['tokens_per_sec'] * self.iterations['time_ms'] / 1e3
         tokens = np.median(tokens[np.isfinite(tokens)]) if np.isfinite(tokens).any() else 0
-        self.tokens = [
-            positive(run.get('tokens_per_iter')) or round(float(tokens)) for _, run in self.parts
-        ]  # per step
+        # tokens per step of each part
+        self.tokens = [positive(run.get('tokens_per_iter')) or round(float(tokens)) for _, run in self.parts]
         own = self.iterations['iter'] >= self.parts[-1][0]
-        self.own = (
-            own if own.any() else np.full(len(own), True)
-        )  # records of a resumed run itself, which may be on other devices
+        # the records of a resumed run itself, without its predecessors', which may come from other devices
+        self.own = own if own.any() else np.full(len(own), True)
         self.status, self.silence = str(self.run.get('status')), f'last record {duration(max(0, silent_s))} ago'
-        spacing = positive(self.config.get('log_interval')) or np.diff(self.iterations['iter']).max(
-            initial=1
-        )  # of the records, in steps
+        # steps between two records
+        spacing = positive(self.config.get('log_interval')) or np.diff(self.iterations['iter']).max(initial=1)
         if self.status == 'running' and silent_s > max(DEAD_AFTER_S, max(20, 3 * spacing) * times.max(initial=0) / 1e3):
             self.status = 'died'
 
@@ -178,14 +179,15 @@ class Run:
         return name if not kernels else 'Triton' if name in ('DDP', 'one process') else f'{name} + Triton'
 
     def x(self, iters, axis):
-        """Iteration numbers as positions on the x axis: 'iter', 'tokens' or 'time' (seconds of training steps)."""
+        """
+        Returns iteration numbers as positions on the x axis: 'iter', 'tokens' or 'time' (seconds of training steps).
+        """
         if axis == 'tokens':
             if not all(self.tokens):
-                raise LogError(f'{self.path} does not say how many tokens a step has, so --x tokens cannot be drawn')
+                raise LogError(f'{self.path} does not record the tokens per step, so --x tokens cannot be drawn')
             starts = np.array([0, *(start for start, _ in self.parts[1:])])
-            before = np.cumsum(
-                [0, *np.diff(starts) * self.tokens[:-1]]
-            )  # a resumed run may have batches of another size
+            # a resumed run may have another batch size
+            before = np.cumsum([0, *np.diff(starts) * self.tokens[:-1]])
             part = np.searchsorted(starts, iters, side='right') - 1
             return before[part] + (iters - starts[part]) * np.array(self.tokens)[part]
         if axis == 'time' and iters.any():
@@ -194,9 +196,11 @@ class Run:
             return np.interp(iters, self.iterations['iter'], self.seconds)
         return iters
 
-    def summary(self):
-        """One row of the table. Medians and memory are those of the run's own records, without its predecessors'; the medians leave out
-        the first 5 of more than 10, like the log's own summary."""
+    def summary(self) -> dict:
+        """
+        Returns one row of the table. Medians and memory cover the run's own records, without its predecessors'. Medians
+        leave out the first 5 of more than 10 records, like the log's own summary.
+        """
         iters, val = self.evaluations['iter'], self.evaluations['val_loss']
 
         def pick(function, values):
@@ -214,9 +218,8 @@ class Run:
             'phase': self.run.get('phase'),
             'status': self.status,
             'world_size': self.run.get('world_size'),
-            'last_iter': int(
-                max(x.max(initial=0) for x in (self.iterations['iter'], iters, self.checkpoints - 1))
-            ),  # a save comes behind its step
+            # the log counts a save one iteration after the step
+            'last_iter': int(max(x.max(initial=0) for x in (self.iterations['iter'], iters, self.checkpoints - 1))),
             'final_loss': last(self.iterations['loss']),
             'final_train_loss': last(self.evaluations['train_loss']),
             'final_val_loss': last(val),
@@ -245,8 +248,8 @@ def label_runs(runs):
             run.label += f', {extra(run)}' if len(alike) > 1 else ''
 
 
-def summarize(runs):
-    """The rows of all runs, with ratios to the first one."""
+def summarize(runs: list[Run]) -> list[dict]:
+    """Returns the rows of all runs, with ratios to the first run."""
     rows = [run.summary() for run in runs]
     for row in rows[: len(rows) if len(rows) > 1 else 0]:
         row.update(
@@ -258,14 +261,14 @@ def summarize(runs):
     return rows
 
 
-def find_logs(paths):
-    """Log files for files, folders (their newest run) and globs; without any, the newest run under out*/."""
+def find_logs(paths: list[str]) -> list[str]:
+    """Returns the logs for files, folders (their newest run) and globs; for no paths, the newest run under out*/."""
 
     def newest(logs, where):
-        logs = [log for log in logs if os.path.isfile(log)]  # not a link to nowhere
+        logs = [log for log in logs if os.path.isfile(log)]  # skip broken links
         if not logs:
             raise LogError(f'no run_*.json in {where}: train with --json_log=True, or name a log')
-        # by the time of their start, which is in their names: a copy may have lost the files' own
+        # sort by the start time in the names: copies may have lost the files' own times
         logs = sorted(logs, key=lambda log: (os.path.basename(log), os.path.getmtime(log)), reverse=True)
         return next((log for log in logs if not _only_evaluates(log)), logs[0])
 
@@ -285,7 +288,7 @@ def find_logs(paths):
 
 
 def _only_evaluates(path):
-    """Whether the log is that of an --eval_only run, which trained nothing. Such logs are short, so the start of the others tells."""
+    """Returns whether the log is from an --eval_only run, which trained nothing. Reads only the start of other logs."""
     try:
         with open(path, 'rb') as file:
             return b'"eval_only": true' in file.read(2**16) and not _read(path)['iterations']
@@ -293,9 +296,11 @@ def _only_evaluates(path):
         return False  # whoever reads the log reports it
 
 
-def load_runs(paths):
-    """The runs of find_logs(paths), without those that are part of another one. A log among several that cannot be read becomes a
-    note of the first run. Raises LogError if there is none."""
+def load_runs(paths: list[str]) -> list[Run]:
+    """
+    Returns the runs of find_logs(paths), without those that are part of another run. A log that cannot be read becomes
+    a note of the first run. Raises LogError if no log can be read.
+    """
     runs, unread = [], []
     for path in find_logs(paths):
         try:
@@ -305,7 +310,7 @@ def load_runs(paths):
     if not runs:
         raise LogError('\n'.join(map(str, unread)))
     drawn = []
-    for run in runs:  # without those that are drawn as the first part of a resumed run
+    for run in runs:  # skip runs that are drawn as an earlier part of a resumed run
         after = [
             (one, i)
             for one in runs
@@ -317,7 +322,8 @@ def load_runs(paths):
         if after and all(one.parts[i][0] <= last for one, i in after):
             one, i = after[0]
             one.notes.append(
-                f'{one.path} goes on from iteration {one.parts[i][0]} of {run.path}, whose own up to {last} are left out'
+                f'{one.path} continues from iteration {one.parts[i][0]} of {run.path}, whose own later '
+                f'iterations up to {last} are left out'
             )
     runs = drawn
     runs[0].notes += [f'{error}; the other logs are drawn without it' for error in unread]
@@ -325,7 +331,8 @@ def load_runs(paths):
     return runs
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
+    """Returns a duration with one unit, such as '1.5 h' or '45.0 s'."""
     for size, unit in ((86400, 'd'), (3600, 'h'), (60, 'min')):
         if seconds >= 2 * size:
             return f'{seconds / size:.1f} {unit}'

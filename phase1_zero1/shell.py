@@ -1,5 +1,6 @@
 """
-Commands for messages and reports. Each of them runs as printed, from the folder and with the Python that printed it.
+Builds commands for messages and reports. Each command runs as printed, from the folder and with the Python that printed
+it.
 
     python_command('data/text/prepare.py', 'my file.txt')     # python data/text/prepare.py 'my file.txt'
 """
@@ -12,8 +13,10 @@ import sys
 
 
 def quote(word: str) -> str:
-    """Returns word quoted for a shell where that is necessary: in single quotes, or as $'...' with escapes (bash, zsh) where a
-    character of it cannot be displayed."""
+    """
+    Returns word quoted for a shell if necessary: in single quotes, or as $'...' with escapes (bash, zsh) if a character
+    cannot be displayed.
+    """
     if word.isprintable():
         return shlex.quote(word)
     escaped = (
@@ -24,20 +27,22 @@ def quote(word: str) -> str:
 
 
 def quote_path(path: str) -> str:
-    """Returns path quoted for a shell, as ./-name where a program would read it as a flag."""
+    """Returns path quoted for a shell, as ./-name if a program would read it as a flag."""
     return quote(os.path.join('.', path) if path.startswith('-') else path)
 
 
 def shortest_path(path: str) -> str:
-    """Returns path relative to the working directory if it is near, else the absolute path. Links are kept: the python of a
-    virtual environment is a link to another one."""
+    """
+    Returns path relative to the working directory if it is near, else the absolute path. Keeps links, because the
+    python of a virtual environment is a link to another python.
+    """
     path, here = os.path.abspath(path), os.getcwd()
     near = os.path.dirname(os.path.dirname(here)) + os.sep
     return os.path.relpath(path) if path.startswith(near) and near.count(os.sep) > 1 else path
 
 
 def python() -> str:
-    """Returns the word that starts this Python: `python` if a shell finds it by that name, else its path."""
+    """Returns the shell word that starts this Python: `python` if the shell finds it under that name, else its path."""
     found = shutil.which('python')
     if not sys.executable or (found and os.path.abspath(found) == os.path.abspath(sys.executable)):
         return 'python'
@@ -45,7 +50,7 @@ def python() -> str:
 
 
 def python_command(script: str | os.PathLike, *arguments: str | os.PathLike) -> str:
-    """Returns the command that runs script with these arguments: flags as --name=value, and paths."""
+    """Returns the command that runs script with these arguments, which are flags (--name=value) or paths."""
     words = [python(), quote_path(shortest_path(script))]
     for argument in map(str, arguments):
         name, equals, value = argument.partition('=')
@@ -54,7 +59,7 @@ def python_command(script: str | os.PathLike, *arguments: str | os.PathLike) -> 
 
 
 def pip_install(*packages: str) -> str:
-    """Returns the command that installs packages where this Python finds them: with pip, or with uv if there is no pip."""
+    """Returns the command that installs packages for this Python: with pip, or with uv if there is no pip."""
     if importlib.util.find_spec('pip') is None and shutil.which('uv'):
         return f'uv pip install --python {quote(shortest_path(sys.executable))} {" ".join(packages)}'
     return f'{python()} -m pip install {" ".join(packages)}'

@@ -18,23 +18,23 @@ from dataset import open_dataset
 from token_files import inputs_and_targets
 
 # -----------------------------------------------------------------------------
-batch_size = 12  # sequences in a micro-step
-block_size = 1024  # tokens in a sequence
+batch_size = 12  # sequences per micro-step
+block_size = 1024  # tokens per sequence
 n_layer = 12  # blocks
 n_head = 12  # attention heads in each
 n_embd = 768  # width of the residual stream
 bias = False  # biases in Linear and LayerNorm layers?
 dropout = 0.0  # 0 for determinism
-gradient_accumulation_steps = 1  # micro-steps of one iteration
+gradient_accumulation_steps = 1  # micro-steps (forward and backward of one batch) per iteration
 real_data = True  # batches of a data set; False: the same random tokens each time
 dataset = 'openwebtext'  # name in data/, folder, or quoted pattern of shards; needs real_data
-seed = 1337  # of the random numbers
-model_dir = ''  # folder of the model.py to time, such as ../phase2_triton; empty: this one
-device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
+seed = 1337  # seed of the random numbers
+model_dir = ''  # folder of the model.py to time, such as ../phase2_triton; empty: this folder's
+device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best on this machine
 dtype = 'auto'  # float32, bfloat16 or float16
 compile = 'auto'  # use torch.compile?
-cuda_graph = 'auto'  # record forward and backward as CUDA graphs and replay them?
-peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
+cuda_graph = 'auto'  # capture forward and backward as CUDA graphs and replay them?
+peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: the value in hardware.py
 warmup = 10  # iterations before the timed ones
 steps = 20  # timed iterations
 profile = False  # write a trace of 5 iterations to ./bench_log, for TensorBoard or chrome://tracing
@@ -151,6 +151,7 @@ print(
 )
 print(
     f'time per iteration: {dt * 1000:.4f}ms (median of {steps}, {min(times) * 1000:.2f} to {max(times) * 1000:.2f}), '
-    f'{batch_size * block_size * gradient_accumulation_steps / dt:,.0f} tokens/s, mfu {"n/a" if mfu is None else f"{mfu * 100:.2f}%"}, '
+    f'{batch_size * block_size * gradient_accumulation_steps / dt:,.0f} tokens/s, '
+    f'mfu {"n/a" if mfu is None else f"{mfu * 100:.2f}%"}, '
     f'peak memory {hardware.peak_memory_bytes(device) / 2**30:.2f} GiB'
 )

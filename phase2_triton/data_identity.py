@@ -1,8 +1,8 @@
 """
-Tells whether a run continues on the data that it started with.
+Checks that a resumed run continues on the data it started with.
 
-A manifest is a plain dict in the checkpoint: the encoding, and for each split its files with name, bytes, tokens and a
-fingerprint. Names and folders may change: only sizes, contents and their order decide.
+A manifest is a plain dict in the checkpoint: the encoding, and for each split its files with name, size in bytes,
+number of tokens and fingerprint. Files may be renamed or moved: only their sizes, contents and order are compared.
 """
 
 import hashlib
@@ -11,11 +11,9 @@ import os
 from encoding import encoding_fingerprint
 from errors import UserError
 
-WHOLE = 1 << 20  # bytes; a larger file is judged by BLOCKS blocks spread evenly from its start to its end
+WHOLE = 1 << 20  # bytes; of a larger file only BLOCKS blocks are read, spread evenly from its start to its end
 BLOCKS, BLOCK = 16, 4096
-ACCEPTED = (
-    'the checkpoint does not say which data it was trained on (it is older, or from nanoGPT), so {name} is accepted'
-)
+ACCEPTED = 'the checkpoint does not record its training data (it is older, or from nanoGPT), so {name} is accepted'
 
 
 def make_manifest(data) -> dict:
@@ -35,7 +33,7 @@ def _describe(file):
 
 
 def without_fingerprints(manifest: dict, names: set[str]) -> dict:
-    """Returns the manifest with an empty fingerprint, which equals any other, for the files of these names."""
+    """Returns the manifest with empty fingerprints, which match any, for the files with these names."""
     blank = lambda entry: {**entry, 'fingerprint': ''} if entry['file'] in names else entry
     return {k: v if k == 'encoding' else [blank(entry) for entry in v] for k, v in manifest.items()}
 
@@ -65,13 +63,13 @@ def check_manifest(saved):
         )
     )
     if not sound:
-        raise UserError('the checkpoint is damaged: its description of the data (resume, data) is not readable')
+        raise UserError('the checkpoint is damaged: its description of the data (resume, data) cannot be read')
 
 
 def check_same_data(saved: dict | None, data) -> None:
     """
-    Raises UserError, naming the first difference, if `data` is not the data set that the manifest `saved` describes. Prints
-    a line if there is no manifest. Reads the data again, so call it only on a resume.
+    Raises UserError, naming the first difference, if the Dataset `data` is not the one that the manifest `saved`
+    describes. Prints a line if `saved` is None. Reads the data again, so call it only on a resume.
     """
     check_manifest(saved)
     if saved is None:
@@ -82,13 +80,13 @@ def check_same_data(saved: dict | None, data) -> None:
         difference = _first_difference(split, saved.get(split, []), now[split])
         if difference:
             raise UserError(
-                f'{data.name} is not the data that the checkpoint was trained on: {difference}. Resume with the data it was '
-                'trained on (--dataset), or start a new run in another --out_dir'
+                f'{data.name} is not the data that the checkpoint was trained on: {difference}. Resume with the '
+                'same data (--dataset), or start a new run in another --out_dir'
             )
 
 
 def check_same_encoding(saved: dict | None, meta: dict, name: str) -> None:
-    """Raises UserError if the tokens of `meta` (of load_meta) do not mean what those of the manifest `saved` did."""
+    """Raises UserError if the encoding of `meta` (see load_meta) is not that of the manifest `saved`."""
     check_manifest(saved)
     if saved is not None and saved['encoding'] != encoding_fingerprint(meta):
         raise UserError(

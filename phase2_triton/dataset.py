@@ -6,11 +6,11 @@ Finds and opens prepared data sets: token files in several formats, and meta.pkl
     data.meta                                             # {} for GPT-2 tokens, which have no meta.pkl
 
 A folder holds train.bin and val.bin, or shards with train or val in their names, such as fineweb_train_000001.bin and
-fineweb_val_000000.bin. token_files.py lists their formats. As a program, this prints what a data set is:
+fineweb_val_000000.bin. token_files.py lists their formats. Run as a program, this module describes a data set:
 
 $ python dataset.py fineweb10B
 
-Every mistake that a user can make ends in a UserError that says which file, what is wrong and what to do.
+A user's mistake raises a UserError that says which file is wrong, why, and what to do.
 """
 
 import difflib
@@ -30,15 +30,15 @@ from token_files import TokenFiles, recognize
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPLITS = ('train', 'val')
-LLAMA_3 = {'vocab_size': 128256, 'encoding': 'llama-3'}  # the meta of shards in its format, which come without meta.pkl
+LLAMA_3 = {'vocab_size': 128256, 'encoding': 'llama-3'}  # the meta of shards in the Llama 3 format, which lack meta.pkl
 
 
 class Dataset:
     """
-    An open data set: .name for messages, .meta (of load_meta), and .train and .val, which are TokenFiles.
+    An open data set: .name for messages, .meta (see load_meta), and .train and .val, which are TokenFiles.
 
-    .problem is None, or the message about the first fault that was found while reading: a token outside the vocabulary, or a
-    file that cannot be read any more. Reading continues without the tokens in question, so that all ranks can save together
+    .problem is None, or the message about the first fault found while reading: a token outside the vocabulary, or a
+    file that can no longer be read. Reading continues without the faulty tokens, so that all ranks can save together
     and then call raise_problem().
     """
 
@@ -63,8 +63,8 @@ class Dataset:
 
     def manifest(self) -> dict:
         """
-        Returns what check_same_data compares, as a plain dict for the checkpoint. Reads a part of each file, once. A file with
-        a problem loses its fingerprint, so that the run can resume once the file is repaired.
+        Returns the manifest that check_same_data compares, a plain dict for the checkpoint. Reads a part of each file,
+        once. A file with a problem loses its fingerprint, so that the run can resume once the file is repaired.
         """
         self._manifest = self._manifest or make_manifest(self)
         return without_fingerprints(self._manifest, {os.path.basename(path) for path, _ in self.problems})
@@ -72,27 +72,27 @@ class Dataset:
 
 def open_dataset(dataset: str, block_size: int, splits: tuple[str, ...] = SPLITS) -> Dataset:
     """
-    Opens the data set that is given by its name in data/, a folder, a pattern of shards or a single file. Reads a few kilobytes
-    of each file. Raises UserError if there is none, if anything in it is not a token file, if files do not belong together,
-    or if there is no window of block_size + 1 tokens.
+    Opens a data set given as a name in data/, a folder, a pattern of shards or a single file. Reads a few kilobytes of
+    each file. Raises UserError if it does not exist, if a file in it is not a token file, if its files do not belong
+    together, or if no file holds a window of block_size + 1 tokens.
     """
     name, folder, paths = find_files(dataset)
     for split in splits:
         if not paths[split]:
             raise UserError(_missing(folder, split, paths))
     meta = _common_meta(sorted({os.path.dirname(path) for split in splits for path in paths[split]}))
-    again = f'Prepare the data again: {prepare_command(folder)}'
+    advice = f'Prepare the data again: {prepare_command(folder)}'
     files = {}
     for split in splits:
         expected = meta.get(f'{split}_tokens') if name == folder else None  # a pattern may select some of the shards
         dtype = meta.get('dtype', 'uint16')
-        files[split] = [recognize(path, dtype, expected is not None, again) for path in paths[split]]
+        files[split] = [recognize(path, dtype, expected is not None, advice) for path in paths[split]]
         tokens = sum(file.tokens for file in files[split])
         if expected is not None and tokens != expected:
             where = f'{folder} ({len(paths[split])} shards of {split})' if len(paths[split]) > 1 else paths[split][0]
             raise UserError(
-                f'{where} holds {tokens:,} tokens where meta.pkl says {expected:,}: truncated, incomplete, or from another '
-                f'preparation. {again}'
+                f'{where} holds {tokens:,} tokens, but meta.pkl says {expected:,}: it is truncated, incomplete, '
+                f'or from another preparation. {advice}'
             )
     _check_agreement(files)
     for split in splits:
@@ -100,8 +100,8 @@ def open_dataset(dataset: str, block_size: int, splits: tuple[str, ...] = SPLITS
         if longest.tokens < block_size + 1:
             where = longest.path if len(files[split]) == 1 else f'the longest shard of {split}, {longest.path},'
             raise UserError(
-                f'{where} holds {longest.tokens:,} tokens, too few for block_size {block_size} and its target: at least '
-                f'{block_size + 1:,} are needed. Set a smaller --block_size, or prepare more data'
+                f'{where} holds {longest.tokens:,} tokens, too few for block_size {block_size} and its target: at '
+                f'least {block_size + 1:,} are needed. Set a smaller --block_size, or prepare more data'
             )
     if not meta and files[splits[0]][0].format == 'llm.c Llama 3':
         meta = dict(LLAMA_3)
@@ -110,8 +110,8 @@ def open_dataset(dataset: str, block_size: int, splits: tuple[str, ...] = SPLITS
 
 def find_files(dataset: str) -> tuple[str, str, dict]:
     """
-    Returns (name, folder, {'train': paths, 'val': paths}), the paths sorted. name is the folder itself, or the pattern. Where a
-    pattern matches only one split, the other one has the same names with train and val exchanged. Raises UserError if
+    Returns (name, folder, {'train': paths, 'val': paths}) with sorted paths. name is the folder or the pattern. If a
+    pattern matches only one split, the other split has the same names with train and val exchanged. Raises UserError if
     nothing matches, or if it is unclear which files are meant.
     """
     pattern, matches = _match(dataset)
@@ -122,7 +122,7 @@ def find_files(dataset: str) -> tuple[str, str, dict]:
     for path in matches:
         split = _split_of(path)
         if not split:
-            recognize(path)  # says what it is, if it is something else
+            recognize(path)  # raises a more specific error for other kinds of files
             raise UserError(f'{path} has neither train nor val in its name, so it is unclear to which split it belongs')
         paths[split].append(path)
     for split, other in (SPLITS, SPLITS[::-1]):
@@ -135,8 +135,8 @@ def find_files(dataset: str) -> tuple[str, str, dict]:
 
 def _match(dataset):
     """
-    Returns (pattern, sorted paths) where dataset is a file or a pattern of files, and ('', []) where it is a folder or nothing.
-    Files other than .bin are ignored if any is one.
+    Returns (pattern, sorted paths) if dataset is a file or a pattern of files, and ('', []) if it is a folder or
+    nothing. Ignores files other than .bin if any is .bin.
     """
     candidates = _candidates(dataset)
     if not any(os.path.isdir(folder) for folder in candidates):
@@ -153,7 +153,7 @@ def _candidates(name):
 
 
 def _split_of(path):
-    """Returns train, val, or None if the file's name contains neither as a word."""
+    """Returns 'train', 'val', or None if the file's name has neither as a word. Raises UserError if it has both."""
     words = re.findall('(?<![a-z])(train|val)(?:id|idation)?(?![a-z])', os.path.basename(path).lower())
     if len(set(words)) > 1:
         raise UserError(f'{path} has both train and val in its name, so it is unclear to which split it belongs')
@@ -172,23 +172,24 @@ def _files_in(folder):
     if pair and shards:
         raise UserError(
             f'{folder} holds {" and ".join(pair)} and also {shards[0]}, so it is unclear which to read. Give '
-            f'--dataset={quote(os.path.join(folder, pair[0]))}, or a pattern such as --dataset={_pattern(folder, shards[0])}'
+            f'--dataset={quote(os.path.join(folder, pair[0]))}, '
+            f'or a pattern such as --dataset={_pattern(folder, shards[0])}'
         )
     return {split: [os.path.join(folder, name) for name in files[split]] for split in SPLITS}
 
 
 def _pattern(folder, shard):
-    """Returns a pattern, quoted for a shell, for the shards of both splits that are named like this one."""
+    """Returns a pattern, quoted for a shell, that matches this shard and those named like it, in both splits."""
     return quote(os.path.join(folder, re.sub('train|val|[0-9]+', '*', shard)))
 
 
 def _missing(folder, split, paths):
-    """Returns the message about a split without files. Raises UserError where the folder has files of another kind instead."""
+    """Returns the message about a split without files. Raises UserError if the folder has files of another kind."""
     there = next((path for other in SPLITS for path in paths[other]), None)
     if there and os.path.basename(there) not in ('train.bin', 'val.bin'):
         return (
-            f'there are no shards of the split {split}: {os.path.basename(there)} is there, but no .bin file with {split} in its '
-            f'name, in {folder}'
+            f'there are no shards of the split {split}: {folder} has {os.path.basename(there)}, '
+            f'but no .bin file with {split} in its name'
         )
     if not there:
         for name in sorted(os.listdir(folder)):
@@ -202,14 +203,14 @@ def _common_meta(folders):
     for folder, meta in zip(folders, metas):
         if encoding_fingerprint(meta) != encoding_fingerprint(metas[0]):
             raise UserError(
-                f'the shards in {folders[0]} and {folder} do not belong together: the encoding of the first is '
-                f'{encoding_fingerprint(metas[0])}, that of the second {encoding_fingerprint(meta)}'
+                f'the shards in {folders[0]} and {folder} do not belong together: their encodings are '
+                f'{encoding_fingerprint(metas[0])} and {encoding_fingerprint(meta)}'
             )
     return metas[0]
 
 
 def _check_agreement(files):
-    """Raises UserError if files of one split differ in format, files of both in the type of ids, or if a file is there twice."""
+    """Raises UserError if formats differ within a split, if id types differ at all, or if a file appears twice."""
     seen = {}
     for split, others in files.items():
         for file in others:
@@ -219,8 +220,9 @@ def _check_agreement(files):
             ):
                 if not agrees:
                     raise UserError(
-                        f'{file.path} and {first.path} do not belong together: the first is {file.format} ({file.dtype.name}), the '
-                        f'second {first.format} ({first.dtype.name}). All files of a data set must have one format'
+                        f'{file.path} and {first.path} do not belong together: the first is {file.format} '
+                        f'({file.dtype.name}), the second {first.format} ({first.dtype.name}). '
+                        'All files of a data set must have one format'
                     )
             stat = os.stat(file.path)
             twin = seen.setdefault((stat.st_dev, stat.st_ino), (split, file.path))
@@ -230,16 +232,17 @@ def _check_agreement(files):
 
 
 def find_meta(dataset: str) -> dict:
-    """Returns the meta that open_dataset gives a data set, also where its token files are missing."""
+    """Returns the meta of a data set as open_dataset finds it, even if its token files are missing."""
     meta = load_meta(find_data_dir(dataset))
     paths = [] if meta else find_files(dataset)[2]['train']
     return dict(LLAMA_3) if paths and recognize(paths[0]).format == 'llm.c Llama 3' else meta
 
 
-def find_data_dir(name):
+def find_data_dir(name: str) -> str:
     """
-    The folder of data set `name`, a path to a folder, or a pattern of its files: ./data/name, data/name next to this file, name;
-    the first that holds tokens, else the first that exists. Raises UserError, with the known names, where there is none.
+    Returns the folder of data set `name`, which may also be a path to a folder or a pattern of files. Looks for
+    ./data/name, data/name next to this file, and name, and prefers the first that holds tokens. Raises UserError, with
+    the known names, if there is none.
     """
     pattern, matches = _match(name)
     if pattern:
@@ -250,7 +253,8 @@ def find_data_dir(name):
         known = _known_data_sets()
         known.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())  # nearest first
         raise UserError(
-            f'there is no data set {name!r}: no folder and no file {", ".join(candidates)}. Known: {", ".join(known) or "none"}'
+            f'there is no data set {name!r}: no folder and no file {", ".join(candidates)}. '
+            f'Known: {", ".join(known) or "none"}'
         )
     return next((folder for folder in found if glob.glob(os.path.join(glob.escape(folder), '*train*.bin'))), found[0])
 
@@ -264,7 +268,7 @@ def _known_data_sets():
     return sorted(known)
 
 
-def prepare_command(data_dir):
+def prepare_command(data_dir: str) -> str:
     """Returns the command that prepares data_dir, for error messages."""
     own, text = os.path.join(data_dir, 'prepare.py'), os.path.join(HERE, 'data', 'text', 'prepare.py')
     if not os.path.exists(own):
@@ -273,14 +277,16 @@ def prepare_command(data_dir):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Dicts, lists, strings, numbers, ... only. Whatever a pickle executes, it must import first: that is refused."""
+    """Loads only dicts, lists, strings, numbers and the like: without imports, a pickle cannot run code."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it wants to import {module}.{name}, which could run code')
 
 
-def load_meta(data_dir):
-    """Returns meta.pkl of data_dir as a dict, {} where there is none. Executes nothing. Raises UserError for anything but a plain meta."""
+def load_meta(data_dir: str) -> dict:
+    """
+    Returns data_dir's meta.pkl as a dict, {} if there is none. Executes nothing. Raises UserError if it is unusable.
+    """
     path = os.path.join(data_dir, 'meta.pkl')
     if not os.path.exists(path):
         return {}
@@ -302,9 +308,10 @@ def load_meta(data_dir):
 
 def meta_of_model(dataset: str, vocab_size: int, named: bool, saved: dict | None = None) -> dict:
     """
-    Returns the meta of the data set whose encoding a model with vocab_size tokens was trained with; {} for GPT-2's encoding, also where the
-    data set is not on this machine and vocab_size allows it. named: the user has named the data set. saved: the checkpoint's manifest of its
-    data. Raises UserError if the data set is missing or has another encoding.
+    Returns the meta of the data set that a model with vocab_size tokens was trained on. Returns {} for GPT-2's
+    encoding, also if the data set is not on this machine and vocab_size allows GPT-2's. named: the user has named the
+    data set. saved: the manifest in the checkpoint. Raises UserError if the data set is missing or has another
+    encoding.
     """
     meta = {}
     if dataset:
@@ -316,8 +323,8 @@ def meta_of_model(dataset: str, vocab_size: int, named: bool, saved: dict | None
     own = meta and meta.get('encoding') != 'gpt2'  # GPT-2's vocabulary may be padded in the model
     if vocab_size < meta.get('vocab_size', 50257) or (own and vocab_size != meta['vocab_size']):
         raise UserError(
-            f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has {meta.get("vocab_size", 50257)}: name the data '
-            'set that it was trained on with --dataset'
+            f'the model has {vocab_size} tokens, but the encoding of {dataset or "GPT-2"} has '
+            f'{meta.get("vocab_size", 50257)}: name the data set that it was trained on with --dataset'
         )
     check_same_encoding(saved, meta, dataset or 'GPT-2')
     return meta
@@ -345,8 +352,9 @@ def describe(data: Dataset) -> str:
 if __name__ == '__main__':
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
         print(
-            f'usage: {python_command(__file__, "FOLDER")}\nFOLDER may also be a name in data/, or a quoted pattern of shards'
+            f'usage: {python_command(__file__, "FOLDER")}\n'
+            'FOLDER may also be a name in data/, or a quoted pattern of shards'
         )
         sys.exit(0 if sys.argv[1:] in (['-h'], ['--help']) else 2)
-    sys.stdout.reconfigure(errors='backslashreplace')  # characters that a terminal cannot show
+    sys.stdout.reconfigure(errors='backslashreplace')  # for characters that a terminal cannot show
     print(describe(open_dataset(sys.argv[1], block_size=1)))

@@ -1,7 +1,7 @@
 """
-Collectives of the ranks (processes) of one run: join, average, compare, gather and leave.
+Collectives for the ranks (processes) of one run: join, average, compare, gather and leave.
 
-Every rank calls each of these functions. Each works in a single process too.
+Every rank must call each of these functions. All of them also work in a single process.
 """
 
 import atexit
@@ -44,15 +44,15 @@ def check_environment():
 
 def join_ranks(backend: str, timeout_s: float) -> tuple[int, int]:
     """
-    Joins the process group if torchrun started several processes. Returns (rank, world_size). From then on, a rank that waits
-    for another one for timeout_s seconds, because its machine is gone, raises an error. Raises UserError if the environment
-    is not torchrun's, or if this rank cannot connect to the others.
+    Joins the process group if torchrun started several processes. Returns (rank, world_size). From then on, a rank that
+    waits longer than timeout_s seconds for another raises an error. Raises UserError if torchrun did not set the
+    environment, or if this rank cannot connect to the others.
     """
     check_environment()
     rank, world_size = torchrun_env.number('RANK', 0), torchrun_env.number('WORLD_SIZE', 1)
     if world_size > 1:
         timeout = timedelta(seconds=min(timeout_s, 1e9))
-        # next to NCCL for the GPUs, gloo carries tensors on the CPU, so that they need not wait for the GPU
+        # NCCL for GPU tensors; gloo for CPU tensors, so that they need not wait for the GPU
         backends = 'cpu:gloo,cuda:nccl' if backend == 'nccl' else backend
         store = rendezvous(rank, world_size, timeout)
         try:
@@ -61,21 +61,22 @@ def join_ranks(backend: str, timeout_s: float) -> tuple[int, int]:
             if 'connectFullMesh' not in str(e):
                 raise
             raise UserError(
-                f'rank {rank} on {socket.gethostname()} found the other ranks but cannot connect to one ({first_line(e)}). If '
-                'that is not its address in the network between the machines, set GLOO_SOCKET_IFNAME, on each machine, to the '
-                'network interface to use'
+                f'rank {rank} on {socket.gethostname()} found the other ranks but cannot connect to one '
+                f'({first_line(e)}). If that is not its address in the network between the machines, set '
+                'GLOO_SOCKET_IFNAME on each machine to the network interface to use'
             ) from None
-        dist.distributed_c10d.default_pg_timeout = timeout  # of further groups too, which would wait for half an hour
+        dist.distributed_c10d.default_pg_timeout = timeout  # for further groups too, whose default is half an hour
     return rank, world_size
 
 
-def rendezvous(rank, world_size, timeout):
+def rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """
-    Returns a key-value store through which the ranks find each other. torchrun --max-restarts=N hosts one store for all starts
-    of the ranks, and it still holds the addresses of ranks that were killed. So rank 0 names each start, and the keys of the
-    start lie under its name. (Ranks cannot count the starts: torchrun on each machine counts only its own.)
+    Returns a key-value store through which the ranks find each other. With --max-restarts, torchrun hosts one store for
+    all launches of the ranks, and it still holds the addresses of ranks that were killed. Rank 0 therefore names each
+    launch, and the name prefixes the launch's keys. (Ranks cannot count launches: torchrun on each machine counts only
+    its own.)
     """
-    hosted = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # by torchrun; otherwise by rank 0
+    hosted = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # torchrun hosts the store; otherwise rank 0 does
     store = dist.TCPStore(
         os.environ['MASTER_ADDR'],
         int(os.environ['MASTER_PORT']),
@@ -93,7 +94,7 @@ def rendezvous(rank, world_size, timeout):
     deadline = time.monotonic() + timeout.total_seconds()
     for other in range(1, world_size):
         while not store.check([f'{me}/joined/{other}']):
-            # the hello may be that of a rank killed earlier, so each round reads it again
+            # the hello may come from a rank that was killed earlier, so read it again in each round
             store.set(f'welcome/{store.get(f"hello/{other}").decode()}', me)
             if time.monotonic() > deadline:
                 raise RuntimeError(f'timed out waiting for rank {other} to start')
@@ -102,7 +103,7 @@ def rendezvous(rank, world_size, timeout):
     return dist.PrefixStore(me, store)
 
 
-def mean_over_ranks(x):
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """Averages the tensor x over all ranks, in place, and returns it."""
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -111,7 +112,7 @@ def mean_over_ranks(x):
 
 
 def max_over_ranks(number: float) -> float:
-    """Returns the largest of all ranks' numbers, over the CPU: it does not wait for the GPU."""
+    """Returns the largest of all ranks' numbers. It uses the CPU, so it does not wait for the GPU."""
     if not dist.is_initialized():
         return number
     largest = torch.tensor(float(number), dtype=torch.float64)
@@ -120,7 +121,7 @@ def max_over_ranks(number: float) -> float:
 
 
 def same_on_all_ranks(number: int, name: str) -> int:
-    """Returns the number. Raises UserError, on every rank, if ranks have different ones; name says in the message what it is."""
+    """Returns the number. Raises UserError on every rank if it differs between ranks; the message says `name`."""
     most, least = max_over_ranks(number), -max_over_ranks(-number)
     if most != least:
         raise UserError(
@@ -130,7 +131,7 @@ def same_on_all_ranks(number: int, name: str) -> int:
 
 
 def gather_from_ranks(x):
-    """Returns on rank 0 the list of all ranks' x (any picklable object; tensors on the CPU), and None on the other ranks."""
+    """Returns all ranks' x (any picklable object; tensors on the CPU) as a list on rank 0, None on the others."""
     if not dist.is_initialized():
         return [x]
     everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -138,10 +139,11 @@ def gather_from_ranks(x):
     return everyone
 
 
-def leave_ranks(micro_step=None):
+def leave_ranks(micro_step=None) -> None:
     """
-    Ends the run: the actions of end_of_run.py, then the process group. Ends this process with status 0 if it had joined one:
-    call it last. micro_step: a MicroStep, whose CUDA graphs are released, because NCCL would wait for them (pytorch #115388).
+    Ends the run: runs the actions registered with end_of_run.py, then destroys the process group. Call it last: if
+    there was a process group, it exits this process with status 0. micro_step: a MicroStep, whose CUDA graphs are
+    released first, because NCCL would wait for them (pytorch #115388).
     """
     succeeded = end_run()
     several = dist.is_initialized()
@@ -150,8 +152,8 @@ def leave_ranks(micro_step=None):
             micro_step.release()
         dist.destroy_process_group()
     if several or not succeeded:
-        # Skip the interpreter's teardown. A thread of gloo may still drop a tensor, which would abort the process (1 run of 5),
-        # and a tracker that does not answer would block its own exit function too.
+        # skip the interpreter's teardown: a thread of gloo may still free a tensor there, which aborts the process (1
+        # run in 5), and a tracker that does not answer would block its own exit function too
         if succeeded:
             atexit._run_exitfuncs()
         sys.stdout.flush()

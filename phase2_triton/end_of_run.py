@@ -1,12 +1,12 @@
 """
-What is done at the end of a run, however it ends, in this order:
+Runs the registered actions at the end of a run, however it ends, in this order:
 
-1. save: the save in the background is finished, and recorded in the log
-2. log: the log is closed
-3. tracker: the tracker is finished
-4. the error that ended the run, if one did, is reported
+1. save: finishes the save in the background and records it in the log
+2. log: closes the log
+3. tracker: finishes the tracker
+4. reports the error that ended the run, if there was one
 
-Importing this installs the excepthook that does so. A kill -9 ends a run without any of this.
+Importing this module installs the excepthook that does so. A kill -9 ends a run without any of this.
 """
 
 import atexit
@@ -17,26 +17,26 @@ _actions = []  # (place in ORDER, function)
 _report = sys.excepthook
 
 
-def at_end(name, action):
-    """Registers action(error), to be called once at the place of `name` in ORDER; error is the exception that ends the run, or None."""
+def at_end(name: str, action) -> None:
+    """Registers action(error) under a name in ORDER. error: the exception that ended the run, or None. It runs once."""
     _actions.append((ORDER.index(name), action))
 
 
 def end_run(error: BaseException | None = None) -> bool:
-    """Calls the registered actions, whatever each of them raises. Returns False if one raised; it has reported that itself."""
+    """Calls every registered action, even if some raise. Returns False if one raised; it has reported that itself."""
     succeeded = True
     while _actions:
         action = min(_actions, key=lambda entry: entry[0])
         _actions.remove(action)
         try:
             action[1](error)
-        except BaseException:  # a Ctrl-C too: it ends the waiting, and the next action follows
+        except BaseException:  # Ctrl-C too: it interrupts this action only
             succeeded = False
     return succeeded
 
 
-def report_with(function):
-    """Registers function(kind, error, trace), in place of Python's own, to report the error that ends the run."""
+def report_with(function) -> None:
+    """Registers function(kind, error, trace), which then reports the error that ends the run instead of Python."""
     global _report
     _report = function
 

@@ -1,9 +1,9 @@
 """
-Flags that contradict each other. A pair that nobody can mean is refused; a value without an effect is followed by a note.
-Only flags that the user gave count.
+Refuses flags that contradict each other, and prints notes about flags without an effect. Considers only flags that the
+user set.
 
-A flag that works only together with another one says so at the end of its help text: `needs use_fsdp`, `needs wandb_log or
-tracker`, `needs init_from=resume`, or, the other way round, `unused with val_tokens`.
+A flag that works only together with another flag says so at the end of its help text: `needs use_fsdp`, `needs
+wandb_log or tracker`, `needs init_from=resume`, or, for the opposite, `unused with val_tokens`.
 """
 
 import math
@@ -13,11 +13,9 @@ from errors import UserError
 
 
 def conflicts(config: dict, given: set, defaults: dict, help_texts: dict) -> list[str]:
-    """Returns notes about flags in `given` that have no effect. Raises UserError for flags that contradict each other."""
+    """Returns notes about flags in `given` without an effect. Raises UserError for flags that contradict each other."""
     if config.get('wandb_log') and config.get('tracker', '') not in ('', 'wandb'):
-        raise UserError(
-            f'wandb_log=True and tracker={config["tracker"]} ask for two trackers: leave out one of the two'
-        )
+        raise UserError(f'wandb_log=True and tracker={config["tracker"]} select two trackers: leave out one of the two')
     notes = unused_flags(config, given, defaults, help_texts) + learning_rate_notes(config, given)
     sizes = sorted(given & {'n_layer', 'n_head', 'n_embd', 'bias'})
     if sizes and str(config.get('init_from')).startswith('gpt2'):
@@ -26,7 +24,7 @@ def conflicts(config: dict, given: set, defaults: dict, help_texts: dict) -> lis
 
 
 def unused_flags(config, given, defaults, help_texts):
-    """Returns one note for each condition that leaves given flags without an effect."""
+    """Returns one note per condition under which flags in `given` have no effect."""
     unused = {}  # {condition: flags}
     for key in (key for key in config if key in given and config[key] != defaults[key]):
         match = re.search(r'\b(needs|unused with) (\w+)(?:=(\w+))?(?: or (\w+))?$', help_texts.get(key, ''))
@@ -40,7 +38,7 @@ def unused_flags(config, given, defaults, help_texts):
 
 
 def learning_rate_notes(config, given):
-    """Returns notes about a learning rate that will not take its usual course within this run."""
+    """Returns notes about a learning rate that does not warm up and decay as usual within this run."""
     names = ('decay_lr', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters', 'max_iters')
     if not config.keys() >= set(names) or not config['decay_lr'] or config['eval_only']:
         return []
@@ -52,14 +50,14 @@ def learning_rate_notes(config, given):
         ] * bool(given & {'max_iters', 'warmup_iters'})
     if min_lr > peak:
         raise UserError(
-            f'learning_rate={peak} is below min_lr={min_lr}, so the learning rate would rise where it should decay: give '
-            f'--min_lr={peak / 10:.2g} too (about learning_rate / 10), or --decay_lr=False for a constant one'
+            f'learning_rate={peak} is below min_lr={min_lr}, so the learning rate would rise where it should decay: '
+            f'add --min_lr={peak / 10:.2g} (about learning_rate / 10), or --decay_lr=False for a constant learning rate'
         )
     notes = []
     if decay <= warmup and given & {'lr_decay_iters', 'warmup_iters'}:
         notes.append(
-            f'lr_decay_iters={decay} is not after the warmup, warmup_iters={warmup}: the learning rate drops from {peak:.2e} '
-            f'to {min_lr:.2e} at once'
+            f'lr_decay_iters={decay} is not after the warmup, warmup_iters={warmup}: the learning rate drops from '
+            f'{peak:.2e} to {min_lr:.2e} at once'
         )
     elif decay < last and given & {'lr_decay_iters', 'max_iters'}:
         notes.append(f'the learning rate stays at {min_lr:.2e} from lr_decay_iters={decay} to max_iters={last}')

@@ -1,9 +1,10 @@
 """
 A GPT language model, all of it in this file.
 
-The architecture is GPT-2's (Radford et al. 2019; weights and TensorFlow code: github.com/openai/gpt-2): learned position
-embeddings, LayerNorm before attention and MLP, GELU, and an output layer that shares its weight with the token embedding.
-Parameter names, shapes and the order of random initialization are nanoGPT's, so checkpoints and losses are interchangeable.
+The architecture is GPT-2's (Radford et al. 2019; weights and TensorFlow code: github.com/openai/gpt-2): learned
+position embeddings, LayerNorm before attention and MLP, GELU, and an output layer that shares its weight with the token
+embedding. Parameter names, shapes and the order of random initialization are nanoGPT's, so checkpoints and losses are
+interchangeable.
 """
 
 import math
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's name of the form -> PyTorch's
+GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's gelu -> PyTorch's approximate
 
 from kernels.attention import causal_attention
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
@@ -38,7 +39,7 @@ class CausalSelfAttention(nn.Module):
         self.use_triton = config.use_triton
 
     def forward(self, x):
-        # each token attends to itself and to what came before; (B, nh, T, T) is never written to memory
+        # each token attends to itself and to earlier tokens; the (B, nh, T, T) matrix is never written to memory
         y = causal_attention(self.c_attn(x), self.n_head, self.dropout if self.training else 0.0, self.use_triton)
         return self.resid_dropout(self.c_proj(y))
 
@@ -78,9 +79,9 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in Linears and LayerNorms, like GPT-2; without it: a bit better and faster
-    gelu: str = 'erf'  # or tanh, as in OpenAI's GPT-2; a checkpoint records it in its config, not in model_args
-    # the fields below say how to compute, not what: they are flags of every script and no part of a checkpoint
+    bias: bool = True  # in Linears and LayerNorms, as in GPT-2; False is slightly better and faster
+    gelu: str = 'erf'  # or tanh, as in OpenAI's GPT-2; stored in a checkpoint's config, not in its model_args
+    # the fields below change how the model is computed: they are flags of every script and not part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
     use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
     half_residual: bool = (
@@ -107,7 +108,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: Press & Wolf 2016, arxiv.org/abs/1608.05859
 
         self.apply(self._init_weights)
-        # GPT-2 scales what is added to the residual stream by 1/sqrt(number of additions)
+        # GPT-2 scales the projections into the residual stream by 1/sqrt(number of additions)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -116,8 +117,8 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding=True):
         """
-        Number of parameters; by default without the position embeddings. The token embeddings count: they are the
-        output layer as well.
+        Returns the number of parameters, by default without the position embeddings. The token embeddings count,
+        because they are also the output layer.
         """
         n_params = sum(p.numel() for p in self.parameters())
         if non_embedding:
@@ -134,8 +135,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """
-        idx: int64 tokens (B, T), T <= block_size. With targets (B, T; -1 is ignored): logits (B, T, vocab_size), or None in
-        training with use_triton, and the mean cross-entropy in nats. Without: the logits of the last position only, (B, 1, vocab_size), and None.
+        Returns (logits, loss) for idx, int64 tokens (B, T) with T <= block_size. With targets (B, T; -1 is ignored):
+        logits (B, T, vocab_size), or None in training with use_triton, and the mean cross-entropy in nats. Without: the
+        last position's logits (B, 1, vocab_size) and None.
         """
         self.announce_kernels(idx.device)
         B, T = idx.size()
@@ -146,7 +148,7 @@ class GPT(nn.Module):
         branch = None
         for block in self.transformer.h:
             if self.config.activation_checkpointing and self.training:
-                x, branch = checkpoint(
+                x, branch = activation_checkpoint(
                     block, x, branch, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
                 )
             else:
@@ -164,7 +166,7 @@ class GPT(nn.Module):
             entropy = cross_entropy if self.config.use_triton else F.cross_entropy
             loss = entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         else:
-            logits = self.lm_head(x[:, -1:, :])  # -1: keeps the time dimension
+            logits = self.lm_head(x[:, -1:, :])  # the slice keeps the time dimension
             loss = None
 
         return logits, loss
@@ -186,7 +188,7 @@ class GPT(nn.Module):
             super().compile(*args, **kwargs)
 
     def crop_block_size(self, block_size):
-        """Shortens the longest sequence the model takes, for instance of a pretrained one."""
+        """Reduces block_size, the longest sequence that the model accepts, for instance of a pretrained model."""
         assert block_size <= self.config.block_size, (
             f"block_size {block_size} is more than the model's {self.config.block_size}"
         )
@@ -196,8 +198,9 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """
-        GPT-2 as released by OpenAI, by way of Hugging Face transformers: gpt2 (124M), gpt2-medium (350M), gpt2-large (774M)
-        or gpt2-xl (1558M). override_args may set the fields of GPTConfig that do not change the weights, such as dropout.
+        Returns GPT-2 with OpenAI's weights, loaded through Hugging Face transformers: gpt2 (124M), gpt2-medium (350M),
+        gpt2-large (774M) or gpt2-xl (1558M). override_args may set the fields of GPTConfig that do not change the
+        weights, such as dropout.
         """
         from transformers import GPT2LMHeadModel
 
@@ -217,13 +220,15 @@ class GPT(nn.Module):
         )
         weights = model_hf.state_dict()
         for name, p in model.state_dict().items():
-            # transformers keeps these (two are named c_proj) as (in, out); nn.Linear wants (out, in)
+            # transformers stores these (two are named c_proj) as (in, out); nn.Linear expects (out, in)
             transposed = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
             p.copy_(weights[name].t() if transposed else weights[name])
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW; matrices (matmul weights and embeddings) decay, vectors (biases and LayerNorm weights) do not."""
+        """
+        Returns AdamW. Matrices (matmul weights and embeddings) decay, vectors (biases and LayerNorm weights) do not.
+        """
         params = [p for p in self.parameters() if p.requires_grad]
         decay_params = [p for p in params if p.dim() >= 2]
         nodecay_params = [p for p in params if p.dim() < 2]
@@ -232,10 +237,12 @@ class GPT(nn.Module):
             {'params': nodecay_params, 'weight_decay': 0.0},
         ]
         print(
-            f'num decayed parameter tensors: {len(decay_params)}, with {sum(p.numel() for p in decay_params):,} parameters'
+            f'num decayed parameter tensors: {len(decay_params)}, '
+            f'with {sum(p.numel() for p in decay_params):,} parameters'
         )
         print(
-            f'num non-decayed parameter tensors: {len(nodecay_params)}, with {sum(p.numel() for p in nodecay_params):,} parameters'
+            f'num non-decayed parameter tensors: {len(nodecay_params)}, '
+            f'with {sum(p.numel() for p in nodecay_params):,} parameters'
         )
         fused = device_type == 'cuda'  # one kernel for all parameters instead of several for each
         print(f'using fused AdamW: {fused}')
@@ -243,8 +250,9 @@ class GPT(nn.Module):
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
         """
-        Model FLOPs utilization: the fraction of the device's peak_flops (FLOP/s; None: unknown) that fwdbwd_per_iter
-        sequences of block_size in dt seconds amount to. FLOPs as counted in PaLM, appendix B (arxiv.org/abs/2204.02311).
+        Returns the model FLOPs utilization: the fraction of the device's peak_flops (FLOP/s; None if unknown) achieved
+        by fwdbwd_per_iter forward and backward passes over block_size tokens in dt seconds. FLOPs are counted as in
+        PaLM, appendix B (arxiv.org/abs/2204.02311).
         """
         if peak_flops is None:
             return None
@@ -255,14 +263,14 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """
-        Continues idx (int64 (B, T)) by max_new_tokens tokens, each drawn from the top_k most likely ones (all, if None)
-        and fed back in. temperature < 1 sharpens the distribution, 0 takes the likeliest. You want model.eval() first.
+        Continues idx (int64 (B, T)) by max_new_tokens tokens, each drawn from the top_k likeliest (None: all) and fed
+        back in. temperature < 1 sharpens the distribution, 0 always picks the likeliest. Call model.eval() first.
         """
         for _ in range(max_new_tokens):
-            idx_cond = idx[:, -self.config.block_size :]  # no more context than the model can see
+            idx_cond = idx[:, -self.config.block_size :]  # the last block_size tokens
             logits, _ = self(idx_cond)
             logits = logits[:, -1, :].float()
-            if temperature < 1e-10:  # dividing by it would overflow, and the likeliest is as good as certain
+            if temperature < 1e-10:  # dividing by it would overflow
                 idx_next = logits.argmax(dim=-1, keepdim=True)
             else:
                 logits = logits / temperature

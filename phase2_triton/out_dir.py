@@ -1,5 +1,6 @@
 """
-The folder of a run's checkpoints and logs: creates it, notices another run that uses it, and sets aside what an earlier run left.
+Manages the folder of a run's checkpoints and logs: creates it, detects another run that uses it, and renames the
+checkpoints that an earlier run left.
 """
 
 import os
@@ -7,7 +8,7 @@ import sys
 
 from errors import UserError
 
-unsaved_runs = set()  # folders in which this process trains from scratch and has not saved yet
+unsaved_runs = set()  # folders where this process trains from scratch and has not saved yet
 
 
 def make_out_dir(out_dir: str, init_from: str) -> None:
@@ -15,7 +16,7 @@ def make_out_dir(out_dir: str, init_from: str) -> None:
     if init_from != 'resume':
         unsaved_runs.add(os.path.abspath(out_dir))
     try:
-        out_dir.encode()  # torch opens checkpoints by names in UTF-8 only
+        out_dir.encode()  # torch opens only file names in UTF-8
         os.makedirs(out_dir, exist_ok=True)
         if not os.access(out_dir, os.W_OK):
             raise PermissionError('not writable')
@@ -27,18 +28,18 @@ def make_out_dir(out_dir: str, init_from: str) -> None:
         fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     except BlockingIOError:
         print(
-            f'WARNING: another run is using out_dir={out_dir}: each overwrites the checkpoints of the other',
+            f"WARNING: another run is using out_dir={out_dir}: the two overwrite each other's checkpoints",
             file=sys.stderr,
         )
     except (ImportError, OSError):
-        pass  # a file system, or a system, without such locks
+        pass  # this system or file system has no such locks
 
 
 def set_aside(out_dir: str) -> None:
     """
-    Call before each save. The first time in a run from scratch, renames the checkpoints of an earlier run: ckpt.pt,
-    ckpt_best.pt and folders ckpt_*, in which trainers keep checkpoints of several files. The new names end in _before,
-    _before_2, ...: the first that is free, so that nothing is overwritten. Raises OSError if that fails.
+    Renames the checkpoints of an earlier run: ckpt.pt, ckpt_best.pt and folders ckpt_*, which hold checkpoints of
+    several files. Call it before each save; it acts once, in a run from scratch. The new names end in _before, or else
+    _before_2, and so on, so that nothing is overwritten. Raises OSError if renaming fails.
     """
     if os.path.abspath(out_dir) not in unsaved_runs:
         return
@@ -55,7 +56,7 @@ def set_aside(out_dir: str) -> None:
     for name in found:
         new = renamed(name, _ending(number))
         os.rename(os.path.join(out_dir, name), os.path.join(out_dir, new))
-        print(f'{os.path.join(out_dir, name)} is of another run, and becomes {new}')
+        print(f'{os.path.join(out_dir, name)} belongs to another run: renamed to {new}')
     unsaved_runs.discard(os.path.abspath(out_dir))
 
 

@@ -1,19 +1,19 @@
-"""The plan.py command for a run: what train.py shows when memory runs out."""
+"""Builds the plan.py command for a run, which train.py suggests when memory runs out."""
 
 import os
 import shlex
 
-TRAINERS = {'phase1_zero1': 'zero1', 'phase2_triton': 'triton', 'phase3_fsdp': 'fsdp'}  # and DDP elsewhere
+TRAINERS = {'phase1_zero1': 'zero1', 'phase2_triton': 'triton', 'phase3_fsdp': 'fsdp'}  # any other folder: ddp
 
 
-def plan_command(argv, world_size, device_name):
+def plan_command(argv: list[str], world_size: int, device_name: str) -> str | None:
     """
-    Returns the shell command that plans this run: argv is sys.argv, device_name what torch calls the GPU. It names the trainer by its
-    folder and --model_dir; flags that other trainers lack are known to plan.py too. None where there is no plan.py.
+    Returns the shell command that plans this run, or None if there is no plan.py. argv: sys.argv; device_name:
+    PyTorch's name of the GPU. The trainer follows from the script's folder and --model_dir.
     """
     folder = os.path.dirname(os.path.realpath(argv[0]))
     script = os.path.join(os.path.dirname(folder), 'plan.py')
-    if not os.path.isfile(script):  # a folder that was copied elsewhere
+    if not os.path.isfile(script):  # the folder was copied elsewhere
         return None
     trainer = TRAINERS.get(os.path.basename(folder), 'ddp')
     models = [arg.split('=', 1)[1] for arg in argv[1:] if arg.startswith('--model_dir=')]

@@ -1,5 +1,5 @@
 """
-Continues a run from its checkpoint: the architecture, AdamW's state, the random generators and the next batch of each rank.
+Resumes a run from its checkpoint: the architecture, AdamW's state, and each rank's random generators and next batch.
 """
 
 import math
@@ -14,44 +14,41 @@ from distributed import same_on_all_ranks
 from errors import UserError
 
 
-def resume_model_args(checkpoint, model_args, given):
+def resume_model_args(checkpoint: dict, model_args: dict, given: set[str]) -> dict:
     """
-    model_args with the architecture of the checkpoint. Raises UserError where a flag in `given`, the names that the user
-    has set, asks for another one. A smaller block_size is no contradiction if it was asked for: the model is cropped to it.
+    Returns model_args with the architecture of the checkpoint. given: the names of the flags that the user set. Raises
+    UserError if one of them asks for another architecture, except for a smaller block_size, to which the model is
+    cropped.
     """
     saved = checkpoint['model_args']
     lacking = [k for k in ARCHITECTURE if k not in saved]
     if lacking:
-        raise UserError(
-            f'the checkpoint does not say its {", ".join(lacking)} (in model_args), so its model cannot be built'
-        )
+        raise UserError(f'the checkpoint lacks {", ".join(lacking)} (in model_args), so its model cannot be built')
     sizes = model_args['vocab_size'], saved['vocab_size']
-    if (
-        sizes[0] != sizes[1] and min(sizes) < 50257
-    ):  # not GPT-2's tokens, of which some models have a few more than others
+    if sizes[0] != sizes[1] and min(sizes) < 50257:  # larger vocabularies are GPT-2's with different padding
         raise UserError(
-            f'the checkpoint has a vocabulary of {sizes[1]:,} tokens, which does not fit the data set with {sizes[0]:,}: '
-            'give the one that it was trained on with --dataset'
+            f'the checkpoint has a vocabulary of {sizes[1]:,} tokens, which does not fit the data set with '
+            f'{sizes[0]:,}: give the data set that it was trained on with --dataset'
         )
     block_sizes = model_args['block_size'], saved['block_size']
     if block_sizes[0] != block_sizes[1] and not ('block_size' in given and block_sizes[0] < block_sizes[1]):
         raise UserError(
-            f'the checkpoint was trained with block_size={block_sizes[1]}, but here it is {block_sizes[0]}: give --block_size={block_sizes[1]}, '
-            'or a smaller one, to which the model will be cropped'
+            f'the checkpoint was trained with block_size={block_sizes[1]}, but here it is {block_sizes[0]}: give '
+            f'--block_size={block_sizes[1]}, or a smaller one, to which the model will be cropped'
         )
     for k in ARCHITECTURE:
         if k in given and model_args[k] != saved[k] and k != 'block_size':
             raise UserError(
-                f'the checkpoint was trained with {k}={saved[k]}, but {k}={model_args[k]} was asked for: leave it out, '
-                'or train from scratch with another --out_dir'
+                f'the checkpoint was trained with {k}={saved[k]}, but the command asks for {k}={model_args[k]}: leave '
+                'it out, or train from scratch with another --out_dir'
             )
     return {**model_args, **{k: saved[k] for k in ARCHITECTURE}}
 
 
 def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) -> None:
     """
-    Puts the checkpoint's AdamW state into the optimizer, and its loss scale into the float16 scaler. Hyper-parameters stay
-    as the flags of this run have them. Raises UserError if the state is incomplete or does not fit.
+    Loads the checkpoint's AdamW state into the optimizer, and its loss scale into the float16 scaler. Hyper-parameters
+    keep the values of this run's flags. Raises UserError if the state is incomplete or does not fit.
     """
     saved, own = checkpoint['optimizer'], optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group['params']]
@@ -78,17 +75,17 @@ def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) ->
                         f'{tuple(v.shape)} instead of {tuple(p.shape)}; {no_fit}'
                     )
                 check_finite(v, f'optimizer.state[{i}].{k}', least=0 if k == 'exp_avg_sq' else -math.inf)
-            # a tensor that stays on the CPU is cloned, because loaded tensors are views of the file
+            # clone a tensor that stays on the CPU, because loaded tensors are views of the file
             state[i][k] = v if p.is_cuda and v.numel() > 1 else v.clone()
     optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
     if checkpoint.get('resume', {}).get('scaler'):  # empty unless it was written in float16
         scaler.load_state_dict(checkpoint['resume']['scaler'])
 
 
-def rank_state(device, X, Y):
+def rank_state(device: str, X: torch.Tensor, Y: torch.Tensor) -> dict:
     """
-    What this rank needs in order to go on from here as if nothing had happened: its random generators, and the batch
-    X, Y (int64 tokens) that it has drawn already.
+    Returns the state from which this rank can resume exactly: its random generators and the batch X, Y (int64 tokens)
+    that it has already drawn.
     """
     state = {'rng': torch.get_rng_state(), 'X': X, 'Y': Y}
     if device.startswith('cuda'):
@@ -100,9 +97,9 @@ def rank_state(device, X, Y):
 
 def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shape, sequential):
     """
-    Sets the random generators as they were and returns the batch X, Y that comes next, on the CPU. Where that cannot be
-    (another world size, batch shape or data set, or a checkpoint of nanoGPT's) it starts a new data order, one that does
-    not repeat what the run has seen before, and returns None. With a sequential order only dropout is affected.
+    Restores the random generators and returns the next batch X, Y on the CPU. If that is impossible (another world
+    size, batch shape or data set, or a checkpoint from nanoGPT), starts a new data order, which does not repeat the one
+    so far, and returns None. With a sequential order only dropout is affected.
     """
     ranks = checkpoint.get('resume', {}).get('ranks', [])
     if (
@@ -112,7 +109,7 @@ def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shap
     ):
         if rank == 0:
             new = 'new random numbers' if sequential else 'a new data order'
-            print(f"{new}: the checkpoint is of other processes, another batch shape or data set, or nanoGPT's own")
+            print(f'{new}: the checkpoint has another world size, batch shape or data set, or is from nanoGPT')
         torch.manual_seed(1337 + rank + 1_000_003 * checkpoint['iter_num'])
         return None
     state, vocab_size = ranks[rank], checkpoint['model_args']['vocab_size']
@@ -120,7 +117,8 @@ def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shap
         least, most = torch.aminmax(state[k])
         if least < (-1 if k == 'Y' else 0) or most >= vocab_size:
             raise UserError(
-                f"the checkpoint's resume.ranks[{rank}].{k} has tokens from {least} to {most}, outside its vocabulary of {vocab_size}"
+                f"the checkpoint's resume.ranks[{rank}].{k} has tokens from {least} to {most}, outside its vocabulary "
+                f'of {vocab_size}'
             )
     torch.set_rng_state(state['rng'])
     if device.startswith('cuda') and 'cuda_rng' in state:
@@ -131,7 +129,7 @@ def restore_rank_state(checkpoint, rank, world_size, device, dataset, batch_shap
 
 
 def crop_positions(checkpoint: dict, model) -> dict:
-    """Returns the checkpoint with its position embeddings cut to the model's block_size, if that is shorter."""
+    """Returns the checkpoint with its position embeddings cropped to the model's block_size, if that is smaller."""
     own, block_size = model.state_dict(), checkpoint['model_args']['block_size']
     weights = fit_names(checkpoint['model'], own)
     for name, weight in weights.items():
@@ -142,11 +140,11 @@ def crop_positions(checkpoint: dict, model) -> dict:
 
 class Resume:
     """
-    Everything a run takes from a checkpoint. With path=None, for a run that starts from scratch or from pretrained
-    weights, it is empty: iteration 0, no best loss, and load() and next_batch() leave everything as it is.
+    Everything a run takes from a checkpoint. With path=None, for a run from scratch or from pretrained weights, it is
+    empty: iteration 0, no best loss, and load() and next_batch() change nothing.
 
     path: the checkpoint's file (or folder, for a subclass). data: the Dataset to continue on. Raises UserError if the
-    checkpoint cannot be used.
+    checkpoint is unusable.
     """
 
     def __init__(self, path: str | None = None, data=None):
@@ -164,7 +162,9 @@ class Resume:
         return load_checkpoint(path, to_resume=True)
 
     def model_args(self, model_args: dict, given: set) -> dict:
-        """Returns the checkpoint's architecture. Raises UserError where it contradicts a flag that the user set, or the data."""
+        """
+        Returns the checkpoint's architecture. Raises UserError if it contradicts the data or a flag that the user set.
+        """
         if not self.path:
             return model_args
         model_args = resume_model_args(self.checkpoint, model_args, given)
@@ -172,26 +172,29 @@ class Resume:
         return model_args
 
     def model_options(self, options: dict, given: set) -> dict:
-        """Returns options, the model's own flags, with the checkpoint's GELU. Raises UserError where that contradicts a flag in given."""
+        """
+        Returns options, the model's own flags, with the checkpoint's GELU. Raises UserError if a given flag differs.
+        """
         return saved_options(self.checkpoint, options, given) if self.path else options
 
-    def load(self, model, optimizer, scaler):
-        """Loads weights, AdamW's state and the float16 loss scale. Raises UserError where they do not fit."""
+    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """Loads weights, AdamW's state and the float16 loss scale. Raises UserError if they do not fit."""
         if self.path:
             load_model(model, crop_positions(self.checkpoint, model))
             load_optimizer(optimizer, scaler, self.checkpoint)
 
     def next_batch(self, rank: int, world_size: int, config: dict):
         """
-        Restores the random generators and returns the batch (X, Y) that comes next, on config's device. Returns None if
-        the run's order of the data has it: a sequential one, or a new random one. Frees the checkpoint's memory.
+        Restores the random generators and returns the next batch (X, Y) on config's device, or None if the data order
+        provides it, a sequential or a new random one. Frees the checkpoint's memory.
         """
         checkpoint, self.checkpoint = self.checkpoint, {}
         if not self.path:
             return None
         if self.iter_num > config['max_iters']:
             print(
-                f'nothing is left to do: iteration {self.iter_num} comes next, and max_iters={config["max_iters"]} is the last'
+                f'nothing is left to do: iteration {self.iter_num} comes next, but max_iters={config["max_iters"]} is '
+                'the last'
             )
         shape, device = (config['batch_size'], config['block_size']), config['device']
         sequential = config['data_order'] == 'sequential'

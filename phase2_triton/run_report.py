@@ -1,4 +1,4 @@
-"""Reports a run: one record of an iteration or an evaluation becomes the printed line, the log's entry and the tracker's."""
+"""Reports a run: each iteration or evaluation becomes a printed line, a log entry and a record for the tracker."""
 
 import math
 import os
@@ -9,20 +9,20 @@ from training_logger import TrainingLogger
 
 class RunReport:
     """
-    config: all flags. facts: the log's `run` block. enabled: True on rank 0, where the methods act; on other ranks they do
-    nothing. resumed_from: see TrainingLogger.
+    Prints, logs and tracks a run. config: all flags. facts: the log's `run` block. enabled: True on rank 0; on other
+    ranks the methods do nothing. resumed_from: see TrainingLogger.
     """
 
     def __init__(self, config: dict, facts: dict, enabled: bool, first_iter: int, resumed_from: dict | None):
         self.log = TrainingLogger(config['out_dir'], config, facts, enabled and config['json_log'], resumed_from)
         self.tracker = Tracker(config, enabled)
-        # without a log of its own, a checkpoint names that of its predecessor
+        # without its own log, a checkpoint refers to the predecessor's
         self.log_name = os.path.basename(self.log.path or (resumed_from or {}).get('log') or '')
         self.max_iters, self.first_iter, self.running_mfu = config['max_iters'], first_iter, None
         self.for_tracker = {}  # sent after the save that may follow, or with the next iteration
 
-    def evaluation(self, iter_num: int, losses: dict, lr: float):
-        """losses: {'train': nats, 'val': nats, ...}; further entries are logged as they are."""
+    def evaluation(self, iter_num: int, losses: dict, lr: float) -> None:
+        """Reports an evaluation. losses: {'train': nats, 'val': nats, ...}; further entries are logged unchanged."""
         more = {k: v for k, v in losses.items() if k not in ('train', 'val') and v is not None}
         text = f', val {more["val_bits_per_byte"]:.4f} bits per byte' if 'val_bits_per_byte' in more else ''
         print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}{text}')
@@ -30,12 +30,15 @@ class RunReport:
         self.for_tracker = {'train/loss': losses['train'], 'val/loss': losses['val'], **more}
         self.for_tracker |= {'iter': iter_num, 'lr': lr, 'mfu': (self.running_mfu or 0) * 100}
 
-    def checkpoint(self, iter_num: int, **written):
+    def checkpoint(self, iter_num: int, **written) -> None:
         self.log.checkpoint(iter_num, **written)
         self._track()
 
-    def iteration(self, iter_num: int, *, skipped_steps: int, **record):
-        """record: loss, lr, time_ms, tokens_per_sec, mfu (a fraction, or None), grad_norm, peak_memory_bytes."""
+    def iteration(self, iter_num: int, *, skipped_steps: int, **record) -> None:
+        """
+        Reports an iteration. record: loss, lr, time_ms, tokens_per_sec, mfu (a fraction, or None), grad_norm,
+        peak_memory_bytes.
+        """
         mfu = record['mfu']
         if mfu is not None and iter_num >= self.first_iter + 5:  # the first iterations compile and warm up
             self.running_mfu = mfu if self.running_mfu is None else 0.9 * self.running_mfu + 0.1 * mfu
@@ -47,12 +50,12 @@ class RunReport:
         self.log.iteration(iter_num, **record, skipped_steps=skipped_steps)
         self._track()
 
-    def flush(self):
+    def flush(self) -> None:
         """Writes the last record to the log in the background, while the GPU works."""
         self.log.flush()
 
-    def close(self, status: str):
-        """status: completed, stopped or failed."""
+    def close(self, status: str) -> None:
+        """Ends the log. status: completed, stopped or failed."""
         self._track()
         self.log.close(status)
 
@@ -63,7 +66,7 @@ class RunReport:
 
 
 def duration(seconds: float) -> str:
-    """'2 d 3 h', '1 h 40 min', '12 min', '45 s'."""
+    """Returns a duration such as '2 d 3 h', '1 h 40 min', '12 min' or '45 s'."""
     if not math.isfinite(seconds):
         return 'n/a'
     minutes = seconds / 60

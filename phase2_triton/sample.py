@@ -2,7 +2,7 @@
 Samples from a trained model, or from a pretrained GPT-2.
 
 $ python sample.py --out_dir=out-python-char --start="def "
-$ python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" --num_samples=5
+$ python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"
 """
 
 import os
@@ -21,19 +21,19 @@ from kv_cache import generate
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
 out_dir = 'out'  # folder of the checkpoint; needs init_from=resume
-ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss; needs init_from=resume
-dataset = ''  # data set whose encoding to use; empty: the one that the checkpoint was trained on
+ckpt = 'ckpt.pt'  # its name: ckpt.pt (the latest) or ckpt_best.pt (lowest validation loss); needs init_from=resume
+dataset = ''  # data set whose encoding to use; empty: the data set of the training
 start = '\n'  # text to continue, such as "<|endoftext|>"; FILE:prompt.txt takes it from a file
 num_samples = 10  # number of samples to draw
-max_new_tokens = 500  # tokens in each
-temperature = 0.8  # 1.0: as trained; less: safer; more: wilder; 0.0: always the likeliest token
-top_k = 200  # draw from this many of the likeliest tokens only; needs temperature
-seed = 1337  # of the random numbers; needs temperature
-model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this one
-device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best that this machine has
+max_new_tokens = 500  # tokens per sample
+temperature = 0.8  # 1.0: as trained; lower: safer; higher: wilder; 0.0: always the likeliest token
+top_k = 200  # draw only from this many of the likeliest tokens; needs temperature
+seed = 1337  # seed of the random numbers; needs temperature
+model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this folder's
+device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best on this machine
 dtype = 'auto'  # float32, bfloat16 or float16
 compile = False  # use torch.compile? unused with kv_cache
-kv_cache = True  # draw all samples as a batch, with a key-value cache; False: one after the other, slowly
+kv_cache = True  # draw all samples as a batch, with a key-value cache; False: one after another, slowly
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
 
@@ -79,11 +79,11 @@ if not start:
 x = torch.tensor(encoding.encode(start), dtype=torch.long, device=device)[None, :]  # (1, T)
 
 # generation
-sys.stdout.reconfigure(errors='backslashreplace')  # characters that a terminal cannot show
+sys.stdout.reconfigure(errors='backslashreplace')  # for characters that a terminal cannot show
 with torch.no_grad(), ctx:
     if not model(x[:, -model.config.block_size :])[0].isfinite().all():
         raise UserError(
-            'the model computes numbers that are not finite: its weights are no result of a training that converged'
+            'the model computes numbers that are not finite: its weights do not come from a training that converged'
         )
     started = hardware.now(device)
     samples = (model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k) for k in range(num_samples))
@@ -94,5 +94,5 @@ with torch.no_grad(), ctx:
         print('---------------', flush=True)
     seconds = hardware.now(device) - started
 tokens = num_samples * max_new_tokens
-# not to stdout, which stays the same from run to run
+# to stderr: stdout stays the same from run to run
 print(f'{tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s', file=sys.stderr)

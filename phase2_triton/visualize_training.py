@@ -1,5 +1,6 @@
 """
-Draws the JSON logs of training runs (training_logger.py writes them, run_logs.py reads them; LOGGING_GUIDE.md has the schema).
+Draws the JSON logs of training runs (training_logger.py writes them, run_logs.py reads them; LOGGING_GUIDE.md has the
+schema).
 
     python visualize_training.py                             # the newest run under out*/
     python visualize_training.py out/run_20260102_030405.json
@@ -7,8 +8,9 @@ Draws the JSON logs of training runs (training_logger.py writes them, run_logs.p
     python visualize_training.py out --follow                # redraw while the run is going
     python visualize_training.py out --html run.html         # also a page to zoom into
 
-The picture goes beside the (first) log: run_..._analysis.png, of several runs run_..._comparison_analysis.png. A run that was
-resumed is drawn with its predecessors as one. Exit status 2, with one message, where there is nothing to draw.
+The picture is written next to the (first) log: run_..._analysis.png, or for several runs
+run_..._comparison_analysis.png. A run that was resumed is drawn with its predecessors as one. Exit status 2, with one
+message, if there is nothing to draw.
 """
 
 import argparse
@@ -51,7 +53,7 @@ DASHES = (
     (6, 2, 1.5, 2),
     (9, 3),
     (3, 2, 1, 2, 1, 2),
-)  # of all but the first: curves that agree stay visible under one another
+)  # for all curves but the first, so that equal curves stay visible
 MARKERS = 'osD^vP'
 STYLE = {
     'font.size': 13,
@@ -86,8 +88,10 @@ HATCHES = {'parameters': '', 'gradients': '///', 'optimizer': '...'}  # of the p
 
 
 def smoothed(values, records):
-    """Triangular mean over about `records` values around each one, NaNs left out; it narrows at the start, where a loss falls fast,
-    and ends with the last value."""
+    """
+    Returns the triangular mean over about `records` values around each value, NaNs left out. The window narrows at the
+    start, where a loss falls fast, and the result ends with the last value.
+    """
     index, half = np.arange(len(values)), min(len(values), records // 3)
     end = np.max(index[np.isfinite(values)], initial=-1)
     for _ in range(
@@ -100,8 +104,11 @@ def smoothed(values, records):
 
 
 def _window_sums(values, half):
-    """Sums of up to `half` values on either side of each one. Differences of a cumulative sum would lose all that is smaller than the
-    last digit of an outlier before; so a window is put together from the end of one block and the start of the next."""
+    """
+    Returns the sums of each value and up to `half` values on either side. Differences of one cumulative sum would lose
+    values smaller than the rounding error of an earlier outlier, so each window joins the end of one block and the
+    start of the next.
+    """
     width, start = 2 * half + 1, np.arange(len(values)) - half
     blocks = np.pad(values, (0, width + -len(values) % width)).reshape(-1, width)
     head, tail = np.cumsum(blocks, axis=1).ravel(), np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1].ravel()
@@ -111,7 +118,7 @@ def _window_sums(values, half):
 
 
 def thin(x, y, pieces=1000):
-    """x and y without the NaNs; of long curves the smallest and the largest value of each piece, so that no outlier is lost."""
+    """Returns x and y without NaNs, and of a long curve only the extremes of each piece, so that no outlier is lost."""
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(y) <= 2 * pieces:
         return x, y
@@ -124,7 +131,7 @@ def thin(x, y, pieces=1000):
 
 
 def short(value, digits=3):
-    """12345678 as 12.3M; one more significant digit below 1000."""
+    """Formats 12345678 as 12.3M; numbers below 1000 get one more significant digit."""
     for size, unit in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if size <= abs(value) < 1e15:
             text = f'{value / size:.{digits}g}'
@@ -138,25 +145,27 @@ def binary_unit(size):
 
 
 def tick(value, _=None):
-    """`short` with digits enough that neighbours on a narrow axis differ; ticks are round, so most need few."""
+    """Formats a tick with enough digits that neighbours on a narrow axis differ."""
     return short(value, 6)
 
 
 @functools.cache
 def has_glyph(char):
-    """Whether the picture's font can show a character, in its normal and its bold form."""
+    """Returns whether the picture's font can show a character, in its normal and its bold form."""
     fonts = (FontProperties(weight=weight) for weight in ('normal', 'bold'))
     return char.isprintable() and all(get_font(findfont(font)).get_char_index(ord(char)) for font in fonts)
 
 
 def shown(text):
-    """Returns text with escapes such as \\udcff and \\u4e2d for what the picture cannot show: bytes of a name that are no text,
-    control characters, and characters for which its font has no glyph."""
+    """
+    Returns text with escapes such as \\udcff and \\u4e2d for everything that the picture cannot show: undecodable bytes
+    in names, control characters, and characters without a glyph in its font.
+    """
     return ''.join(char if has_glyph(char) else char.encode('unicode_escape').decode() for char in text)
 
 
 def clip(text, most):
-    """Returns a label as the picture can show it. Long ones lose their middle: runs differ more often at the end."""
+    """Returns a label that the picture can show. Shortens the middle: labels differ more often at the end."""
     text = shown(text)
     return text if len(text) <= most else f'{text[: most // 3]}…{text[most // 3 + 1 - most :]}'
 
@@ -171,10 +180,14 @@ def scientific(value, _=None):
 
 
 def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
-    """A Figure of one run (panels of `metrics`, facts) or of several (overlaid `metrics`, bars against the first one).
+    """
+    Returns a Figure of one run (panels of `metrics`, facts) or of several (overlaid `metrics`, bars relative to the
+    first run).
 
-    x: 'iter', 'tokens' or 'time'. smooth: records to average over, None for 2% of the run, 1 for none. metrics: names from TITLES,
-    by default all of them for one run and the loss for several. Axes carry the name of what they show as their label."""
+    x: 'iter', 'tokens' or 'time'. smooth: records to average over; None: 2% of the run; 1: no smoothing. metrics: names
+    from TITLES; by default all of them for one run and the loss for several. Each axes has the name of its metric as
+    its label.
+    """
     several = len(runs) > 1
     metrics = metrics or (['loss'] if several else list(TITLES))
     table = summarize(runs)
@@ -226,7 +239,7 @@ def bars_of(runs):
 
 
 def _curves(ax, runs, key, axis, smooth):
-    """One metric of one run, or of several overlaid."""
+    """Draws one metric of one run, or of several overlaid."""
     several, losses = len(runs) > 1, []
     longest = max(run.seconds.max(initial=0) for run in runs)
     unit_s, unit = next(
@@ -284,12 +297,12 @@ def _curves(ax, runs, key, axis, smooth):
 
 
 def _highest(losses):
-    """A loss that diverges leaves the picture at its top."""
+    """Returns the highest loss to show: a diverging loss leaves the picture at the top."""
     return 1.3 * max(losses[0], np.median(losses))
 
 
 def _frame(ax, key, xlabel, losses, reach, wide):
-    """Titles, labels, limits and ticks around what is drawn. All panels go from the first to the last of the records, `reach`, known or not."""
+    """Sets title, labels, limits and ticks. The x axis spans all records, `reach`, even those with unknown values."""
     ax.set(title=TITLES[key][0], xlabel=xlabel, ylabel=TITLES[key][1])
     values = np.concatenate([[], *(line.get_ydata() for line in ax.lines)])
     if not len(values):
@@ -319,8 +332,10 @@ def _frame(ax, key, xlabel, losses, reach, wide):
 
 
 def _events(ax, run, place, i):
-    """Validation losses, and of a single run (i None) the best one and the checkpoints; steps whose loss was not finite.
-    Returns the losses to keep in sight."""
+    """
+    Draws validation losses, steps with a non-finite loss, and for a single run (i None) the best loss and the
+    checkpoints. Returns the losses to keep in view.
+    """
     iters, val = run.evaluations['iter'], run.evaluations['val_loss']
     known, lost = np.isfinite(val), np.isnan(run.iterations['loss'])
     edge = {
@@ -404,7 +419,7 @@ def _utilization(ax, x, mfu, smooth):
 
 
 def _facts(ax, run, row):
-    """What was run, on what, and how it went, as two columns of text."""
+    """Writes the facts about a run as two columns of text."""
     config, facts = run.config, run.run
     shape = (('n_layer', 'layers'), ('n_head', 'heads'), ('n_embd', 'wide'))
     started = str(run.parts[0][1].get('start_time') or '')[:16].replace('T', ' ') + ' UTC'
@@ -446,7 +461,7 @@ def _facts(ax, run, row):
 
 
 def _results(results):
-    """What evaluate.py has added to the log, in words."""
+    """Returns evaluate.py's results as a list of short texts."""
     words = [f'{bits:.3f} bits/byte' for bits in [positive(results.get('bits_per_byte'))] if bits]
     for key, name in (('hellaswag', 'HellaSwag'), ('hellaswag_llmc', 'HellaSwag (llm.c)')):
         accuracy = positive((results.get(key) or {}).get('acc_norm'))
@@ -505,7 +520,7 @@ def parse_args(argv):
         help='files, folders (the newest run in each) or globs; default: the newest under out*/',
     )
     parser.add_argument(
-        '--output', help='picture to write, or its folder; the ending picks the format; default: beside the first log'
+        '--output', help='picture to write, or its folder; the ending picks the format; default: next to the first log'
     )
     parser.add_argument('--html', metavar='FILE', help='also write an interactive page, which needs the package plotly')
     parser.add_argument('--show', action='store_true', help='also open a window')
@@ -534,8 +549,8 @@ def parse_args(argv):
         if word == '--follow' and (
             not behind or os.path.exists(behind[0]) or not re.fullmatch(r'-?([\d.]+|nan|inf)', behind[0])
         ):
-            argv[i] = '--follow=10'  # what is behind it is no number of seconds, but a log
-    args = parser.parse_intermixed_args(argv)  # logs before and behind
+            argv[i] = '--follow=10'  # the next word is a log, not a number of seconds
+    args = parser.parse_intermixed_args(argv)  # logs may come before or after flags
     args.metrics = args.metrics.split(',') if args.metrics else None
     for name in args.metrics or ():
         if name not in TITLES:
@@ -562,7 +577,8 @@ def report(table):
     for row in table:
         speed = 'n/a' if row['tokens_per_sec_median'] is None else short(row['tokens_per_sec_median'])
         print(
-            f'{row["label"]}: {row["status"]} at iteration {row["last_iter"]}, best val loss {number(row["best_val_loss"])}, {speed} tokens/s'
+            f'{row["label"]}: {row["status"]} at iteration {row["last_iter"]}, '
+            f'best val loss {number(row["best_val_loss"])}, {speed} tokens/s'
         )
 
 

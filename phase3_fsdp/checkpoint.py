@@ -1,10 +1,11 @@
 """
-Checkpoints: written so that a kill at any moment leaves the previous one whole, and read without running anything in them.
+Writes and reads checkpoints. A save is atomic, so a kill at any moment leaves the previous checkpoint whole, and
+reading one never executes code from it.
 
-A checkpoint is nanoGPT's dictionary (model, optimizer, model_args, iter_num, best_val_loss, config) and one more key,
-`resume`, which nanoGPT ignores: for each rank its random generators and the batch that it had drawn but not yet used, the
-float16 loss scaler, and the name of the run's log. out_dir/ckpt.pt is the latest, out_dir/ckpt_best.pt the one with
-the lowest validation loss.
+A checkpoint is nanoGPT's dictionary (model, optimizer, model_args, iter_num, best_val_loss, config) with one more key,
+`resume`, which nanoGPT ignores. It holds the float16 loss scaler, the name of the run's log, and for each rank the
+state of its random generators and the batch it has drawn but not yet used. out_dir/ckpt.pt is the latest checkpoint,
+and out_dir/ckpt_best.pt the one with the lowest validation loss.
 """
 
 import glob
@@ -26,23 +27,25 @@ from errors import UserError, first_line
 from out_dir import is_checkpoint_folder, set_aside
 from shell import quote
 
-# names that wrappers put before each parameter's: torch.compile, DDP, FSDP and activation checkpointing
+# prefixes that torch.compile, DDP, FSDP and activation checkpointing add to parameter names
 WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
-# buffers of nanoGPT's attention before torch 2: the causal mask
+# the causal mask, a buffer of nanoGPT's attention before torch 2
 MASKS = re.compile(r'(?<![^.])attn\.(?:masked_)?bias$')
 
 
 def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool, name: str = 'ckpt.pt') -> dict:
     """
-    Writes out_dir/ckpt.pt, or out_dir/name, and a copy of it, ckpt_best.pt, if best. Creates out_dir if it is missing.
+    Writes out_dir/ckpt.pt, or out_dir/name, and if best also a copy of it, ckpt_best.pt. Creates out_dir if it is
+    missing.
 
-    Costs one write and an fsync. The copy shares no storage with ckpt.pt, except where the file system clones files (Btrfs,
-    XFS) and so makes it at no cost. Elsewhere the kernel copies it from the page cache, and it reaches the disk after this returns;
-    until then ckpt.pt, which is on the disk, has the same content, and the next save waits for the copy before it
-    replaces ckpt.pt. A best save takes the space of two more checkpoints while it runs, any other that of one.
+    Costs one write and an fsync. The copy shares no storage with ckpt.pt, except where the file system clones files
+    (Btrfs, XFS) and so makes the copy at no cost. Elsewhere the kernel copies from the page cache, and the copy reaches
+    the disk after this function returns. Until then ckpt.pt, which is on the disk, has the same content, and the next
+    save waits for the copy before it replaces ckpt.pt. A best save needs the space of two more checkpoints while it
+    runs, any other save that of one.
 
-    Returns a dict: path, bytes (None if it was not saved), seconds, and best, whether ckpt_best.pt is this checkpoint.
-    A save that fails, on a full disk for example, raises UserError if it is required, and otherwise prints a warning.
+    Returns a dict: path, bytes (None if the save failed), seconds, and best, whether ckpt_best.pt is this checkpoint.
+    A save that fails, on a full disk for example, raises UserError if it is required and otherwise prints a warning.
     """
     started = time.time()
     path, best_path = os.path.join(out_dir, name), os.path.join(out_dir, 'ckpt_best.pt')
@@ -51,7 +54,8 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
         os.makedirs(out_dir, exist_ok=True)  # it may have been deleted during the run
         set_aside(out_dir)
         with suppress(FileNotFoundError):
-            os.remove(temporary)  # left by a killed run; versions that linked files gave it the storage of ckpt_best.pt
+            # left by a killed run; it may share storage with ckpt_best.pt if an old version linked the two
+            os.remove(temporary)
         with open(temporary, 'wb+') as f:
             torch.save(checkpoint, f)
             add_crc(f)
@@ -75,7 +79,7 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
         return {'path': path, 'bytes': None, 'seconds': time.time() - started, 'best': copied}
     if best and not copied:
         try:
-            copied = _copy(path, best_path)  # again, with the space of the file that was replaced
+            copied = _copy(path, best_path)  # again: the replaced file has freed its space
         except OSError as e:
             print(f'WARNING: {path} is saved, but not its copy {best_path} ({first_line(e)})', file=sys.stderr)
     return {'path': path, 'bytes': os.path.getsize(path), 'seconds': time.time() - started, 'best': copied}
@@ -83,9 +87,9 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
 
 def write_from_rank_0(checkpoint: dict | None, out_dir: str, best: bool, required: bool) -> dict:
     """
-    Calls write_checkpoint() on rank 0, which alone needs the checkpoint, and returns its result on every rank, or raises its
-    UserError there. Collective. The others may wait longer than dist_timeout: rank 0 writes in a thread, and tells them
-    every second that it is alive.
+    Calls write_checkpoint() on rank 0, the only rank that needs the checkpoint, and returns its result on every rank,
+    or raises its UserError on every rank. Collective. The other ranks may wait longer than dist_timeout: rank 0 writes
+    in a thread and tells them every second that it is alive.
     """
     if not dist.is_initialized():
         return write_checkpoint(checkpoint, out_dir, best, required)
@@ -109,7 +113,7 @@ def write_from_rank_0(checkpoint: dict | None, out_dir: str, best: bool, require
 
 
 def _copy(source, target):
-    """Makes target, which is replaced in one step, a copy of source. Returns True. Raises OSError."""
+    """Copies source to target, which is replaced atomically. Returns True. Raises OSError."""
     temporary = target + '.tmp'
     with suppress(FileNotFoundError):
         os.remove(temporary)
@@ -133,30 +137,30 @@ def _copy(source, target):
 
 
 def sync(path):
-    """Returns when the file, or the names in the folder, are on the disk."""
+    """Flushes a file, or the names in a folder, to the disk."""
     fd = os.open(path, os.O_RDONLY)
-    with suppress(OSError):  # some file systems cannot do this to a folder
+    with suppress(OSError):  # some file systems cannot sync a folder
         os.fsync(fd)
     os.close(fd)
 
 
 def find_checkpoint(out_dir: str) -> str:
     """
-    Returns the path of the latest checkpoint in out_dir: that of find_file(), or of a newer folder ckpt_*, which only the
-    trainer that wrote it reads. Returns out_dir/ckpt.pt if there is none.
+    Returns the path of the latest checkpoint in out_dir: the file that find_file() returns, or a newer folder ckpt_*,
+    which only the trainer that wrote it can read. Returns out_dir/ckpt.pt if there is none.
     """
     path = find_file(out_dir)
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
     for name in sorted(name for name in names if is_checkpoint_folder(out_dir, name)):
         folder = os.path.join(out_dir, name)
-        whole = any(entry.is_file() for entry in os.scandir(folder))  # the first save in it has come to its end
-        if whole and (not os.path.exists(path) or os.path.getmtime(folder) > os.path.getmtime(path)):
+        complete = any(entry.is_file() for entry in os.scandir(folder))  # its first save has finished
+        if complete and (not os.path.exists(path) or os.path.getmtime(folder) > os.path.getmtime(path)):
             path = folder
     return path
 
 
 def find_file(out_dir: str) -> str:
-    """Returns the path of ckpt.pt in out_dir, or that of ckpt_best.pt, with a printed line, if only that is left."""
+    """Returns the path of ckpt.pt in out_dir, or of ckpt_best.pt, with a printed line, if only that is left."""
     path, best = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_best.pt')
     if not os.path.exists(path) and os.path.exists(best):
         print(f'{path} is missing, so {best} takes its place')
@@ -166,22 +170,22 @@ def find_file(out_dir: str) -> str:
 
 def load_checkpoint(path: str, to_resume: bool = False) -> dict:
     """
-    Returns the checkpoint at path, with tensors on the CPU and its fields as check_fields() leaves them, whichever trainer
-    wrote it. Nothing in the file is executed. to_resume: its training state is checked too.
-    Raises UserError if it is missing, damaged, a folder, no checkpoint, or holds code.
+    Returns the checkpoint file at path, written by any trainer, with tensors on the CPU and its fields as
+    check_fields() returns them. Executes nothing in the file. to_resume: also checks the training state. Raises
+    UserError if the file is missing, damaged, a folder, not a checkpoint, or holds code.
     """
     return check_fields(read_file(path), path, to_resume)
 
 
 def read_file(path: str):
-    """Returns what the checkpoint file at path holds, unchecked, with tensors on the CPU. Raises UserError if it cannot be read."""
+    """Returns the unchecked content of a checkpoint file, tensors on the CPU. Raises UserError if it is unreadable."""
     folder = os.path.dirname(path) or '.'
     try:
         if os.path.isdir(path):
             raise UserError(_about_folder(path))
-        if os.environ.get('LOCAL_RANK', '0') in ('', '0'):  # one rank for each machine
+        if os.environ.get('LOCAL_RANK', '0') in ('', '0'):  # one rank per machine
             check_archive(path)
-        # mapped into memory, so that many ranks on one machine share what they read
+        # mapped into memory, so that the ranks of one machine share the pages they read
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
         others = _others(path)
@@ -195,12 +199,12 @@ def read_file(path: str):
         ) from None
     except NotADirectoryError:
         raise UserError(
-            f'there is no checkpoint {path}: {folder} is no folder; name the right one with --out_dir'
+            f'there is no checkpoint {path}: {folder} is not a folder; name the right one with --out_dir'
         ) from None
     except pickle.UnpicklingError:
         raise UserError(
             f'{path} was not loaded: it holds something other than tensors and plain values, '
-            'which could run code on this machine, and no checkpoint of ours needs that'
+            'which could run code on this machine, and our checkpoints hold none of that'
         ) from None
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror or first_line(e)}') from None
@@ -209,18 +213,18 @@ def read_file(path: str):
         advice = f'. Other checkpoints there: {others}' if others else ''
         raise UserError(f'{path} is damaged: {e}{advice}') from None
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as e:
-        # the bytes are as they were written, but torch.load makes nothing of them
-        raise UserError(f'{path} is no checkpoint: {type(e).__name__}: {first_line(e)}') from None
+        # the bytes are intact, but torch.load cannot read them
+        raise UserError(f'{path} is not a checkpoint: {type(e).__name__}: {first_line(e)}') from None
 
 
 def _others(path):
-    """The names of other checkpoint files in the folder of path, as text."""
+    """Returns the names of the other checkpoint files in path's folder, separated by commas."""
     names = sorted(glob.glob('ckpt*.pt', root_dir=os.path.dirname(path) or '.'))
     return ', '.join(name for name in names if name != os.path.basename(path))
 
 
 def _about_folder(path):
-    """The README of a trainer's folder says how to convert it, as a command with OUT_DIR in place of the folder's."""
+    """Returns the message about a checkpoint folder, with the command from its README that converts the folder."""
     out_dir = quote(os.path.dirname(os.path.abspath(path)))
     try:
         with open(os.path.join(path, 'README'), encoding='utf-8') as f:
@@ -232,15 +236,17 @@ def _about_folder(path):
 
 def saved_options(checkpoint: dict, options: dict, given: set) -> dict:
     """
-    Returns options, the fields of GPTConfig that are flags, with the GELU of the checkpoint: unlike the others it belongs to the weights.
-    nanoGPT's own checkpoints do not record it; they have the erf form. Raises UserError if the flag is in given and asks for another form.
+    Returns `options`, the fields of GPTConfig that are flags, with the GELU of the checkpoint, which unlike the others
+    belongs to the weights. nanoGPT's own checkpoints do not record it; they use the erf form. Raises UserError if the
+    flag is in `given` and asks for another form.
     """
-    if 'gelu' not in options:  # a model.py of the user's own
+    if 'gelu' not in options:  # the user's own model.py
         return options
     saved = checkpoint.get('config', {}).get('gelu', 'erf')
     if 'gelu' in given and options['gelu'] != saved:
         raise UserError(
-            f'the checkpoint was trained with gelu={saved}, but gelu={options["gelu"]} was asked for: leave the flag out'
+            f'the checkpoint was trained with gelu={saved}, but the command asks for '
+            f'gelu={options["gelu"]}: leave the flag out'
         )
     return {**options, 'gelu': saved}
 
@@ -261,7 +267,7 @@ def load_model(model: torch.nn.Module, checkpoint: dict) -> None:
             + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
         )
     for name, _ in model.named_parameters():
-        # a trainer may have left this rank its shard only
+        # a trainer may have loaded this rank's shard only
         shard = saved[name].to_local() if hasattr(saved[name], 'to_local') else saved[name]
         check_finite(shard, name)
     model.load_state_dict(saved)
@@ -269,8 +275,8 @@ def load_model(model: torch.nn.Module, checkpoint: dict) -> None:
 
 def fit_names(saved: dict, own: dict) -> dict:
     """
-    Returns the saved weights under the names that the model has in `own`, its state_dict(): without what wrappers add
-    anywhere in a name, unless the model itself has it, and without the masks of nanoGPT before torch 2.
+    Returns the saved weights under the names that the model's state_dict() `own` uses. Removes the prefixes that
+    wrappers add anywhere in a name, unless the model itself has them, and the causal masks of nanoGPT before torch 2.
     """
     bare = {WRAPPERS.sub('', name): name for name in own}
     fitted = {}
@@ -278,5 +284,5 @@ def fit_names(saved: dict, own: dict) -> dict:
         stripped = WRAPPERS.sub('', name)
         target = name if name in own else bare.get(stripped, stripped)
         if target in own or not MASKS.search(target):
-            fitted[name if target in fitted else target] = weight  # a second one of the name is reported as unknown
+            fitted[name if target in fitted else target] = weight  # a duplicate is later reported as unknown
     return fitted

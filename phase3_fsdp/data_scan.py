@@ -1,9 +1,9 @@
 """
-Looks for tokens outside the vocabulary while the model trains already.
+Searches the data for tokens outside the vocabulary while the model trains.
 
-One thread on each machine reads every file once, at the speed of memory if the file is cached. It shows its progress on a
-terminal if it takes longer than a few seconds. A token that is found becomes data.problem, which ends the run at the next
-step boundary, after a save.
+One thread on each machine reads every file once, at the speed of memory if the file is cached. If this takes longer
+than a few seconds, it shows its progress on a terminal. A token it finds becomes data.problem, which ends the run at
+the next step boundary, after a save.
 """
 
 import os
@@ -17,14 +17,14 @@ import numpy as np
 from errors import UserError
 from token_files import outside_vocabulary
 
-CHUNK = 4 << 20  # bytes; the thread needs no more memory than this
-SECONDS = 5  # between two lines of progress
+CHUNK = 4 << 20  # bytes; all the memory that the thread needs
+SECONDS = 5  # between two progress lines
 
 
 def scan_in_background(data, vocab_size: int) -> threading.Thread:
     """
-    Starts the scan of all files of the Dataset on the first rank of each machine, and returns its thread. The thread ends by
-    itself, or with the process.
+    Starts the scan of all files of the Dataset on the first rank of each machine and returns its thread, which ends
+    when the scan does, or with the process.
     """
     thread = threading.Thread(target=_scan, args=(data, vocab_size), daemon=True, name='data scan')
     if os.environ.get('LOCAL_RANK', '0') == '0':
@@ -33,16 +33,16 @@ def scan_in_background(data, vocab_size: int) -> threading.Thread:
 
 
 def _scan(data, vocab_size):
-    with suppress(UserError):  # which comes again at the first save
+    with suppress(UserError):  # the first save raises it again
         data.manifest()  # now, before anything can replace the files
     files = [file for tokens in data.splits.values() for file in tokens.files if _can_exceed(file, vocab_size)]
-    files.sort(key=lambda file: file.bytes)  # small ones are checked before the run has done its first steps
+    files.sort(key=lambda file: file.bytes)  # small files are checked before the first steps are done
     total, done, shown = sum(file.bytes for file in files), 0, time.monotonic()
     for file in files:
         position = 0  # in tokens
         try:
             for tokens in _chunks(file):
-                if tokens.max() >= vocab_size:  # without Python's lock
+                if tokens.max() >= vocab_size:  # max() releases Python's lock
                     i = int(np.argmax(tokens >= vocab_size))
                     message = outside_vocabulary(file.path, position + i, tokens[i], vocab_size)
                     data.problems.append((file.path, message))
@@ -53,7 +53,7 @@ def _scan(data, vocab_size):
                     shown = time.monotonic()
                     print(f'checking the tokens: {done / 1e9:.1f} of {total / 1e9:.1f} GB', file=sys.stderr)
         except OSError as e:
-            data.problems.append((file.path, f'{file.path} cannot be read any more: {e.strerror}'))
+            data.problems.append((file.path, f'{file.path} can no longer be read: {e.strerror}'))
             return
 
 
@@ -62,7 +62,7 @@ def _can_exceed(file, vocab_size):
 
 
 def _chunks(file):
-    """Yields the tokens of the file, a chunk at a time, always in the same memory."""
+    """Yields the tokens of the file in chunks, which all reuse one buffer."""
     buffer = np.empty(CHUNK // file.dtype.itemsize, file.dtype)
     with open(file.path, 'rb', buffering=0) as f:
         f.seek(file.offset)

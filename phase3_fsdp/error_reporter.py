@@ -1,9 +1,9 @@
 """
 Reports the error that ends a script, from one rank, and exits. end_of_run.py calls it.
 
-A UserError is one message and exit status 2. Known failures of the machine (out of memory, a lost rank, a missing
-compiler) are such messages too. Anything else is a bug: one traceback and exit status 1. Under torchrun the first rank to
-fail claims the right to report through torchrun's key-value store, so a mistake that every rank notices is reported once;
+A UserError becomes one message and exit status 2, and so do known failures of the machine (out of memory, a lost rank,
+a missing compiler). Any other error is a bug: one traceback and exit status 1. Under torchrun the first rank to fail
+claims the right to report through torchrun's key-value store, so a mistake that every rank notices is reported once.
 torchrun then ends the remaining ranks.
 """
 
@@ -35,51 +35,54 @@ OPTIONAL_PACKAGES = (
     'huggingface_hub',
 )
 
-# the words of gloo, NCCL and the key-value store for another rank that is gone or out of reach
+# messages of gloo, NCCL and the key-value store about a rank that is gone or out of reach
 LOST_RANK = re.compile(
-    r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused|(?<!launch )time[d-]? ?out',
+    r'closed by peer|reset by peer|remote process exited|broken pipe|no route to host|unreachable|refused'
+    r'|(?<!launch )time[d-]? ?out',
     re.I,
 )
 
-# the words of torch.compile's backend, and of Triton, for a missing or broken compiler; Python.h is one of its headers
+# messages of torch.compile's backend and of Triton about a missing or broken compiler, or its header Python.h
 MISSING_TOOL = re.compile(r'C(\+\+)? compiler|C\+\+ compile error|ptxas|Python\.h')
 
 
 def report(kind, error, trace):
-    """Ends this process with a message about the error, unless it is a Ctrl-C; see sys.excepthook for the arguments."""
+    """
+    Reports an error and ends this process, except after Ctrl-C in a single process. Arguments: see sys.excepthook.
+    """
     alone = torchrun_env.number('WORLD_SIZE', 1) <= 1
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         if not alone:
-            os._exit(130)  # without the interpreter's teardown, as below
+            os._exit(130)  # skip the interpreter's teardown, as below
         return
     if issubclass(kind, BrokenPipeError) and _stdout_has_no_reader():  # as in `train.py --help | head`
         os._exit(141)
 
     rank = os.environ.get('RANK')
     place = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
-    reports, message = _claim_report(), _explain(error, trace, place, alone)
+    may_report, message = _claim_report(), _explain(error, trace, place, alone)
     if message:
-        if reports:
+        if may_report:
             print_error(f'error: {message}')
-    elif reports and not alone and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
-        reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # without the source line in C++
+    elif may_report and not alone and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
+        reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # drop the C++ source line
         print_error(
             f'error: {place} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
-            'reached. What was saved is whole: start all ranks again with --init_from=auto'
+            'reached. All checkpoints are intact: start all ranks again with --init_from=auto'
         )
-    elif reports:
+    elif may_report:
         print_error(''.join(traceback.format_exception(kind, error, trace)).rstrip())
-    else:  # most often another rank failed, and a collective with it did too
+    else:  # usually because another rank failed in the middle of a collective
         print_error(f'rank {rank} ends too: {kind.__name__}: {first_line(error)}')
     with suppress(OSError, AttributeError):  # a full disk, or no stdout at all
         sys.stdout.flush()
-    # without the interpreter's teardown, which would wait for collectives and threads that can never finish
+    # skip the interpreter's teardown, which would wait for collectives and threads that can never finish
     os._exit(2 if message else 1)
 
 
 def _explain(error, trace, place, alone):
-    """Returns the message about a mistake of the user's or a known failure of the machine; None about anything else."""
+    """Returns the message about a user's mistake or a known failure of the machine, None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
@@ -93,25 +96,26 @@ def _explain(error, trace, place, alone):
             lines = [line for line in str(cause).splitlines() if MISSING_TOOL.search(line)]
             if isinstance(cause, OSError) or (lines and not _is_compile_error(cause)):
                 return (
-                    f'torch.compile cannot run its compiler ({lines[0] if lines else first_line(cause)}): --compile=False works without it; '
+                    'torch.compile cannot run its compiler '
+                    f'({lines[0] if lines else first_line(cause)}): --compile=False works without it; '
                     '--compile=True needs a C++ compiler, such as g++, and the headers of Python'
                 )
     if isinstance(error, RuntimeError) and 'CUDA driver error: operation not supported' in str(error):
-        # reported by others for expandable_segments, which hardware.py sets
+        # seen elsewhere with expandable_segments, which hardware.py sets
         return (
-            f'{first_line(error)}: if this GPU has no virtual memory, as some vGPUs, '
+            f'{first_line(error)}: if this GPU has no virtual memory, as is the case for some vGPUs, '
             'set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False'
         )
     return None
 
 
 def _is_compile_error(error):
-    """Returns whether torch.compile raised the error, around that of its backend. By name: torch._dynamo is slow to import."""
+    """Returns whether torch.compile raised the error. Compares names, because torch._dynamo is slow to import."""
     return any(base.__name__ == 'BackendCompilerFailed' for base in type(error).__mro__)
 
 
 def _out_of_memory_message(error, trace):
-    """Returns where memory ran out, the error's own numbers, and what helps."""
+    """Returns the message: where memory ran out, the error's own numbers, and advice."""
     script = sys.argv[0]
     lines = [
         frame.lineno
@@ -127,15 +131,16 @@ def _out_of_memory_message(error, trace):
         command = plan_command(sys.argv, torchrun_env.number('WORLD_SIZE', 1), torch.cuda.get_device_name())
         plan = f'. To see which of these fit, run: {command}' if command else ''
     return (
-        f'ran out of memory{place}: {reason}. Training needs less with a smaller batch_size and more gradient_accumulation_steps, '
-        f'with activation_checkpointing, with the Triton kernels and their loss_rows, and sharded with ZeRO-1 or FSDP{plan}'
+        f'ran out of memory{place}: {reason}. Training needs less with a smaller batch_size and more '
+        'gradient_accumulation_steps, with activation_checkpointing, with the Triton kernels and their loss_rows, and '
+        f'sharded with ZeRO-1 or FSDP{plan}'
     )
 
 
 def _claim_report():
     """
-    Returns True on the first rank that asks torchrun, and on every rank where no torchrun is there to ask. If torchrun no
-    longer answers, one rank of each machine reports.
+    Returns True on the first rank that asks torchrun's store, and on every rank if there is no such store. If torchrun
+    no longer answers, returns True on one rank of each machine.
     """
     if torchrun_env.number('WORLD_SIZE', 1) <= 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         return True
@@ -145,7 +150,7 @@ def _claim_report():
         from torch.distributed import TCPStore
 
         host, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-        # TCPStore alone would try for long, and print every attempt
+        # TCPStore by itself would retry for a long time and print every attempt
         socket.create_connection((host, port), timeout=5).close()
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
         return store.add(f'speaker/{torchrun_env.launch_id}', 1) == 1

@@ -1,8 +1,8 @@
 """
-Who may print, and what becomes of a message that cannot be printed.
+Decides which rank prints, and keeps a failure to print from ending a run.
 
-Rank 0 alone prints to stdout. Warnings go to stderr, from any rank. The report of the error that ends a run goes to stderr
-too, from the rank that error_reporter.py chooses.
+Only rank 0 prints to stdout. Any rank may print warnings to stderr. The rank that error_reporter.py chooses prints the
+error that ends a run to stderr.
 """
 
 import os
@@ -14,16 +14,16 @@ import torchrun_env
 
 class Output:
     """
-    Wraps stdout or stderr so that no failure to print ends a run: text for a full disk, or for a terminal that was closed
-    under nohup, is lost. If nobody reads a pipe any more, reader_gone becomes True, and StopSignal ends the run with a save:
-    a Ctrl-C ends the `tee` of `| tee` too.
+    Wraps stdout or stderr so that a failure to print never ends a run. Output is lost if the disk is full, or if the
+    terminal was closed under nohup. On a broken pipe, reader_gone becomes True, and StopSignal ends the run with a
+    save: in `train.py | tee`, Ctrl-C ends `tee` too.
     """
 
-    reader_gone = False  # of any stream
+    reader_gone = False  # shared by all streams
 
     def __init__(self, stream):
         self.stream = stream
-        with suppress(AttributeError, OSError):  # a notebook's stream, or one with unwritten text for a full disk
+        with suppress(AttributeError, OSError):  # a notebook's stream, or one that cannot flush to a full disk
             stream.reconfigure(errors='backslashreplace')  # for characters that the terminal's encoding lacks
 
     def write(self, text):
@@ -45,18 +45,18 @@ class Output:
         return getattr(self.stream, name)
 
 
-def silence_other_ranks():
-    """Lets rank 0 alone print to stdout. The other ranks' stdout leads nowhere."""
+def silence_other_ranks() -> None:
+    """Discards the stdout of every rank but rank 0."""
     if torchrun_env.number('RANK', 0) != 0:
         sys.stdout = open(os.devnull, 'w')
 
 
-def protect_output():
+def protect_output() -> None:
     """Wraps stdout and stderr of this process in Output."""
     sys.stdout, sys.stderr = (Output(stream or open(os.devnull, 'w')) for stream in (sys.stdout, sys.stderr))
 
 
-def print_error(text):
-    """Prints the error that ends this process. sys.stderr is no use: torch's own excepthook, around ours, holds it back."""
+def print_error(text: str) -> None:
+    """Prints the error that ends this process. Uses sys.__stderr__, because torch's excepthook buffers sys.stderr."""
     with suppress(OSError):  # a full disk
         print(text, file=sys.__stderr__, flush=True)

@@ -1,4 +1,4 @@
-"""Progress of a long loop on a terminal; silent in pipes, in logs, and for the first seconds."""
+"""Shows the progress of a long loop on a terminal; prints nothing in pipes, in logs, and for the first seconds."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from run_report import duration
 SILENT_S, INTERVAL_S = 3.0, 0.5
 
 
-def progress(items, what: str):
+def progress(items, name: str):
     """Yields the items of a sized iterable. After 3 s, shows on a terminal how many are done and the time left."""
     started = shown = time.monotonic()
     terminal, drawn = sys.stdout.isatty(), False
@@ -17,7 +17,7 @@ def progress(items, what: str):
             now = time.monotonic()
             if terminal and done and now - started > SILENT_S and now - shown > INTERVAL_S:
                 left = duration((now - started) / done * (len(items) - done))
-                print(f'\r{what}: {done}/{len(items)}, {left} left ', end='', flush=True)
+                print(f'\r{name}: {done}/{len(items)}, {left} left ', end='', flush=True)
                 shown, drawn = now, True
             yield item
     finally:

@@ -1,4 +1,4 @@
-"""The start of a training run: who prints, which of 'auto' the flags mean here, and which rank of how many this is."""
+"""Starts a training run: protects output, resolves 'auto' flags and joins the ranks."""
 
 import os
 
@@ -14,10 +14,10 @@ INIT_FROM = ('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 
 def setup(config: dict, find_checkpoint=find_checkpoint, cpu_offload: bool = False) -> tuple[int, int]:
     """
-    Returns (rank, world_size), with the ranks joined. Call it right after configure(). Replaces every 'auto' in config:
+    Joins the ranks and returns (rank, world_size). Call it right after configure(). Replaces every 'auto' in config:
     device, dtype, compile, backend, cuda_graph, and init_from, which becomes 'resume' on all ranks if any rank sees a
-    checkpoint. find_checkpoint: the trainer's. cpu_offload: the trainer keeps weights in CPU memory. Raises UserError for a
-    value that is unknown or does not fit this machine.
+    checkpoint. find_checkpoint: the trainer's function. cpu_offload: the trainer keeps weights in CPU memory. Raises
+    UserError for a value that is unknown or does not fit this machine.
     """
     protect_output()
     check_environment()

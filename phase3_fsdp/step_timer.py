@@ -1,4 +1,4 @@
-"""The time of a training step, without evaluations and saves."""
+"""Measures the time of training steps, without evaluations and saves."""
 
 import time
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ from hardware import now
 
 class StepTimer:
     """
-    Measures the mean time of the iterations between two laps. The caller waits for the device before it calls lap(),
-    which then costs nothing.
+    Measures the mean time per iteration between two laps. lap() does not wait for the device: the caller must do so
+    first.
     """
 
     def __init__(self, device: str, iter_num: int):
@@ -17,10 +17,10 @@ class StepTimer:
 
     @contextmanager
     def pause(self):
-        """`with timer.pause():` leaves out the time of the block."""
-        paused = now(self.device)
+        """Excludes the time of the block: `with timer.pause():`."""
+        pause_started = now(self.device)
         yield
-        self.started += now(self.device) - paused
+        self.started += now(self.device) - pause_started
 
     def lap(self, iter_num: int) -> float:
         """Returns the seconds per iteration since the previous lap, up to and including iteration iter_num."""

@@ -1,11 +1,11 @@
 """
-Sends losses to a tracker, as well as to the log: wandb, trackio or tensorboard.
+Sends losses to a tracker in addition to the log: wandb, trackio or tensorboard.
 
     tracker = Tracker(config, enabled=master_process)
     tracker.log({'iter': 250, 'val/loss': 1.98})
 
-A tracker cannot hurt a run. Its calls run in a thread of their own, so that a slow one costs no time; an exception, or a call
-that does not return, is one warning, and training continues.
+A tracker cannot harm a run. Its calls run in a separate thread, so that a slow tracker costs no time. An exception, or
+a call that does not return, becomes one warning, and training continues.
 """
 
 import importlib
@@ -19,18 +19,18 @@ from end_of_run import at_end
 from errors import UserError, first_line
 from shell import pip_install
 
-INIT_SECONDS = 10  # wait for the start, so that a login prompt comes before the training's lines
-FINISH_SECONDS = 20  # torchrun kills a rank 30 s after another has failed
+INIT_SECONDS = 10  # wait for the tracker to start, so that a login prompt appears before the training's lines
+FINISH_SECONDS = 20  # less than the 30 s after which torchrun kills the other ranks of a failed run
 
 
 def open_wandb(module, config):
-    """Starts a run. Returns its functions log and finish. trackio has wandb's interface."""
+    """Starts a run and returns its functions log and finish. trackio has wandb's interface."""
     module.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config)
     return module.log, module.finish
 
 
 def open_tensorboard(module, config):
-    """Opens out_dir/tensorboard. Returns functions log and finish."""
+    """Opens out_dir/tensorboard and returns functions log and finish."""
     writer = module.SummaryWriter(os.path.join(config['out_dir'], 'tensorboard'))
 
     def log(record):
@@ -51,13 +51,14 @@ TRACKERS = {
 
 class Tracker:
     """
-    config: the flags wandb_log, tracker, wandb_project, wandb_run_name and out_dir; the tracker records all of them. Raises
-    UserError if the tracker is unknown or its package is not installed.
+    Sends records to the tracker that the flags select. config: wandb_log, tracker, wandb_project, wandb_run_name,
+    out_dir and all other flags, which the tracker records. Raises UserError if the tracker is unknown or its package is
+    not installed.
     """
 
     def __init__(self, config: dict, enabled: bool = True):
         self.name = 'wandb' if config['wandb_log'] else config.get('tracker', '')
-        self.queue = None  # of records, and None at the end; None where there is no tracker
+        self.queue = None  # of records, then None as the end mark; self.queue is None if there is no tracker
         self.warned = False
         if self.name and self.name not in TRACKERS:
             raise UserError(f"tracker is '{self.name}', but it can be {', '.join(TRACKERS)} or empty")
@@ -72,9 +73,11 @@ class Tracker:
         if self.missing:
             raise UserError(f'this needs the package {self.name}, which is not installed: {pip_install(self.name)}')
 
-    def log(self, record: dict):
-        """Sends the record, {name: number}, with the iteration under the name 'iter'. Returns at once and never raises."""
-        records = self.queue  # the thread may drop it
+    def log(self, record: dict) -> None:
+        """
+        Sends the record, {name: number}, with the iteration under the name 'iter'. Returns at once and never raises.
+        """
+        records = self.queue  # the thread may set it to None
         if records is not None:
             records.put(record)
 
@@ -89,7 +92,7 @@ class Tracker:
                 self._warn(error)
             return
         finally:
-            sys.excepthook = hook  # wandb puts its own around it, which prints a traceback for every error
+            sys.excepthook = hook  # wandb wraps it and prints a traceback for every error
             started.set()
         while (record := self.queue.get()) is not None:
             self._attempt(log, record)

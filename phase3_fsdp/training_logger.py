@@ -1,5 +1,5 @@
 """
-The JSON log of a training run: out_dir/run_YYYYmmdd_HHMMSS.json, one strictly valid JSON document at every moment.
+Writes the JSON log of a training run, out_dir/run_YYYYmmdd_HHMMSS.json, which is valid JSON at every moment.
 
     log = TrainingLogger(out_dir, config, run, enabled=json_log and master_process)
     log.iteration(0, loss=10.8, lr=6e-4, time_ms=21.3, tokens_per_sec=23000.0)
@@ -7,14 +7,16 @@ The JSON log of a training run: out_dir/run_YYYYmmdd_HHMMSS.json, one strictly v
     log.checkpoint(0, path='out/ckpt.pt', bytes=1_492_000_000, seconds=1.2)
     log.close('completed')
 
-A call returns at once, and a thread writes the record. That of an iteration is first kept until flush(): call it where the CPU
-is about to wait for the GPU, and the writing costs the training nothing. Each call first waits for the records before it, so a
-kill -9 costs one at most. (Values are read after the call: numbers, please, not tensors that the training goes on to change.)
+Each call returns at once, and a thread writes the record. An iteration's record is held until flush(): call flush()
+where the CPU is about to wait for the GPU, so that writing costs the training no time. Each call first waits for the
+previous records, so a kill -9 loses at most one. (Values are read after the call returns: pass numbers, not tensors
+that change.)
 
-Each list of the document is followed by a reserve of spaces, which JSON ignores; adding a record overwrites some of them. No
-write crosses a 4 KiB page, because a kill -9 can cut a write between two pages, but not within one. A list that outgrows its
-reserve is copied to a new file with half as much again, and a rename replaces the old one: so the mean cost of a record is
-the same however long the run is. Nothing here raises: a log is not worth a training run. LOGGING_GUIDE.md has the schema.
+Each list in the document is followed by a reserve of spaces, which JSON ignores; adding a record overwrites some of
+them. No write crosses a 4 KiB page, because a kill -9 can cut a write between two pages, but not within one. A list
+that outgrows its reserve is copied to a new file with a reserve half as large again, and a rename replaces the old
+file. The mean cost of a record is therefore independent of the length of the run. Nothing here raises, because a log is
+not worth a training run. LOGGING_GUIDE.md has the schema.
 """
 
 import functools
@@ -32,13 +34,13 @@ from types import SimpleNamespace
 from end_of_run import at_end
 
 PAGE, MIB = 4096, 2**20
-RESERVE = {
-    'evaluations': 2 * PAGE,
-    'checkpoints': 2 * PAGE,
-    'iterations': 16 * PAGE,
-}  # bytes at the start; in the order of the file
-SUMMARY = """last_iter first_loss best_loss best_loss_iter final_loss final_train_loss first_val_loss best_val_loss best_val_loss_iter
-    final_val_loss time_ms_mean time_ms_median tokens_per_sec_mean tokens_per_sec_median mfu_mean mfu_median peak_memory_bytes total_time_s""".split()
+# bytes reserved at the start, in the order of the file
+RESERVE = {'evaluations': 2 * PAGE, 'checkpoints': 2 * PAGE, 'iterations': 16 * PAGE}
+SUMMARY = """
+    last_iter first_loss best_loss best_loss_iter final_loss final_train_loss first_val_loss best_val_loss
+    best_val_loss_iter final_val_loss time_ms_mean time_ms_median tokens_per_sec_mean tokens_per_sec_median mfu_mean
+    mfu_median peak_memory_bytes total_time_s
+""".split()
 encode = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -47,7 +49,10 @@ def utc_now():
 
 
 def jsonable(value):
-    """`value` as JSON can hold it: NaN and Infinity become None, 0-d arrays and tensors numbers, tuples lists, the unknown strings."""
+    """
+    Returns `value` in a form that JSON can hold: None for NaN and Infinity, numbers for 0-d arrays and tensors, lists
+    for tuples, strings for unknown types.
+    """
     if value is None or isinstance(value, (int, float, str)):
         return None if isinstance(value, float) and not math.isfinite(value) else value
     if isinstance(value, dict):
@@ -62,7 +67,7 @@ def pad(text, multiple):
 
 
 def write_all(fd, data, at):
-    """Write `data` at offset `at` and return the offset behind it; goes on after a short write."""
+    """Writes all of `data` at offset `at`, also after short writes, and returns the offset of its end."""
     while data:
         written = os.pwrite(fd, data, at)
         data, at = data[written:], at + written
@@ -70,14 +75,16 @@ def write_all(fd, data, at):
 
 
 class Speed:
-    """Mean and median of a stream at constant cost. Once there are more than 10 values the first 5 are left out (compilation,
-    warm-up). Up to 10 values the median is exact, then it is the middle of a bin 0.4% wide: within 0.2%."""
+    """
+    Mean and median of a stream at constant cost. Once there are more than 10 values, leaves out the first 5
+    (compilation, warm-up). The median is exact for up to 10 values; beyond, it is the middle of a bin 0.4% wide, so
+    within 0.2%.
+    """
 
     def __init__(self):
         self.first, self.bins, self.mean, self.median = [], {}, None, None
-        self.count = self.total = self.middle = self.below = (
-            0  # of the middle bin, and how many values are in bins below it
-        )
+        self.count = self.total = 0
+        self.middle = self.below = 0  # the middle bin, and the number of values in bins below it
 
     def add(self, value):
         if not isinstance(value, (int, float)) or value <= 0:
@@ -94,22 +101,25 @@ class Speed:
         while 2 * self.below >= self.count:
             self.middle -= 1
             self.below -= self.bins.get(self.middle, 0)
-        while 2 * (self.below + (here := self.bins.get(self.middle, 0))) < self.count:
-            self.below, self.middle = self.below + here, self.middle + 1
+        while 2 * (self.below + (in_bin := self.bins.get(self.middle, 0))) < self.count:
+            self.below, self.middle = self.below + in_bin, self.middle + 1
         above = self.middle
-        if 2 * (self.below + here) == self.count:  # the median lies between two values, which may be far apart
+        if 2 * (self.below + in_bin) == self.count:  # the median lies between two values, which may be far apart
             above = min(key for key in self.bins if key > above)
         self.mean, self.median = self.total / self.count, (math.exp(self.middle / 250) + math.exp(above / 250)) / 2
 
 
 def in_background(at_once):
-    """Run the method on the log's thread, at once or at the next call. The caller waits only for the calls before, and sees no exception."""
+    """
+    Runs the method on the log's thread, at once or at the next flush. The caller waits only for earlier calls and sees
+    no exception.
+    """
 
     def decorate(method):
         @functools.wraps(method)
         def hand_over(self, *args, **kwargs):
             self.wait()
-            self.kept = method, args, kwargs
+            self.pending = method, args, kwargs
             if at_once:
                 self.flush()
 
@@ -119,20 +129,20 @@ def in_background(at_once):
 
 
 class TrainingLogger:
-    """The log of one run, told of it by one thread. With enabled=False (the ranks other than 0) every method does nothing.
+    """
+    The log of one run. Its methods must be called from one thread. With enabled=False (ranks other than 0) every method
+    does nothing.
 
-    config: dict of every flag. run: dict of facts (phase, command, world_size, device, versions, ...). resumed_from: None or
-    {'log': file name of the predecessor, 'iter': first iteration of this run}: a reader drops the predecessor's records from
-    that iteration on. `path` is the file, None where there is none. The first error of any kind is one warning on stderr; the
-    records that could not be written are counted in summary.dropped_records."""
+    config: dict of every flag. run: dict of facts (phase, command, world_size, device, versions, ...). resumed_from:
+    None or {'log': file name of the predecessor, 'iter': first iteration of this run}; a reader drops the predecessor's
+    records from that iteration on. `path` is the file, or None if there is none. The first error of any kind becomes
+    one warning on stderr; summary.dropped_records counts the records that could not be written.
+    """
 
-    def __init__(self, out_dir, config, run, enabled=True, resumed_from=None):
+    def __init__(self, out_dir: str, config: dict, run: dict, enabled: bool = True, resumed_from: dict | None = None):
         self.path, self.fd, self.warned, self.torn, self.second, self.retry_at = None, None, False, None, 0, 0.0
-        self.jobs, self.last = (
-            queue.SimpleQueue(),
-            threading.Lock(),
-        )  # calls to the thread; held until the last of them is done
-        self.kept = None  # a call that the thread has not been given yet
+        self.jobs, self.last = queue.SimpleQueue(), threading.Lock()  # calls to the thread; held until the last is done
+        self.pending = None  # a call that is held until flush()
         if enabled:
             try:
                 self._open(out_dir, config, run, resumed_from)
@@ -140,26 +150,26 @@ class TrainingLogger:
                 self.fd = None
                 self._warn(error)
 
-    def wait(self):
-        """Return when everything logged so far is in the file."""
+    def wait(self) -> None:
+        """Returns once every record so far is in the file."""
         self.flush()
         with self.last:
             pass
 
-    def flush(self):
-        """Have the last iteration's record written now, while this thread goes on."""
-        kept, self.kept = self.kept, None
-        if kept is not None and self.fd is not None:
+    def flush(self) -> None:
+        """Has the thread write the last iteration's record now. Does not wait for it."""
+        pending, self.pending = self.pending, None
+        if pending is not None and self.fd is not None:
             done = threading.Lock()
             done.acquire()
-            self.jobs.put((*kept, done))
-            self.last = done  # behind put: a Ctrl-C between the two must not leave a lock that nobody releases
+            self.jobs.put((*pending, done))
+            self.last = done  # after put: a Ctrl-C between the two must not leave a lock that nobody releases
 
     @in_background(at_once=False)
     def iteration(
         self, iter_num, *, loss, lr, time_ms, tokens_per_sec, mfu=None, grad_norm=None, peak_memory_bytes=None, **extra
     ):
-        """One training step; mfu as a fraction of 1. Extra keywords are logged as they are."""
+        """Records a training step. mfu is a fraction of 1. Extra keywords are logged unchanged."""
         fields = {
             'loss': loss,
             'lr': lr,
@@ -180,8 +190,10 @@ class TrainingLogger:
     def checkpoint(self, iter_num, *, path, bytes=None, seconds=None, **extra):
         self._append('checkpoints', {'iter': iter_num, 'path': path, 'bytes': bytes, 'seconds': seconds, **extra})
 
-    def close(self, status):
-        """The final status ('completed', 'stopped' or 'failed'), and the reserves are given back. Later calls do nothing."""
+    def close(self, status: str) -> None:
+        """
+        Writes the final status ('completed', 'stopped' or 'failed') and removes the reserves. Later calls do nothing.
+        """
         self._close(status)
         self.wait()
 
@@ -207,7 +219,7 @@ class TrainingLogger:
 
     def _warn(self, error):
         if not self.warned:
-            with suppress(Exception):  # stderr may be gone, too
+            with suppress(Exception):  # stderr may be closed too
                 print(
                     f'training_logger: {self.path}: {error}; training continues, the log is incomplete',
                     file=sys.stderr,
@@ -227,7 +239,8 @@ class TrainingLogger:
         facts = {key: value for key, value in jsonable(run).items() if key not in self.state} | {
             'resumed_from': jsonable(resumed_from)
         }
-        self.facts = f'{encode(facts)[1:]},\n"config": {encode(jsonable(config))}'  # goes on inside "run", where the head page ends
+        # continues the "run" block, which the head page leaves open
+        self.facts = f'{encode(facts)[1:]},\n"config": {encode(jsonable(config))}'
         self.regions = {name: SimpleNamespace(start=0, size=size, used=0) for name, size in RESERVE.items()}
         for n in itertools.count(1):
             self.path = f'{stem}.json' if n == 1 else f'{stem}_{n}.json'
@@ -235,12 +248,12 @@ class TrainingLogger:
                 self._write_file(self.path + '.tmp', os.O_EXCL, reserve=True)
                 break
         threading.Thread(target=self._work, name='training_logger', daemon=True).start()
-        # a forked child has no such thread, and no right to the file
+        # a forked child has no such thread and must not write to the file
         os.register_at_fork(after_in_child=functools.partial(self.__init__, None, None, None, enabled=False))
-        at_end('log', lambda error: self.close('failed'))  # after close() this does nothing
+        at_end('log', lambda error: self.close('failed'))  # no-op after close()
 
     def _head(self, page):
-        """The first page: everything that changes with a record, and nothing else."""
+        """Returns the first page: everything that changes with a record, and nothing else."""
         head = pad(f'{encode({"schema_version": 1, "summary": self.summary, "run": self.state})[:-2]}, ', page)
         if len(head) > PAGE:
             raise ValueError(f'a head of {len(head):,} bytes is longer than a page of {PAGE:,}')
@@ -248,8 +261,8 @@ class TrainingLogger:
 
     def _append(self, name, fields):
         summary, region = self.summary, self.regions[name]
-        summary['dropped_records'] += 1  # taken back below
-        if self.second != (second := int(time.time())):  # a look at the clock and at the folder once a second is enough
+        summary['dropped_records'] += 1  # undone below
+        if self.second != (second := int(time.time())):  # check the clock and the folder once a second
             self.second, self.state['last_record_time'] = second, utc_now()
             if os.fstat(self.fd).st_nlink == 0:
                 os.close(self.fd)
@@ -266,12 +279,12 @@ class TrainingLogger:
         self._overwrite(region.start + at, text)
         region.used = at + len(text)
         summary['dropped_records'] -= 1
-        self._tally(name, fields)  # a kill just before the next line leaves a summary that is one record behind
+        self._tally(name, fields)  # a kill before the next line leaves the summary one record behind
         self._overwrite(0, self._head(PAGE))
 
     def _tally(self, name, record):
         summary = self.summary
-        # the head has room for numbers only
+        # the head page has room for numbers only
         record = {
             key: value if isinstance(value, (int, float)) and abs(value) < 1e100 else None
             for key, value in record.items()
@@ -301,7 +314,7 @@ class TrainingLogger:
                 summary[f'best_{key}'], summary[f'best_{key}_iter'] = loss, record['iter']
 
     def _overwrite(self, at, data):
-        """Write `data`, or, where that fails half-way, what was there before."""
+        """Writes `data` at offset `at`; if that fails half-way, restores the previous bytes."""
         self.torn = (os.pread(self.fd, len(data), at), at)
         try:
             write_all(self.fd, data, at)
@@ -310,7 +323,7 @@ class TrainingLogger:
             self._mend()
 
     def _mend(self):
-        if self.torn:  # what the disk has just refused, too, is tried again before the next record
+        if self.torn:  # if the disk refuses these bytes now, the next record tries again
             write_all(self.fd, *self.torn)
             self.torn = None
 
@@ -321,12 +334,15 @@ class TrainingLogger:
         try:
             self._write_file(self.path + '.new', os.O_TRUNC, reserve=True)
         except OSError:
-            region.size, self.retry_at = old, time.monotonic() + 60  # that is how long records are dropped
+            region.size, self.retry_at = old, time.monotonic() + 60  # records are dropped for a minute
             raise
 
     def _write_file(self, temporary, flag, reserve):
-        """Write the whole document to `temporary`, taking the records from the present file, and rename it to self.path. With O_EXCL the
-        path must be new, too: who created the temporary file owns the name until the rename, so that no two runs get the same one."""
+        """
+        Writes the whole document to `temporary`, with the records of the present file, and renames it to self.path.
+        With O_EXCL self.path must be new, too: the temporary file reserves the name until the rename, so that no two
+        runs get the same one.
+        """
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | flag, 0o666)
         page, starts, opening = PAGE if reserve else 1, [], self.facts
         try:

@@ -326,7 +326,7 @@ def test_only_the_best_is_left(launch, run):
 @pytest.mark.parametrize(
     'prepare, out_dir, message',
     [
-        (lambda: open('occupied', 'w').close(), 'occupied', 'occupied is no folder'),
+        (lambda: open('occupied', 'w').close(), 'occupied', 'occupied is not a folder'),
         (lambda: (os.remove('out/ckpt.pt'), os.mkdir('out/ckpt.pt')), 'out', 'out/ckpt.pt is a folder'),
         (
             lambda: (shutil.rmtree('out'), os.mkdir('out'), os.symlink('ckpt.pt', 'out/ckpt.pt')),

@@ -250,7 +250,7 @@ TRAIN_FLAGS = ('--warmup_iters=10', '--max_iters=100', '--lr_decay_iters=100', '
         (['--learning_rate=1e-5'], 'learning_rate=1e-05 is below min_lr=0.0001, .* --min_lr=1e-06 too'),
         (['--min_lr=1'], 'learning_rate=0.001 is below min_lr=1.0'),
         (['--min_lr=1', '--decay_lr=False'], ['min_lr: no effect']),
-        (['--tracker=trackio', '--wandb_log'], 'wandb_log=True and tracker=trackio ask for two trackers'),
+        (['--tracker=trackio', '--wandb_log'], 'wandb_log=True and tracker=trackio select two trackers'),
     ],
 )
 def test_flags_of_train_that_contradict_each_other(monkeypatch, capsys, flags, notes):

@@ -559,7 +559,7 @@ def test_open_dataset(tmp_path):
         with pytest.raises(UserError, match='train.bin is truncated: 101 bytes'):
             dataset.open_dataset(folder, 10)
         f.truncate(100)
-        with pytest.raises(UserError, match='train.bin holds 50 tokens where meta.pkl says 100'):
+        with pytest.raises(UserError, match='train.bin holds 50 tokens, but meta.pkl says 100'):
             dataset.open_dataset(folder, 10)
         os.remove(f'{folder}/meta.pkl')
         assert len(dataset.open_dataset(folder, 10).train) == 50  # upstream's meta says nothing of counts
@@ -596,7 +596,7 @@ def test_encodings():
     assert char.encode('a\na') == [0, 1, 0] and char.decode([1, 0, 7]) == '\na\ufffd'
     with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) is not among the 2"):
         char.encode('aé')
-    with pytest.raises(UserError, match='meta.pkl describes no encoding'):
+    with pytest.raises(UserError, match='meta.pkl describes an unknown encoding'):
         encoding.get_encoding({'vocab_size': 9})
 
 

@@ -10,8 +10,11 @@ import time
 import types
 
 import pytest
+import torch
 
+import hardware
 from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of
+from errors import UserError
 
 sys.path.append(str(ROOT))
 import demo
@@ -119,15 +122,16 @@ demo.show('end\\n')
 SLOW = [PROGRAMS / 'slow_evaluation.py', NANOGPT / 'train.py', *TINY, '--max_iters=1', '--eval_iters=30']
 
 
-def test_a_long_evaluation_shows_progress_on_a_terminal(work):
-    status, written = on_terminal(sys.executable, *SLOW, lines=24)
+@pytest.mark.parametrize('flags', [(), ('--val_tokens=396', '--batch_size=1')])
+def test_a_long_evaluation_shows_progress_on_a_terminal(work, flags):
+    status, written = on_terminal(sys.executable, *SLOW, *flags, lines=24)
     assert status == 0
-    shown = re.findall(r'\revaluating (train|val): (\d+)/30, ([^\r]+) left ', written)
+    shown = re.findall(r'\revaluating (train|val): (\d+)/(?:30|25), ([^\r]+) left ', written)
     assert {split for split, *_ in shown} == {'train', 'val'}
     assert [int(done) for split, done, _ in shown if split == 'val'] == sorted(
         int(d) for s, d, _ in shown if s == 'val'
     )
-    assert re.search(r'\r\033\[Kstep 0: train loss [\d.]+, val loss [\d.]+\r\n', written)  # on a line of its own
+    assert re.search(r'\r\033\[Kstep 0: train loss [\d.]+, val loss [\d.]+[^\r]*\r\n', written)  # on a line of its own
 
 
 def test_a_long_evaluation_is_silent_in_a_pipe(launch, work):
@@ -182,6 +186,19 @@ def test_each_technique_runs_where_it_can(monkeypatch, capsys, tmp_path, gpus):
         assert ('--backend=gloo' in command, '--device=cpu' in command) == (gpus == 1, gpus == 0)
     assert (commands[1][0] == '-m') == (gpus != 1)
     assert ('need a GPU' in printed) == (gpus == 0) and all(f'{name}: 60 iterations' in printed for name in techniques)
+
+
+def test_processes_share_a_gpu_over_gloo_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setenv('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')  # or resolve_auto would set it for good
+    for rank in range(2):
+        monkeypatch.setenv('LOCAL_RANK', str(rank))
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+        assert hardware.resolve_auto('auto', 'float32', False, 'gloo')[0] == 'cuda:0'
+        with pytest.raises(UserError, match='--backend=gloo'):
+            hardware.resolve_auto('auto', 'float32', False, 'auto')
 
 
 @pytest.mark.full

@@ -88,8 +88,12 @@ MISTAKES = {
     'garbled checkpoint': (garble_weights, RESUME, 'out/ckpt.pt'),
     'checkpoint with code': (lambda: torch.save({'model': Malicious()}, 'out/ckpt.pt'), RESUME, 'could run code'),
     'plain pickle with code': (lambda: pickle.dump(Malicious(), open('out/ckpt.pt', 'wb')), RESUME, 'out/ckpt.pt'),
-    'file of something else': (lambda: torch.save({'a': 1}, 'out/ckpt.pt'), RESUME, 'no checkpoint of a training run'),
-    'checkpoint of another shape': (None, [*RESUME, '--n_embd=64'], 'n_embd=32, but n_embd=64 was asked for'),
+    'file of something else': (
+        lambda: torch.save({'a': 1}, 'out/ckpt.pt'),
+        RESUME,
+        'not the checkpoint of a training run',
+    ),
+    'checkpoint of another shape': (None, [*RESUME, '--n_embd=64'], 'n_embd=32, but the command asks for n_embd=64'),
     'longer block than the checkpoint': (None, [*RESUME, '--block_size=64'], 'give --block_size=16'),
     'malformed checkpoint': (
         lambda: edit_checkpoint(lambda c: c.update(model_args=None)),
@@ -133,7 +137,7 @@ MISTAKES = {
     'weights that are NaN': (
         lambda: edit_checkpoint(lambda c: c['model']['lm_head.weight'].fill_(math.nan)),
         [*RESUME, '--max_iters=20'],
-        'which no training continues from',
+        'so training cannot continue from it',
     ),
     'learning rate that ruins the weights': (
         None,
@@ -146,7 +150,7 @@ MISTAKES = {
     'pretrained on other tokens': (
         None,
         ['--init_from=gpt2'],
-        "letters has 40 tokens of its own, but the pretrained models know GPT-2's",
+        "letters has 40 tokens of its own, but the pretrained models use GPT-2's",
     ),
     'init_from': (None, ['--init_from=somewhere'], "init_from is 'somewhere'"),
     'package missing': (None, ['--wandb_log'], 'pip install wandb'),

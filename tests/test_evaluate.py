@@ -159,7 +159,7 @@ def test_mistakes_with_hellaswag(launch, questions, nproc):
     assert 'nowhere.jsonl cannot be read' in fails('--input=nowhere.jsonl')
     with open('hellaswag.jsonl', 'a') as f:
         f.write('{"ctx": "A"}\n')
-    assert 'hellaswag.jsonl, line 14, is no question of HellaSwag' in fails('--input=hellaswag.jsonl')
+    assert 'hellaswag.jsonl, line 14, is not a HellaSwag question' in fails('--input=hellaswag.jsonl')
     open('empty.jsonl', 'w').close()
     assert 'empty.jsonl holds no questions' in fails('--input=empty.jsonl')
     refused = {'HTTPS_PROXY': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9'}

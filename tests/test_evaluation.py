@@ -119,12 +119,12 @@ def test_bytes_per_token_of_characters_and_bytes(tmp_path):
     chars = ['a', 'é', '€']
     meta = {'vocab_size': 3, 'itos': chars, 'stoi': {char: i for i, char in enumerate(chars)}}
     data = with_meta(tmp_path / 'char', meta, [2, 0, 1, 2, 2])
-    assert evaluation.bytes_per_token(data, 3) == (1 + 2 + 3) / 3  # the first token is no target
-    assert evaluation.bytes_per_token(data, 5) == (1 + 2 + 3 + 3) / 4
+    assert evaluation.mean_bytes_per_token(data, 3) == (1 + 2 + 3) / 3  # the first token is no target
+    assert evaluation.mean_bytes_per_token(data, 5) == (1 + 2 + 3 + 3) / 4
     data = with_meta(tmp_path / 'byte', {'vocab_size': 256, 'encoding': 'byte'}, [200, 1, 2, 3])
-    assert evaluation.bytes_per_token(data, 3) == 1
+    assert evaluation.mean_bytes_per_token(data, 3) == 1
     data = with_meta(tmp_path / 'unknown', {'vocab_size': 9}, [1, 2, 3])
-    assert evaluation.bytes_per_token(data, 2) is None and evaluation.bits_per_byte(1.0, None) is None
+    assert evaluation.mean_bytes_per_token(data, 2) is None and evaluation.bits_per_byte(1.0, None) is None
 
 
 def test_bytes_per_token_of_gpt2(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_bytes_per_token_of_gpt2(tmp_path, monkeypatch):
     data = with_meta(
         tmp_path / 'gpt2', None, [50256, 15496, 995, 50256, 13, 50300]
     )  # <|endoftext|>Hello world<|endoftext|>.
-    assert evaluation.bytes_per_token(data, 5) == (5 + 6 + 0 + 1 + 0) / 5
+    assert evaluation.mean_bytes_per_token(data, 5) == (5 + 6 + 0 + 1 + 0) / 5
     assert evaluation.bits_per_byte(math.log(2) * 4, 2.0) == pytest.approx(2.0)
 
 
@@ -140,5 +140,5 @@ def test_bytes_per_token_over_several_shards(tmp_path):
     meta = {'vocab_size': 2, 'itos': ['a', 'é'], 'stoi': {'a': 0, 'é': 1}}
     files = {f'x_{split}_{i}.bin': shard([1, 0, 1, 1]) for split in ('train', 'val') for i in range(2)}
     data = open_dataset(write(tmp_path, files | {'meta.pkl': pickle.dumps(meta)}), 2)
-    assert evaluation.bytes_per_token(data, 8) == (1 + 2 + 2) * 2 / 6
-    assert evaluation.bytes_per_token(data, 4) == (1 + 2 + 2 + 1) / 4
+    assert evaluation.mean_bytes_per_token(data, 8) == (1 + 2 + 2) * 2 / 6
+    assert evaluation.mean_bytes_per_token(data, 4) == (1 + 2 + 2 + 1) / 4

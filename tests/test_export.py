@@ -231,15 +231,15 @@ def test_damaged_and_missing_files(launch, work):
     for damaged in (weights[:-40] + bytes([weights[-40] ^ 1]) + weights[-39:], weights[:-40], b'\xff' * 40):
         with open('hf/model.safetensors', 'wb') as f:
             f.write(damaged)
-        assert 'hf/model.safetensors is not the file that was exported' in fails('--hf_dir=hf')
+        assert 'hf/model.safetensors is not the exported file' in fails('--hf_dir=hf')
     os.remove('hf/SHA256SUMS')
     for damaged in (weights[:-40], b'\xff' * 40, b''):
         with open('hf/model.safetensors', 'wb') as f:
             f.write(damaged)
-        assert 'hf/model.safetensors is damaged or no safetensors file' in fails('--hf_dir=hf')
+        assert 'hf/model.safetensors is damaged or not a safetensors file' in fails('--hf_dir=hf')
     os.remove('hf/model.safetensors')
     assert 'hf/model.safetensors does not exist' in fails('--hf_dir=hf')
-    assert 'no model of that name could be fetched' in fails('--hf_dir=no-such/model')
+    assert 'no model of that name could be downloaded' in fails('--hf_dir=no-such/model')
     assert 'there is no such folder' in fails('--hf_dir=./no/such/folder')
     assert 'out/config.json does not exist' in fails('--hf_dir=out')
     assert 'hf_dir is empty' in fails()
@@ -257,7 +257,7 @@ def test_tokenizers_that_do_not_fit(launch, work):
     json.dump(dict(model_type='gpt2', vocab_size=40, **sizes), open('hf/config.json', 'w'))
     assert 'has ids up to 40, but the model has 40 tokens' in import_error({'a': 0, 'b': 40})
     edit_json('hf/config.json', vocab_size=50257)
-    assert 'is not that of GPT-2' in import_error({'a': 0, 'b': 40})
+    assert 'is not GPT-2' in import_error({'a': 0, 'b': 40})
     assert 'model.safetensors does not exist' in import_error({'a': 0}, '--check_tokenizer=False')
 
     write_random_checkpoint('letters', 40, False, 'erf')

@@ -81,7 +81,7 @@ def test_a_large_file_is_judged_by_samples_from_start_to_end(tmp_path, place):
 
 def test_a_checkpoint_without_a_manifest_is_accepted(tmp_path, saved, capsys):
     check(None, tmp_path / 'set')
-    assert 'does not say which data it was trained on' in capsys.readouterr().out
+    assert 'does not record its training data' in capsys.readouterr().out
 
 
 def damaged_manifests():
@@ -186,4 +186,4 @@ def test_a_checkpoint_of_an_older_version_resumes_with_a_line(launch, work):
     del checkpoint['resume']['data']
     torch.save(checkpoint, 'out/ckpt.pt')
     result = launch(TRAIN, *TINY, '--init_from=resume')
-    assert 'does not say which data it was trained on' in result.stdout
+    assert 'does not record its training data' in result.stdout

@@ -300,9 +300,7 @@ def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'graph', refuse)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: None)
     monkeypatch.setattr(cuda_graph, 'WARMUP', 0)
-    with pytest.raises(
-        UserError, match=r'\(not permitted when stream is capturing\): --cuda_graph=False trains without'
-    ):
+    with pytest.raises(UserError, match=r'\(not permitted when stream is capturing\): train with --cuda_graph=False'):
         cuda_graph.MicroStep(reads_on_the_cpu, torch.nn.Linear(1, 1), capture=True)(torch.zeros(1), torch.zeros(1))
 
     def interrupted(x, y):

@@ -212,7 +212,7 @@ def test_a_missing_shard_is_noticed_where_meta_knows_the_count(shards):
     write(shards / 'data/web', {'meta.pkl': pickle.dumps(meta)})
     assert open_dataset('web', 4).meta == meta
     (shards / 'data/web/web_train_000002.bin').unlink()
-    refuse('web', '2 shards of train', '40 tokens where meta.pkl says 60', block_size=4)
+    refuse('web', '2 shards of train', '40 tokens, but meta.pkl says 60', block_size=4)
     assert len(open_dataset('data/web/web_*.bin', 4).train) == 40  # a pattern may select
 
 
@@ -234,11 +234,11 @@ REFUSED = {
     "Megatron's index": (b'MMIDIDX\0\0' + bytes(100), 'is the index of a Megatron data set'),
     'evaluation file': (struct.pack('<256i', 20240522, 1, 10, *[0] * 253) + bytes(99), "is llm.c's evaluation file"),
     'weights of llm.c': (struct.pack('<256i', 20240326, 3, *[0] * 254) + bytes(99), 'file with the magic 20240326'),
-    '64-bit ids': (headerless(ENOUGH, '<i8'), 'holds ids of 64 bits'),
-    '64-bit ids above 65535': (headerless(np.arange(400) * 999, '<i8'), 'holds ids of 64 bits'),
+    '64-bit ids': (headerless(ENOUGH, '<i8'), 'seems to hold ids of 64 bits'),
+    '64-bit ids above 65535': (headerless(np.arange(400) * 999, '<i8'), 'seems to hold ids of 64 bits'),
     '32-bit ids': (
         headerless(ENOUGH, '<i4'),
-        'holds ids of 32 bits, to judge by its zeros, but they are read as uint16',
+        'seems to hold ids of 32 bits (half of its bytes are zeros), but they would be read as uint16',
     ),
     'Git LFS pointer': (
         b'version https://git-lfs.github.com/spec/v1\noid sha256:' + b'ab' * 32 + b'\nsize 200001024\n',
@@ -263,7 +263,7 @@ REFUSED = {
     'parquet': (b'PAR1' + bytes(100), 'is a Parquet file'),
     'text': ('Ein Größenvergleich, and some more words.\n'.encode() * 30, "is text, not token ids: it begins 'Ein Gr"),
     'error page': (b'<!DOCTYPE html><html><head><title>404 Not Found</title></head><body></body></html>', 'is text'),
-    'odd number of bytes': (headerless(ENOUGH)[:-1], 'is truncated: 797 bytes are no whole number of uint16 tokens'),
+    'odd number of bytes': (headerless(ENOUGH)[:-1], 'is truncated: 797 bytes are not a whole number of uint16 tokens'),
     'short shard': (shard(range(8)), 'holds 8 tokens, too few for block_size 8'),
 }
 
@@ -345,13 +345,13 @@ def test_a_file_that_shrinks_or_vanishes_becomes_a_problem(tmp_path):
     earlier = data.train.sample(1, 500)
     os.truncate(tmp_path / 'train.bin', 100)
     assert torch.equal(data.train.sample(2, 500), earlier.expand(2, -1))  # a loss of nothing would be NaN
-    assert 'train.bin cannot be read any more: it has become shorter than 798 bytes' in data.problem
+    assert 'train.bin can no longer be read: it has become shorter than 798 bytes' in data.problem
     os.remove(tmp_path / 'val.bin')
     data = open_dataset(folder, 8, splits=('train',))
     other = open_dataset(write(tmp_path, {'val.bin': headerless(ENOUGH)}), 8)
     os.remove(tmp_path / 'val.bin')
     other.val.sample(1, 500)
-    assert 'val.bin cannot be read any more: No such file' in other.problem and data.problem is None
+    assert 'val.bin can no longer be read: No such file' in other.problem and data.problem is None
 
 
 # python dataset.py FOLDER

@@ -161,7 +161,7 @@ def test_a_new_run_keeps_what_another_has_saved(launch, work):
     assert 'another run' not in launch(TRAIN, *TINY, '--init_from=resume', '--max_iters=11').stdout
     second = open('out/ckpt.pt', 'rb').read()
     out = launch(TRAIN, *TINY, '--n_layer=1', '--max_iters=10').stdout
-    assert out.count('is of another run') == 3 and load('out/ckpt.pt')['model_args']['n_layer'] == 1
+    assert out.count('belongs to another run') == 3 and load('out/ckpt.pt')['model_args']['n_layer'] == 1
     assert (
         open('out/ckpt_before.pt', 'rb').read() == second and open('out/ckpt_best_before.pt', 'rb').read() == first[1]
     )

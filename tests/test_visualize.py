@@ -371,7 +371,7 @@ def test_a_resumed_run_has_speed_memory_and_tokens_of_its_own(tmp_path, capsys):
     assert run.x(np.array([0, 140, 141.0]), 'tokens').tolist() == [0, 140_000, 140_000 + 16384]
     assert '2026-01-01 00:00 UTC, resumed 1×' in texts(axes_of(draw([run]))['facts'])
     assert (
-        main([str(first), second]) == 0 and 'goes on from iteration 140' in capsys.readouterr().err
+        main([str(first), second]) == 0 and 'continues from iteration 140' in capsys.readouterr().err
     )  # 140 to 149 are not drawn
 
 

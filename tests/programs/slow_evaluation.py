@@ -8,13 +8,16 @@ import progress
 import token_files
 
 progress.SILENT_S, progress.INTERVAL_S = 0.3, 0.1
-sample = token_files.TokenFiles.sample
 
 
-def slow_sample(self, *args):
-    time.sleep(0.05)
-    return sample(self, *args)
+def slow(read):
+    def slow_read(self, *args):
+        time.sleep(0.05)
+        return read(self, *args)
+
+    return slow_read
 
 
-token_files.TokenFiles.sample = slow_sample
+token_files.TokenFiles.sample = slow(token_files.TokenFiles.sample)
+token_files.TokenFiles.consecutive = slow(token_files.TokenFiles.consecutive)
 run_script()
