@@ -55,6 +55,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_trainers.py --out=out-bench/trainers.json
 
 documents: $(VENV)/installed
+	$(BIN)/python docs/embed_diffs.py
 	$(BIN)/python benchmarks/report.py
 
 # copies the files that a phase does not change; a test compares them

@@ -1,0 +1,175 @@
+"""
+Records what step_memory.py and overlap.py draw: one training step of DDP, ZeRO-1 and FSDP on two CPU processes (gloo), as
+torch.profiler sees it. Nothing here is a measurement of speed.
+
+    python docs/pictures/record.py memory         # writes docs/pictures/step_memory.json
+    python docs/pictures/record.py overlap        # writes docs/pictures/overlap.json
+"""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.profiler import ProfilerActivity, profile, record_function
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent.parent
+sys.path[:0] = [str(ROOT / name) for name in ('phase1_zero1', 'phase3_fsdp')]
+from model import GPT, GPTConfig
+from sharding import ShardedAdamW, set_last_micro_step, shard
+from zero1 import Zero1Optimizer
+
+WORLD_SIZE, STEPS = 2, 3
+MODEL = dict(n_layer=8, n_head=4, block_size=256, vocab_size=8192, bias=False)
+SIZES = {'memory': (256, 4), 'overlap': (512, 1)}  # n_embd, batch_size; wide with few tokens: messages take a while
+FSDP_FLAGS = dict(
+    device='cpu', dtype='float32', compile=False, fsdp_cpu_offload=False, fsdp_shard_size=0, fsdp_min_num_params=1
+)
+
+
+def build(kind, trainer, bucket_mb=25):
+    """Returns (model, the wrapped model, optimizer, tokens). bucket_mb: of DDP's gradients; 25 is PyTorch's default."""
+    torch.manual_seed(1)
+    n_embd, batch_size = SIZES[kind]
+    tokens = torch.randint(MODEL['vocab_size'], (batch_size, MODEL['block_size'] + 1))
+    model = GPT(GPTConfig(**MODEL, n_embd=n_embd))
+    if trainer == 'fsdp':
+        shard(model, FSDP_FLAGS | dict(fsdp_reshard=True))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    if trainer == 'zero1':
+        optimizer = Zero1Optimizer(optimizer)
+    if trainer == 'fsdp':
+        return model, model, ShardedAdamW(optimizer), tokens
+    return model, DDP(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb), optimizer, tokens
+
+
+def step(model, optimizer, tokens):
+    """One iteration of one micro-step."""
+    with record_function('forward'):
+        loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1]
+    with record_function('backward'):
+        loss.backward()
+    with record_function('step'):
+        if isinstance(optimizer, ShardedAdamW):
+            optimizer.collect_gradients()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def events_of(prof):
+    """The events of a trace, in the order of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        prof.export_chrome_trace(f'{folder}/trace.json')
+        with open(f'{folder}/trace.json') as f:
+            return sorted((e for e in json.load(f)['traceEvents'] if 'ts' in e), key=lambda e: e['ts'])
+
+
+def memory(rank, trainer):
+    """The CPU memory that torch has allocated, over the last step: {phase: [start, end]} and [time, bytes], in ms and bytes."""
+    # from the first allocation on: the profiler counts only what it has seen
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        model, wrapped, optimizer, tokens = build('memory', trainer)
+        if trainer == 'fsdp':
+            set_last_micro_step(model, True)
+        for _ in range(STEPS):
+            step(wrapped, optimizer, tokens)
+    events = events_of(prof)
+    phases = {name: [e for e in events if e['name'] == name][-1] for name in ('forward', 'backward', 'step')}
+    start, end = phases['forward']['ts'], phases['step']['ts'] + phases['step']['dur']
+    counts = [(e['ts'], e['args']['Total Allocated']) for e in events if e['name'] == '[memory]']
+    inside = [(t, n) for t, n in counts if start <= t <= end]
+    before = [n for t, n in counts if t < start][-1]
+    return dict(
+        parameters=sum(p.numel() for p in model.parameters()),
+        phases={k: [(e['ts'] - start) / 1000, (e['ts'] + e['dur'] - start) / 1000] for k, e in phases.items()},
+        at_rest=before,
+        peak=max(n for _, n in inside),
+        curve=thin([(0.0, before), *((round((t - start) / 1000, 2), n) for t, n in inside)]),
+    )
+
+
+def thin(curve, parts=240):
+    """The largest and the smallest value of each part of the curve's time, in their order."""
+    width = curve[-1][0] / parts
+    kept = []
+    for part in range(parts + 1):
+        those = [point for point in curve if int(point[0] / width) == part]
+        if those:
+            kept += sorted({max(those, key=lambda p: p[1]), min(those, key=lambda p: p[1])})
+    return kept
+
+
+def overlap(rank, trainer):
+    """What the last step computes, and when its messages are on their way: lists of [name, start, end] in ms."""
+    model, wrapped, optimizer, tokens = build(
+        'overlap', trainer, bucket_mb=16
+    )  # a small model would fill two of the usual ones
+    if trainer == 'fsdp':
+        set_last_micro_step(model, True)
+        # on GPUs a stream of its own makes gathers asynchronous, and the CPU's lead starts them early. A CPU needs both said
+        blocks = list(model.transformer.h)
+        for unit, following in zip([model, *blocks], [*blocks, None]):
+            unit._set_unshard_async_op(True)
+            if following is not None:
+                unit.set_modules_to_forward_prefetch([following])
+    for i, block in enumerate(model.transformer.h):
+        block.forward = partial(recorded, block.forward, f'compute block {i}')
+    for _ in range(STEPS):
+        step(wrapped, optimizer, tokens)
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        step(wrapped, optimizer, tokens)
+    events = [e for e in events_of(prof) if 'dur' in e]
+    start = next(e['ts'] for e in events if e['name'] == 'forward')
+    kept = [
+        [e['name'], round((e['ts'] - start) / 1000, 2), round((e['ts'] + e['dur'] - start) / 1000, 2)]
+        for e in events
+        if e['name'] in ('forward', 'backward', 'step')
+        or e['name'].startswith(('gloo:', 'compute', 'FSDP::all_gather ('))
+    ]
+    return dict(events=kept)
+
+
+def recorded(function, name, *args):
+    with record_function(name):
+        return function(*args)
+
+
+def rank_main(rank, kind, trainer, store, out):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=WORLD_SIZE)
+    with redirect_stdout(open(os.devnull, 'w')):
+        result = {'memory': memory, 'overlap': overlap}[kind](rank, trainer)
+    if rank == 0:
+        Path(out).write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(kind):
+    trainers = {'memory': ('ddp', 'zero1', 'fsdp'), 'overlap': ('ddp', 'fsdp')}[kind]
+    result = dict(
+        torch=torch.__version__,
+        machine=f'{WORLD_SIZE} processes, 1 thread each, {os.cpu_count()} cores ({platform.machine()})',
+        model=MODEL,
+        n_embd=SIZES[kind][0],
+        tokens=SIZES[kind][1] * MODEL['block_size'],
+    )
+    for trainer in trainers:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(rank_main, (kind, trainer, f'{folder}/store', f'{folder}/out'), nprocs=WORLD_SIZE)
+            result[trainer] = json.loads(Path(f'{folder}/out').read_text())
+    name = {'memory': 'step_memory.json', 'overlap': 'overlap.json'}[kind]
+    (FOLDER / name).write_text(json.dumps(result).replace('], [', '],\n[') + '\n')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,85 @@
+"""The chapters show the diffs as they are, pictures that can be drawn, and exercises that the tests grade."""
+
+import importlib
+import shutil
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+sys.path += [str(ROOT), *(str(ROOT / name) for name in ('docs', 'docs/pictures', 'exercises'))]
+import embed_diffs
+import make
+from planner import memory
+from planner.gpus import GPUS
+from planner.run import Run
+
+PICTURES = ('who_holds_what', 'all_reduce', 'step_memory', 'overlap', 'activations')
+GRADERS = {  # a program that grades the exercise, its arguments, its number of ranks, and what it prints at the end
+    'zero1': ('zero1_cases.py', ['few_tensors'], 4, '"equal": true'),
+    'fsdp': ('fsdp_first_weights.py', ['phase3_fsdp'], 3, 'equal\n'),
+    'gelu': ('run_pytest.py', ['-q', 'tests/kernels/test_gelu.py', '-k', 'more_than_a_program'], 1, '1 passed'),
+}
+
+
+@pytest.mark.parametrize('chapter', embed_diffs.CHAPTERS)
+def test_a_chapter_shows_the_whole_diff(chapter):
+    shown = ''.join(embed_diffs.BLOCK.findall((ROOT / chapter).read_text()))
+    assert embed_diffs.hunks_of(shown) == embed_diffs.diff_of(chapter), 'python docs/embed_diffs.py'
+
+
+def test_embedding_replaces_hunks_and_notices_a_new_one():
+    text = 'One\n```diff\n@@ a\n-1\n@@ b\n+2\n```\nTwo\n```diff\n@@ c\n```\n'
+    new = ['@@ d\n', '@@ e\n', '@@ f\n+3\n']
+    assert embed_diffs.rewrite(text, new) == 'One\n```diff\n@@ d\n@@ e\n```\nTwo\n```diff\n@@ f\n+3\n```\n'
+    with pytest.raises(ValueError, match='4 hunks, the blocks have 3'):
+        embed_diffs.rewrite(text, [*new, '@@ g\n'])
+
+
+@pytest.mark.parametrize('name', PICTURES)
+def test_a_picture_is_drawn_and_small(name, tmp_path):
+    """200 kB: a page with five of them loads within a second on a slow line."""
+    importlib.import_module(name).draw(tmp_path / f'{name}.svg')
+    for path in (tmp_path / f'{name}.svg', ROOT / 'docs/pictures' / f'{name}.svg'):
+        assert 1000 < path.stat().st_size < 200_000
+
+
+def test_derived_activations_are_the_planners_and_the_measured_peak():
+    """0.1%: torch rounds each tensor to 512 bytes, which matters for the smallest batch only."""
+    activations = importlib.import_module('activations')
+    assert activations.table() in (ROOT / 'docs/activations.md').read_text()
+    for sequences in (1, 12, 32):
+        derived = sum(activations.parts(sequences).values())
+        assert derived == pytest.approx(activations.measured(sequences), rel=1e-3)
+        assert derived == pytest.approx(planned(sequences), rel=1e-9)
+
+
+def planned(sequences):
+    """Returns the planner's bytes of all tensors at the peak of the same run."""
+    run = Run(GPUS['h200'], 1, 12, 12, 768, sequences, 1024, micro_steps=2, graphs=False)
+    return sum(memory.tensors(run).values())
+
+
+@pytest.mark.parametrize('name', make.EXERCISES)
+def test_an_exercise_fails_until_it_is_solved(name, launch, launch_interpreted, tmp_path):
+    folder = tmp_path / name
+    exercise = make.make(name, folder)
+    assert (folder / exercise.file).read_text().count('EXERCISE: ') == len(exercise.blanks)
+    program, args, nproc, end = GRADERS[name]
+    grade = launch_interpreted if name == 'gelu' else launch
+    command, run = (folder / 'tests/programs' / program, *args), dict(nproc=nproc, cwd=folder)
+    blank = grade(*command, **run, check=False)
+    assert blank.returncode != 0 and 'NotImplementedError' in blank.stdout + blank.stderr
+    shutil.copy(ROOT / exercise.file, folder / exercise.file)
+    assert end in grade(*command, **run).stdout
+    with pytest.raises(FileExistsError):
+        make.make(name, folder)  # the reader's solution is not overwritten
+
+
+def test_a_blank_whose_lines_are_not_there_is_an_error():
+    with pytest.raises(ValueError, match='2 lines start with'):
+        make.blanked('a = 1\na = 2\nb = 1\n', make.Blank('a =', 'b =', 'task'))
+    assert make.blanked('if x:\n    a = 1\n    b = 2\nc\n', make.Blank('a =', 'b =', 'task')) == (
+        "if x:\n    # EXERCISE: task\n    raise NotImplementedError('exercise')\nc\n"
+    )
