@@ -15,7 +15,7 @@ init_from = 'gpt2-xl'
 
 always_save_checkpoint = False  # only when the validation loss improves
 
-# 1 sequence * 32 micro-steps * 1024 tokens = 32,768 tokens an iteration; the data set has 301,966, so 9.2 iterations an epoch
+# 1 sequence * 32 micro-steps * 1024 tokens = 32,768 tokens per iteration; 301,966 tokens are 9.2 iterations
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

@@ -1,4 +1,4 @@
-# a small character-level GPT on the sources of Python's standard library: minutes on a laptop, and what `make demo` trains
+# a small character-level GPT on the sources of Python's standard library: minutes on a laptop; `make demo` trains it
 # $ python data/python_char/prepare.py
 # $ python train.py config/train_python_char.py
 

@@ -1,7 +1,8 @@
 # a character-level GPT on Shakespeare: 10 million parameters, minutes on a GPU
 # $ python data/shakespeare_char/prepare.py
 # $ python train.py config/train_shakespeare_char.py
-# on a CPU, smaller: --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=2000 --lr_decay_iters=2000 --dropout=0
+# on a CPU, smaller: --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=2000
+# --lr_decay_iters=2000 --dropout=0
 
 out_dir = 'out-shakespeare-char'
 eval_interval = 250  # often, since it will overfit

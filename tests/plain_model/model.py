@@ -1,6 +1,7 @@
 """
-A model with the interface of nanoGPT's model.py and nothing that this project has added to it: no activation_checkpointing,
-and an estimate_mfu without the peak of the device. The trainers must train it through --model_dir.
+A model with the interface of nanoGPT's model.py and nothing that this project has added to it: no
+activation_checkpointing, and an estimate_mfu without the peak of the device. The trainers must train it through
+--model_dir.
 """
 
 from dataclasses import dataclass
