@@ -62,7 +62,7 @@ class Kind:
         return self.folder == 'phase3_fsdp' and self.nproc > 1
 
 
-# In the order of the default chain: some have as many ranks as the one before, so that they go on with its data, some
+# In the order of the default chain: some have as many ranks as the one before, so they continue with its data, some
 # have not. 3 ranks split the vocabulary of 40 unevenly
 KINDS = [
     Kind('phase1_zero1', 2),

@@ -4,6 +4,7 @@ parallel with bounded memory, print the command that trains on the result, and r
 set.
 """
 
+import argparse
 import hashlib
 import os
 import pickle
@@ -429,7 +430,17 @@ def stdlib_sources():
     return texts
 
 
-def tiny_shakespeare(out_dir, input=None, url=SHAKESPEARE_URL):
+def parse_shakespeare_arguments(description: str) -> argparse.Namespace:
+    """Returns the command line's --input and --url. description: the text of --help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--input', metavar='FILE', help='use this file instead of a download; another text is accepted with a note'
+    )
+    parser.add_argument('--url', default=SHAKESPEARE_URL, help='a mirror of input.txt')
+    return parser.parse_args()
+
+
+def tiny_shakespeare(out_dir: str, input: str | None = None, url: str = SHAKESPEARE_URL) -> str:
     """
     Returns the text of tiny Shakespeare from the file `input`, or else from out_dir/input.txt, which it downloads from
     url if it is missing. Raises UserError.
