@@ -176,17 +176,12 @@ class GPT(nn.Module):
         return announce_triton(self.config.use_triton, device)
 
     def release_graph_state(self):
-        """
-        Drops the 16-bit weights that kernels/linear.py keeps in the memory of CUDA graphs; MicroStep.release() calls
-        it.
-        """
+        """Drops 16-bit weights that kernels/linear.py keeps in CUDA graphs' memory; MicroStep.release() calls it."""
         for p in self.parameters():
             vars(p).pop('rounded', None)
 
     def compile(self, *args, **kwargs):
-        """
-        nn.Module's, but for Triton's kernels: they leave torch.compile nothing to fuse, and it could not see into them.
-        """
+        """Compiles the model, unless its kernels run: they are opaque to torch.compile and leave it nothing to fuse."""
         if self.announce_kernels(self.lm_head.weight.device):
             print('not compiled after all: the kernels leave nothing to compile')
         else:
