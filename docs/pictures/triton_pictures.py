@@ -153,7 +153,7 @@ H200_RUNGS = {  # rows of phase2_changes_h200.json
     '+ LayerNorm gradients summed together': 'LayerNorm grads\ntogether',
     "+ attention's gradients packed by cuDNN": "attention's\ngrads packed",
     '+ cuBLASLt where it is faster': 'cuBLASLt where\nfaster',
-    '+ clipping by AdamW': 'clipping\nby AdamW',
+    '+ clipping by AdamW': 'clipping by AdamW\n(not in train.py)',
     '+ half_residual': 'half_residual',
 }
 
