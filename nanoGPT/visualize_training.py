@@ -229,8 +229,8 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
 
 def bars_of(runs):
     """
-    Returns the keys of BARS that say something about these runs. Logs from before state_bytes have none; and a run on a CPU
-    has the whole process as its peak memory, most of which is Python and PyTorch.
+    Returns the keys of BARS that say something about these runs. Logs from before state_bytes have none; and a run on a
+    CPU has the whole process as its peak memory, most of which is Python and PyTorch.
     """
     state = any(any(run.state_bytes.values()) for run in runs)
     on_cpus = state and all(run.run.get('device') == 'cpu' for run in runs)

@@ -135,8 +135,8 @@ class Zero1Optimizer(torch.optim.Optimizer):
             sizes[piece.owner] += 2 * piece.shard.numel() * piece.shard.element_size()
         return sizes
 
-    def state_bytes(self):
-        """Bytes of AdamW's two float32 moments: (on the rank with most, unsharded)."""
+    def state_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of AdamW's two float32 moments: (on the rank with the most, unsharded)."""
         sizes = self._moment_bytes()
         return max(sizes), sum(sizes)
 

@@ -16,7 +16,8 @@ try:
     import resource
 except ImportError:
     raise UserError(
-        'this Python has no module `resource`. If it is one for Windows, use a Python in WSL (Windows Subsystem for Linux) '
+        'this Python has no module `resource`. If it is one for Windows, use a Python in WSL (Windows Subsystem for '
+        'Linux) '
         'instead: training needs files and signals as Linux and macOS have them'
     ) from None
 

@@ -235,7 +235,10 @@ class Run:
 
 
 def label_runs(runs):
-    """Label every run by its technique; where that is ambiguous also by its world size, out_dir, file and path, as far as they tell runs apart."""
+    """
+    Labels each run by its technique, and where that is ambiguous also by its world size, out_dir, file and path, as far
+    as they tell runs apart.
+    """
     for extra in (
         lambda run: f'{run.run.get("world_size")} ranks',
         lambda run: os.path.basename(os.path.normpath(str(run.config.get('out_dir')))),

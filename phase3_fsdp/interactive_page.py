@@ -1,5 +1,6 @@
 """
-Turns a picture of visualize_training.py into one self-contained HTML page: the same panels, to zoom into and to point at.
+Turns a picture of visualize_training.py into one self-contained HTML page: the same panels, to zoom into and to point
+at.
 
     page(draw(runs))     # a str; needs the package plotly, whose JavaScript (5 MB) the page contains
 """
@@ -15,7 +16,8 @@ h2 { font-size: 1rem; margin: .5rem 0 0; }
 main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, NARROWrem), 1fr)); gap: 1rem; }
 .wide { grid-column: 1 / -1; }
 section { min-width: 0; }
-th { text-align: left; color: #777; font-weight: normal; padding-right: 1rem; vertical-align: top; white-space: nowrap; }
+th { text-align: left; color: #777; font-weight: normal; padding-right: 1rem;
+     vertical-align: top; white-space: nowrap; }
 td { overflow-wrap: anywhere; }
 """
 CONFIG = dict(responsive=True, displaylogo=False, modeBarButtons=[['toImage', 'zoom2d', 'pan2d', 'resetScale2d']])
@@ -25,7 +27,9 @@ PATTERNS = {'': '', '///': '/', '...': '.'}
 
 
 def page(figure) -> str:
-    """Returns the page of a Figure that visualize_training.draw() made. Raises ImportError if plotly is not installed."""
+    """
+    Returns the page of a Figure that visualize_training.draw() made. Raises ImportError if plotly is not installed.
+    """
     from plotly.offline import get_plotlyjs
 
     axes = {ax.get_label(): ax for ax in figure.axes}
@@ -66,7 +70,10 @@ def facts_table(ax):
 
 
 def panel(ax, right, name):
-    """Returns the <div> and <script> of one panel: curves, or horizontal bars. right: the Axes of a second y axis, or None."""
+    """
+    Returns the <div> and <script> of one panel: curves, or horizontal bars. right: the Axes of a second y axis, or
+    None.
+    """
     import plotly.graph_objects as go
 
     chart = go.Figure()

@@ -2,8 +2,8 @@
 Changes every field of a real checkpoint, one at a time, and runs a script with each result.
 
 As a program: python checkpoint_changes.py CHECKPOINT CHANGED RESULTS NUMBERS SCRIPT [FLAGS ...] writes each changed
-checkpoint to the path CHANGED and runs the script in a forked process, which has imported torch already. NUMBERS: a
-JSON list of changes, by their number in changes(). RESULTS gets a JSON list of [what was changed, exit status, stderr].
+checkpoint to the path CHANGED and runs the script in a forked process, which has already imported torch. NUMBERS: a
+JSON list of indices into changes(). RESULTS gets a JSON list of [what was changed, exit status, stderr].
 """
 
 import copy
@@ -21,7 +21,7 @@ MISSING = object()
 
 
 def replacements(value):
-    """Yields (name, value to put in the place of value; MISSING: none)."""
+    """Yields (name, replacement for value); MISSING stands for a deleted field."""
     yield 'missing', MISSING
     yield 'None', None
     yield 'a string' if not isinstance(value, str) else 'a number', 'odd' if not isinstance(value, str) else 7
@@ -88,7 +88,7 @@ def representatives(found, source):
             named = isinstance(key, str) and len(members[path[:i]]) < 8
             kind.append(key if named or f"['{key}']" in source or f"get('{key}'" in source else '')
         kinds.setdefault(tuple(kind), []).append(number)
-    # another member for each change, so that the members take turns
+    # a different member for each change, so that the members take turns
     return [numbers[i % len(numbers)] for i, numbers in enumerate(kinds.values())]
 
 

@@ -1,6 +1,6 @@
 """
-Fixtures of all tests. nanoGPT/ comes first on the path, so `import model` is the reference model; phase 2's kernels are
-found behind it.
+Fixtures of all tests. nanoGPT/ comes first on the path, so `import model` is the reference model; the Triton kernels
+come after it.
 """
 
 import glob
@@ -20,12 +20,12 @@ PROGRAMS = ROOT / 'tests' / 'programs'
 TORCHRUN = PROGRAMS / 'torchrun.py'
 sys.path[:0] = [str(NANOGPT), str(NANOGPT / 'data'), str(ROOT / 'tests')]
 sys.path.append(str(ROOT / 'phase2_triton'))
-os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start
+os.environ['OMP_NUM_THREADS'] = '1'  # for the processes that tests start
 torch.set_num_threads(1)
 
 from launcher import Launcher
 
-# a model so small that a step costs a millisecond; options of train.py
+# train.py's flags for a model so small that a step takes a millisecond
 TINY = [
     '--dataset=letters',
     '--n_layer=2',
@@ -60,7 +60,8 @@ def launch():
 @pytest.fixture(scope='session')
 def launch_interpreted():
     """
-    Like launch, where Triton's kernels run on the CPU: in its interpreter, which is chosen when Triton is imported.
+    Like launch, but Triton's kernels run on the CPU, in its interpreter, which must be chosen before Triton is
+    imported.
     """
     launcher = Launcher(TRITON_INTERPRET='1')
     yield launcher
@@ -76,11 +77,11 @@ def work(tmp_path, monkeypatch):
 
 
 def make_letters(path):
-    """Makes the data set path/data/letters of 4,000 random characters out of 40 in an order that can be learnt."""
+    """Makes the data set path/data/letters: 4,000 random characters out of 40, in an order that a model can learn."""
     folder = path / 'data' / 'letters'
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    ids = np.cumsum(rng.integers(1, 4, 4000)) % 40  # each is 1 to 3 more than the last: log(3) = 1.10 nats
+    ids = np.cumsum(rng.integers(1, 4, 4000)) % 40  # each character is 1 to 3 after the last: log(3) = 1.10 nats
     ids[:3600].astype(np.uint16).tofile(folder / 'train.bin')
     ids[3600:].astype(np.uint16).tofile(folder / 'val.bin')
     chars = [chr(ord('0') + i) for i in range(40)]
@@ -89,26 +90,26 @@ def make_letters(path):
 
 
 def losses(stdout):
-    """The step and iter lines of a run, without what is measured by a clock."""
+    """Returns the step and iter lines of a run, without times."""
     return [line.split(', time')[0] for line in stdout.splitlines() if line.startswith(('step ', 'iter '))]
 
 
 def load(path):
-    """A checkpoint, read as one should: without running code."""
+    """Returns a checkpoint, read without running code."""
     return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def log_of(out_dir):
-    """The newest log in out_dir."""
+    """Returns the newest log in out_dir."""
     with open(sorted(glob.glob(f'{out_dir}/run_*.json'))[-1]) as f:
         return json.load(f)
 
 
 def assert_same(a, b, but=(), path=''):
-    """Equal in every type and bit, apart from the keys `but` of any dict."""
+    """Returns whether two values are equal in every type and bit, except for the keys `but` of any dict."""
     assert type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict)), (
         path
-    )  # an OrderedDict is as good as a dict
+    )  # an OrderedDict may stand for a dict
     if isinstance(a, dict):
         assert [k for k in a if k not in but] == [k for k in b if k not in but], path
         for k in a:

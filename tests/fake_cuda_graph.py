@@ -1,7 +1,7 @@
 """
-CUDA graphs for tests without a GPU: notes each operation of PyTorch and each launch of a kernel with its tensors, and
-repeats them on the same memory. Like the real ones it knows nothing of the Python code between them, and recording
-changes no tensor that was there before. Unlike them it never uses memory twice.
+CUDA graphs for tests without a GPU: a capture records each PyTorch operation and each kernel launch with its tensors,
+and a replay repeats them on the same memory. As with real graphs, Python code in between is not captured, and a capture
+changes no existing tensor. Unlike real graphs, they never reuse memory.
 """
 
 import importlib
@@ -63,10 +63,10 @@ def graph(graph, pool=None, stream=None, capture_error_mode='global'):
 
 
 def noted(function):
-    """Returns the function with its calls noted."""
+    """Wraps the function so that its calls are recorded."""
 
     def call_and_note(*args, **kwargs):
-        with _disable_current_modes():  # Triton's interpreter is made of PyTorch's operations, too, and so is gloo
+        with _disable_current_modes():  # Triton's interpreter and gloo consist of PyTorch operations too
             function(*args, **kwargs)
         if recording is not None:
             recording.calls.append(lambda: function(*args, **kwargs))
@@ -75,7 +75,7 @@ def noted(function):
 
 
 def noted_launch(launch):
-    """Returns the launch of a kernel with its calls noted. A kernel may write to any of its tensors."""
+    """Wraps a kernel's launch so that its calls are recorded. A kernel may write to any of its tensors."""
     note = noted(launch)
 
     def launch_and_note(kernel, grid, tensors, *args, **kwargs):
@@ -87,7 +87,7 @@ def noted_launch(launch):
 
 
 def install(monkeypatch):
-    """For the length of a test."""
+    """Installs the fake CUDA graphs for one test."""
     for name in ('cross_entropy', 'embedding', 'gelu', 'layer_norm', 'layer_norm_gradients'):
         module = importlib.import_module(f'kernels.{name}')
         monkeypatch.setattr(module, 'launch', noted_launch(module.launch))

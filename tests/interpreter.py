@@ -1,13 +1,13 @@
-"""Makes Triton's interpreter twice as fast, where it is switched on."""
+"""Makes Triton's interpreter twice as fast, if it is enabled."""
 
 import os
 
 
 def look_up_language_once():
     """
-    The interpreter replaces triton.language's functions for the length of a launch, and looks through all of them again
-    at each call of a @triton.jit function from another one: half of a test's time. Those calls find everything
-    replaced, and need not look.
+    During a launch, the interpreter replaces triton.language's functions. It searches all of them again whenever one
+    @triton.jit function calls another, which takes half of a test's time. During these calls everything is already
+    replaced, so the search is skipped.
     """
     if os.environ.get('TRITON_INTERPRET') != '1':
         return

@@ -1,7 +1,7 @@
 """
-Runs scripts in processes that are forked from one that has imported torch already: a run of train.py then starts in a
-fraction of a second, and one with several ranks as well. For its ranks it is what torchrun is: it hosts their key-value
-store, sets their environment, and ends the others when one fails. (The real torchrun: programs/torchrun.py.)
+Runs scripts in processes forked from one that has already imported torch, so that a run of train.py, even with several
+ranks, starts in a fraction of a second. It does torchrun's work for the ranks: it hosts their key-value store, sets
+their environment, and ends the others when one fails. (The real torchrun: programs/torchrun.py.)
 
 As a program this file is that parent process; it reads one JSON request per line and answers with one JSON line.
 """
@@ -21,7 +21,7 @@ from types import SimpleNamespace
 class Launcher:
     def __init__(self, **env):
         """
-        env: variables that count when torch and Triton are imported, such as TRITON_INTERPRET='1'; a run can only set
+        env: variables that torch and Triton read on import, such as TRITON_INTERPRET='1'; a single run can only set
         others.
         """
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', **env)
@@ -53,7 +53,7 @@ class Launcher:
 
     def start(self, script, *args, cwd=None, env=None, stdout=None):
         """
-        Starts `python script args...`, which runs on its own, and returns its Process. stdout: an open file, also for
+        Starts `python script args...`, which runs in parallel, and returns its Process. stdout: an open file, also for
         its stderr; None: a pipe for stdout, whose other end is .stdout, and stderr is discarded.
         """
         request = dict(kind='start', **_script(script, args, cwd, env))
@@ -103,8 +103,8 @@ class Process:
 
 def become(script, args, cwd, env, out, err):
     """
-    In a forked child: turns into `python script args...` in folder cwd, with the file descriptors out and err as stdout
-    and stderr.
+    Makes a forked child run `python script args...` in folder cwd, with the file descriptors out and err as stdout and
+    stderr.
     """
     import atexit
     import runpy
@@ -148,16 +148,16 @@ def import_what_scripts_import():
 
         look_up_language_once()
     gc.collect()
-    gc.freeze()  # or each child's first garbage collection would write to, and so copy, the memory it shares with the parent
+    gc.freeze()  # a child's garbage collection would write to, and so copy, memory that it shares with the parent
 
 
 def _run(request, requests):
-    """Runs all ranks of a request to their end, and returns what Launcher.__call__ returns."""
+    """Runs all ranks of a request to their end, and returns the result of Launcher.__call__."""
     import torch.distributed as dist
 
     nproc, timeout, kill_after = (request.pop(key) for key in ('nproc', 'timeout', 'kill_after'))
     env = request.pop('env')
-    # kept open: another process could take a port that is only known to be free
+    # kept open, because another process could take a port that is merely free
     listening = socket.create_server(('127.0.0.1', 0))
     port = listening.getsockname()[1]
     children = set()
@@ -188,7 +188,7 @@ def _run(request, requests):
                     failed = code
                     for other in children:
                         os.kill(other, signal.SIGTERM)
-                    started = time.time() - timeout + min(30, timeout)  # as torchrun: 30 s to end
+                    started = time.time() - timeout + min(30, timeout)  # like torchrun, allow 30 s to end
             elapsed = time.time() - started
             if elapsed > timeout or (kill_after is not None and elapsed > kill_after):
                 timed_out = timed_out or elapsed > timeout

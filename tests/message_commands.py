@@ -1,7 +1,6 @@
 """
-The commands in messages, for tests that run them as a user would: by copying them from the screen into a shell.
-
-A message puts a command on a line of its own or behind a colon, and the command ends the line.
+Finds the commands in messages, so that tests can run them as a user would: by copying them into a shell. A message puts
+a command on its own line or after a colon, and the command ends the line.
 """
 
 import os
@@ -13,7 +12,7 @@ COMMAND = re.compile(rf"(?:^|: )\s*((?:'[^']*/{TOOLS}'|\"[^\"]*/{TOOLS}\"|(?:[^\
 
 
 def commands_in(message) -> list[str]:
-    """Returns the commands in a message (a str, or an exception), in their order."""
+    """Returns the commands in a message (a str or an exception), in order."""
     return [match[1] for line in str(message).splitlines() if (match := COMMAND.search(line))]
 
 

@@ -1,6 +1,6 @@
 """
-The training loop of nanoGPT reduced to its numbers: what is drawn when, and what is computed from it. No checkpoints,
-no log, no ranks, no schedule options. train.py must print what this prints, and must not be slower.
+The training loop of nanoGPT reduced to its numbers: the order of random draws, and the computations. No checkpoints, no
+log, no ranks, no schedule options. train.py must print the same lines and must not be slower.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main(
             model.train()
             print(f'step {it}: train loss {mean["train"]:.4f}, val loss {mean["val"]:.4f}')
         started = time.perf_counter()
-        total = torch.zeros(())  # in float32 like train.py's: a sum in float64 can round to another last digit
+        total = torch.zeros(())  # in float32 like train.py's, because a sum in float64 can differ in the last digit
         for _ in range(accumulation):
             loss = model(X, Y)[1] / accumulation
             X, Y = batch('train')

@@ -1,13 +1,13 @@
 """
-Trains a tiny model for as long as it is told to, and disturbs it: SIGTERM or SIGKILL to one rank, or a full disk, at
-random moments of runs that save every few steps. Each run goes on where the last one ended (--init_from=auto), now and
-then at another world size and in the next phase. After each fault every file that a user relies on must be readable.
-Within a chain of runs at one world size every line must be that of a run that was never disturbed.
+Trains a tiny model for a given time and disturbs it: SIGTERM or SIGKILL to one rank, or a full disk, at random moments
+of runs that save every few steps. Each run continues where the last one ended (--init_from=auto), sometimes at another
+world size and with the next trainer. After each fault every file that a user relies on must be readable. Within a chain
+of runs at one world size, every line must equal that of an undisturbed run.
 
     python tests/soak.py --minutes=120 --seed=1
 
-Exit status 1 if anything was lost or different, or nothing was tried. It needs no root: the full disk is a limit on the
-size of files (RLIMIT_FSIZE).
+Exit status 1 if anything was lost or differed, or if nothing was tested. It needs no root: the full disk is a limit on
+the size of files (RLIMIT_FSIZE).
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """
-Checkpoints: any change of a byte or of a field is noticed, names of other versions are understood, and a save loses
-nothing.
+Checkpoints: any changed byte or field is detected, names from other versions are understood, and a save loses nothing.
 """
 
 import glob
@@ -76,17 +75,17 @@ FOLDERS = ['nanoGPT', 'phase1_zero1', 'phase3_fsdp']
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_a_changed_field_is_accepted_or_named(launch, run, folder, name):
     """
-    Each folder has its share of half of the changes, because all that reads a checkpoint on one rank is the same in the
-    three; the next test has all changes in each.
+    Each folder tests its share of half of the changes, because the three share the code that reads a checkpoint on one
+    rank; the next test makes all changes in each.
     """
     found = changes(load('out/ckpt.pt'))
     numbers = representatives(found, READERS)
-    if name == 'sample':  # which looks at nothing else
+    if name == 'sample':  # which checks nothing else
         numbers = [n for n in numbers if found[n][0][0] not in ('optimizer', 'resume')]
     numbers = numbers[FOLDERS.index(folder) :: 6]
     script, flags = SCRIPTS[name]
     accepted = run_changed(launch, ROOT / folder / script.name, numbers, flags)
-    assert 0.05 * len(numbers) < accepted < 0.95 * len(numbers)  # it neither refuses all nor looks at none
+    assert 0.05 * len(numbers) < accepted < 0.95 * len(numbers)  # it neither refuses all changes nor ignores all
 
 
 @pytest.mark.full
@@ -103,7 +102,7 @@ TRAINERS = {'nanoGPT': [], 'phase1_zero1': [], 'phase3_fsdp': [], 'phase3_fsdp s
 
 @pytest.mark.parametrize('trainer', TRAINERS)
 def test_training_state_is_checked_on_all_ranks(launch, run, trainer):
-    """Incomplete state would be replaced by zero moments. A step count that is an int is as good as a tensor."""
+    """Incomplete state would be replaced by zero moments. A step count may be an int instead of a tensor."""
     script, flags = ROOT / trainer.split()[0] / 'train.py', [*TINY, *TRAINERS[trainer], '--n_layer=1']
     if TRAINERS[trainer]:
         shutil.rmtree('out')
@@ -154,7 +153,7 @@ def test_a_flipped_bit_anywhere_in_a_file_is_noticed(run):
 
 
 def test_a_flipped_bit_in_a_file_of_another_program_is_noticed(run):
-    """nanoGPT's files have the checksums of torch.save only, which cover all that is read from them."""
+    """nanoGPT's files have only torch.save's checksums, which cover everything that is read from them."""
     torch.save(load('out/ckpt.pt'), 'other.pt')
     load_checkpoint('other.pt')
     with open('other.pt', 'rb') as f:
@@ -287,7 +286,8 @@ def test_a_folder_that_was_deleted_is_made_again(launch, run):
 def test_a_save_that_fails_is_no_best_one(launch, run):
     """The evaluations see 3.0, 2.0 and 2.5. The save of 2.0 fails, so 2.5 is the best on the disk."""
     patch = (
-        'import itertools\nimport checkpoint, distributed\nnumbers = iter([9, 9, 3.0, 3.0, 2.0, 2.0, 2.5, 2.5])\nsaves = itertools.count(1)\n'
+        'import itertools\nimport checkpoint, distributed\n'
+        'numbers = iter([9, 9, 3.0, 3.0, 2.0, 2.0, 2.5, 2.5])\nsaves = itertools.count(1)\n'
         'save, mean = torch.save, distributed.mean_over_ranks\n'
         'def fail(*args):\n    if next(saves) == 2: raise RuntimeError\n    save(*args)\n'
         'torch.save = fail\n'
@@ -314,7 +314,8 @@ def test_a_save_that_fails_is_no_best_one(launch, run):
 def test_a_save_may_take_longer_than_dist_timeout(launch, run):
     script = patched(
         run,
-        'save = torch.save\ntorch.save = lambda *args, **options: (time.sleep(0 if options else 4), save(*args, **options))',
+        'save = torch.save\n'
+        'torch.save = lambda *args, **options: (time.sleep(0 if options else 4), save(*args, **options))',
     )
     ended = launch(script, *TINY, '--out_dir=new', '--max_iters=2', '--dist_timeout=2', nproc=2)
     assert load('new/ckpt.pt')['iter_num'] == 3 and ended.stderr == ''

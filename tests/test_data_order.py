@@ -41,7 +41,7 @@ def ranks(tokens, batch_size, world_size, state=None):
 
 @pytest.mark.parametrize('batch_size, world_size', [(1, 1), (4, 1), (3, 2), (2, 5)])
 def test_every_token_is_read_once_per_epoch(tokens, batch_size, world_size):
-    """Also where a global batch does not divide the epoch: it continues with the next one."""
+    """A global batch that does not divide the epoch continues with the next epoch."""
     orders = ranks(tokens, batch_size, world_size)
     rows = []
     while len(rows) < 2 * tokens.rows:
@@ -50,7 +50,7 @@ def test_every_token_is_read_once_per_epoch(tokens, batch_size, world_size):
     for epoch in (rows[: tokens.rows], rows[tokens.rows : 2 * tokens.rows]):
         x, y = inputs_and_targets(torch.stack(epoch))
         real = y >= 0
-        assert torch.equal(y[real], x[real] + 1)  # the target is the next token, and never another shard's
+        assert torch.equal(y[real], x[real] + 1)  # the target is the next token of the same shard
         # a shard's first token has none before it, and its last none after it
         assert sorted(y[real].tolist()) == [i for i in range(starts[-1]) if i not in starts]
         assert sorted(x[real].tolist()) == [i for i in range(starts[-1]) if i + 1 not in starts]
@@ -134,7 +134,7 @@ def test_two_resumes_give_the_losses_of_an_undisturbed_run(launch, web, nproc):
 
 @pytest.mark.parametrize('nproc', [1, 2])
 def test_sigkill_and_two_resumes(launch, web, nproc):
-    """The run that was killed continues as if nothing had happened, whenever the kill comes."""
+    """A killed run continues exactly, whenever the kill comes."""
     flags = [*SEQUENTIAL, '--max_iters=120', '--lr_decay_iters=120', '--eval_iters=1']
     launch(TRAIN, *flags, '--out_dir=whole', nproc=nproc)
     launch(TRAIN, *flags, nproc=nproc, kill_after=1, check=False)
@@ -199,7 +199,7 @@ def test_a_bad_token_that_is_drawn_saves_first(launch, web):
     )
     assert load('out/ckpt.pt')['iter_num'] == 4
     assert set(run_losses('out')) == {0, 1, 2, 3}
-    # once the file is repaired, the run continues as if nothing had happened
+    # once the file is repaired, the run continues exactly
     spoil(path, 6 * 16 + 5, before)
     launch(TRAIN, *flags, '--init_from=resume')
     assert run_losses('out') == {i: loss for i, loss in run_losses('whole').items() if i in run_losses('out')}
@@ -209,7 +209,7 @@ def test_a_bad_token_that_is_drawn_saves_first(launch, web):
 @pytest.mark.parametrize('split', ['train', 'val'])
 @pytest.mark.parametrize('nproc', [1, 2])
 def test_the_scan_finds_a_bad_token_on_every_rank(launch, work, split, nproc):
-    """One token of 200,000, which 100,000 iterations of random draws would need long to meet."""
+    """One of 200,000 tokens is bad, which random draws would take long to hit."""
     ids = np.tile(np.arange(40), 5000)
     ids[150_000] = 40
     write(work / 'data/letters', {f'{split}.bin': headerless(ids)})

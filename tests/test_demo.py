@@ -1,4 +1,7 @@
-"""`make demo`, and what it shows of each trainer: the memory that a rank keeps from step to step, and progress on a terminal."""
+"""
+`make demo`, and what it shows of each trainer: the memory that a rank keeps from step to step, and progress on a
+terminal.
+"""
 
 import os
 import pty
@@ -26,12 +29,16 @@ PARTS = ('parameters', 'gradients', 'optimizer')
     'folder, bytes_per_parameter', [('nanoGPT', (4, 4, 8)), ('phase1_zero1', (4, 4, 4)), ('phase3_fsdp', (2, 2, 4))]
 )
 def test_state_of_two_ranks(launch, work, folder, bytes_per_parameter):
-    """16, 12 and 8 bytes per parameter: float32 parameters and gradients, and AdamW's two moments, with what each trainer shards."""
+    """
+    16, 12 and 8 bytes per parameter: float32 parameters and gradients, and AdamW's two moments, with what each trainer
+    shards.
+    """
     launch(ROOT / folder / 'train.py', *TINY, '--max_iters=1', '--out_dir=out', nproc=2)
     weights = load('out/ckpt.pt')['model']
     parameters = sum(tensor.numel() for name, tensor in weights.items() if name != 'lm_head.weight')  # it is wte's
     state = log_of('out')['run']['state_bytes']
-    # ZeRO-1 leaves vectors whole, and the two ranks take turns: one may have a vector of 32 elements more, of 8 bytes each
+    # ZeRO-1 leaves vectors whole, and the two ranks take turns: one may have a vector of 32 elements more, of 8 bytes
+    # each
     tolerance = {'phase1_zero1': 8 * 32}.get(folder, 0)
     for part, expected in zip(PARTS, bytes_per_parameter, strict=True):
         assert abs(state[part] - expected * parameters) <= tolerance
@@ -76,7 +83,10 @@ def test_plan_and_time_left(capsys):
 
 
 def on_terminal(*command, lines, columns=100, stop_at=None, **env):
-    """Runs a command on a pseudo-terminal. Returns (its exit status, what it wrote); stop_at: text at which it gets SIGTERM."""
+    """
+    Runs a command on a pseudo-terminal. Returns (its exit status, what it wrote); stop_at: text at which it gets
+    SIGTERM.
+    """
     leader, follower = pty.openpty()
     env = dict(os.environ, COLUMNS=str(columns), LINES=str(lines), **env)
     with subprocess.Popen(command, stdout=follower, stderr=follower, env=env) as process:
@@ -157,7 +167,9 @@ def test_windows_is_told_to_use_wsl(work):
 
 @pytest.mark.parametrize('gpus', [0, 1, 4])
 def test_each_technique_runs_where_it_can(monkeypatch, capsys, tmp_path, gpus):
-    """Without a GPU, there are no kernels; on one GPU, two processes share it over gloo, and one alone trains for long."""
+    """
+    Without a GPU, there are no kernels; on one GPU, two processes share it over gloo, and one alone trains for long.
+    """
     commands = []
 
     def run(self, *command, **options):

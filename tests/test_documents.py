@@ -1,11 +1,9 @@
 """
-What the documents say is there: every link resolves, every path and flag that is named exists, and the commands run.
-
-Commands run one after the other in a fresh copy of the repository, as somebody would who has only the document. What is
-changed about them stands in SHRINK and shrink(): flags at the end that make models and runs tiny, and tests/launcher.py
-in the place of torchrun, whose flags are only checked. Commands that need a GPU, a second machine, a network or minutes
-are checked in the same way and not run: why_not() says which. The README's run in make test, the other documents' in
-make test-full.
+The documents are correct: every link resolves, every named path and flag exists, and the commands run. Commands run in
+order in a fresh copy of the repository, as for a reader who has only the document. What is changed about them stands in
+SHRINK and shrink(): flags at the end that make models and runs tiny, and tests/launcher.py in the place of torchrun,
+whose flags are only checked. Commands that need a GPU, a second machine, a network or minutes are checked in the same
+way and not run: why_not() says which. The README's run in make test, the other documents' in make test-full.
 """
 
 import ast
@@ -29,8 +27,9 @@ COMMANDS = ('python', 'torchrun', 'make', 'diff', 'sbatch', 'jq', 'pip')
 FOLDERS = ('nanoGPT', 'phase1_zero1', 'phase2_triton', 'phase3_fsdp')
 SHRINK = {  # added to every command that runs this script; the last flag of a name counts
     'train.py': [
-        *'--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=3 --warmup_iters=1 --eval_interval=2'.split(),
-        *'--eval_iters=1 --log_interval=1 --device=cpu --dataset=python_char --always_save_checkpoint=True --wandb_log=False'.split(),
+        *'--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=3 --warmup_iters=1'.split(),
+        *'--eval_interval=2 --eval_iters=1 --log_interval=1 --device=cpu --dataset=python_char'.split(),
+        *'--always_save_checkpoint=True --wandb_log=False'.split(),
     ],
     'sample.py': ['--num_samples=1', '--max_new_tokens=5', '--device=cpu'],
     'visualize_training.py': [],
@@ -40,16 +39,17 @@ SHRINK = {  # added to every command that runs this script; the last flag of a n
     'plan.py': [],
     'bench_fsdp.py': ['--dry-run'],
 }
-# names of what a run makes, and of what is the reader's
+# names of files that a run makes, and of the reader's own
 MADE = re.compile(
-    r'^\.\w+$|^(/|out|OUT_DIR|FILE|FOLDER|YOUR|run_|\.\.\._|ckpt|iter_|__RANK|\.venv|data/<)|\.(bin|pkl|distcp|jsonl|parquet)$'
+    r'^\.\w+$|^(/|out|OUT_DIR|FILE|FOLDER|YOUR|run_|\.\.\._|ckpt|iter_|__RANK|\.venv|data/<)'
+    r'|\.(bin|pkl|distcp|jsonl|parquet)$'
 )
 ELSEWHERE = ('torch/', 'input.txt', 'slurm.conf', 'torch.')  # of other projects
 SCRIPTS = [ROOT / 'plan.py', *(path for folder in (*FOLDERS, 'benchmarks') for path in (ROOT / folder).rglob('*.py'))]
 
 
 def flags_of(script):
-    """The --names that a script takes; None if it takes no flags that could be found in its text."""
+    """Returns the --names that a script accepts, or None if no flags can be found in its text."""
     text = script.read_text()
     names = set(re.findall(r"add_argument\(\s*'(--[\w-]+)'", text)) | {'--help'}
     names |= {f'--{name}' for name in re.findall(r"^    '(\w+)': \(.*'\),$", text, re.M)}  # plan.py's
@@ -91,7 +91,7 @@ def code_of(text):
 
 
 def commands_of(text):
-    """The commands of a document, as lists of words, in their order and each once."""
+    """Returns the commands of a document as lists of words, in order, each once."""
     lines, spans, _ = code_of(text)
     found = [
         shlex.split(line, comments=True)
@@ -103,12 +103,12 @@ def commands_of(text):
 
 
 def script_of(words):
-    """Place of the script in the words of a command, or None."""
+    """Returns the index of the script in the words of a command, or None."""
     return next((i for i, word in enumerate(words) if re.fullmatch(r'[\w./-]+\.(py|sh)', word)), None)
 
 
 def find(name, folder):
-    """The file or folder that a document in `folder` calls by this name, or None."""
+    """Returns the file or folder that a document in `folder` means by this name, or None."""
     name = name.rstrip('/')
     places = [folder, ROOT, ROOT / 'nanoGPT', ROOT / 'nanoGPT' / 'data', ROOT / 'phase2_triton', ROOT / 'tests']
     there = next((place / name for place in places if (place / name).exists()), None)
@@ -118,12 +118,12 @@ def find(name, folder):
 
 
 def slug(heading):
-    """The anchor that GitHub gives a heading."""
+    """Returns GitHub's anchor for a heading."""
     return re.sub(r'[^\w\- ]', '', heading.strip().lower().replace('`', '')).replace(' ', '-')
 
 
 def problems(path):
-    """What a document names that is not there."""
+    """Returns the names in a document that do not exist."""
     text, folder, found = path.read_text(), path.parent, []
     lines, spans, prose = code_of(text)
     for target in re.findall(r'\]\(([^)\s]+)\)', prose):
@@ -186,7 +186,7 @@ def problems_of_command(words, folder):
 
 
 def why_not(words):
-    """Why a command of a document is not run here; None if it is."""
+    """Returns why a document's command is not run here, or None if it is."""
     at, name = script_of(words), ' '.join(words)
     if words[0] in ('make', 'pip', 'sbatch') or 'pytest' in words:
         return 'installs, or takes minutes, or wants a cluster'
@@ -209,9 +209,9 @@ def why_not(words):
 
 
 def run(words, folder, launch, copy):
-    """Runs the command in the copy of the repository, as tiny as it gets."""
+    """Runs the command in the copy of the repository, with tiny sizes."""
     here = copy if folder == ROOT / 'docs' else copy / folder.relative_to(ROOT)
-    if words[0] == 'jq' or 'visualize_training.py' in ' '.join(words):  # these speak of logs that are the reader's
+    if words[0] == 'jq' or 'visualize_training.py' in ' '.join(words):  # these refer to the reader's own logs
         log = next(here.glob('out*/run_*.json'))
         for name in ('', 'out', 'out-reference', 'out-ddp', 'out-zero1', 'out-fsdp', 'out-python-char'):
             (here / name).mkdir(exist_ok=True)
@@ -237,8 +237,7 @@ def run(words, folder, launch, copy):
 @pytest.fixture(scope='module')
 def copy(launch, tmp_path_factory):
     """
-    A fresh copy of the repository, without what has been made in it, but with the data set, as every document takes it
-    for granted.
+    A fresh copy of the repository, without generated files except for the data set, which every document presupposes.
     """
     copy = tmp_path_factory.mktemp('copy') / 'repository'
     made = '.git .venv out out-* *.bin meta.pkl __pycache__ .*_cache *.egg-info'.split()

@@ -1,6 +1,6 @@
 """
-torchrun --max-restarts: a rank killed at a random moment, and nothing done by hand. Every line printed on the way, and
-the weights at the end, are those of a run that nobody disturbed.
+torchrun --max-restarts: a rank is killed at a random moment, and the run recovers by itself. Every printed line, and
+the final weights, equal those of an undisturbed run.
 """
 
 import os
@@ -20,7 +20,7 @@ FLAGS = [*TINY, '--max_iters=400', '--lr_decay_iters=400', '--eval_interval=20',
 
 def workers(agent, seen):
     """
-    The processes of both ranks that torchrun has started since those in seen, once they are there; [] when torchrun has
+    Waits for torchrun to start both ranks and returns their processes, without those in seen; [] once torchrun has
     ended.
     """
     while agent.poll() is None:
@@ -33,7 +33,7 @@ def workers(agent, seen):
 
 
 def train_and_kill(launch, script, rng, out_dir, kills):
-    """Runs to the end and kills one rank up to `kills` times. Returns (the lines of losses, kills done)."""
+    """Runs to the end and kills one rank up to `kills` times. Returns (lines with losses, number of kills)."""
     done, seen = 0, set()
     with open('log', 'w+') as log:
         options = ['--standalone', '--nproc_per_node=2', '--max-restarts=3']
@@ -82,8 +82,8 @@ def test_killed_ranks_are_restarted_many_times(launch, work, phase, kills):
 
 def test_a_finished_run_ends_with_status_0():
     """
-    The interpreter must not be taken down while a thread of gloo still drops tensors: one run in five was aborted, and
-    torchrun started the finished training again, or reported a failure.
+    The interpreter must not be torn down while a gloo thread still frees tensors: that aborted one run in five, and
+    torchrun restarted the finished training or reported a failure.
     """
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     command += [PROGRAMS / 'finished_run.py', NANOGPT]
@@ -106,8 +106,8 @@ def test_machines_that_do_not_share_a_file_system(launch, work):
 
 def test_every_group_gives_up_after_dist_timeout(launch):
     """
-    Also those that are made later, as hybrid sharding and the writer of sharded checkpoints do: by itself torch gives
-    them 30 minutes.
+    The timeout also applies to groups created later, as by hybrid sharding and the writer of sharded checkpoints;
+    torch's default is 30 minutes.
     """
     run = launch(PROGRAMS / 'wait_for_a_group.py', NANOGPT, nproc=2, check=False, timeout=60)
     waited = [float(line.split()[0]) for line in run.stdout.splitlines()]
@@ -116,8 +116,7 @@ def test_every_group_gives_up_after_dist_timeout(launch):
 
 def test_each_start_has_a_name(launch):
     """
-    Who may speak of a failure is decided anew in each; how often torchrun has started the ranks each machine counts for
-    itself.
+    Each launch decides anew which rank reports a failure; each machine counts torchrun's launches independently.
     """
     names = [launch(PROGRAMS / 'print_launch_name.py', NANOGPT, nproc=2).stdout.split() for _ in range(2)]
     assert [len(its) for its in names] == [2, 2] and len({name for its in names for name in its}) == 2

@@ -23,7 +23,7 @@ TRAIN = NANOGPT / 'train.py'
 
 
 class Malicious:
-    """Unpickling this leaves a file behind."""
+    """Unpickling this object creates a file."""
 
     def __reduce__(self):
         return (os.system, ('touch executed',))
@@ -45,7 +45,7 @@ def cut(path, size):
 
 
 def garble_weights():
-    """A whole zip file whose pickle is none."""
+    """A complete zip file whose pickle is invalid."""
     with zipfile.ZipFile('out/ckpt.pt', 'w') as f:
         f.writestr('archive/data.pkl', b'garbage')
         f.writestr('archive/version', b'3')
@@ -53,7 +53,7 @@ def garble_weights():
 
 RESUME = ['--init_from=resume']
 MISTAKES = {
-    # name: (what is done to a folder with data and a checkpoint, further flags, what the message must name)
+    # name: (change to a folder with data and a checkpoint, further flags, text that the message must contain)
     'flag': (None, ['--batchsize=3'], 'did you mean batch_size?'),
     'value': (None, ['--batch_size=0'], 'batch_size=0'),
     'no GPU to record on': (None, ['--cuda_graph'], 'cuda_graph=True needs a CUDA device'),
@@ -216,8 +216,8 @@ TWO = dict(RANK='1', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT='29511
 )
 def test_half_an_environment(launch, work, env, found):
     """
-    Another launcher's: rank 1 of 1 would train and save nothing, and rank 1 of 2 would wait for a rank 0 that never
-    comes.
+    Variables of another launcher: rank 1 of 1 would train and save nothing, and rank 1 of 2 would wait in vain for rank
+    0.
     """
     run = launch(TRAIN, *TINY, check=False, env=env, timeout=20)
     assert run.returncode == 2 and run.stderr.count('error: ') == 1 and 'the environment has ' in run.stderr
@@ -243,7 +243,7 @@ def test_scripts_of_one_process_ignore_a_malformed_environment(launch, work, scr
 
 
 def test_mistake_on_one_rank_only_ends_all(work):
-    """Under the real torchrun, before and after the ranks have met: the one that fails speaks, nobody hangs."""
+    """Under the real torchrun, before and after the ranks have met: the failing rank reports, and no rank hangs."""
     (work / 'config.py').write_text("import os\nif os.environ['RANK'] == '1': dataset = 'nowhere'\n")
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', TRAIN, *TINY]
     run = subprocess.run([*command, 'config.py'], capture_output=True, text=True, timeout=60)
@@ -252,12 +252,13 @@ def test_mistake_on_one_rank_only_ends_all(work):
 
 
 def test_a_crash_of_one_rank_ends_all(launch, work):
-    """A bug is no user's mistake: one traceback, of the rank that had it, and the others do not wait for it."""
+    """A bug is not a user's mistake: one traceback, from the rank with the bug, and the others do not wait for it."""
     script = work / 'crash.py'
     script.write_text(
         f'import os, runpy, sys\nsys.path.insert(0, {str(NANOGPT)!r})\nsys.argv[0] = {str(TRAIN)!r}\n'
         'import step_guard\ncheck = step_guard.StepGuard.check\n'
-        'def broken(self, iter_num, *args):\n    if os.environ["RANK"] == "1" and iter_num == 3: raise ValueError("a bug")\n'
+        'def broken(self, iter_num, *args):\n'
+        '    if os.environ["RANK"] == "1" and iter_num == 3: raise ValueError("a bug")\n'
         '    return check(self, iter_num, *args)\n'
         "step_guard.StepGuard.check = broken\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -299,8 +300,7 @@ def test_errors_of_gpus_and_of_memory(work, raised, status, message):
 
 def test_the_end_of_a_run_has_an_order(launch, work):
     """
-    A save that is still being written when a mistake ends the run is finished, then recorded in the log, then the log
-    is closed.
+    If a mistake ends the run during a save, the save is finished, then recorded in the log, then the log is closed.
     """
     script = work / 'ends.py'
     script.write_text(f"""
@@ -328,7 +328,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 def test_actions_at_the_end(work):
     """
-    In their order whatever the order of registration, each once, and each whatever the others do; then the report.
+    Actions run in ORDER, not in order of registration, each once, even if others fail; then the report.
     """
     (work / 'ends.py').write_text(
         f'import sys; sys.path.insert(0, {str(NANOGPT)!r})\n'
@@ -345,7 +345,7 @@ def test_actions_at_the_end(work):
 @pytest.mark.parametrize('folder', ['nanoGPT', 'phase3_fsdp'])
 def test_a_nan_in_the_last_iteration(launch, work, folder):
     """
-    Its step is skipped, and an evaluation finds the weights good: they are saved. (Weights that are not:
+    The step is skipped, and an evaluation finds the weights good, so they are saved. (For bad weights see
     test_train.py.)
     """
     script = work / 'glitch.py'

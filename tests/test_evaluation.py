@@ -32,7 +32,7 @@ def model():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=40, dropout=0.5))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(5)  # a model that is sure of its predictions, so that their losses differ
+            parameter.mul_(5)  # a confident model, so that losses differ
     return model.train()
 
 
@@ -93,7 +93,7 @@ def test_train_prints_the_same_number_at_every_world_size_and_batch_size(launch,
 
 @pytest.mark.parametrize('phase', ['phase1_zero1', 'phase3_fsdp'])
 def test_every_trainer_gives_the_same_number(launch, work, phase):
-    """Also where a rank has no tokens to evaluate: 60 tokens are one batch."""
+    """Works even if a rank has no tokens to evaluate: 60 tokens are one batch."""
     flags = [*TINY, '--val_tokens=60', '--data_order=sequential', '--max_iters=1', '--eval_interval=1']
     launch(TRAIN, *flags, '--out_dir=one')
     launch(ROOT / phase / 'train.py', *flags, '--out_dir=two', nproc=2)

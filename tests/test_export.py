@@ -1,5 +1,5 @@
 """
-export_hf.py and import_hf.py: checkpoints to Hugging Face transformers and back, and a GELU that goes with the weights.
+export_hf.py and import_hf.py: checkpoints to Hugging Face transformers and back, with the GELU of the weights.
 """
 
 import json
@@ -54,7 +54,7 @@ FLAGS = {'characters': ['--shard_bytes=1000'], 'bytes': [], 'gpt2': ['--dtype=bf
 def test_there_and_back(launch, work, case):
     """
     transformers loads the folder, its tokenizer encodes as we do, and its greedy text is ours. The import has the same
-    bits, except for padding, which is left out, and for bfloat16's rounding, where that was asked for.
+    bits, except for padding, which is dropped, and for bfloat16's rounding, if requested.
     """
     vocab_size, bias, gelu, meta = CASES[case]
     if meta:
@@ -167,8 +167,8 @@ def test_import_of_a_transformers_model(launch, launch_interpreted, random_gpt2)
 
 def test_gelu_of_a_run(launch, work):
     """
-    A resume keeps it without the flag, and refuses the other one, as sample.py does. Upstream's checkpoints have the
-    erf form.
+    Without the flag, a resume keeps the GELU, and it refuses the other form, as sample.py does. nanoGPT's checkpoints
+    have the erf form.
     """
     launch(TRAIN, *TINY, '--gelu=tanh', '--max_iters=6')
     checkpoint = load('out/ckpt.pt')
@@ -184,7 +184,7 @@ def test_gelu_of_a_run(launch, work):
     for script in (TRAIN, SAMPLE):
         flags = [*TINY, '--init_from=resume'] if script == TRAIN else ['--start=0']
         run = launch(script, *flags, '--gelu=erf', check=False)
-        assert run.returncode == 2 and 'was trained with gelu=tanh, but gelu=erf' in run.stderr
+        assert run.returncode == 2 and 'was trained with gelu=tanh, but the command asks for gelu=erf' in run.stderr
     run = launch(TRAIN, *TINY, '--gelu=sigmoid', check=False)
     assert run.returncode == 2 and "gelu is 'sigmoid', but it can be erf or tanh" in run.stderr
     del checkpoint['config']['gelu']
@@ -221,7 +221,7 @@ def test_models_that_are_not_ours(launch, random_gpt2, changes, message):
 
 
 def test_damaged_and_missing_files(launch, work):
-    """The export, of a data set that is not here any more, has weights without a tokenizer, and a line says so."""
+    """If the data set is gone, the export has weights without a tokenizer, and a line says so."""
 
     def fails(*flags):
         run = launch(IMPORT, *flags, check=False, env={'HF_HUB_OFFLINE': '1'})

@@ -1,6 +1,6 @@
 """
-Phase 3: the numbers of DDP from shards, checkpoints that any phase and any number of ranks can read, and what happens
-when they are damaged or a rank is killed while it saves.
+FSDP: DDP's numbers from shards, checkpoints that any trainer at any world size can read, damaged checkpoints, and ranks
+killed during a save.
 """
 
 import os
@@ -95,8 +95,8 @@ def test_says_what_each_rank_holds(launch, work):
 
 def test_weights_at_the_start_are_the_references_to_the_bit(launch):
     """
-    Built on the meta device, on 3 ranks, which cut 40 rows unevenly: rank 0's weights, and each rank's own generator,
-    as in DDP.
+    Built on the meta device on 3 ranks, which split 40 rows unevenly: rank 0's weights, and each rank's own generator,
+    as under DDP.
     """
     out = launch(PROGRAMS / 'fsdp_first_weights.py', FSDP.parent, nproc=3).stdout
     assert out.endswith('equal\n')
@@ -105,9 +105,9 @@ def test_weights_at_the_start_are_the_references_to_the_bit(launch):
 @pytest.mark.parametrize('nproc', [2, pytest.param(4, marks=pytest.mark.full)])
 def test_recorded_micro_steps(launch, nproc):
     """
-    An iteration replayed as CUDA graphs, which are faked here, is the iteration itself to the bit: of several
-    micro-steps and of one, behind an evaluation, released and recorded anew, with all units kept and with each freed,
-    and in hybrid sharding on 4 ranks. More micro-steps than were recorded are an error.
+    An iteration replayed as (fake) CUDA graphs equals the eager iteration in every bit: with one and with several
+    micro-steps, after an evaluation, released and captured again, with all units kept and with each freed, and with
+    hybrid sharding on 4 ranks. More micro-steps than were captured are an error.
     """
     out = launch(PROGRAMS / 'fsdp_recorded_micro_steps.py', FSDP.parent, nproc=nproc).stdout
     assert out.endswith('equal\n')
@@ -115,8 +115,8 @@ def test_recorded_micro_steps(launch, nproc):
 
 def test_steps_that_overflow_are_skipped_by_fused_adamw(launch, work):
     """
-    As on a GPU, where AdamW is fused. The loss is scaled up so much that for some steps gradients are inf, on both
-    ranks; after those it is as in AdamW's other form, but for the rounding of float16.
+    With fused AdamW, as on a GPU. The loss is scaled up so much that for some steps gradients are inf, on both ranks.
+    Afterwards the numbers are those of unfused AdamW, up to float16's rounding.
     """
     runs = []
     for fused in '01':
@@ -130,7 +130,7 @@ def test_steps_that_overflow_are_skipped_by_fused_adamw(launch, work):
 def test_loss_is_in_float32(launch, work):
     """
     At bfloat16 the loss of a batch is nearer to float32's than bfloat16 could write it: 3.7 has steps of 0.016 there.
-    Compiled (by a backend that changes nothing) it is the same model in few graphs.
+    Compiled with a backend that changes nothing, it is the same model in few graphs.
     """
     flags = [*TINY, '--max_iters=2', '--eval_iters=1', '--n_layer=3', EACH_BLOCK, '--dtype=bfloat16']
     launch(FSDP, *flags, '--out_dir=eager', nproc=2)
@@ -160,7 +160,7 @@ def test_a_run_that_diverges_finishes_its_save(launch, work):
 
 
 def test_parts_on_different_disks_are_no_checkpoint(launch, work):
-    """out_dir is not shared, so that each machine has its own part: said at the first save, not when it is needed."""
+    """If out_dir is not shared, each machine has only its own part: the first save reports it, not the resume."""
     run = launch(PROGRAMS / 'folder_of_its_own.py', FSDP, *TINY, SHARDED, nproc=2, check=False)
     assert run.returncode == 2 and 'Traceback' not in run.stderr and 'training continues' in run.stderr
     assert run.stderr.count('Do all machines see the same out_dir?') > 1 and not os.path.exists(
@@ -250,7 +250,7 @@ def test_mistakes_end_with_one_message(launch, work):
     assert 'iter 1:' in launch(FSDP, *TINY, '--max_iters=1', '--out_dir=out').stdout  # nothing is to be resumed
     os.remove('out/ckpt.pt')
     os.rename('out/ckpt_sharded_before', 'out/ckpt_sharded')  # where the new run has put it
-    assert 'trained with n_embd=32, but n_embd=64' in message(RESUME, '--n_embd=64')
+    assert 'trained with n_embd=32, but the command asks for n_embd=64' in message(RESUME, '--n_embd=64')
     rest = load(f'{folder}/unsharded.pt')
     torch.save({**rest, 'model_args': {**rest['model_args'], 'bias': True}}, f'{folder}/unsharded.pt')
     assert 'transformer.h.0.ln_1.bias is missing' in message(RESUME)
@@ -295,8 +295,8 @@ CUDA = pytest.param(
 )
 def test_alone_on_a_device(launch, work, device, options):
     """
-    A group of one rank: all of FSDP but the sending. The losses are the reference's, also across a stop and a resume,
-    and the reference goes on from there. On a GPU what can be compiled is, here nothing.
+    A group of one rank: everything in FSDP except communication. The losses are the reference's, also across a stop and
+    a resume, and the reference continues from there. On a GPU, with torch.compile.
     """
     flags = [*(flag for flag in TINY if 'device' not in flag), f'--device={device}', '--gradient_accumulation_steps=4']
     plain, alone = ['--dtype=float32', '--compile=False'], PROGRAMS / 'one_device.py'

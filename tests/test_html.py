@@ -1,4 +1,7 @@
-"""visualize_training.py --html: one self-contained page with the panels of the picture. It needs plotly, which the test extra brings."""
+"""
+visualize_training.py --html: one self-contained page with the panels of the picture. It needs plotly, which the test
+extra brings.
+"""
 
 import json
 import re
@@ -24,7 +27,7 @@ class Page(HTMLParser):
         super().__init__()
         self.titles, self.cells, self.addresses, self.within = [], [], [], None
         self.feed(text)
-        # plotly.js is megabytes of code, so calls of Plotly.newPlot(id, traces, layout, config) are looked for behind it
+        # plotly.js is megabytes of code, so search for calls of Plotly.newPlot(id, traces, layout, config) after it
         calls = re.findall(r'Plotly\.newPlot\(\s*"[\w-]+",\s*(.*?),\s*(\{"template.*?\}),\s*\{"responsive', text, re.S)
         self.charts = [(json.loads(traces), json.loads(layout)) for traces, layout in calls]
 

@@ -1,5 +1,5 @@
 """
-A checkpoint of any phase at any number of processes resumes in any other, and any sample.py samples from it.
+A checkpoint of any trainer at any world size resumes in any other, and any sample.py samples from it.
 
 One checkpoint goes through a chain of runs, each of which reads what the one before wrote, does one step and writes it
 again. The learning rate is 0 and AdamW's betas are 1 to the precision of float32, so a step changes nothing but the
@@ -18,7 +18,8 @@ import torch
 from conftest import ROOT, TINY, assert_same, load, log_of, make_letters
 from model import GPT, GPTConfig
 
-BETA = '0.9999999999999999'  # its difference to 1 is 1.1e-16, which times a gradient and added to a float32 average rounds to nothing
+# its difference to 1 is 1.1e-16: times a gradient and added to a float32 average, that rounds to nothing
+BETA = '0.9999999999999999'
 SMALL = [*TINY, '--batch_size=2']  # the interpreter takes 10 ms for a row
 STANDSTILL = [
     *SMALL,
@@ -39,7 +40,7 @@ SHARDED = '--ckpt_format=sharded'
 class Kind:
     """
     A kind of run: train.py of a folder on nproc ranks, with Triton's kernels (in the interpreter) or without, to a
-    checkpoint of either form.
+    checkpoint in either format.
     """
 
     folder: str
@@ -62,7 +63,7 @@ class Kind:
 
 
 # In the order of the default chain: some have as many ranks as the one before, so that they go on with its data, some
-# have not. 3 ranks cut the vocabulary of 40 unevenly
+# have not. 3 ranks split the vocabulary of 40 unevenly
 KINDS = [
     Kind('phase1_zero1', 2),
     Kind('phase3_fsdp', 4),
@@ -258,7 +259,7 @@ def test_from_upstream(walk, kind, prefix):
     [('nanoGPT', 1, []), ('phase1_zero1', 2, []), ('phase3_fsdp', 2, []), ('phase3_fsdp', 2, [SHARDED])],
 )
 def test_a_shorter_block_size(launch, work, folder, nproc, options):
-    """Training goes on with the first positions, and AdamW's state of them."""
+    """Training continues with the first positions and their AdamW state."""
 
     def saved():
         if options:

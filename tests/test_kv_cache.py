@@ -1,4 +1,4 @@
-"""Sampling with the key-value cache gives what model.generate gives, only faster."""
+"""Sampling with the key-value cache gives the same result as model.generate, only faster."""
 
 import re
 
@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 def tiny_model(block_size=16, **options):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=65, n_layer=2, n_head=2, n_embd=32, **options)).eval()
-    for p in model.parameters():  # large enough that the text depends on all that came before
+    for p in model.parameters():  # large enough that the text depends on all earlier tokens
         p.data += 0.3 * torch.randn_like(p)
     return model
 
@@ -108,7 +108,7 @@ def samples_in(out):
 
 def test_sample_script(launch, launch_interpreted, work):
     """
-    The cache changes no greedy text, with the Triton kernels neither. Without it, sample.py prints what model.generate
+    The cache does not change greedy text, nor with the Triton kernels. Without it, sample.py prints what model.generate
     draws with the seed, sample after sample. The speed is on stderr.
     """
     launch(NANOGPT / 'train.py', *TINY, '--max_iters=100', '--lr_decay_iters=100', '--eval_interval=100')

@@ -1,6 +1,6 @@
 """
-The diff is the documentation: what a phase does not change is byte-identical to nanoGPT/, and what it changes is
-little.
+The diff is the documentation: files that a phase does not change are byte-identical to nanoGPT/'s, and the diffs are
+small.
 """
 
 import difflib
@@ -21,7 +21,7 @@ CHANGES = {
 
 
 def common_files():
-    """What `make sync` copies, and the two files that a phase may change."""
+    """Returns the names that `make sync` copies, and the two files that a phase may change."""
     not_copied = re.search(r'^NOT_COPIED := (.*)$', (ROOT / 'Makefile').read_text(), re.M)[1].split()
     return [p.name for p in NANOGPT.glob('*.py') if p.name not in not_copied] + ['config', 'model.py', 'train.py']
 

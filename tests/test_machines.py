@@ -1,7 +1,7 @@
 """
-More than one machine: two network namespaces, each with its own interface, address and torchrun, and no other way from
-one to the other. Losses are those of one machine with as many ranks. One machine is cut off in mid-step; the other one
-ends, says why, and a restart goes on.
+Several machines: two network namespaces, each with its own interface, address and torchrun, connected only through
+these. Losses are those of one machine with as many ranks. One machine is cut off in the middle of a step; the other
+ends and says why, and a restart continues.
 """
 
 import os
@@ -112,14 +112,14 @@ def survive_the_loss_of_a_machine(launch, machines, script, nproc):
     last = f'--max_iters={reached + 30}'
     resumed = train_on(machines, script, *flags, last, '--init_from=auto', nproc=nproc)
     assert 'Resuming training from out/ckpt.pt' in resumed and f'iter {reached}:' in resumed
-    # one machine, never disturbed, with as many ranks: the same losses before, and after
+    # one undisturbed machine with as many ranks: the same losses before and after
     once = losses(launch(script, *flags, last, '--out_dir=once', nproc=2 * nproc).stdout)
     assert losses(text)[: len(once)] == once[: len(losses(text))]
     after = once[-len(losses(resumed)) :]
     if nproc == 1 or script.parent.name == 'phase3_fsdp':
         assert losses(resumed) == after
         assert_same_state(load('out/ckpt.pt'), load('once/ckpt.pt'))
-    else:  # DDP sums its first gradients in another order than all later ones, which matters to the last bit for 3 ranks and more
+    else:  # DDP sums its first gradients in another order than later ones: with 3 ranks or more, the last bit differs
 
         def parse(lines):
             return [re.match(r'(.*?loss )([\d.]+)', line).groups() for line in lines]

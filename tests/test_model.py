@@ -1,4 +1,4 @@
-"""The reference model: its parameters, their initialization, and what it computes."""
+"""The reference model: its parameters, their initialization, and its outputs."""
 
 import contextlib
 import math
@@ -215,12 +215,13 @@ def test_peak_flops(monkeypatch):
     [{}, {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:False'}, {'PYTORCH_ALLOC_CONF': 'max_split_size_mb:512'}],
 )
 def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
-    """Unless the user has set it up otherwise. On a GPU, what the allocator makes of it."""
+    """Unless the user has configured the allocator. On a GPU, also checks the allocator's own state."""
     import hardware
 
     environ = {name: value for name, value in os.environ.items() if not name.endswith('ALLOC_CONF')} | own
     if torch.cuda.is_available():
-        code = 'import torch, hardware; hardware.resolve_auto("cuda", "auto", "auto", "auto"); torch.ones(1, device="cuda"); '
+        code = 'import torch, hardware; hardware.resolve_auto("cuda", "auto", "auto", "auto"); '
+        code += 'torch.ones(1, device="cuda"); '
         code += 'print(torch.cuda.memory_snapshot()[0]["is_expandable"])'
         run = subprocess.run(
             [sys.executable, '-c', code],
@@ -263,7 +264,7 @@ def test_from_pretrained(monkeypatch):
 
 
 def test_what_is_recorded_as_a_cuda_graph(monkeypatch):
-    """By default a run on GPUs, if it can be; a failure has a message that says what to do."""
+    """By default a run on GPUs captures if possible; a failure has a message that says what to do."""
     import cuda_graph
     from errors import UserError
 

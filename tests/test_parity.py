@@ -1,7 +1,7 @@
 """
-Every trainer with every model at 1, 2 and 4 processes computes what nanoGPT/ does; and nanoGPT/ computes what it did
-when golden_losses.json was written. The cells that run on Triton's interpreter are the slow ones: by default three of
-them, briefly (-m full, or make test-full: all).
+Every trainer with every model at 1, 2 and 4 processes computes the same numbers as nanoGPT/, and nanoGPT/ the numbers
+in golden_losses.json. The cases on Triton's interpreter are slow: by default three of them run, briefly (-m full, or
+make test-full: all).
 """
 
 import hashlib
@@ -206,7 +206,8 @@ def test_golden_losses(train, pytestconfig, tmp_path, capsys):
             )
             for nproc, values in before.get('losses', {}).items():
                 print(
-                    f'{nproc} processes: by up to {max(abs(a / b - 1) for a, b in zip(losses[nproc], values)):.1e}, relative'
+                    f'{nproc} processes: by up to '
+                    f'{max(abs(a / b - 1) for a, b in zip(losses[nproc], values)):.1e}, relative'
                 )
     golden = json.loads(GOLDEN.read_text())
     assert golden['flags'] == flags and golden['data'] == data, 'these are losses of another run'

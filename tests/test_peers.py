@@ -1,4 +1,4 @@
-"""benchmarks/bench_peers.py, with stand-ins for upstream nanoGPT and llm.c that print what those print."""
+"""benchmarks/bench_peers.py, with stand-ins for nanoGPT and llm.c that print the same lines."""
 
 import json
 import subprocess

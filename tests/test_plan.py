@@ -1,4 +1,4 @@
-"""plan.py: what it says agrees with the code it plans for, with the measured rows, and with train.py's messages."""
+"""plan.py agrees with the code it plans for, with the measured rows, and with train.py's messages."""
 
 import json
 import re
@@ -78,8 +78,8 @@ def test_parameters_are_the_models(bias):
 
 def test_state_is_exact():
     """
-    Of N parameters: 4 bytes of parameters, 8 of AdamW, 4 of gradients, and DDP's buckets of another 4; shares of them
-    in shards.
+    Per parameter: 4 bytes of weights, 8 of AdamW, 4 of gradients, and another 4 of DDP's buckets; sharded trainers hold
+    shares.
     """
     n = small_run().parameters
     states = {'ddp': (4 * n, 8 * n, 8 * n), 'zero1': (4 * n, 2 * n, 8 * n), 'fsdp': (n, 2 * n, n)}

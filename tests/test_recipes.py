@@ -1,6 +1,6 @@
 """
-The recipes, as far as a machine without their services can run them: the files parse, their scripts train and continue, and the
-notebook runs from top to bottom. What a cloud, a cluster or a Docker engine would do with them is not part of this.
+The recipes, as far as a machine without their services can run them: the files parse, their scripts train and continue,
+and the notebook runs from top to bottom. Clouds, clusters and Docker engines are not part of these tests.
 """
 
 import json
@@ -50,7 +50,10 @@ def free_port():
 
 
 def trains_and_continues(run, train):
-    """run(flags) runs a recipe's script with its training replaced by a tiny one: first from scratch, then from the checkpoint."""
+    """
+    run(flags) runs a recipe's script with its training replaced by a tiny one: first from scratch, then from the
+    checkpoint.
+    """
     trainer, config, *flags = train.split()
     assert (ROOT / trainer).exists() and (ROOT / config).exists() and flags == ['--gradient_accumulation_steps=16']
     tiny = shlex.join([trainer, *TINY, '--max_iters=2'])
@@ -98,7 +101,10 @@ def test_kubeflow(clone, tmp_path):
 
 
 def test_dockerfile():
-    """The files that its steps name exist, and the packages are installed before the rest is copied, which changes more often."""
+    """
+    The files that its steps name exist, and the packages are installed before the rest is copied, which changes more
+    often.
+    """
     lines = [line for line in (ROOT / 'Dockerfile').read_text().splitlines() if line and not line.startswith('#')]
     steps = [line.split(' #')[0].split(maxsplit=1) for line in lines]
     assert len(lines) <= 10 and steps[0][0] == 'FROM'
@@ -114,7 +120,10 @@ def test_dockerfile():
 
 @pytest.mark.full
 def test_notebook(clone, monkeypatch):
-    """Its cells run in order, on two CPU processes, with a smaller model. The services' own steps, clone and install, are left out."""
+    """
+    Its cells run in order, on two CPU processes, with a smaller model. The services' own steps, clone and install, are
+    left out.
+    """
     notebook = json.loads((RECIPES / 'two_gpus.ipynb').read_text())
     assert (notebook['nbformat'], notebook['metadata']['kernelspec']['language']) == (4, 'python')
     cells = [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']

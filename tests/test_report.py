@@ -1,4 +1,6 @@
-"""The documents' tables, numbers and pictures are what the result files say, and the benchmarks train as train.py does."""
+"""
+The documents' tables, numbers and pictures are what the result files say, and the benchmarks train as train.py does.
+"""
 
 import json
 import shutil
@@ -18,7 +20,9 @@ from common import write_json
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """A copy of the result files, which the test may change; it clears the cache after a change of a file that was read."""
+    """
+    A copy of the result files, which the test may change; it clears the cache after a change of a file that was read.
+    """
     shutil.copytree(tables.RESULTS, tmp_path / 'results')
     monkeypatch.setattr(tables, 'RESULTS', tmp_path / 'results')
     tables.load.cache_clear()
@@ -87,7 +91,7 @@ def test_a_table_by_hand_is_noticed():
 
 
 def test_results_that_are_not_there_promise_nothing(results):
-    """Of the trainers on GPUs nothing is measured: no table, and no row."""
+    """Nothing is measured for trainers on GPUs: no table, and no row."""
     for path in results.glob('trainers_*.json'):
         path.unlink()
     assert (
@@ -97,7 +101,7 @@ def test_results_that_are_not_there_promise_nothing(results):
 
 
 def test_results_of_bench_trainers_become_tables(results):
-    """Of two trainers, one of which ran out of memory."""
+    """Two trainers, one of which ran out of memory."""
     row = dict(
         trainer='ddp',
         size='124M',
@@ -265,7 +269,9 @@ def test_first_line_of_an_error_without_text():
 
 @pytest.mark.full
 def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
-    """The real train.py of FSDP on 2 processes: 8 of 16 bytes a parameter on each; one run for two numbers of micro-steps, and a resume."""
+    """
+    FSDP's real train.py on 2 processes: 8 of 16 bytes per parameter on each; two numbers of micro-steps, and a resume.
+    """
     out = tmp_path / 'trainers.json'
     flags = [
         '--device=cpu',

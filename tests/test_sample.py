@@ -16,7 +16,7 @@ TRAIN, SAMPLE, BENCH = (NANOGPT / f'{name}.py' for name in ('train', 'sample', '
 
 @pytest.fixture(scope='module')
 def made(launch, tmp_path_factory):
-    """A folder with the data set and, in out/, a model that has learnt it."""
+    """A folder with the data set and, in out/, a model trained on it."""
     folder = tmp_path_factory.mktemp('sample')
     make_letters(folder)
     launch(TRAIN, *TINY, '--max_iters=300', '--lr_decay_iters=300', '--eval_interval=300', cwd=folder)

@@ -1,5 +1,5 @@
 """
-shard_writer.py and data/text/prepare.py --shards: the format's bytes, resuming after a kill, and what must not be
+shard_writer.py and data/text/prepare.py --shards: the format's bytes, resuming after a kill, and data that must not be
 mixed.
 """
 
@@ -70,7 +70,7 @@ def expected_tokens(texts):
 
 
 def test_the_bytes_of_a_shard(tmp_path):
-    """Pinned: what llm.c's dev/data/data_common.py writes for the same tokens."""
+    """Pinned: the bytes that llm.c's dev/data/data_common.py writes for the same tokens."""
     (tmp_path / 'a.txt').write_text('Hello world. Hello world.')
     write_shards(TextReader([str(tmp_path / 'a.txt')]), str(tmp_path / 'out'), 'text', val_fraction=0.5)
     assert sorted(os.listdir(tmp_path / 'out')) == [
@@ -119,7 +119,7 @@ def test_n_shards_at_a_time(corpus, tmp_path, capsys):
 
 
 def dying(replace, kill, after):
-    """os.replace for a process that is killed before or after its call number `kill`."""
+    """Returns an os.replace that kills the process before or after its call number `kill`."""
     steps = itertools.count()
 
     def die(*args):
@@ -233,7 +233,7 @@ def test_two_preparations_at_once_and_a_full_disk(corpus, tmp_path, monkeypatch)
 
 
 def test_text_prepare(corpus, tmp_path, monkeypatch, capsys):
-    """The command line, which refuses what the format cannot hold."""
+    """The command line refuses encodings that the format cannot hold."""
     folder, texts = corpus
     script = str(ROOT / 'nanoGPT' / 'data' / 'text' / 'prepare.py')
 

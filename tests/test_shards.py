@@ -1,4 +1,4 @@
-"""Token files: which formats are read, how a data set is found, and what is refused."""
+"""Token files: the supported formats, how a data set is found, and the files that are refused."""
 
 import gzip
 import io
@@ -140,7 +140,7 @@ def test_a_data_set_is_a_name_a_folder_a_pattern_or_a_file(shards):
         'web_val_000001.bin'
     ]
     assert len(open_dataset('data/web/web_val_*.bin', 4).train) == 60
-    refuse('data/web/web*0002.bin', 'no shards of the split val: web_train_000002.bin is there')
+    refuse('data/web/web*0002.bin', 'no shards of the split val: data/web has web_train_000002.bin')
     assert open_dataset('web', 4, splits=('val',)).train is None
 
 
@@ -186,7 +186,7 @@ def test_unclear_or_incomplete_sets_are_refused(shards):
     (web / 'web_train_000004.bin').unlink()
     for val in web.glob('*val*'):
         val.unlink()
-    refuse('web', 'no shards of the split val', 'web_train_000001.bin is there')
+    refuse('web', 'no shards of the split val', 'data/web has web_train_000001.bin')
 
 
 def test_files_of_one_set_must_agree(shards):

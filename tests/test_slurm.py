@@ -1,7 +1,6 @@
 """
-slurm.sh, with programs (programs/slurm/) in place of srun, scontrol and scancel that do what Slurm's do with their
-arguments: a SIGUSR1 to the batch script ends in a checkpoint and a requeue, and the next start goes on to the end. (The
-real Slurm is not part of this.)
+slurm.sh, with stand-ins for srun, scontrol and scancel (programs/slurm/): a SIGUSR1 to the batch script leads to a
+checkpoint and a requeue, and the next start continues to the end. (The real Slurm is not part of this.)
 """
 
 import os
@@ -22,7 +21,7 @@ def sbatch(work):
         PATH=f'{PROGRAMS / "slurm"}:{os.environ["PATH"]}',
         PYTHON=sys.executable,
         PYTHONUNBUFFERED='1',
-        SLURM_JOB_ID=str(os.getpid()),  # which slurm.sh makes a port of
+        SLURM_JOB_ID=str(os.getpid()),  # slurm.sh derives a port from it
         SLURM_NNODES='2',
         SLURM_JOB_NODELIST='machine[1-2]',
     )

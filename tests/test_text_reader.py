@@ -149,7 +149,7 @@ def test_what_a_folder_holds_besides_text_is_named(tmp_path, capsys):
     for name, message in (
         ('.hidden.txt', 'a hidden file'),
         ('pipe.txt', 'not a regular file'),
-        ('d.csv', 'is no .txt'),
+        ('d.csv', 'is not a .txt'),
     ):
         with pytest.raises(UserError, match=message):
             find_files([str(tmp_path / name)])

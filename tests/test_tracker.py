@@ -1,4 +1,4 @@
-"""Trackers: what they are sent, and that none of their faults costs a run anything but one warning."""
+"""Trackers: the records they receive, and that their faults cost a run no more than one warning."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ import pytest
 from conftest import NANOGPT, TINY, load, log_of
 from errors import UserError
 
-# a wandb that writes what it is sent to sent.json; ACT stands where the fault goes
+# a wandb that writes its records to sent.json; ACT is replaced by the fault
 WANDB = """
 import json, sys, time
 if STAGE == 'import': ACT
@@ -95,7 +95,8 @@ def test_tensorboard(work, monkeypatch):
     """With a stand-in for the package: scalars by iteration, in the run's own folder."""
     (work / 'writer.py').write_text(
         'calls = []\nclass SummaryWriter:\n    def __init__(self, folder): calls.append(folder)\n'
-        '    def add_scalar(self, *args): calls.append(args)\n    def flush(self): pass\n    def close(self): calls.append("closed")\n'
+        '    def add_scalar(self, *args): calls.append(args)\n    def flush(self): pass\n'
+        '    def close(self): calls.append("closed")\n'
     )
     monkeypatch.syspath_prepend(work)
     import end_of_run

@@ -21,7 +21,7 @@ TRAIN = NANOGPT / 'train.py'
 
 
 def assert_same_state(a, b):
-    """Equal in every bit: weights, optimizer state, and what the next batch will be."""
+    """Asserts equality in every bit: weights, optimizer state, and the next batch."""
     assert_same(a, b, but=('config', 'log'))
 
 
@@ -36,7 +36,8 @@ def test_prints_the_numbers_of_the_minimal_loop(launch, work, dropout, bias, acc
         TRAIN, *TINY, f'--dropout={dropout}', f'--bias={bias}', f'--gradient_accumulation_steps={accumulation}'
     )
     shape = '--data_dir=data/letters --vocab_size=40 --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4'
-    rest = '--max_iters=20 --eval_interval=10 --eval_iters=3 --learning_rate=1e-2 --min_lr=1e-3 --warmup_iters=5 --lr_decay_iters=20'
+    rest = '--max_iters=20 --eval_interval=10 --eval_iters=3 --learning_rate=1e-2 --min_lr=1e-3 --warmup_iters=5'
+    rest += ' --lr_decay_iters=20'
     options = [f'--dropout={dropout}', f'--bias={int(bias)}', f'--accumulation={accumulation}']
     minimal = launch(NANOGPT.parent / 'tests' / 'minimal_loop.py', *shape.split(), *rest.split(), *options)
     assert losses(run.stdout) == losses(minimal.stdout)
@@ -274,7 +275,7 @@ def test_sigterm_saves_the_current_step(launch, work):
             asked = time.time()
             run.send_signal(signal.SIGTERM)
     run.wait()
-    assert time.time() - asked < 25  # torchrun would kill after 30 s
+    assert time.time() - asked < 25  # torchrun kills after 30 s
     assert printed[-1] == 'saving checkpoint to out\n'
     stopped = load('out/ckpt.pt')
     assert stopped['iter_num'] == int(losses(''.join(printed))[-1].split()[1].rstrip(':')) + 1
@@ -297,7 +298,7 @@ def test_signals_in_one_process_save_too(launch, work, number):
 
 def test_a_reader_that_goes_away_stops_the_run(work):
     """
-    As `tee` does at a Ctrl-C: what nobody reads must not cost the checkpoint. Nor must a name that the terminal cannot
+    A broken pipe, as when Ctrl-C ends `tee`, must not cost the checkpoint. Nor must a name that the terminal cannot
     show.
     """
     env = dict(os.environ, PYTHONUNBUFFERED='1', PYTHONIOENCODING='ascii')
@@ -324,7 +325,7 @@ def test_a_log_on_a_full_disk_does_not_stop_the_run(work):
 
 def test_resume_without_the_flags_of_the_model(launch, work):
     """
-    What is logged is the model of the checkpoint. Only its block_size has to be given, and is not cropped to a default.
+    The log records the checkpoint's model. Only block_size must be given; it is not cropped to a default.
     """
     val = work / 'data' / 'letters' / 'val.bin'
     val.write_bytes(val.read_bytes() * 3)  # enough for a block of 1024
@@ -342,7 +343,7 @@ def test_resume_without_the_flags_of_the_model(launch, work):
 
 
 def test_works_from_anywhere(launch, work):
-    """From the root with paths as a user types them; out_dir belongs to the folder that one is in."""
+    """From the root with paths as a user types them; out_dir is relative to the working directory."""
     flags = ['--dataset=data/letters', *TINY[1:], '--max_iters=1']
     launch(TRAIN, NANOGPT / 'config' / 'train_python_char.py', *flags, '--out_dir=a')
     launch(TRAIN, 'config/train_python_char.py', *flags, '--out_dir=b')
@@ -385,7 +386,7 @@ def test_json_log(launch, work):
     assert os.listdir('silent') == ['ckpt.pt']
     launch(
         TRAIN, *TINY, '--init_from=resume', '--json_log=False', '--max_iters=22'
-    )  # the chain goes on behind a run without a log
+    )  # the chain continues after a run without a log
     assert load('out/ckpt.pt')['resume']['log'] == max(name for name in os.listdir('out') if name.endswith('.json'))
 
 
@@ -456,8 +457,8 @@ def test_on_a_gpu(work, options):
 )
 def test_graphs_on_two_gpus(launch, work, folder, options):
     """
-    By default all micro-steps are replayed, with what the ranks send; the losses are those without graphs. An
-    evaluation lets the graphs go.
+    By default all micro-steps are replayed, communication included; the losses are those without graphs. An evaluation
+    releases the graphs.
     """
     if torch.cuda.device_count() < 2:
         pytest.skip('needs 2 CUDA GPUs')

@@ -57,8 +57,7 @@ def train(launch, work):
 @pytest.fixture
 def saved(launch, work):
     """
-    saved(trainer, out_dir='out', name='ckpt'): the checkpoint that the trainer has written, a sharded one as it is
-    converted to a file.
+    saved(trainer, out_dir='out', name='ckpt') returns the trainer's checkpoint, a sharded one converted to a file.
     """
 
     def saved(trainer, out_dir='out', name='ckpt'):
@@ -94,8 +93,7 @@ def test_resume_is_exact(train, saved, trainer, dropout):
 @pytest.mark.parametrize('trainer', [ALONE, FSDP], ids=str)
 def test_half_precision_learns(train, trainer, dtype):
     """
-    The loss is that of float32 but for the rounding of 8 or 11 bits of mantissa, after 40 steps in which it fell from
-    3.7.
+    The loss is float32's up to the rounding of 8 or 11 bits of mantissa, after 40 steps in which it fell from 3.7.
     """
     flags = ['--max_iters=40', '--lr_decay_iters=40', '--eval_interval=40']
     exact = train(Trainer('nanoGPT', trainer.nproc), *flags, '--out_dir=exact')
@@ -132,7 +130,7 @@ def test_latest_and_best_are_both_kept(train, saved, trainer):
 def test_killed_while_it_saves(train, saved, trainer, kills, seconds):
     """
     kill -9 of one rank at a random moment of a run that saves after each step, now and then also while it starts. Each
-    run goes on from the last checkpoint that was complete.
+    run continues from the last complete checkpoint.
     """
     moments = torch.Generator().manual_seed(0)
     each_step = ['--eval_interval=1', '--eval_iters=1']

@@ -247,8 +247,8 @@ def test_kill_nine_at_200_random_moments(tmp_path):
 
 def check_after_a_kill(document, sent):
     """
-    A killed log has all records that were handed to it, but for those at the moment. Returns whether its summary lacks
-    the last one.
+    Asserts that a killed log has all records passed to it, except for those in flight. Returns whether its summary
+    lacks the last one.
     """
     iters = [record['iter'] for record in document['iterations']]
     assert iters == list(range(len(iters))) and sent - 1 <= len(iters) <= sent + 1
@@ -268,8 +268,8 @@ def check_after_a_kill(document, sent):
 
 def test_no_write_crosses_a_page_nor_grows_with_the_run(tmp_path, monkeypatch):
     """
-    What makes a kill harmless, and a record as cheap at the end as at the start: if that holds of the bytes, it holds
-    of the time.
+    Why a kill is harmless, and a record as cheap at the end as at the start: if it is true of the bytes, it is true of
+    the time.
     """
     writes, pwrite, log = [], os.pwrite, TrainingLogger(tmp_path, {}, RUN)
     monkeypatch.setattr(os, 'pwrite', lambda fd, data, at: writes.append((at, len(data))) or pwrite(fd, data, at))
@@ -316,8 +316,8 @@ class Disk:
 
 def test_disk_that_fills_up(tmp_path, monkeypatch, capfd):
     """
-    At whichever byte the disk is full: training continues with one warning; when there is room again, the log goes on
-    as a whole.
+    At whichever byte the disk fills up, training continues with one warning; once there is room again, the log
+    continues and stays valid.
     """
     for room in (0, 1, 100, 170, 180, 250, 4000, 5000, 9999):
         disk, log = Disk(monkeypatch), TrainingLogger(tmp_path / str(room), {}, RUN)
@@ -354,7 +354,7 @@ def test_disk_without_room_to_grow(tmp_path, monkeypatch, capfd):
         step(log, i)
     full = read(log)
     assert 100 < len(full['iterations']) < 1000 and full['summary']['iterations'] == len(full['iterations'])
-    log.evaluation(1000, train_loss=1.0, val_loss=1.0, lr=1e-3)  # there is still room in this list
+    log.evaluation(1000, train_loss=1.0, val_loss=1.0, lr=1e-3)  # this list still has room
     assert read(log)['summary']['dropped_records'] == 1000 - len(full['iterations'])
     monkeypatch.setattr(os, 'open', real)
     step(log, 1001)
@@ -426,7 +426,7 @@ def test_the_head_stays_a_page(tmp_path, strange):
 
 
 FORK = """
-if os.fork() == 0:  # while the thread is at work on a record; the child has no such thread and must neither hang nor write
+if os.fork() == 0:  # while the thread writes a record; the child has no such thread and must neither hang nor write
     log.evaluation(1, train_loss=9.0, val_loss=9.0)
     log.close('failed')
     sys.exit()

@@ -1,6 +1,6 @@
 """
-phase2_triton/IMPLEMENTATION.md embeds the diff of model.py, one block per hunk, and code of the kernels. They must equal the files,
-and its pictures must show the numbers of the result files. After a change of either:
+phase2_triton/IMPLEMENTATION.md embeds the diff of model.py, one block per hunk, and code of the kernels. They must
+equal the files, and its pictures must show the numbers of the result files. After a change of either:
 
     python tests/test_triton_chapter.py    # rewrites the chapter's blocks and the pictures; new hunks still need a text
 """
@@ -45,7 +45,10 @@ def outdated(text):
 
 
 def updated(text):
-    """The chapter with the code and the hunks of today. Each block gets the most similar hunk; those left follow the one before."""
+    """
+    The chapter with the code and the hunks of today. Each block gets the most similar hunk; those left follow the one
+    before.
+    """
     text = CODE.sub(lambda m: m[1] + function(m[2], m[3]) + m[5], text)
     new, first = hunks(), DIFF.search(text).start()
     blocks = [block.split('\n', 1)[1] for block in DIFF.findall(text)]

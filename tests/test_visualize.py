@@ -1,5 +1,5 @@
 """
-The pictures of training logs, checked by what is drawn: python -m pytest tests/test_visualize.py
+The pictures of training logs, checked by their contents: python -m pytest tests/test_visualize.py
 """
 
 import json
@@ -278,7 +278,7 @@ def test_crashed_run_with_nulls(tmp_path):
     axes = axes_of(figure)
     assert line(axes['loss'], 'loss not finite: 50 records').get_xdata().tolist() == list(range(150, 200))
     assert len(line(axes['loss'], '_raw').get_xdata()) == 150
-    assert line(axes['loss'], 'training').get_xdata().max() == 149  # no mean of what was before goes on behind it
+    assert line(axes['loss'], 'training').get_xdata().max() == 149  # no mean of earlier values continues after it
     assert 'not recorded' in texts(axes['peak_memory_bytes']) and 'mfu' not in axes
     status = next(text for text in axes['facts'].texts if text.get_text() == 'failed')
     assert status.get_color() == vis.VERMILLION and 'failed' in figure.get_suptitle()
@@ -296,7 +296,7 @@ def test_single_record_and_none(tmp_path):
 
 
 def test_panels_of_a_run_share_their_x_axis(tmp_path):
-    """Where a metric ends before the others, there is nothing, and one sees since when."""
+    """A metric that ends before the others leaves a visible gap."""
     path = Path(write_log(tmp_path))
     log = json.loads(path.read_text())
     for record in log['iterations'][120:]:
@@ -459,7 +459,7 @@ def test_follow_before_the_folder():
     for argv in (['--follow', 'out'], ['out', '--follow'], ['--follow', '10', 'out']):
         args = vis.parse_args(argv)
         assert (args.logs, args.follow) == (['out'], 10)
-    assert vis.parse_args(['a', '--follow', 'b']).logs == ['a', 'b']  # the first is what the others are compared with
+    assert vis.parse_args(['a', '--follow', 'b']).logs == ['a', 'b']  # the others are compared with the first
 
 
 def test_names_that_matplotlib_and_terminals_would_trip_over(tmp_path):
@@ -697,7 +697,8 @@ def test_600_000_records_within_1_gib_without_a_display(tmp_path):
     path = tmp_path / 'run_big.json'
     before, behind = Path(write_log(tmp_path, steps=0)).read_text().split('"iterations": []')
     rest = [  # of a record, as long as real ones are
-        f'"loss": {3.1 + 1 / (i + 1)}, "lr": 0.0006, "time_ms": {20 + i % 7 / 3}, "tokens_per_sec": {24576 / 7}, "mfu": {i % 9 / 13}, '
+        f'"loss": {3.1 + 1 / (i + 1)}, "lr": 0.0006, "time_ms": {20 + i % 7 / 3}, '
+        f'"tokens_per_sec": {24576 / 7}, "mfu": {i % 9 / 13}, '
         '"grad_norm": 0.5432, "peak_memory_bytes": 41234567890}'
         for i in range(1000)
     ]

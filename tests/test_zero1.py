@@ -1,5 +1,6 @@
 """
-Phase 1: the numbers of DDP to the bit, even shards, one checkpoint for all, and ends that leave the last one whole.
+ZeRO-1: DDP's numbers to the bit, even shards, checkpoints for every trainer, and interruptions that leave the last one
+whole.
 """
 
 import json
@@ -18,7 +19,7 @@ ALL_EQUAL = dict(losses=True, norms=True, scale=True, params=True, state=True, u
 
 
 def found(launch, *args, nproc):
-    """What the ranks of a case in zero1_cases.py found."""
+    """Returns the result of a case in zero1_cases.py."""
     return json.loads(launch(CASES, *args, nproc=nproc).stdout.splitlines()[-1])
 
 
@@ -59,7 +60,7 @@ def test_steps_are_skipped_on_all_ranks_or_none(launch, tmp_path, case):
 def test_more_ranks_than_tensors(launch):
     run = found(launch, 'few_tensors', nproc=4)
     assert run['equal']
-    assert len(set(run['owners'])) == 3  # and a rank with nothing takes part all the same
+    assert len(set(run['owners'])) == 3  # a rank without parameters takes part too
 
 
 def test_shards_are_even(launch, capsys):
@@ -81,8 +82,8 @@ def test_shards_are_even(launch, capsys):
 
 def test_leaves_the_compiled_graphs_as_they_are(launch):
     """
-    torch.compile cuts the graph where the storages of parameters fill a bucket of DDP. parameters_as_bucket_view gives
-    all parameters of a rank one storage, hence a cut at nearly each of them: slower in every micro-step.
+    torch.compile splits the graph where parameter storages fill a DDP bucket. parameters_as_bucket_view puts all
+    parameters of a rank into one storage, hence a split at nearly every parameter: slower in every micro-step.
     """
     counts = found(launch, 'graphs', nproc=1)
     assert counts['zero1'] == counts['ddp'] < counts['bucket_view']
@@ -123,7 +124,7 @@ def test_a_rank_that_dies_in_a_save_ends_the_run_and_leaves_the_last_checkpoint(
 
 
 def test_sigterm_in_a_save(launch, work):
-    """The save is completed, then the step; the run ends well, and resuming repeats nothing."""
+    """The save is finished, then the step; the run exits with status 0, and resuming repeats nothing."""
     once = launch(ZERO1, *TINY, '--out_dir=once', nproc=2)
     env = dict(SIGNAL=str(int(signal.SIGTERM)), SAVE='1')
     first = launch(PROGRAMS / 'signal_in_a_save.py', ZERO1, *TINY, nproc=2, env=env)

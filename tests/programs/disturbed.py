@@ -1,6 +1,6 @@
 """
 `disturbed.py TRAIN.PY [FLAG ...]` with a fault: FAULT is term, kill, disk or none. It happens on rank VICTIM, DELAY
-seconds after the first step of the run or, with EARLY=1, after its start. After a full disk with FREED=1 there is room
+seconds after the first step of the run or, with EARLY=1, after its start. With FREED=1 a full disk gets free space
 again. Rank 0 creates the file `started` after the first step, and adds its resident memory to the file `memory` four
 times a second: time and bytes.
 """
@@ -25,7 +25,7 @@ def disturb():
     if fault == 'disk':
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
         time.sleep(0.3)
-        if os.environ['FREED'] == '1':  # else the last save fails, too
+        if os.environ['FREED'] == '1':  # otherwise the last save fails too
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL if fault == 'kill' else signal.SIGTERM)
@@ -38,7 +38,7 @@ def note_memory():
         time.sleep(0.25)
 
 
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write that is refused is an error, not the end
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a refused write raises an error instead of ending the process
 if rank == '0':
     iteration = TrainingLogger.iteration
 

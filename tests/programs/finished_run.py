@@ -1,5 +1,5 @@
 """
-A run that has ended while a thread is still at work, which the interpreter would wait for: `finished_run.py FOLDER`.
+A run that ends while a thread still works, for which the interpreter would wait: `finished_run.py FOLDER`.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""Each rank has an out_dir of its own, as on machines without a common file system: out0, out1, ..."""
+"""Gives each rank its own out_dir (out0, out1, ...), as on machines without a shared file system."""
 
 import os
 import sys

@@ -1,6 +1,6 @@
 """
-FSDP's micro-steps replayed as CUDA graphs, which are faked, against the micro-steps themselves, in every bit: rank 0
-prints 'equal'. `fsdp_recorded_micro_steps.py FOLDER` of phase3_fsdp.
+Compares FSDP's micro-steps replayed as (fake) CUDA graphs with eager micro-steps. Rank 0 prints 'equal' if they agree
+in every bit. `fsdp_recorded_micro_steps.py FOLDER` of phase3_fsdp.
 """
 
 import os
@@ -28,9 +28,9 @@ COLLECTIVES = (
     'all_reduce',
 )
 for name in COLLECTIVES:
-    if hasattr(dist, name):  # they have been renamed in torch 2.13
+    if hasattr(dist, name):  # renamed in torch 2.13
         setattr(dist, name, fake_cuda_graph.noted(getattr(dist, name)))
-_fsdp_param.free_storage = lambda tensor: None  # graphs have memory of their own
+_fsdp_param.free_storage = lambda tensor: None  # graphs have their own memory
 mean_over_ranks, limits = sharded_cuda_graph.mean_over_ranks, []
 sharded_cuda_graph.mean_over_ranks = lambda x: limits.append(1) or mean_over_ranks(x)
 
@@ -67,8 +67,8 @@ def train(recorded, **flags):
         numbers.append(optimizer.clip_grad_norm_(1.0).item())
         optimizer.step()
         optimizer.zero_grad()
-    assert len(forwards) == (13 if recorded else 20)  # 2 x 3 of warm-up; 3 recorded, 1, and 3 again
-    assert len(limits) == (4 if recorded else 0)  # before a recording that waits for a replay
+    assert len(forwards) == (13 if recorded else 20)  # 2 x 3 of warm-up; 3 captured, 1, and 3 again
+    assert len(limits) == (4 if recorded else 0)  # before a capture that waits for a replay
     limits.clear()
     if recorded:
         graph.release()

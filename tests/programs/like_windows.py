@@ -1,4 +1,4 @@
-"""`like_windows.py SCRIPT [ARGUMENT ...]` runs a script on a Python that lacks what one for Windows lacks, as far as this project uses it."""
+"""`like_windows.py SCRIPT [ARGUMENT ...]` runs a script on a Python without the modules that Windows lacks."""
 
 import os
 import select

@@ -1,6 +1,6 @@
 """
-`one_device.py TRAIN.PY [FLAG ...]` runs a train.py on a single CPU or GPU as if there were several ranks. Alone it is
-the only one of a process group: FSDP then does all that it does on many, but for the sending. Under torchrun, with
+`one_device.py TRAIN.PY [FLAG ...]` runs a train.py on a single CPU or GPU as if there were several ranks. A single
+process forms a process group: FSDP then does everything except communicate. Under torchrun, with
 --backend=gloo (NCCL refuses that), all ranks share one GPU, and they send too:
 
     torchrun --standalone --nproc_per_node=2 tests/programs/one_device.py phase3_fsdp/train.py --backend=gloo ...
@@ -16,7 +16,7 @@ import distributed
 
 
 class Several(int):
-    """A number of ranks that is more than any other."""
+    """A number of ranks that is larger than any other."""
 
     def __gt__(self, other):
         return True

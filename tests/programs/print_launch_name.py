@@ -1,4 +1,4 @@
-"""Each rank prints the name of the launch that it belongs to: `print_launch_name.py FOLDER`."""
+"""Each rank prints the name of its launch: `print_launch_name.py FOLDER`."""
 
 import sys
 

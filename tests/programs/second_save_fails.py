@@ -1,4 +1,4 @@
-"""The second torch.save finds no space on the disk."""
+"""Makes the second torch.save fail for lack of disk space."""
 
 import itertools
 

@@ -1,6 +1,6 @@
 """
-Trains with the benchmarks' Trainer (benchmarks/trainer.py) as train.py does in the same process group: same seed, same batches.
-Flags: --kind, --dataset, --steps, --micro_steps. Rank 0 prints one loss per line, to the last digit.
+Trains with the benchmarks' Trainer (benchmarks/trainer.py) as train.py does in the same process group: same seed, same
+batches. Flags: --kind, --dataset, --steps, --micro_steps. Rank 0 prints one loss per line, to the last digit.
 """
 
 import argparse

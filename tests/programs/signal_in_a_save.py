@@ -14,7 +14,7 @@ gather, send, gathers = dist.gather_object, dist.send, 0
 
 def counting_gather(*args, **kwargs):
     global gathers
-    gathers += 1  # two in each save: which shards there are, then the ranks' generators
+    gathers += 1  # two per save: the list of shards, then the ranks' generators
     return gather(*args, **kwargs)
 
 

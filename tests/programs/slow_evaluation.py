@@ -1,4 +1,4 @@
-"""`slow_evaluation.py TRAIN.PY [FLAG ...]` runs a train.py whose evaluations take 50 ms per batch; progress is silent for 0.3 s only."""
+"""`slow_evaluation.py TRAIN.PY [FLAG ...]`: evaluations take 50 ms per batch; progress is silent for 0.3 s only."""
 
 import time
 

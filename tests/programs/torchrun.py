@@ -1,7 +1,7 @@
 """
-`torchrun.py [OPTION ...] TRAIN.PY [FLAG ...]` is torchrun, except for how ranks start: it forks them from its own
-process, which has imported torch, instead of starting Python anew. NETWORK_NAMESPACE: the one to run in (see
-ip-netns(8)), as a machine of its own.
+`torchrun.py [OPTION ...] TRAIN.PY [FLAG ...]` is torchrun, except that it forks the ranks from its own process, which
+has imported torch, instead of starting Python again. NETWORK_NAMESPACE: the network namespace to run in (see
+ip-netns(8)), as a separate machine.
 """
 
 import atexit
@@ -23,19 +23,19 @@ CLONE_NEWNET = 0x40000000
 
 
 class Rank:
-    """`python -u script args...` in a forked process, with as much of subprocess.Popen as torchrun uses."""
+    """`python -u script args...` in a forked process, with the part of subprocess.Popen that torchrun uses."""
 
     def __init__(self, command, env, stdout, stderr):
         _, _, script, *args = command
         self.returncode = None
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # or the child could run torchrun's handlers
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # otherwise the child could run torchrun's handlers
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
             for file, fd in ((stdout, 1), (stderr, 2)):
                 if file is not None:
                     os.dup2(file.fileno(), fd)
-            os.closerange(3, 1024)  # torchrun's sockets, as subprocess.Popen does
+            os.closerange(3, 1024)  # torchrun's sockets, which subprocess.Popen closes too
             atexit._clear()
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)

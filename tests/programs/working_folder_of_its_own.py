@@ -1,4 +1,4 @@
-"""Rank 1 works in a folder of its own, where there is no checkpoint."""
+"""Rank 1 works in its own folder, which has no checkpoint."""
 
 import os
 

@@ -1,7 +1,6 @@
 """
-What the ranks do in test_zero1.py, one function a case: `zero1_cases.py CASE [ARGUMENT ...]`, started on every rank.
-Cases compare phase 1's Zero1Optimizer with AdamW under DDP in the same processes, and rank 0 prints what it found as
-JSON.
+The cases of test_zero1.py, one function each: `zero1_cases.py CASE [ARGUMENT ...]`, started on every rank. Cases
+compare Zero1Optimizer with AdamW under DDP in the same processes, and rank 0 prints the result as JSON.
 """
 
 import json
@@ -48,7 +47,7 @@ def make_optimizer(model, sharded, fused=None):
 
 
 def equal(a, b):
-    """Whether nested containers of tensors and numbers are equal in every bit; NaN equals NaN."""
+    """Returns whether nested containers of tensors and numbers are equal in every bit; NaN equals NaN."""
     if isinstance(a, dict):
         return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -66,8 +65,7 @@ def equal(a, b):
 def train(sharded, steps, state=None, first=0, fused=None, fp16=False, ruin=(), **changes):
     """
     DDP with weight decay, clipping, two micro-steps and a new learning rate every step. state: (model, optimizer)
-    state_dicts to go on from. ruin: steps with a gradient that is NaN. Returns the numbers, the model and the
-    optimizer.
+    state_dicts to continue from. ruin: steps with a NaN gradient. Returns the numbers, the model and the optimizer.
     """
     model = make_model(**changes)
     optimizer = make_optimizer(model, sharded, fused)
@@ -105,8 +103,8 @@ def train(sharded, steps, state=None, first=0, fused=None, fp16=False, ruin=(), 
 
 def parity(steps, first, out, resume='', **options):
     """
-    AdamW with DDP against Zero1Optimizer over `steps` steps; `resume`: from what an earlier call, at any world size,
-    left in out.
+    Compares AdamW under DDP with Zero1Optimizer over `steps` steps. resume: continue from the state that an earlier
+    call, at any world size, left in out.
     """
     start()
     results = []
@@ -189,8 +187,8 @@ SIZES = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '1.5B': (48, 25, 1600)}
 
 def table():
     """
-    The fullest rank's optimizer state over the ideal, from ZeroRedundancyOptimizer's own assignment; no memory is
-    allocated.
+    Computes the largest optimizer state of a rank relative to an equal share, from ZeroRedundancyOptimizer's own
+    assignment, without allocating memory.
     """
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -220,8 +218,8 @@ def table():
 
 def graphs():
     """
-    Into how many graphs torch.compile cuts the model under DDP of 4 ranks: plain, phase 1, and with
-    parameters_as_bucket_view.
+    Counts the graphs into which torch.compile splits the model under DDP with 4 ranks: DDP, ZeroRedundancyOptimizer as
+    in this project, and with parameters_as_bucket_view.
     """
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -252,7 +250,7 @@ def gpu(out):
     device = f'cuda:{rank}'
     torch.cuda.set_device(rank)
     start('cpu:gloo,cuda:nccl')
-    # what is not deterministic by itself would differ between two runs of DDP as well
+    # nondeterministic operations would differ between two DDP runs too
     torch.use_deterministic_algorithms(True, warn_only=True)
     for kernel in ('flash', 'mem_efficient', 'cudnn'):
         getattr(torch.backends.cuda, f'enable_{kernel}_sdp')(False)
@@ -267,7 +265,7 @@ def gpu(out):
         if rank == 0:
             torch.save((model.state_dict(), state), f'{out}.{sharded}')
         del state
-        dist.all_reduce(torch.zeros(1))  # the file is there now
+        dist.all_reduce(torch.zeros(1))  # the file exists now
         saved = torch.load(f'{out}.{sharded}', map_location='cpu', weights_only=True, mmap=True)
         del model, optimizer
         more, model, optimizer = train(sharded, 10, saved, first=20, **shape)
