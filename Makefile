@@ -1,6 +1,6 @@
-# make demo: trains, samples and draws on this machine.  make test: proves that it works.  Each first installs what it needs into .venv.
-# make test-full: also the whole of the tables of which make test takes a part.  make soak: two minutes of faults at random moments.
-# make bench: measures the trainers with what this machine has.  make documents: puts the results into the documents.
+# make demo: trains, samples and draws on this machine.  make test: proves that it works.  Each first installs what it
+# needs into .venv.  make test-full: adds the rest of the long tables.  make soak: two minutes of random faults.
+# make bench: measures the trainers on this machine.  make documents: puts the results into the documents.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ UV := $(shell command -v uv)
 MAKE_VENV := $(if $(UV),uv venv --quiet --python $(PYTHON),$(PYTHON) -m venv)
 PIP := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/pip install --quiet --disable-pip-version-check)
 
-# `make sync` copies every file of nanoGPT/ but these: the two that phases change, and the tools that work on any checkpoint
+# `make sync` copies every file of nanoGPT/ except these: the two that phases change, and tools for checkpoints
 NOT_COPIED := model.py train.py evaluate.py export_hf.py import_hf.py hf_format.py
 COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 
@@ -18,7 +18,8 @@ COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 
 # what training needs
 $(VENV)/installed: pyproject.toml constraints.txt
-	@echo "Installing PyTorch, Triton, NumPy, tiktoken and matplotlib into $(VENV), with $(if $(UV),uv,pip). The download may take minutes."
+	@echo "Installing PyTorch, Triton, NumPy, tiktoken and matplotlib into $(VENV), with $(if $(UV),uv,pip)."
+	@echo "The download may take minutes."
 	@rm -rf $(VENV)
 	@$(MAKE_VENV) $(VENV)
 	@$(PIP) -c constraints.txt -e .
@@ -34,7 +35,7 @@ $(VENV)/installed-test: $(VENV)/installed
 demo: $(VENV)/installed
 	@$(BIN)/python demo.py
 
-# two files of tests at a time; the kernels by themselves, on the GPU or else in Triton's interpreter (tests/README.md)
+# two test files at a time; the kernels separately, on the GPU or else in Triton's interpreter (tests/README.md)
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -57,7 +58,7 @@ documents: $(VENV)/installed
 	$(BIN)/python docs/embed_diffs.py
 	$(BIN)/python benchmarks/report.py
 
-# copies what a phase does not change; a test compares them
+# copies the files that a phase does not change; a test compares them
 sync:
 	for phase in phase1_zero1 phase2_triton phase3_fsdp; do \
 		[ -d $$phase ] || continue; \

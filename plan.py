@@ -1,14 +1,16 @@
 """
-Will it fit, how fast, and with which trainer? Answers before anything is allocated; needs no GPU and no PyTorch.
+Estimates whether a run fits, how fast it is, and with which trainer, before anything is allocated. Needs no GPU and no
+PyTorch.
 
 $ python plan.py nanoGPT/config/train_gpt2.py --gpu=h100 --gpus=8 --tokens=10e9 --price=2.50
 $ python plan.py --n_layer=48 --n_head=25 --n_embd=1600 --batch_size=8 --gpu=h200 --gpus=4 --json
 $ python plan.py config/train_gpt2_1.5B.py --gpu=h100 --gpus=8 --largest=batch
 $ python plan.py config/train_gpt2.py --gpu=h200 --gpus=8 --picture=plan.png
 
-It takes train.py's flags and config files and the flags below. The exit status is 1 if the trainer asked for does not fit (by --trainer, or
-by flags such as --use_fsdp=True or --model_dir=../phase2_triton; without any: if no trainer fits), and 2 if a flag is wrong.
-docs/planner.md states every formula and how far the numbers are from measured ones.
+Takes train.py's flags and config files, and the flags below. The exit status is 1 if the selected trainer does not fit
+(selected with --trainer, or with flags such as --use_fsdp=True or --model_dir=../phase2_triton; without any: if no
+trainer fits), and 2 if a flag is wrong. docs/planner.md states every formula and how far the numbers are from measured
+ones.
 """
 
 import json
@@ -28,11 +30,11 @@ from shell import python_command
 # -----------------------------------------------------------------------------
 FLAGS = {  # name: (default, help)
     'gpu': ('h100', f'kind of GPU: {", ".join(GPUS)}'),
-    'gpus': (1, 'number of GPUs, all machines together'),
-    'trainer': ('', f'the trainer asked for: {", ".join(options.NAMES)}'),
+    'gpus': (1, 'number of GPUs on all machines together'),
+    'trainer': ('', f'trainer to plan: {", ".join(options.NAMES)}'),
     'tokens': (0.0, 'tokens to train on, for hours and cost; 0: max_iters iterations'),
-    'price': (0.0, 'of one GPU for an hour, for the cost'),
-    'network': (50.0, 'GB/s between machines for each GPU, one direction; 50 is 400 Gb/s'),
+    'price': (0.0, 'price per GPU and hour, for the cost'),
+    'network': (50.0, 'GB/s per GPU between machines, one direction; 50 is 400 Gb/s'),
     'vocab_size': (50304, "rows of the embedding; train.py takes it from the data set's meta.pkl"),
     'json': (False, 'print one JSON object'),
     'largest': ('', 'model or batch: the most layers, or sequences in a micro-step, that fit with each trainer'),
@@ -47,12 +49,13 @@ def print_help():
         print(f'  {f"--{name}={default}":<22} {text}')
     train = os.path.join(ROOT, 'nanoGPT', 'train.py')
     print(
-        f"The flags of train.py, and of the same script in the other trainers' folders:\n  {python_command(train, '--help')}"
+        "The flags of train.py, and of the same script in the other trainers' folders:\n"
+        f'  {python_command(train, "--help")}'
     )
 
 
 def parse():
-    """Returns (config, given, arguments of train.py's own). Raises UserError, as train.py does."""
+    """Returns (config, given, train.py's own arguments). Raises UserError, like train.py."""
     own = {name: default for name, (default, _) in FLAGS.items()}
     kernels = options.kernel_flags()
     namespace = {'__file__': os.path.join(ROOT, 'nanoGPT', 'train.py'), **options.train_flags(), **kernels, **own}

@@ -106,16 +106,15 @@ EXERCISES = {
             ),
             Blank(
                 'at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64',
-                'below, _ = normal(x, EXACT)',
-                'Each program computes BLOCK elements. Compute `at`, their offsets as a vector (in int64: size may pass 2**31);\n'
-                'load `x`, with a mask for offsets that reach size, as float32; and compute `below`: Phi(x), by sigmoid() if TANH,\n'
-                'else by normal().',
+                'tl.store(y_ptr + at, (x * below)',
+                'Each program computes BLOCK elements. Compute their offsets as a vector (in int64: size may pass 2**31). Load x as\n'
+                'float32, with a mask for offsets that reach size. Multiply it by Phi(x), which is the first result of sigmoid() if\n'
+                'TANH, else of normal(). Store the product in the dtype of y.',
             ),
             Blank(
-                'at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)',
-                'below, bell = normal(x, EXACT)',
-                'Load `x` and `dy` in the same way, and compute `below` and `bell`: Phi(x) and its derivative, by sigmoid() or\n'
-                'normal().',
+                'tl.store(dx_ptr + at, (dy * (below',
+                'tl.store(dx_ptr + at, (dy * (below',
+                'Store dy times the derivative of x * Phi(x). `bell` is the derivative of `below`.',
             ),
         ),
         'tests/kernels/test_gelu.py',

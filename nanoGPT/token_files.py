@@ -74,9 +74,9 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, advic
         raise UserError(f'{path} cannot be read: {e.strerror}') from None
     if size == 0:
         raise UserError(f'{path} is empty. {advice}'.rstrip())
-        for start, description in FOREIGN:
-            if head.startswith(start):
-                raise UserError(f'{path} is {description}')
+    for start, description in FOREIGN:
+        if head.startswith(start):
+            raise UserError(f'{path} is {description}')
     magic, version, count = (int.from_bytes(head[i : i + 4], 'little', signed=True) for i in (0, 4, 8))
     if magic in SHARDS:
         return _recognize_shard(path, size, magic, version, count)

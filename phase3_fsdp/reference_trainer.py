@@ -1,6 +1,6 @@
 """
-Where there is nothing to shard, the reference trainer runs instead of FSDP's. It is here as train_ddp.py, a copy of
-nanoGPT/train.py (`make sync`), so that this folder works on its own.
+Runs the reference trainer instead of FSDP if there is nothing to shard. The reference trainer is train_ddp.py, a copy
+of nanoGPT/train.py (`make sync`), so that this folder works on its own.
 """
 
 import ast
@@ -15,10 +15,10 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 REFERENCE = os.path.join(FOLDER, 'train_ddp.py')
 
 
-def hand_over_if_unsharded(config: dict, given: set):
+def hand_over_if_unsharded(config: dict, given: set) -> None:
     """
-    With one process, or with use_fsdp=False, runs train_ddp.py with the flags in `given` that it knows, and ends this
-    process with it. Otherwise returns. Raises UserError for ckpt_format=sharded, which needs shards.
+    With one process, or with use_fsdp=False, runs train_ddp.py with those flags in `given` that it knows, and then
+    exits. Otherwise returns. Raises UserError for ckpt_format=sharded, which needs shards.
     """
     sharded = config['use_fsdp'] and torchrun_env.number('WORLD_SIZE', 1) > 1
     if config['ckpt_format'] not in ('full', 'sharded'):

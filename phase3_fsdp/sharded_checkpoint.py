@@ -1,14 +1,16 @@
 """
-Checkpoints of a sharded model, in two formats.
+Reads and writes checkpoints of a sharded model, in two formats.
 
-full: out_dir/ckpt.pt, the file that every phase and nanoGPT read. Rank 0 collects it in its CPU's memory, shard by shard.
+full: out_dir/ckpt.pt, the file that every trainer and nanoGPT can read. Rank 0 collects it in CPU memory, shard by
+shard.
 
-sharded: out_dir/ckpt_sharded/, for models of which no machine holds a full copy. Each rank writes its own shards
-(torch.distributed.checkpoint) in the background, from a copy in CPU memory. `latest` and `best` name the folders of those two
-checkpoints. The ranks write to a folder `saving`; when all of them have finished it gets its final name, then `latest`
-does: at any moment `latest` names a whole checkpoint. All machines must see out_dir, through a shared file system.
+sharded: out_dir/ckpt_sharded/, for models that fit on no single machine. Each rank writes its own shards
+(torch.distributed.checkpoint) in the background, from a copy in CPU memory. The files `latest` and `best` name the
+folders of those two checkpoints. The ranks write to a folder `saving`. Once all of them have finished, the folder gets
+its final name, and then `latest` names it, so `latest` always names a complete checkpoint. All machines must see
+out_dir, through a shared file system.
 
-One into the other, in one process; both keep all state:
+To convert one format to the other, in one process and with all state:
 $ python sharded_checkpoint.py full OUT_DIR       # out_dir/ckpt.pt from out_dir/ckpt_sharded
 $ python sharded_checkpoint.py sharded OUT_DIR    # and back
 """
@@ -38,15 +40,15 @@ from shell import python_command, quote
 
 FOLDER = 'ckpt_sharded'
 UNSHARDED = 'unsharded.pt'  # in a sharded checkpoint: everything but the tensors of weights and of AdamW's state
-UNSHARDED_BEFORE = 'rest.pt'  # its name in older ones
-README = f"""It is sharded: only the FSDP trainer reads it, with several processes. To make a ckpt.pt of it, which every
-trainer reads, run:
+UNSHARDED_BEFORE = 'rest.pt'  # its name in older checkpoints
+README = f"""It is sharded: only the FSDP trainer reads it, with several processes. To make a ckpt.pt from it,
+which every trainer reads, run:
   {quote(sys.executable)} {quote(os.path.abspath(__file__))} full OUT_DIR
 """
 
 
-def named_by(pointer, folder):
-    """The path of the checkpoint that the file `pointer` in folder names; None if there is no such file."""
+def named_by(pointer: str, folder: str) -> str | None:
+    """Returns the path of the checkpoint that the file `pointer` in folder names, or None if there is no such file."""
     try:
         with open(os.path.join(folder, pointer), errors='replace') as f:
             return os.path.join(folder, os.path.basename(f.read().strip()))
@@ -54,42 +56,45 @@ def named_by(pointer, folder):
         return None
 
 
-def find_checkpoint(out_dir):
+def find_checkpoint(out_dir: str) -> str:
     """
-    Returns the path of the latest checkpoint in out_dir, a file or the folder of a sharded one: that of the later iteration, of
-    equals the newer one. Returns out_dir/ckpt.pt if there is none.
+    Returns the path of the latest checkpoint in out_dir, a file or the folder of a sharded one: the one with the later
+    iteration, or the newer of two with the same. Returns out_dir/ckpt.pt if there is none.
     """
     full, pointer = full_checkpoint.find_file(out_dir), os.path.join(out_dir, FOLDER, 'latest')
     sharded = named_by('latest', os.path.join(out_dir, FOLDER))
     if not sharded or not os.path.exists(full):
         return sharded or full
-    # not by time alone, because a copy of out_dir may have lost the times of its files
+    # time alone is not enough: a copy of out_dir may have lost the files' times
     newer = os.path.getmtime(full) >= os.path.getmtime(pointer)
     ours, theirs = _iteration(full), _iteration(unsharded_file(sharded))
     if newer and ours < theirs:
         reason = f'of an earlier iteration ({ours} of {theirs})' if ours >= 0 else 'unreadable'
-        print(f'{full} is newer than {sharded}, but {reason}: the latter counts')
+        print(f'{full} is newer than {sharded}, but {reason}: resuming from the latter')
     return full if (ours, newer) >= (theirs, not newer) else sharded
 
 
 def _iteration(path):
-    """Returns the checkpoint's iteration, or -1 if the file is unreadable; its other fields and checksums are not looked at."""
+    """
+    Returns the checkpoint's iteration, or -1 if the file is unreadable. Does not check other fields and checksums.
+    """
     try:
         return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num'])
-    except Exception:  # bytes that are no checkpoint can end in any error; loading it reports them
+    except Exception:  # damaged bytes can raise any error; loading the checkpoint reports it
         return -1
 
 
 def unsharded_file(folder):
-    """Returns the path of the part that is not sharded in the sharded checkpoint in folder."""
+    """Returns the path of the unsharded part of the sharded checkpoint in folder."""
     older = os.path.join(folder, UNSHARDED_BEFORE)
     return older if os.path.exists(older) else os.path.join(folder, UNSHARDED)
 
 
-def load_checkpoint(path, fsdp):
+def load_checkpoint(path: str, fsdp: bool) -> dict:
     """
-    Like checkpoint.load_checkpoint, to resume; with FSDP from a folder too. There checkpoint['model'] maps each name to the one
-    under which its tensor is saved, and own_part() reads the tensors. Raises UserError if it is missing, damaged or no checkpoint.
+    Returns a checkpoint to resume from, like checkpoint.load_checkpoint. With fsdp, path may also be a folder; then
+    checkpoint['model'] maps each name to the name of its saved tensor, and own_part() reads the tensors. Raises
+    UserError if the checkpoint is missing, damaged or not a checkpoint.
     """
     if path.endswith('.pt'):
         return full_checkpoint.load_checkpoint(path, to_resume=True)
@@ -101,41 +106,45 @@ def load_checkpoint(path, fsdp):
     return {**checkpoint, 'folder': path}
 
 
-def saved_names(model):
-    """{name: the first name of the same parameter}; the output layer's is that of the token embeddings."""
+def saved_names(model) -> dict[str, str]:
+    """Returns {name: the first name of the same parameter}; the output layer's is that of the token embeddings."""
     first = {p: name for name, p in model.named_parameters()}
     return {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def split(checkpoint, names):
+def split(checkpoint: dict, names: dict) -> tuple[dict, dict]:
     """
-    ({name: what torch.distributed.checkpoint saves}, the rest as a small dict). In the rest, which names refer to which
-    tensors: rest['model'] = {name: name of its tensor}.
+    Splits a checkpoint into ({name: tensor} for torch.distributed.checkpoint, the rest as a small dict). rest['model']
+    maps each name to the name of its tensor.
     """
     state = checkpoint['optimizer']['state']
     tensors = {f'model.{name}': p for name, p in checkpoint['model'].items() if names[name] == name}
     tensors |= {f'optimizer.{i}.{k}': v for i, s in state.items() for k, v in s.items() if v.dim()}
-    small = {
-        i: {k: v.cpu().clone() for k, v in s.items() if not v.dim()} for i, s in state.items()
-    }  # step counts, which training goes on to change
+    # step counts, cloned because training changes them
+    small = {i: {k: v.cpu().clone() for k, v in s.items() if not v.dim()} for i, s in state.items()}
     return tensors, {**checkpoint, 'model': names, 'optimizer': {**checkpoint['optimizer'], 'state': small}}
 
 
-def prepare(folder):
-    """An empty folder/saving; one that cannot be made is found out, and reported, by those who write to it."""
+def prepare(folder: str) -> None:
+    """Makes an empty folder/saving. Ignores errors: whoever writes to the folder finds and reports them."""
     saving = os.path.join(folder, 'saving')
-    shutil.rmtree(saving, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(saving, ignore_errors=True)  # left by a killed run
     with suppress(OSError):
         set_aside(os.path.dirname(folder))
         os.makedirs(saving)
 
 
-def write_sharded(tensors, rest, folder, best, group=None):
-    """Writes this rank's part, and when all are done makes it the latest checkpoint. Returns (its path, bytes, time), on rank 0."""
+def write_sharded(
+    tensors: dict, rest: dict, folder: str, best: bool, group=None
+) -> tuple[str | None, int | None, float]:
+    """
+    Writes this rank's part and, once all ranks have finished, makes it the latest checkpoint. Returns (path, bytes, end
+    time); the first two are None on ranks other than 0.
+    """
     saving = os.path.join(folder, 'saving')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        # copying ahead, for tensors on a GPU, would every 10 MB wait for GPU 0, which is another rank's on all ranks but one
+        # copying ahead would wait for GPU 0 every 10 MB, which on all ranks but one is another rank's GPU
         writer = dcp.FileSystemWriter(saving, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = 0 if group is None else dist.get_rank()
@@ -153,8 +162,8 @@ def write_sharded(tensors, rest, folder, best, group=None):
         add_crc(f)
         f.flush()
         os.fsync(f.fileno())
-    open_sharded(saving)  # finds parts that another machine has written to a disk of its own
-    path = os.path.join(folder, f'iter_{rest["iter_num"]:07d}_{time.time_ns()}')  # never one that is there
+    open_sharded(saving)  # detects parts that another machine wrote to its own disk
+    path = os.path.join(folder, f'iter_{rest["iter_num"]:07d}_{time.time_ns()}')  # always a new name
     size = sum(os.path.getsize(os.path.join(saving, name)) for name in os.listdir(saving))
     os.rename(saving, path)
     name = os.path.basename(path)
@@ -173,7 +182,9 @@ def write_sharded(tensors, rest, folder, best, group=None):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """A reader that executes nothing: torch's own unpickles .metadata, whatever is in it. Tensors are read with weights_only."""
+    """
+    Reads checkpoints without executing code: torch's own reader unpickles .metadata. Reads tensors with weights_only.
+    """
 
     def read_metadata(self, *args, **kwargs):
         with open(os.path.join(self.path, '.metadata'), 'rb') as f:
@@ -184,7 +195,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Admits the plain records that .metadata is made of."""
+    """Loads only the plain records that .metadata consists of."""
 
     RECORDS = {
         'torch.distributed.checkpoint.metadata': (
@@ -211,10 +222,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def open_sharded(folder, crcs=None, rank=0, world_size=1):
     """
-    Returns the reader and the metadata of the sharded checkpoint in folder. Raises UserError if a part of it is missing or
-    damaged. crcs: {file: CRC-32 of each of its chunks}, None in older checkpoints; each rank checks its share of the files.
+    Returns (reader, metadata) of the sharded checkpoint in folder. Raises UserError if a part is missing or damaged.
+    crcs: {file: CRC-32 of each of its chunks}, or None in older checkpoints; each rank checks its share of the files.
     """
-    names = sorted(crcs or ())  # the first is .metadata, which every rank reads
+    names = sorted(crcs or ())  # the first is .metadata, which every rank checks
 
     def check_crcs(names):
         for name in names:
@@ -228,24 +239,25 @@ def open_sharded(folder, crcs=None, rank=0, world_size=1):
         for info in metadata.storage_data.values():
             needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
     except FileNotFoundError as e:
-        raise UserError(f'the sharded checkpoint {folder} is not whole: {e.filename} is missing') from None
-    except Exception as e:  # bytes that are no pickle can end in any error
+        raise UserError(f'the sharded checkpoint {folder} is incomplete: {e.filename} is missing') from None
+    except Exception as e:  # damaged bytes can raise any error
         raise UserError(f'the sharded checkpoint {folder} was not loaded, its .metadata is damaged: {e}') from None
     check_crcs(names[:1])
     for name, size in needed.items():
         path = os.path.join(folder, os.path.basename(name))
         if not os.path.exists(path):
             raise UserError(
-                f'the sharded checkpoint {folder} is not whole: {name} is missing. Do all machines see the same out_dir?'
+                f'the sharded checkpoint {folder} is incomplete: {name} is missing. Do all machines see the same '
+                'out_dir?'
             )
         if os.path.getsize(path) < size:
-            raise UserError(f'the sharded checkpoint {folder} is not whole: {name} has been cut short')
+            raise UserError(f'the sharded checkpoint {folder} is incomplete: {name} has been cut short')
     check_crcs(names[1:][rank::world_size])
     return reader, metadata
 
 
 def read_tensors(tensors, reader, no_dist):
-    """Fills the tensors {name: tensor or DTensor}. Collective, unless no_dist."""
+    """Reads the tensors in place, {name: tensor or DTensor}. Collective unless no_dist. Raises UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -257,14 +269,16 @@ def read_tensors(tensors, reader, no_dist):
 
 
 def first_cause(error):
-    """Returns one line about an exception; a CheckpointException holds those of all ranks, and the first is taken."""
+    """
+    Returns one line about an exception; for a CheckpointException, which holds those of all ranks, about the first.
+    """
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return f'{type(error).__name__}: {first_line(error)}'
 
 
 def as_full(path):
-    """The sharded checkpoint at path with whole tensors, in CPU memory."""
+    """Returns the sharded checkpoint at path with whole tensors, in CPU memory."""
     checkpoint = load_checkpoint(path, fsdp=True)
     reader, metadata = open_sharded(checkpoint.pop('folder'), checkpoint.pop('crc32_of_chunks', None))
     tensors = {name: torch.empty(record.size) for name, record in metadata.state_dict_metadata.items()}
@@ -281,8 +295,9 @@ def as_full(path):
 
 def convert(to, out_dir):
     """
-    Writes the checkpoint in out_dir in the other format: to='full', the best too, or 'sharded'. Needs the CPU memory for all of it. Raises
-    UserError, also where it would replace one of a later iteration.
+    Writes the checkpoint in out_dir in the other format and returns its path. to: 'full' (also converts the best
+    checkpoint) or 'sharded'. Needs CPU memory for the whole state. Raises UserError, also if it would replace a
+    checkpoint of a later iteration.
     """
     folder, full = os.path.join(out_dir, FOLDER), os.path.join(out_dir, 'ckpt.pt')
     latest = named_by('latest', folder)
@@ -291,7 +306,8 @@ def convert(to, out_dir):
         if found[0] < found[1]:
             kept = latest if to == 'sharded' else full
             raise UserError(
-                f'{kept} is of iteration {found[1]}, and what would replace it of {found[0]}: move away the one that is not wanted'
+                f'{kept} is of iteration {found[1]}, but the checkpoint that would replace it of {found[0]}: move away '
+                'the one you do not need'
             )
     if to == 'sharded':
         checkpoint = load_checkpoint(full, fsdp=False)
@@ -303,7 +319,8 @@ def convert(to, out_dir):
             return write_sharded(tensors, rest, folder, best=False, group=None)[0]
         except (CheckpointException, OSError, RuntimeError) as e:  # a full disk
             shutil.rmtree(os.path.join(folder, 'saving'), ignore_errors=True)
-            raise UserError(f'{folder} could not be written ({first_cause(e)}); what was there is untouched') from None
+            problem = f'{folder} could not be written ({first_cause(e)}); the earlier checkpoint is untouched'
+            raise UserError(problem) from None
     if not latest:
         raise UserError(f'there is no sharded checkpoint in {out_dir}')
     best, best_full = named_by('best', folder), os.path.join(out_dir, 'ckpt_best.pt')

@@ -1,4 +1,7 @@
-"""Continues a sharded run from a checkpoint of either format, written by any trainer at any world size: each rank reads its own part."""
+"""
+Resumes a sharded run from a checkpoint in either format, written by any trainer at any world size: each rank reads its
+part.
+"""
 
 import torch
 import torch.distributed as dist
@@ -10,22 +13,22 @@ from sharding import as_dtensor, own_rows
 
 
 class ShardedResume(Resume):
-    """Resume for a model that sharding.shard() has sharded and for ShardedAdamW."""
+    """Resume for a model sharded by sharding.shard() and for ShardedAdamW."""
 
     def read(self, path: str) -> dict:
         return load_checkpoint(path, fsdp=True)
 
-    def load(self, model, optimizer, scaler):
+    def load(self, model, optimizer, scaler) -> None:
         if self.path:
             self.checkpoint = own_part(self.checkpoint, model, optimizer)
         super().load(model, optimizer, scaler)
 
 
-def own_part(checkpoint, model, optimizer):
+def own_part(checkpoint: dict, model, optimizer) -> dict:
     """
-    The checkpoint, full or sharded, written by any number of ranks, with this rank's shards of its tensors: of the weights as
-    DTensors, of ShardedAdamW's state as it has them. A tensor that does not fit is left as it is, for load_model() and
-    load_optimizer() of resume.py to report. Collective.
+    Returns the checkpoint, full or sharded, with this rank's shards of its tensors: weights as DTensors, optimizer
+    state as ShardedAdamW holds it. Leaves a tensor that does not fit unchanged, so that load_model() and
+    load_optimizer() report it. Collective.
     """
     to_read, block_size = {}, checkpoint['model_args'].get('block_size')
     reader, metadata = None, None
@@ -34,12 +37,11 @@ def own_part(checkpoint, model, optimizer):
         reader, metadata = open_sharded(checkpoint['folder'], crcs, dist.get_rank(), dist.get_world_size())
 
     def part(name, full, p):
-        """(this rank's shard, it as a DTensor) of a full tensor, or of what a sharded checkpoint has under that name."""
+        """Returns (this rank's shard, the same as a DTensor) of a full tensor, or of a sharded checkpoint's tensor."""
         if reader:
             full = torch.empty(metadata.state_dict_metadata[name].size, device='meta')
-        cut = (
-            full.dim() and full.shape[0] == block_size > p.shape[0]
-        )  # position embeddings, and their state, to a shorter block_size
+        # position embeddings, and their state, cropped to a smaller block_size
+        cut = full.dim() and full.shape[0] == block_size > p.shape[0]
         if not full.dim() or full.shape[1:] != p.shape[1:] or not (cut or full.shape == p.shape):
             return full, full
         if reader and cut:

@@ -1,6 +1,6 @@
 """
-Saves the state of a sharded run, in either format (see sharded_checkpoint.py): rank 0 gathers it and writes ckpt.pt, or each
-rank writes its own shards while training continues.
+Saves the state of a sharded run, in either format (see sharded_checkpoint.py): rank 0 gathers it and writes ckpt.pt, or
+each rank writes its own shards while training continues.
 """
 
 import os
@@ -23,9 +23,9 @@ from sharding import as_dtensor, own_rows
 
 def make_saver(config: dict, model, optimizer, on_saved):
     """
-    Returns the saver for config['ckpt_format']. Its methods are collective. save(checkpoint, model, best, required) returns
-    False if the best checkpoint could not be written; wait() returns when no save is running, False if the last one failed.
-    on_saved(iter_num, path=, bytes=, seconds=, ...) is called when a checkpoint has been written.
+    Returns the saver for config['ckpt_format']. Its methods are collective. save(checkpoint, model, best, required)
+    returns False if the best checkpoint could not be written. wait() returns once no save is running, False if the last
+    one failed. on_saved(iter_num, path=, bytes=, seconds=, ...) is called after a checkpoint is written.
     """
     if config['ckpt_format'] == 'sharded':
         return ShardedSaver(config['out_dir'], model, optimizer, on_saved)
@@ -44,13 +44,13 @@ class FullSaver:
         return written['best']
 
     def wait(self) -> bool:
-        return True  # save() has waited
+        return True  # save() waits itself
 
 
-def gather_full(checkpoint, model):
+def gather_full(checkpoint: dict, model) -> dict | None:
     """
-    The checkpoint with each sharded tensor as a full one on the CPU of rank 0; None on the other ranks. Sent over the CPU, one
-    shard at a time. Collective.
+    Returns on rank 0 the checkpoint with full tensors on the CPU, and None on the other ranks. Sends from CPU to CPU,
+    one shard at a time. Collective.
     """
     names = saved_names(model)
     weights = {name: to_rank_0(p) for name, p in checkpoint['model'].items() if names[name] == name}
@@ -62,12 +62,11 @@ def gather_full(checkpoint, model):
     return {**checkpoint, 'model': model_state, 'optimizer': {**checkpoint['optimizer'], 'state': state}}
 
 
-def to_rank_0(p):
-    """The DTensor p as a full tensor on the CPU of rank 0, else None."""
+def to_rank_0(p: DTensor) -> torch.Tensor | None:
+    """Returns the DTensor p as a full tensor on the CPU of rank 0, None on other ranks. Collective."""
     mesh = p.device_mesh
-    ranks = (
-        mesh.mesh.tolist() if mesh.ndim == 1 else mesh.mesh[0].tolist()
-    )  # those that hold the copy of which rank 0 has a part
+    # the ranks that share a copy of the parameters with rank 0
+    ranks = mesh.mesh.tolist() if mesh.ndim == 1 else mesh.mesh[0].tolist()
     rank, shard = dist.get_rank(), p.to_local().cpu()
     if rank == 0:
         full = torch.empty(p.shape, dtype=p.dtype)
@@ -83,18 +82,19 @@ def to_rank_0(p):
 
 
 class ShardedSaver:
-    """Writes sharded checkpoints to out_dir while training goes on, one at a time. Every method is collective."""
+    """Writes sharded checkpoints to out_dir while training continues, one at a time. Every method is collective."""
 
-    def __init__(self, out_dir, model, optimizer, on_saved):
+    def __init__(self, out_dir: str, model, optimizer, on_saved):
         self.on_saved = on_saved
         self.folder = os.path.join(out_dir, FOLDER)
-        # What runs in the background must not share a group with the training. Its time limit is long: a slow disk is no dead rank, and a group
-        # that has met its limit is of no more use
+        # Background writes must not share a process group with the training. Its timeout is long, because a slow disk
+        # is not a lost rank, and a group is unusable after a timeout.
         self.group = dist.new_group(backend='gloo', timeout=6 * dist.distributed_c10d.default_pg_timeout)
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.running = None
         at_end('save', self._finish)
-        # what is written is a copy in CPU memory; that is pinned, which is fast to copy to but slow to allocate, so it is done once
+        # saves are written from a copy in CPU memory. It is pinned, which makes copying fast but allocation slow, so
+        # allocate once
         shards = {f'model.{name}': p.to_local() for name, p in model.named_parameters()}
         shards |= {
             f'optimizer.{i}.{k}': p.to_local()
@@ -105,11 +105,11 @@ class ShardedSaver:
             name: torch.empty_like(shard, device='cpu', pin_memory=shard.is_cuda) for name, shard in shards.items()
         }
 
-    def save(self, checkpoint, model, best, required):
+    def save(self, checkpoint: dict, model, best: bool, required: bool) -> bool:
         """
-        Returns as soon as the state is copied; waits for the end of the previous save, and of this one if it is required. On rank
-        0 a later save() or wait() calls on_saved(iter_num, path=, bytes=, seconds=, stall_seconds=). A save that fails is a
-        warning, and if required a UserError.
+        Starts a save and returns True once the state is copied. Waits first for the previous save, and for this one if
+        it is required. On rank 0 a later save() or wait() calls on_saved(iter_num, path=, bytes=, seconds=,
+        stall_seconds=). A failed save prints a warning; if it is required, raises UserError.
         """
         started = time.time()
         self.wait()
@@ -125,24 +125,24 @@ class ShardedSaver:
         self.running = future, checkpoint['iter_num'], required, started, time.time() - started
         if required:
             self.wait()
-        return True  # so far; wait() tells the outcome
+        return True  # no failure so far; wait() returns the outcome
 
     def _finish(self, error):
-        """Completes the running save before a UserError ends this process; the other ranks complete their parts too."""
+        """Finishes the running save before a UserError ends this process; the other ranks finish their parts too."""
         if isinstance(error, UserError):
             self.wait(together=False)
 
-    def wait(self, together=True):
+    def wait(self, together: bool = True) -> bool:
         """
-        Returns when no save is running: True if the last one since the previous call succeeded or there was none, the same on
-        every rank. Not together: on a rank that is about to end, where the others may be elsewhere.
+        Returns once no save is running: True if there was none or it succeeded, the same on every rank. together: False
+        on a rank that is about to end, whose peers may not call wait().
         """
         if self.running is None:
             return True
         future, iter_num, required, started, stall_seconds = self.running
         self.running = None
-        # The ranks tell each other every second that they are alive, through the training's group: a slow disk is no dead rank, but
-        # a dead one ends this after dist_timeout
+        # The ranks tell each other every second that they are alive, through the training's group: a slow disk is
+        # allowed, but a lost rank ends this loop after dist_timeout.
         period_s = min(1, dist.distributed_c10d.default_pg_timeout.total_seconds() / 4)
         busy = torch.tensor(float(together))
         while busy:

@@ -1,11 +1,13 @@
 """
-Fully sharded data parallelism (FSDP2, torch.distributed.fsdp.fully_shard) for a GPT, and AdamW over the shards.
+Shards a GPT with fully sharded data parallelism (FSDP2, torch.distributed.fsdp.fully_shard), and steps AdamW on the
+shards.
 
-A rank keeps 1/k of the rows of every parameter, of its gradient and of AdamW's state, and nothing else between steps but CUDA graphs. The
-model is cut into units: before a unit computes, its parameters are gathered from the ranks (all-gather, in the compute
-dtype), and after its backward its gradients are averaged and each rank gets those of its own rows (reduce-scatter). Both
-run while the neighbouring units compute. The idea is ZeRO stage 3: Rajbhandari et al. 2020, arxiv.org/abs/1910.02054;
-FSDP: Zhao et al. 2023, arxiv.org/abs/2304.11277.
+Each of k ranks keeps 1/k of the rows of every parameter, of its gradient and of AdamW's state. Between steps it keeps
+nothing else but CUDA graphs. The model is split into units, each one or more blocks. Before a unit computes, its
+parameters are gathered from the ranks (all-gather, in the compute dtype). After its backward, its gradients are
+averaged and each rank keeps those of its own rows (reduce-scatter). Both overlap with the computation of neighbouring
+units. The idea is ZeRO stage 3: Rajbhandari et al. 2020, arxiv.org/abs/1910.02054; FSDP: Zhao et al. 2023,
+arxiv.org/abs/2304.11277.
 """
 
 import torch
@@ -17,21 +19,18 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from errors import UserError
 
-DTYPES = {
-    'float32': None,
-    'bfloat16': torch.bfloat16,
-    'float16': torch.float16,
-}  # of the gathered parameters; None: as they are
+# dtype of the gathered parameters; None: unchanged
+DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 class OnMeta(TorchDispatchMode):
     """
-    `with OnMeta() as recipe: model = GPT(...)` builds a model of any size without memory for its parameters: they are on the
-    meta device. The recipe notes how each would have been initialized, for shard() to do.
+    Builds a model of any size without memory for its parameters, on the meta device: `with OnMeta() as recipe: model =
+    GPT(...)`. The recipe records how each parameter would have been initialized, so that shard() can do it later.
     """
 
     def __init__(self):
@@ -51,7 +50,7 @@ class OnMeta(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         creates = not any(isinstance(arg, torch.Tensor) for arg in args)
         if isinstance(result, torch.Tensor) and (creates or function._schema.is_mutable):
-            # the tensor itself is kept too, so that no other storage gets its identity
+            # keep the tensor too, so that no other storage gets its identity
             self.calls.append((result.untyped_storage()._cdata, function, args, kwargs or {}, result))
         return result
 
@@ -59,9 +58,9 @@ class OnMeta(TorchDispatchMode):
 @torch.no_grad()
 def initialize(model, recipe, names):
     """
-    Gives the sharded model the weights that rank 0 would have in a process of its own, bit for bit, with one full parameter
-    at a time in memory. Like in DDP each rank draws all random numbers from its own generator, which so ends up where DDP
-    leaves it, and rank 0's results are used. names: {identity of a storage in the recipe: parameter}.
+    Gives the sharded model exactly the weights that rank 0 would have without FSDP, with one full parameter at a time
+    in memory. As under DDP, each rank draws all random numbers from its own generator, which so ends in the same state
+    as under DDP, and rank 0's results are used. names: {identity of a storage in the recipe: parameter}.
     """
     parameters = dict(model.named_parameters())
     last_write = {storage: i for i, (storage, *_) in enumerate(recipe.calls)}
@@ -69,7 +68,7 @@ def initialize(model, recipe, names):
         if function._schema.is_mutable:
             full = torch.empty(result.shape, dtype=result.dtype)
             function(full, *args[1:], **kwargs)
-        elif i == last_write[storage]:  # created with its value, like torch.ones; draws nothing
+        elif i == last_write[storage]:  # created with its value, like torch.ones, without random numbers
             full = function(*args, **{**kwargs, 'device': 'cpu'})
         if i == last_write[storage] and storage in names:
             p = parameters[names[storage]]
@@ -78,8 +77,8 @@ def initialize(model, recipe, names):
             p.to_local().copy_(own_rows(full, p))
 
 
-def own_rows(full, p):
-    """The rows of the tensor full that this rank keeps of the parameter p, a DTensor: a view."""
+def own_rows(full: torch.Tensor, p: DTensor) -> torch.Tensor:
+    """Returns a view of the rows of the tensor `full` that this rank keeps of the parameter p."""
     rows = -(-p.shape[0] // p.device_mesh.size(-1))  # as torch.chunk cuts
     start = min(rows * p.device_mesh.get_local_rank(mesh_dim=p.device_mesh.ndim - 1), p.shape[0])
     return full[start : min(start + rows, p.shape[0])]
@@ -87,12 +86,14 @@ def own_rows(full, p):
 
 def make_mesh(device_type, world_size, shard_size):
     """
-    The ranks as a mesh: (world_size,), or with 0 < shard_size < world_size as (replicas, shard_size): hybrid sharding, which
-    shards inside groups of neighbouring ranks and keeps a replica in each group. Raises UserError where the groups do not come out even.
+    Returns the ranks as a mesh (world_size,), or with 0 < shard_size < world_size as a mesh (replicas, shard_size) for
+    hybrid sharding, which shards within groups of neighbouring ranks and replicates across the groups. Raises UserError
+    if shard_size does not divide world_size.
     """
     if not 0 <= shard_size <= world_size or world_size % (shard_size or 1) or shard_size == 1:
         raise UserError(
-            f'fsdp_shard_size={shard_size}, but it must divide the {world_size} processes and be 2 or more (0: all of them)'
+            f'fsdp_shard_size={shard_size}, but it must divide the {world_size} processes and be 2 or more '
+            '(0: all of them)'
         )
     if shard_size in (0, world_size):
         return init_device_mesh(device_type, (world_size,))
@@ -100,7 +101,7 @@ def make_mesh(device_type, world_size, shard_size):
 
 
 def group_blocks(blocks, min_num_params):
-    """Consecutive blocks as units of at least min_num_params parameters: (units, blocks left over, which are too few for one)."""
+    """Groups consecutive blocks into units of at least min_num_params parameters. Returns (units, remaining blocks)."""
     units, unit = [], []
     for block in blocks:
         unit.append(block)
@@ -110,37 +111,38 @@ def group_blocks(blocks, min_num_params):
     return units, unit
 
 
-def choose_reshard(config, num_params):
+def choose_reshard(config: dict, num_params: int) -> bool:
     """
-    config['fsdp_reshard'], with 'auto' replaced: True if whole bfloat16 parameters and float32 gradients, 6 bytes for each
-    parameter, would take more than an eighth of the GPU's memory, and with CPU offload; False without a GPU. Raises UserError if
-    it is none of auto, True and False.
+    Returns config['fsdp_reshard'] as a bool. 'auto' becomes True with CPU offload, or if whole bfloat16 parameters and
+    float32 gradients, 6 bytes per parameter, would take more than an eighth of the GPU's memory; False without a GPU.
+    Raises UserError if it is not auto, True or False.
     """
-    reshard, device = config['fsdp_reshard'], config['device']
-    if reshard == 'auto' and device.startswith('cuda'):
+    wanted, device = config['fsdp_reshard'], config['device']
+    if wanted == 'auto' and device.startswith('cuda'):
         return config['fsdp_cpu_offload'] or 6 * num_params > torch.cuda.get_device_properties(device).total_memory / 8
-    if reshard not in ('auto', True, False):
-        raise UserError(f"fsdp_reshard is '{reshard}', but it can be auto, True or False")
-    return reshard is True
+    if wanted not in ('auto', True, False):
+        raise UserError(f"fsdp_reshard is '{wanted}', but it can be auto, True or False")
+    return wanted is True
 
 
-def shard(model, config, recipe=None):
+def shard(model: nn.Module, config: dict, recipe: OnMeta | None = None) -> None:
     """
-    Shards the model in place over all ranks and says how. config: the flags fsdp_*, `device` (this rank's), `compile`, and
-    `dtype`, for computing: parameters, their gradients and AdamW stay in float32. With fsdp_reshard a unit's whole parameters
-    are freed after its forward and gathered again for its backward, and gradients are reduced in each micro-step (least
-    memory); without, it is gathered once and reduced once in an iteration (least traffic). A model built inside OnMeta is
-    initialized as that recipe says; without a recipe its weights are left to be loaded. Raises UserError for wrong flags.
+    Shards the model in place over all ranks and prints how. config: the flags fsdp_*, `device` (this rank's),
+    `compile`, and `dtype`, the compute dtype: parameters, gradients and AdamW's state stay in float32. With
+    fsdp_reshard, a unit's whole parameters are freed after its forward and gathered again for its backward, and
+    gradients are reduced in each micro-step (least memory). Without it, a unit is gathered once and reduced once per
+    iteration (least traffic). recipe: the OnMeta context in which the model was built, to initialize it; None: the
+    weights are loaded later. Raises UserError for wrong flags.
     """
     print('Wrapping model with FSDP...')
     num_params = sum(p.numel() for p in model.parameters())
     names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
     device_type, half, cpu_offload = config['device'].split(':')[0], DTYPES[config['dtype']], config['fsdp_cpu_offload']
     mesh = make_mesh(device_type, dist.get_world_size(), config['fsdp_shard_size'])
-    reshard = choose_reshard(config, num_params)
+    reshard_after_forward = choose_reshard(config, num_params)
     if config['fsdp_min_num_params'] < 1:
         raise UserError(f'fsdp_min_num_params={config["fsdp_min_num_params"]}, but it must be at least 1')
-    # matmuls in dtype as under autocast, but the cast happens once, before the all-gather, which halves what is sent
+    # matmuls in dtype as under autocast, but the cast happens once, before the all-gather, and halves its traffic
     options = dict(
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32),
@@ -149,23 +151,22 @@ def shard(model, config, recipe=None):
     if half:  # the loss needs float32
         model.lm_head.register_forward_hook(lambda module, args, logits: logits.float())
     units, rest = group_blocks(model.transformer.h, config['fsdp_min_num_params'])
-    on_kernels = getattr(model, 'announce_kernels', lambda device: False)(
-        torch.device(config['device'])
-    )  # phase 2's model, which needs no compiler
+    # the Triton model computes with its kernels and needs no compiler
+    on_kernels = getattr(model, 'announce_kernels', lambda device: False)(torch.device(config['device']))
     if config['compile'] and not on_kernels:
         print('compiling the model... (takes a ~minute)')
         compile_parts(model, units)
     for unit in units:
-        fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=reshard, **options)
-    # The rest is the root unit: embeddings, head (they share a weight, so they must be together) and final norm. Its
-    # parameters are the first and the last to be used, so they are kept from forward to backward.
+        fully_shard(unit if len(unit) > 1 else unit[0], reshard_after_forward=reshard_after_forward, **options)
+    # The rest is the root unit: embeddings and head (which share a weight) and final norm. Its parameters are used
+    # first and last, so they are kept from forward to backward.
     fully_shard(model, **options)
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device='cpu' if cpu_offload else config['device'])
         if recipe:
             initialize(model, recipe, names)
-    # set_last_micro_step() reads the first; it sets the second, which sharded_cuda_graph.py reads too
-    model.reshard_after_step, model.last_micro_step = not reshard, None
+    # set_last_micro_step() reads the first and sets the second, which sharded_cuda_graph.py reads
+    model.reshard_after_step, model.last_micro_step = not reshard_after_forward, None
 
     sizes = [sum(p.numel() for block in unit for p in block.parameters()) for unit in units]
     kinds = [f'{sizes.count(size)} of {size:,} parameters' for size in dict.fromkeys(sizes)]
@@ -177,25 +178,27 @@ def shard(model, config, recipe=None):
         + ' of CPU memory' * cpu_offload
         + f'; {copies} groups of ranks hold all of them' * (copies > 1)
     )
-    print(f'whole parameters are freed after {"each forward" if reshard else "the last backward of an iteration"}')
+    freed_after = 'each forward' if reshard_after_forward else 'the last backward of an iteration'
+    print(f'whole parameters are freed after {freed_after}')
 
 
-def set_last_micro_step(model, last):
-    """Call before each micro-step; last: it completes the gradients of the iteration."""
-    if last == model.last_micro_step:  # what follows goes through all modules
+def set_last_micro_step(model: nn.Module, last: bool) -> None:
+    """
+    Tells FSDP whether the next micro-step completes the gradients of the iteration. Call it before each micro-step.
+    """
+    if last == model.last_micro_step:  # the calls below traverse all modules
         return
     model.last_micro_step = last
     if model.reshard_after_step:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
     else:
-        model.set_requires_all_reduce(
-            last
-        )  # between the replicas of hybrid sharding; inside a group in each micro-step
+        # between the replicas of hybrid sharding; within a group each micro-step reduces
+        model.set_requires_all_reduce(last)
 
 
-def reshard(model):
-    """Frees whatever is gathered, as after an evaluation: without a backward nothing else does."""
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered parameters. Call it after an evaluation, which has no backward that would free them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -203,13 +206,14 @@ def reshard(model):
 
 def compile_parts(model, units):
     """
-    Compiles the model. Without units, in one piece; else FSDP's hooks, which torch.compile cannot see into, run between the
-    blocks, so these are compiled one by one (a single compilation serves all), and what is before and after them in two more parts.
+    Compiles the model in one piece if there are no units. Otherwise FSDP's hooks, which torch.compile cannot trace, run
+    between the blocks. The blocks are then compiled separately (one compilation serves all), as are the parts before
+    and after them.
     """
     transformer, original = model.transformer, model.forward
 
     def whole(idx, targets):
-        return None, original(idx, targets)[1]  # logits that are not returned are never written in float32
+        return None, original(idx, targets)[1]  # logits are not returned, so float32 logits are never written
 
     @torch.compile
     def embed(idx):
@@ -223,14 +227,13 @@ def compile_parts(model, units):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
 
     def in_parts(idx, targets):
-        x, again = (embed(idx),), model.config.activation_checkpointing and model.training
+        x, recompute = (embed(idx),), model.config.activation_checkpointing and model.training
         for block in transformer.h:
-            x = (
-                checkpoint(block, *x, use_reentrant=False, preserve_rng_state=model.config.dropout > 0)
-                if again
-                else block(*x)
-            )
-            x = x if isinstance(x, tuple) else (x,)  # phase 2's blocks hand on a pair
+            if recompute:
+                x = activation_checkpoint(block, *x, use_reentrant=False, preserve_rng_state=model.config.dropout > 0)
+            else:
+                x = block(*x)
+            x = x if isinstance(x, tuple) else (x,)  # the Triton model's blocks return a pair
         return None, loss_of(x, targets)
 
     if units:
@@ -240,7 +243,10 @@ def compile_parts(model, units):
 
 
 class FSDPGradScaler(ShardedGradScaler):
-    """PyTorch's, in which what overflows on one rank counts on all; for offloaded gradients it would not wait for its numbers (pytorch #176429)."""
+    """
+    PyTorch's ShardedGradScaler, which skips a step on all ranks if gradients overflow on one. For offloaded gradients,
+    PyTorch's version would not wait until its tensors reach the CPU (pytorch #176429).
+    """
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16=True):
         device = optimizer.shards[0].device
@@ -249,34 +255,35 @@ class FSDPGradScaler(ShardedGradScaler):
 
 class ShardedAdamW(torch.optim.AdamW):
     """
-    AdamW over this rank's shards as plain tensors. A sharded parameter is a DTensor, and AdamW takes those too, but then each
-    step spends tens of milliseconds of CPU time in DTensor's dispatch. Made from the AdamW of model.configure_optimizers,
-    whose groups and options it has.
+    AdamW over this rank's shards as plain tensors. A sharded parameter is a DTensor. AdamW accepts DTensors too, but
+    then each step spends tens of milliseconds of CPU time in DTensor's dispatch. optimizer: the AdamW from
+    model.configure_optimizers, whose groups and options are kept.
     """
 
-    def __init__(self, optimizer):
-        self.sharded = [
-            p for group in optimizer.param_groups for p in group['params']
-        ]  # DTensors, in the order of AdamW's indices
+    def __init__(self, optimizer: torch.optim.AdamW):
+        # DTensors, in the order of AdamW's indices
+        self.sharded = [p for group in optimizer.param_groups for p in group['params']]
         shards = iter([nn.Parameter(p.to_local().detach()) for p in self.sharded])
         groups = [{**group, 'params': [next(shards) for _ in group['params']]} for group in optimizer.param_groups]
         super().__init__(groups, fused=optimizer.defaults['fused'])
         self.shards = [p for group in self.param_groups for p in group['params']]
         mesh = self.sharded[0].device_mesh
-        self.group = mesh.get_group(mesh.ndim - 1)  # of the ranks that hold one copy of the parameters together
+        self.group = mesh.get_group(mesh.ndim - 1)  # ranks that together hold one copy of the parameters
 
     @torch.no_grad()
     def collect_gradients(self):
-        """Call after the last backward of an iteration: shows AdamW, and a gradient scaler, the gradients that FSDP left."""
-        for shard, p in zip(self.shards, self.sharded):
-            shard.data, shard.grad = p.to_local(), p.grad.to_local()
+        """
+        Passes the gradients from FSDP to AdamW and a gradient scaler. Call it after the last backward of an iteration.
+        """
+        for local, p in zip(self.shards, self.sharded):
+            local.data, local.grad = p.to_local(), p.grad.to_local()
 
-    def clip_grad_norm_(self, max_norm):
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """
-        Scales the gradients to a norm of at most max_norm over all shards. Returns what it was: a 0-dim tensor, equal on all ranks,
-        on the device that computes.
+        Scales the gradients so that their norm over all shards is at most max_norm. Returns the norm before: a tensor
+        of shape (), equal on all ranks, on the compute device.
         """
-        square = torch.nn.utils.get_total_norm([shard.grad for shard in self.shards]) ** 2
+        square = torch.nn.utils.get_total_norm([local.grad for local in self.shards]) ** 2
         dist.all_reduce(square, group=self.group)
         norm = square.sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.shards, max_norm, norm)
@@ -284,8 +291,9 @@ class ShardedAdamW(torch.optim.AdamW):
 
     def step(self, closure=None):
         if getattr(self, 'found_inf', None) is not None:
-            # set by StepGuard (step_guard.py) or by ShardedGradScaler, whose number of overflowed ranks has shape (1,); fused AdamW
-            # skips where it is 1, of shape (). For offloaded shards AdamW runs on the CPU, so the number has to arrive there first
+            # StepGuard (step_guard.py) sets it, or ShardedGradScaler, as the number of overflowed ranks with shape
+            # (1,). Fused AdamW skips the step if it is 1, with shape (). AdamW on offloaded shards runs on the CPU, so
+            # the number must be there first
             self.found_inf = self.found_inf.to(self.shards[0].device).reshape(()).clamp(max=1)
         return super().step(closure)
 
@@ -294,8 +302,8 @@ class ShardedAdamW(torch.optim.AdamW):
         for p in self.sharded:
             p.grad = None
 
-    def state_dict(self):
-        """AdamW's, with each tensor that is one of the shards of a parameter's state as a DTensor of the parameter's shape."""
+    def state_dict(self) -> dict:
+        """Returns AdamW's state_dict, with each shard of a parameter's state as a DTensor of the parameter's shape."""
         result = super().state_dict()
         for i, state in result['state'].items():
             p = self.sharded[i]
@@ -303,6 +311,6 @@ class ShardedAdamW(torch.optim.AdamW):
         return result
 
 
-def as_dtensor(p, shard):
+def as_dtensor(p: DTensor, local: torch.Tensor) -> DTensor:
     """Returns this rank's shard of a tensor as a DTensor that is sharded like p."""
-    return DTensor(shard, p._spec, requires_grad=False)  # from_local() would move what is on the CPU to the GPU
+    return DTensor(local, p._spec, requires_grad=False)  # from_local() would move a CPU tensor to the GPU

@@ -1,4 +1,4 @@
-"""GPUs that plan.py knows: what their data sheets say, and how many share a machine."""
+"""Lists the GPUs that plan.py knows: figures from their data sheets, and their number per machine."""
 
 import difflib
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """One kind of GPU. memory_bytes is what torch reports as total_memory; peak_flops is dense bfloat16, in FLOP/s."""
+    """One kind of GPU. memory_bytes: torch's total_memory. peak_flops: dense bfloat16 FLOP/s."""
 
     name: str
     device_name: str  # as torch.cuda.get_device_name() prints it
     memory_bytes: float
     bandwidth: float  # bytes/s of its memory
     peak_flops: float
-    link: float  # bytes/s to the other GPUs of a machine, one direction: NVLink, or PCIe where there is no NVLink
+    link: float  # bytes/s to the other GPUs of a machine, one direction: NVLink, or else PCIe
     per_machine: int = 8
     measured: bool = False  # whether the efficiencies were fitted on this GPU
 
@@ -26,10 +26,9 @@ def _gpu(name, device_name, gib, terabytes_per_s, tflops, link_gb_per_s, **more)
     return GPU(name, device_name, gib * GIB, terabytes_per_s * 1e12, tflops * 1e12, link_gb_per_s * 1e9, **more)
 
 
-# Memory: what torch reports as total_memory; measured on the H200, approximate for the others (2% less than the data sheet in most).
-# Bandwidth: NVIDIA's data sheets.
-# Peak: hardware.PEAK_TFLOPS, which a test compares. Link: NVLink 4 is 450 GB/s in each direction, NVLink 3 300, NVLink 5 900,
-# PCIe 4.0 x16 32, PCIe 5.0 x16 64.
+# Memory: torch's total_memory; measured on the H200, approximate for the others (2% less than the data sheet in most).
+# Bandwidth: NVIDIA's data sheets. Peak: hardware.PEAK_TFLOPS; a test compares the two. Link: NVLink 4 has 450 GB/s in
+# each direction, NVLink 3 300, NVLink 5 900, PCIe 4.0 x16 32, PCIe 5.0 x16 64.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -50,8 +49,10 @@ GPUS = {
 }
 
 
-def find_gpu(name):
-    """Returns the GPU of that name, or of the device name that torch prints. Raises UserError with the known names for any other."""
+def find_gpu(name: str) -> GPU:
+    """
+    Returns the GPU with this name, or with this device name as torch prints it. Raises UserError for an unknown name.
+    """
     known = GPUS.get(name.lower()) or gpu_of_device(name)
     if known:
         return known
@@ -61,6 +62,6 @@ def find_gpu(name):
     )
 
 
-def gpu_of_device(device_name):
+def gpu_of_device(device_name: str) -> GPU | None:
     """Returns the known GPU with this device name, or None."""
     return next((gpu for gpu in GPUS.values() if gpu.device_name == device_name), None)

@@ -1,9 +1,9 @@
 """
-The measured rows in benchmarks/results/ as (Run, what was measured).
+Reads the measured rows in benchmarks/results/ as (Run, measurements).
 
-A row's allocated peak counts only where kernels were launched: replays of CUDA graphs allocate nothing, so the peaks next to them say
-how the measurement was started, not what the run needs. Its reserved peak counts only with expandable segments, which train.py sets up
-since commit 8498212.
+A row's allocated peak counts only if kernels were launched: replays of CUDA graphs allocate nothing, so the peaks
+recorded next to them depend on how the measurement was started, not on the run. Its reserved peak counts only with
+expandable segments, which train.py has enabled since commit 8498212.
 """
 
 import json
@@ -20,7 +20,7 @@ FIXED_SEGMENTS = ('14f333c', '3e7e90f', 'b3fe36f', '0a87a78', '8e88e86', '2e4179
 
 @dataclass(frozen=True)
 class Row:
-    """One measured configuration. Numbers that are missing or that the module's docstring excludes are None."""
+    """One measured configuration. None stands for numbers that are missing or that the module's docstring excludes."""
 
     run: Run
     source: str  # file name
@@ -30,7 +30,7 @@ class Row:
     high: float | None = None
     allocated: float | None = None
     reserved: float | None = None
-    flagged: float | None = None  # an allocated peak next to CUDA graphs, or a reserved one of fixed segments
+    flagged: float | None = None  # an allocated peak next to CUDA graphs, or a reserved peak with fixed segments
 
 
 def shape_of(size):
@@ -38,7 +38,7 @@ def shape_of(size):
 
 
 def trainer_of(name, gpus):
-    """The fields of Run that a trainer's name in bench_trainers.py stands for."""
+    """Returns the fields of Run for a trainer's name in bench_trainers.py."""
     parts = name.split('+')
     fields = dict(graphs='launched' not in parts, kernels='triton' in parts)
     fields['trainer'] = next((t for t in ('zero1', 'fsdp', 'hybrid') if t in parts), 'ddp')
@@ -66,7 +66,7 @@ def trainers_rows(results=RESULTS):
             commits = {report['sessions'][r['session']]['commit'][:7]: r for r in runs}
             grown = [r for commit, r in commits.items() if commit not in FIXED_SEGMENTS]
             blocks = [(b, r['blocks'][:i]) for r in grown for i, b in enumerate(r['blocks'])]
-            # where the number did not change, the peak is that of the block before
+            # if the number has not changed, the peak is the previous block's
             reserved = [
                 b['peak_reserved']
                 for b, before in blocks
@@ -131,7 +131,7 @@ VARIANTS = {  # names in bench_phase2.py
 
 
 def kernel_rows(results=RESULTS):
-    """The steps of bench_phase2.py (ladder), and the largest batches (batches)."""
+    """Yields the rows of bench_phase2.py: its ladder of kernels, and the largest batches."""
     for path in sorted(Path(results).glob('phase2_l*_h*.json')):
         report = read(path.name, results)
         for row in report['rows']:
@@ -162,7 +162,7 @@ def kernel_rows(results=RESULTS):
 
 
 def largest_rows(results=RESULTS):
-    """The tries of bench_fsdp.py's largest: eager, one sequence, two timed steps."""
+    """Yields the attempts of bench_fsdp.py's largest: eager, one sequence, two timed steps."""
     for path in sorted(Path(results).glob('fsdp_largest_*.json')):
         report = read(path.name, results)
         for name, tried in report['tried'].items():
@@ -190,8 +190,8 @@ def largest_rows(results=RESULTS):
                 yield Row(run, path.name, 'largest', speed['median'], speed['p10'], speed['p90'], row['peak_bytes'])
 
 
-def all_rows(results=RESULTS):
-    """Every measured row; the list is empty where there are no result files."""
+def all_rows(results: Path = RESULTS) -> list[Row]:
+    """Returns every measured row, or [] if there are no result files."""
     if not Path(results).is_dir():
         return []
     return [*trainers_rows(results), *memory_rows(results), *kernel_rows(results), *largest_rows(results)]

@@ -1,13 +1,15 @@
 """
-From train.py's flags to runs: which trainers there are, what their `auto` flags mean on a GPU, and which one the flags ask for.
+Turns train.py's flags into runs: which trainers exist, how their `auto` flags resolve on a GPU, and which one the flags
+select.
 
-The messages for impossible flags are those of train.py, cuda_graph.py and sharding.py.
+Impossible flags raise the messages of train.py, cuda_graph.py and sharding.py.
 """
 
 import ast
 from pathlib import Path
 
 from errors import UserError
+from planner.gpus import GPU
 from planner.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,8 +26,8 @@ NAMES = (
 )
 
 
-def flags_of(path):
-    """The flags of a train.py, {name: default}: the plain values that it assigns above configure(), read without running it."""
+def flags_of(path) -> dict:
+    """Returns {flag: default} of a train.py: the plain values that it assigns above configure(). Does not run it."""
     flags = {}
     for node in ast.parse(Path(path).read_text(encoding='utf-8')).body:
         calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
@@ -38,31 +40,31 @@ def flags_of(path):
     raise ValueError(f'{path} does not call configure()')
 
 
-def train_flags():
-    """The flags of every trainer together."""
+def train_flags() -> dict:
+    """Returns the flags of all trainers together, {flag: default}."""
     flags = {}
     for folder in ('nanoGPT', 'phase1_zero1', 'phase3_fsdp'):
         flags = flags_of(ROOT / folder / 'train.py') | flags
     return flags
 
 
-def kernel_flags():
-    """The flags of phase2_triton's model that say how to compute."""
+def kernel_flags() -> dict:
+    """Returns the flags of the Triton model that choose how to compute, {flag: default}."""
     from configurator import model_options
 
     script = str(ROOT / 'phase2_triton' / 'train.py')
     return model_options('', script)
 
 
-def micro_steps_of(config, gpus):
-    """Micro-steps of each rank. Raises train.py's UserError where they do not divide."""
+def micro_steps_of(config: dict, gpus: int) -> int:
+    """Returns the micro-steps per rank. Raises UserError, like train.py, if the GPUs do not divide them."""
     total = config['gradient_accumulation_steps']
     if total % gpus:
         raise UserError(f'gradient_accumulation_steps={total} must be a multiple of the {gpus} processes')
     return total // gpus
 
 
-def check(config, gpu, gpus):
+def check(config: dict, gpu: GPU, gpus: int) -> None:
     """Raises UserError for flags that no trainer accepts on these GPUs."""
     if gpus < 1:
         raise UserError(f'gpus={gpus}, but it must be at least 1')
@@ -83,7 +85,8 @@ def check(config, gpu, gpus):
         )
     if config['cuda_graph'] is True and config['fsdp_cpu_offload']:
         raise UserError(
-            'cuda_graph=True with fsdp_cpu_offload, where the CPU takes part in backward, is not supported: leave out one of the two'
+            'cuda_graph=True with fsdp_cpu_offload, where the CPU takes part in backward, is not supported: leave out '
+            'one of the two'
         )
     size = config['fsdp_shard_size']
     if not 0 <= size <= gpus or gpus % (size or 1) or size == 1:
@@ -93,8 +96,8 @@ def check(config, gpu, gpus):
     micro_steps_of(config, gpus)
 
 
-def make_run(name, config, gpu, gpus, micro_steps):
-    """The Run of a trainer in NAMES, or None for hybrid sharding where there are no two groups of two GPUs."""
+def make_run(name: str, config: dict, gpu: GPU, gpus: int, micro_steps: int) -> Run | None:
+    """Returns the Run of a trainer in NAMES, or None for hybrid sharding with fewer than two groups of two GPUs."""
     parts = name.split('+')
     sharded = parts[0] in ('fsdp', 'hybrid')
     kernels = 'triton' in parts
@@ -105,7 +108,7 @@ def make_run(name, config, gpu, gpus, micro_steps):
             return None
     checkpointing = bool(config['activation_checkpointing']) or 'checkpointing' in parts
     offload = sharded and gpus > 1 and (config['fsdp_cpu_offload'] or 'offload' in parts)
-    draws_again = checkpointing and config['dropout'] > 0
+    redraws_dropout = checkpointing and config['dropout'] > 0
     run = Run(
         gpu,
         gpus,
@@ -122,7 +125,7 @@ def make_run(name, config, gpu, gpus, micro_steps):
         half_residual=kernels and config['half_residual'],
         loss_rows=config['loss_rows'] if kernels else 0,
         compiled=kernels or config['compile'] is not False,
-        graphs=config['cuda_graph'] is not False and not (offload or draws_again),
+        graphs=config['cuda_graph'] is not False and not (offload or redraws_dropout),
         checkpointing=checkpointing,
         shard_size=shard_size if gpus > 1 else 0,
         min_num_params=config['fsdp_min_num_params'],
@@ -135,16 +138,16 @@ def make_run(name, config, gpu, gpus, micro_steps):
     return run.change(reshard=run.sharded and bool(reshard))
 
 
-def make_runs(config, gpu, gpus):
-    """{name: Run} of every trainer that these GPUs can run."""
+def make_runs(config: dict, gpu: GPU, gpus: int) -> dict[str, Run]:
+    """Returns {name: Run} for every trainer that can run on these GPUs. Raises UserError for impossible flags."""
     check(config, gpu, gpus)
     micro_steps = micro_steps_of(config, gpus)
     runs = {name: make_run(name, config, gpu, gpus, micro_steps) for name in NAMES}
     return {name: run for name, run in runs.items() if run}
 
 
-def asked_for(config, given):
-    """The name of the trainer that the flags ask for; '' where they ask for none."""
+def asked_for(config: dict, given: set) -> str:
+    """Returns the name of the trainer that the flags select, or '' if they select none."""
     kernels = Path(config['model_dir'] or '.').name == 'phase2_triton'
     sharding = {
         'fsdp_shard_size': 'hybrid',
@@ -169,8 +172,8 @@ FOLDERS = {
 }
 
 
-def command(name, run, arguments):
-    """The shell command that starts this trainer. arguments: train.py's own, as the user gave them."""
+def command(name: str, run: Run, arguments: list[str]) -> str:
+    """Returns the shell command that starts this trainer. arguments: the user's own arguments for train.py."""
     parts = name.split('+')
     folder = FOLDERS[parts[0]]
     flags = {'triton': '--model_dir=../phase2_triton', 'checkpointing': '--activation_checkpointing=True'}

@@ -1,29 +1,32 @@
 """
-A plan: for each trainer its memory, whether that fits, its speed with a range, and where the numbers come from.
+Makes a plan: for each trainer its memory, whether it fits, its speed with a range, and the basis of the numbers.
 
-The basis of a number is `measured` (this very configuration was run), `interpolated` (between measured configurations) or `extrapolated`
-(beyond them). The ranges come from the errors that benchmarks/bench_planner.py found with each configuration left out of the fit.
+The basis of a number is `measured` (exactly this configuration was run), `interpolated` (between measured
+configurations) or `extrapolated` (beyond them). benchmarks/bench_planner.py found the ranges by leaving each
+configuration out of the fit.
 """
 
 from dataclasses import dataclass
 
 from planner import memory, options, speed
+from planner.gpus import GPU
+from planner.run import Run
 
-# Relative half-widths of the range of tokens/s. The first two are the largest errors found with a configuration left out; the others are
-# judgement: more GPUs of a measured machine, other shapes, and other GPUs or several machines.
+# Relative half-widths of the range of tokens/s. The first two are the largest errors with a configuration left out of
+# the fit; the others are judgement: more GPUs of a measured machine, other shapes, and other GPUs or several machines.
 RANGES = {'interpolated': 0.07, 'launched': 0.36, 'more_gpus': 0.10, 'extrapolated': 0.15, 'other': 0.35}
 MEMORY_RANGES = {'interpolated': 0.05, 'extrapolated': 0.10}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What plan.py says of one trainer. Bytes are those of the GPU with most."""
+    """The estimate for one trainer. Bytes are those of the GPU with the most."""
 
     name: str
-    run: object
-    memory_bytes: dict  # by component, and total: reserved by torch
+    run: Run
+    memory_bytes: dict  # by component, and the total that torch reserves
     context_bytes: float  # outside torch
-    memory_low: float  # what the run cannot do without
+    memory_low: float  # the least with which the run can train
     memory_high: float
     memory_basis: str
     tokens_per_sec: float
@@ -33,12 +36,12 @@ class Estimate:
 
     @property
     def fits(self):
-        """Whether the GPU has what the run cannot do without: torch gives stale blocks back before it gives up."""
+        """Whether the run can train on this GPU, if need be after torch has freed stale blocks."""
         return self.memory_low + self.context_bytes <= self.run.gpu.memory_bytes
 
     @property
     def tight(self):
-        """It fits only if torch gives stale blocks back, which costs speed."""
+        """Whether it fits only if torch frees stale blocks, which costs speed."""
         return self.fits and self.memory_bytes['total'] + self.context_bytes > self.run.gpu.memory_bytes
 
     @property
@@ -50,7 +53,7 @@ class Estimate:
 
 
 def speed_basis(run):
-    """interpolated or extrapolated, and the key of the range."""
+    """Returns ('interpolated' or 'extrapolated', key of RANGES)."""
     width = 768 <= run.n_embd <= 1600 and 12 <= run.n_layer <= 48
     batch = 8192 <= run.tokens <= 128 * 1024 and run.block_size == 1024
     inside = width and batch and run.vocab_size == 50304 and run.half_bytes == 2
@@ -64,19 +67,19 @@ def speed_basis(run):
 
 
 def memory_basis(run):
-    """interpolated where architecture, batch, context and number of GPUs are within the measured ones."""
+    """Returns 'interpolated' if architecture, batch, context and number of GPUs are within the measured ones."""
     shape = 768 <= run.n_embd <= 8192 and 4 <= run.n_layer <= 76 and 256 <= run.block_size <= 2048
     inside = shape and run.gpu.measured and run.gpus <= 4 and 1024 <= run.tokens <= 260 * 1024
     return 'interpolated' if inside and run.half_bytes == 2 and run.vocab_size == 50304 else 'extrapolated'
 
 
-def estimate(name, run, network, rows=()):
-    """The Estimate of a run. rows: the measured ones, whose numbers take the place of the model's where the run is the same."""
+def estimate(name: str, run: Run, network: float, rows=()) -> Estimate:
+    """Returns the Estimate of a run. rows: measured rows, whose numbers replace the model's if the run is the same."""
     parts = memory.memory(run)
     same = [row for row in rows if row.run == run]
     reserved = [row.reserved for row in same if row.reserved]
     basis, width = memory_basis(run), MEMORY_RANGES[memory_basis(run)]
-    if reserved:  # the components stay; what the model does not explain is the allocator's
+    if reserved:  # attribute the difference from the model to the allocator
         parts['allocator'] += reserved[0] - parts['total']
         parts['total'], basis, width = reserved[0], 'measured', 0.01
     low = min(memory.needed(run), parts['total'])
@@ -91,12 +94,12 @@ def estimate(name, run, network, rows=()):
     return Estimate(name, run, parts, memory.outside_torch(run), low, high, basis, tokens_per_sec, *bounds, speed_is)
 
 
-def make_plan(config, gpu, gpus, network, rows=()):
-    """{name: Estimate} of every trainer on these GPUs. Raises UserError for impossible flags."""
+def make_plan(config: dict, gpu: GPU, gpus: int, network: float, rows=()) -> dict[str, Estimate]:
+    """Returns {name: Estimate} for every trainer on these GPUs. Raises UserError for impossible flags."""
     return {name: estimate(name, run, network, rows) for name, run in options.make_runs(config, gpu, gpus).items()}
 
 
-# of trainers that are as fast, the simpler one comes first
+# trainers in order of simplicity, to choose among equally fast ones
 SIMPLEST = (
     'ddp',
     'triton',
@@ -110,8 +113,8 @@ SIMPLEST = (
 )
 
 
-def recommend(plan):
-    """The Estimate to run: the fastest that fits, or the simplest of those within 2% of it; None where none fits."""
+def recommend(plan: dict[str, Estimate]) -> Estimate | None:
+    """Returns the fastest Estimate that fits, or the simplest within 2% of it; None if none fits."""
     fitting = [plan[name] for name in SIMPLEST if name in plan and plan[name].fits]
     if not fitting:
         return None
@@ -120,13 +123,13 @@ def recommend(plan):
     return next(e for e in roomy if e.tokens_per_sec >= 0.98 * fastest)
 
 
-def change_that_fits(config, gpu, gpus, network):
+def change_that_fits(config: dict, gpu: GPU, gpus: int, network: float) -> tuple[dict, int, Estimate] | None:
     """
-    The smallest change that makes something fit: ({flag: value}, number of GPUs, Estimate), or None. Tried in this order: recomputing
-    activations, smaller micro-steps with more of them, both, more GPUs, offload.
+    Returns the smallest change that makes a trainer fit: ({flag: value}, number of GPUs, Estimate), or None. Tries, in
+    this order: recomputing activations, smaller but more micro-steps, both, more GPUs, offload.
     """
 
-    def best(change, count):
+    def best_with(change, count):
         new = config | change
         steps = new['gradient_accumulation_steps']
         new['gradient_accumulation_steps'] = -(-steps // count) * count
@@ -143,20 +146,20 @@ def change_that_fits(config, gpu, gpus, network):
         )
         for size in sizes
     ]
-    again = {'activation_checkpointing': True}
+    recompute = {'activation_checkpointing': True}
     counts = [gpus] + [count for count in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if count > gpus]
     for count in counts:
-        for change in ({}, again, *smaller, *(again | change for change in smaller)):
-            found, flags = best(change, count)
+        for change in ({}, recompute, *smaller, *(recompute | change for change in smaller)):
+            found, flags = best_with(change, count)
             if found:
                 return flags, count, found
     return None
 
 
-def largest(what, name, config, gpu, gpus, network):
+def largest(what: str, name: str, config: dict, gpu: GPU, gpus: int, network: float) -> tuple[int, Estimate | None]:
     """
-    The most layers (what='model') or sequences in a micro-step (what='batch') with which this trainer fits: (number, Estimate); (0, None)
-    where one does not fit.
+    Returns the most layers (what='model') or sequences per micro-step (what='batch') with which this trainer fits:
+    (number, Estimate), or (0, None) if not even one fits.
     """
     key = {'model': 'n_layer', 'batch': 'batch_size'}[what]
 

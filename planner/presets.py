@@ -1,7 +1,7 @@
 """
-What plan.py says of each preset, at the top of its file.
+Writes plan.py's numbers for each preset into a comment at the top of its file.
 
-    python -m planner.presets     # from the root of the repository: writes the headers anew; a test compares them
+    python -m planner.presets     # from the root of the repository; a test compares the comments
 """
 
 import re
@@ -22,21 +22,22 @@ COLUMNS = [(gpu, count) for gpu in ('h100', 'h200') for count in (1, 4, 8)]
 
 
 def config_of(path):
-    """All flags with the values that the config file sets."""
+    """Returns all flags with the values that the config file sets."""
     defaults = options.train_flags() | options.kernel_flags() | {'vocab_size': 50304}
     assigned = run_config_file(str(path), defaults, str(ROOT / 'nanoGPT' / 'train.py'))
     return defaults | {key: convert(key, value, defaults[key], str(path)) for key, value in assigned.items()}
 
 
 def cell(found):
-    """GiB reserved and thousand tokens/s, or a dash where it does not fit."""
+    """Returns GiB reserved and thousand tokens/s, or a dash if it does not fit."""
     if not found or not found.fits:
         return '-'
-    return f'{found.memory_bytes["total"] / GIB:.0f} GiB {found.tokens_per_sec / 1e3:.{0 if found.tokens_per_sec > 2e4 else 1}f}k'
+    digits = 0 if found.tokens_per_sec > 2e4 else 1
+    return f'{found.memory_bytes["total"] / GIB:.0f} GiB {found.tokens_per_sec / 1e3:.{digits}f}k'
 
 
 def header(path):
-    """The lines of the header, each a comment. The model alone speaks, so that a new measurement changes no preset."""
+    """Returns the header's lines, each a comment. Uses the model only, so that a new measurement changes no preset."""
     config = config_of(path)
     plans = [plan.make_plan(config, GPUS[gpu], count, network=50e9) for gpu, count in COLUMNS]
     rows = [[name, *(cell(found.get(name)) for found in plans)] for name in options.NAMES]
@@ -57,7 +58,7 @@ def header(path):
 
 
 def rewrite(path):
-    """The file's text with its header as plan.py has it now: before the first line that is no comment."""
+    """Returns the file's text with an updated header before the first line that is not a comment."""
     text = re.sub(rf'{BEGIN}.*?{END}\n', '', path.read_text(), flags=re.S)
     comments, blank, rest = text.partition('\n\n')
     return '\n'.join([comments, *header(path)]) + blank + rest

@@ -1,4 +1,4 @@
-"""What plan.py says: the tables, the recommendation, the JSON object and the picture."""
+"""Formats plan.py's output: the tables, the recommendation, the JSON object and the picture."""
 
 from errors import UserError
 from planner import options, plan, speed
@@ -24,7 +24,7 @@ def gib(size):
 
 
 def as_json(found, gpu, gpus, best, arguments, tokens, price):
-    """The object that CONTRACT describes, with more keys behind those."""
+    """Returns plan.py's JSON object as a dict."""
     trainers = {}
     for name, e in found.items():
         hours = e.hours(tokens)
@@ -56,7 +56,7 @@ def as_json(found, gpu, gpus, best, arguments, tokens, price):
 
 
 def table(header, rows):
-    """Lines of columns: the first one to the left, the others to the right."""
+    """Returns an aligned table: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     lines = []
     for line in (header, *rows):
@@ -95,23 +95,22 @@ def speed_table(found, tokens, gpus, price):
 
 
 def advice(found, gpu, gpus, asked, best, arguments, way_out):
-    """One paragraph: the command to run and why, or the change that makes it fit."""
+    """Returns one paragraph: the command to run and why, or the change that makes it fit."""
     if way_out:
         flags, count, e = way_out
         changed = [f'--{key}={value}' for key, value in flags.items()]
         kept = [arg for arg in arguments if arg[2:].split('=')[0] not in flags or not arg.startswith('--')]
-        what = f'{asked} does not fit' if asked else 'No trainer fits'
+        problem = f'{asked} does not fit' if asked else 'No trainer fits'
         more = f'{count} GPUs' * (count != gpus)
         steps = ', '.join(filter(None, [more, e.name, *changed]))
         return (
-            f'{what} on {gpus} × {gpu.name}. The smallest change that fits: {steps} '
+            f'{problem} on {gpus} × {gpu.name}. The smallest change that fits: {steps} '
             f'({gib(e.memory_bytes["total"])} GiB reserved, {e.tokens_per_sec:,.0f} tokens/s):\n'
             f'  {options.command(e.name, e.run, [*kept, *changed])}'
         )
     if asked and not found[asked].fits:
-        return (
-            f'{asked} does not fit on {gpus} × {gpu.name}, and up to 1,024 GPUs nothing else does: use a smaller model.'
-        )
+        problem = f'{asked} does not fit on {gpus} × {gpu.name}, nor does any trainer on up to 1,024 GPUs'
+        return f'{problem}: use a smaller model.'
     if not best:
         return f'No trainer fits on {gpus} × {gpu.name}, nor on up to 1,024 of them: use a smaller model.'
     fastest = max(e.tokens_per_sec for e in found.values() if e.fits)
@@ -129,18 +128,19 @@ def advice(found, gpu, gpus, asked, best, arguments, way_out):
 def as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out):
     first = next(iter(found.values())).run
     title = (
-        f'{first.parameters / 1e6:,.0f}M parameters, {gpus} × {gpu.device_name}, {first.batch_size} × {first.block_size} tokens '
-        f'per GPU and micro-step, {first.micro_steps} micro-steps, {first.tokens_per_iter:,} tokens per iteration, {tokens:,.0f} in all'
+        f'{first.parameters / 1e6:,.0f}M parameters, {gpus} × {gpu.device_name}, '
+        f'{first.batch_size} × {first.block_size} tokens per GPU and micro-step, {first.micro_steps} micro-steps, '
+        f'{first.tokens_per_iter:,} tokens per iteration, {tokens:,.0f} in all'
     )
     parts = [title, memory_table(found, gpu), speed_table(found, tokens, gpus, config['price'])]
     if gpus > gpu.per_machine:
-        parts.append(f'Between machines of {gpu.per_machine}: {config["network"]:g} GB/s for each GPU (--network).')
+        parts.append(f'Between machines of {gpu.per_machine}: {config["network"]:g} GB/s per GPU (--network).')
     parts.append(advice(found, gpu, gpus, asked, best, arguments, way_out))
     return '\n\n'.join(parts)
 
 
 def largest_of(what, found, config, gpu, gpus, network):
-    """{trainer: {n_layer or batch_size: the most that fits, 0 if one does not; 'parameters': of that model}}."""
+    """Returns {trainer: {n_layer or batch_size: the most that fits or 0, 'parameters': of that model}}."""
     key = {'model': 'n_layer', 'batch': 'batch_size'}[what]
     result = {}
     for name in found:
@@ -165,7 +165,7 @@ COLOURS = ('#0072B2', '#56B4E9', '#004466', '#E69F00', '#F0E442', '#009E73', '#C
 
 
 def scaling(config, gpu, name, network):
-    """[(number of GPUs, tokens/s)] of a trainer where it fits, with the micro-steps of each GPU as they are."""
+    """Returns [(number of GPUs, tokens/s)] of a trainer where it fits, with unchanged micro-steps per GPU."""
     steps = options.micro_steps_of(config, config['gpus'])
     points = []
     for count in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):

@@ -1,4 +1,4 @@
-"""Run: one configuration of train.py on one kind of GPU, with the counts that memory and speed are made of."""
+"""Describes one configuration of train.py on one kind of GPU, with the counts behind memory and speed."""
 
 from dataclasses import dataclass, replace
 
@@ -8,8 +8,8 @@ from planner.gpus import GPU
 @dataclass(frozen=True)
 class Run:
     """
-    A configuration whose `auto` flags have been decided. micro_steps are those of one rank. trainer is ddp, zero1 or fsdp; with one GPU
-    every trainer is ddp, as in train.py.
+    A configuration with resolved `auto` flags. micro_steps: per rank. trainer: ddp, zero1 or fsdp; with one GPU always
+    ddp, as in train.py.
     """
 
     gpu: GPU
@@ -23,17 +23,17 @@ class Run:
     trainer: str = 'ddp'
     vocab_size: int = 50304
     bias: bool = False
-    kernels: bool = False  # phase2_triton's model
+    kernels: bool = False  # the Triton model
     half_residual: bool = False
     loss_rows: int = 0
     compiled: bool = True
     graphs: bool = True
     checkpointing: bool = False
-    shard_size: int = 0  # ranks that hold one copy of the model together, under FSDP; 0: all
+    shard_size: int = 0  # ranks that together hold one copy of the model, under FSDP; 0: all
     min_num_params: int = 1_000_000
     reshard: bool = False  # under FSDP: gather again for the backward
     offload: bool = False
-    half_bytes: int = 2  # bytes of an element that autocast rounds: 4 with --dtype=float32
+    half_bytes: int = 2  # bytes per element that autocast rounds: 4 with --dtype=float32
 
     def change(self, **fields):
         return replace(self, **fields)
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def path(self):
-        """Which code computes the model: kernels (Triton), compiled (torch.compile) or eager."""
+        """The code that computes the model: kernels (Triton), compiled (torch.compile) or eager."""
         return 'kernels' if self.kernels else 'compiled' if self.compiled else 'eager'
 
     @property
@@ -68,13 +68,13 @@ class Run:
 
     @property
     def unit_parameters(self):
-        """Parameters of FSDP's largest unit of blocks: consecutive blocks until they have min_num_params."""
+        """Parameters of FSDP's largest unit: consecutive blocks with at least min_num_params together."""
         blocks = -(-self.min_num_params // self.block_parameters)
         return min(blocks, self.n_layer) * self.block_parameters
 
     @property
     def tokens(self):
-        """Tokens of one micro-step of one GPU."""
+        """Tokens per micro-step and GPU."""
         return self.batch_size * self.block_size
 
     @property
@@ -83,6 +83,6 @@ class Run:
 
     @property
     def flops_per_token(self):
-        """FLOPs of forward and backward as train.py counts them for MFU: PaLM, appendix B (arxiv.org/abs/2204.02311)."""
+        """FLOPs of forward and backward, counted as for train.py's MFU: PaLM, appendix B (arxiv.org/abs/2204.02311)."""
         without_positions = self.parameters - self.block_size * self.n_embd
         return 6 * without_positions + 12 * self.n_layer * self.n_embd * self.block_size

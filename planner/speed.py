@@ -1,44 +1,47 @@
 """
-Tokens per second of a run: a roofline for each kind of work, with efficiencies fitted on measured runs. docs/planner.md explains it.
+Computes the tokens per second of a run: a roofline for each kind of work, with efficiencies fitted on measured runs.
+docs/planner.md explains it.
 
-An iteration is micro_steps times a micro-step (matmuls, attention, and kernels that are bound by memory bandwidth, one after the other),
-then what the ranks send that no computation hides, then clipping and AdamW.
+The time of an iteration is micro_steps times a micro-step (matmuls, attention, and kernels bound by memory bandwidth,
+in sequence), plus communication that no computation hides, plus clipping and AdamW.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from planner.run import Run
+
 FITTED = Path(__file__).with_name('efficiencies.json')
 
 
 @dataclass(frozen=True)
 class Efficiencies:
-    """Fractions of what a data sheet promises, and CPU times; written to efficiencies.json by benchmarks/bench_planner.py."""
+    """Fractions of data sheet figures, and CPU times. benchmarks/bench_planner.py writes them to efficiencies.json."""
 
     matmul: float = 0.70  # of the peak FLOP/s, for an infinitely wide model
-    narrow: float = 50.0  # width at which half of that is lost
+    narrow: float = 50.0  # model width at which half of that is lost
     attention: float = 0.24  # of the peak FLOP/s, forward and backward of cuDNN's causal attention
     compiled: float = 0.75  # of the memory bandwidth, in kernels by torch.compile
-    kernels: float = 0.75  # of the memory bandwidth, in phase2_triton's kernels
+    kernels: float = 0.75  # of the memory bandwidth, in the Triton kernels
     eager: float = 0.75  # of the memory bandwidth, in PyTorch's own kernels
     fsdp: float = 0.75  # of the memory bandwidth, in blocks compiled one by one, residual stream in 16 bits
     optimizer: float = 0.85  # of the memory bandwidth, in clipping and AdamW
-    slowest_rank: float = 0.97  # a rank's speed among several, which wait for each other in each iteration
+    slowest_rank: float = 0.97  # speed of one of several ranks, which wait for each other in each iteration
     link: float = 0.78  # of NVLink's bandwidth, in NCCL's collectives
-    exposed: float = 0.8  # of a gradient reduction that backward does not hide
-    launch: float = 0.6e-3  # seconds of CPU time for each block and micro-step without CUDA graphs, compiled or eager
-    launch_kernels: float = 3.3e-3  # the same with phase2_triton's kernels, whose autograd functions run in Python
+    exposed: float = 0.8  # part of a gradient reduction that backward does not hide
+    launch: float = 0.6e-3  # CPU seconds per block and micro-step without CUDA graphs, compiled or eager
+    launch_kernels: float = 3.3e-3  # the same with the Triton kernels, whose autograd functions run in Python
     launch_fsdp: float = 2.8e-3  # the same under FSDP, whose hooks run in Python
-    launch_reduce: float = 2.5e-3  # and once an iteration, for each FSDP unit
+    launch_reduce: float = 2.5e-3  # and once per iteration for each FSDP unit
     cpu_bandwidth: float = 45e9  # bytes/s of CPU memory for each rank's share of an offloaded AdamW
 
 
 def element_bytes(run):
-    """Bytes per token that the kernels of one block read and write between matmuls: (forward, backward)."""
+    """Returns the bytes per token that the kernels of one block read and write between matmuls: (forward, backward)."""
     h, half = run.n_embd, run.half_bytes
     r = half if run.sharded or run.half_residual else 4
-    norm = r + half + r + half  # reads the residual stream and a branch, writes their sum and what is normalized
+    norm = r + half + r + half  # reads the residual stream and a branch, writes their sum and its norm
     norm_backward = half + r + r + r + half  # reads two gradients and the input, writes the gradient, also rounded
     gelu, gelu_backward = 8 * half, 12 * half
     pack = 6 * half  # the gradients of query, key and value, into one tensor
@@ -49,17 +52,17 @@ def element_bytes(run):
 
 
 def logit_bytes(run):
-    """Bytes that are read and written for each logit outside the matmuls."""
+    """Returns the bytes read and written per logit outside the matmuls."""
     half = run.half_bytes
     if run.kernels:
         return 3 * half  # two reads, and the gradient in place
     if run.path == 'compiled':
-        return 4 * half if run.sharded else 7 * half  # and a gradient of zeros to fill and to add
+        return 4 * half if run.sharded else 7 * half  # without FSDP also a gradient of zeros to fill and add
     return 5 * half + 4 * 6
 
 
 def weight_bytes(run):
-    """Bytes per parameter and micro-step to round weights and to add gradients."""
+    """Returns the bytes per parameter and micro-step for rounding weights and adding gradients."""
     half = run.half_bytes
     add = 12  # a gradient in float32 and the sum so far, read and written
     if run.sharded:
@@ -70,10 +73,10 @@ def weight_bytes(run):
 
 
 def micro_step_parts(run, e):
-    """Seconds of one micro-step on one GPU, by kind of work."""
+    """Returns the seconds of one micro-step on one GPU, by kind of work."""
     h, tokens, gpu = run.n_embd, run.tokens, run.gpu
-    again = 1 + run.checkpointing / 3  # the forward is a third of forward and backward
-    blocks = 6 * 12 * h * h * run.n_layer * again
+    recompute = 1 + run.checkpointing / 3  # the forward is a third of forward and backward
+    blocks = 6 * 12 * h * h * run.n_layer * recompute
     head = 6 * run.vocab_size * h
     matmul = e.matmul * h / (h + e.narrow) * gpu.peak_flops * 2 / run.half_bytes
     forward, backward = element_bytes(run)
@@ -81,7 +84,7 @@ def micro_step_parts(run, e):
     moved += tokens * run.vocab_size * logit_bytes(run) + tokens * h * 24
     moved += weight_bytes(run) * run.parameters
     fraction = e.kernels if run.kernels else e.eager if run.path == 'eager' else e.fsdp if run.sharded else e.compiled
-    # causal attention: 2 T h FLOPs per token in forward, 5 T h in backward, which computes the scores again
+    # causal attention: 2 T h FLOPs per token in forward, 5 T h in backward, which recomputes the scores
     attention = run.n_layer * run.block_size * h * (2 * (1 + run.checkpointing) + 5)
     return {
         'matmuls': tokens * (blocks + head) / matmul,
@@ -91,23 +94,28 @@ def micro_step_parts(run, e):
 
 
 def launch_seconds(run, e):
-    """CPU time of an iteration without CUDA graphs. The GPU waits for the CPU where its own time is shorter."""
-    again = 1 + run.checkpointing / 3
+    """
+    Returns the CPU seconds per iteration without CUDA graphs. The GPU waits for the CPU if its own time is shorter.
+    """
+    recompute = 1 + run.checkpointing / 3
     units = run.n_layer if run.unit_parameters < run.n_layer * run.block_parameters else 1
     each = max(
         e.launch * run.n_layer, run.kernels * e.launch_kernels * run.n_layer, run.sharded * e.launch_fsdp * units
     )
-    return run.micro_steps * each * again + run.sharded * e.launch_reduce * units
+    return run.micro_steps * each * recompute + run.sharded * e.launch_reduce * units
 
 
 def collective_bytes_per_s(run, e, ranks, network):
-    """Bytes/s of a ring among so many ranks: NVLink inside a machine, each GPU's share of the network between machines."""
+    """
+    Returns the bytes/s of a ring of `ranks` ranks: NVLink in a machine, each GPU's share of the network between
+    machines.
+    """
     inside = e.link * run.gpu.link
     return inside if ranks <= run.gpu.per_machine else min(inside, network)
 
 
 def exposed_seconds(run, e, network):
-    """Seconds of an iteration in which the ranks only send."""
+    """Returns the seconds per iteration in which the ranks only communicate."""
     n, half = run.parameters, run.half_bytes
     if run.gpus == 1:
         return 0.0
@@ -133,7 +141,10 @@ def exposed_seconds(run, e, network):
 
 
 def optimizer_seconds(run, e):
-    """Clipping reads the gradients and scales them; AdamW reads four numbers of each parameter and writes three."""
+    """
+    Returns the seconds of clipping, which reads and scales gradients, and AdamW: 4 numbers read per parameter, 3
+    written.
+    """
     n = run.parameters / run.shards
     clip = 12 * n
     update = 28 * n / (run.gpus if run.trainer == 'zero1' else 1)
@@ -143,8 +154,8 @@ def optimizer_seconds(run, e):
     return (clip + update) / (e.optimizer * run.gpu.bandwidth)
 
 
-def iteration_seconds(run, e=None, network=50e9):
-    """Seconds of one iteration of train.py. network: bytes/s between machines for each GPU."""
+def iteration_seconds(run: Run, e: Efficiencies | None = None, network: float = 50e9) -> float:
+    """Returns the seconds per iteration of train.py. network: bytes/s per GPU between machines."""
     e = e or EFFICIENCIES
     parts = micro_step_parts(run, e)
     compute = sum(parts.values())
@@ -156,7 +167,7 @@ def iteration_seconds(run, e=None, network=50e9):
     return micro_steps + exposed_seconds(run, e, network) + optimizer_seconds(run, e)
 
 
-def tokens_per_sec(run, e=None, network=50e9):
+def tokens_per_sec(run: Run, e: Efficiencies | None = None, network: float = 50e9) -> float:
     return run.tokens_per_iter / iteration_seconds(run, e, network)
 
 

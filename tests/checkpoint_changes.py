@@ -1,9 +1,9 @@
 """
 Changes every field of a real checkpoint, one at a time, and runs a script with each result.
 
-As a program: python checkpoint_changes.py CHECKPOINT CHANGED RESULTS NUMBERS SCRIPT [FLAGS ...] writes each changed checkpoint to the
-path CHANGED and runs the script in a forked process, which has imported torch already. NUMBERS: a JSON list of changes, by their
-number in changes(). RESULTS gets a JSON list of [what was changed, exit status, stderr].
+As a program: python checkpoint_changes.py CHECKPOINT CHANGED RESULTS NUMBERS SCRIPT [FLAGS ...] writes each changed
+checkpoint to the path CHANGED and runs the script in a forked process, which has imported torch already. NUMBERS: a
+JSON list of changes, by their number in changes(). RESULTS gets a JSON list of [what was changed, exit status, stderr].
 """
 
 import copy
@@ -75,8 +75,8 @@ def changes(checkpoint):
 
 def representatives(found, source):
     """
-    Returns the numbers of one change for each kind of field and of change: the members of a list, and of a dict with 8 or more, are of one kind,
-    unless source, the text of the scripts that read the checkpoint, looks up their name.
+    Returns the numbers of one change for each kind of field and of change: the members of a list, and of a dict with 8
+    or more, are of one kind, unless source, the text of the scripts that read the checkpoint, looks up their name.
     """
     members = {}
     for path, _, _ in found:

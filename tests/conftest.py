@@ -59,7 +59,9 @@ def launch():
 
 @pytest.fixture(scope='session')
 def launch_interpreted():
-    """Like launch, where Triton's kernels run on the CPU: in its interpreter, which is chosen when Triton is imported."""
+    """
+    Like launch, where Triton's kernels run on the CPU: in its interpreter, which is chosen when Triton is imported.
+    """
     launcher = Launcher(TRITON_INTERPRET='1')
     yield launcher
     launcher.close()

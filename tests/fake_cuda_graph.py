@@ -1,7 +1,7 @@
 """
-CUDA graphs for tests without a GPU: notes each operation of PyTorch and each launch of a kernel with its tensors, and repeats them on the
-same memory. Like the real ones it knows nothing of the Python code between them, and recording changes no tensor that was there before.
-Unlike them it never uses memory twice.
+CUDA graphs for tests without a GPU: notes each operation of PyTorch and each launch of a kernel with its tensors, and
+repeats them on the same memory. Like the real ones it knows nothing of the Python code between them, and recording
+changes no tensor that was there before. Unlike them it never uses memory twice.
 """
 
 import importlib

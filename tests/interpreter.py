@@ -5,8 +5,9 @@ import os
 
 def look_up_language_once():
     """
-    The interpreter replaces triton.language's functions for the length of a launch, and looks through all of them again at each call
-    of a @triton.jit function from another one: half of a test's time. Those calls find everything replaced, and need not look.
+    The interpreter replaces triton.language's functions for the length of a launch, and looks through all of them again
+    at each call of a @triton.jit function from another one: half of a test's time. Those calls find everything
+    replaced, and need not look.
     """
     if os.environ.get('TRITON_INTERPRET') != '1':
         return

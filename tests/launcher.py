@@ -20,7 +20,10 @@ from types import SimpleNamespace
 
 class Launcher:
     def __init__(self, **env):
-        """env: variables that count when torch and Triton are imported, such as TRITON_INTERPRET='1'; a run can only set others."""
+        """
+        env: variables that count when torch and Triton are imported, such as TRITON_INTERPRET='1'; a run can only set
+        others.
+        """
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1', **env)
         self.socket, theirs = socket.socketpair()
         with theirs:
@@ -35,8 +38,8 @@ class Launcher:
 
     def __call__(self, script, *args, nproc=1, cwd=None, env=None, timeout=120, kill_after=None, check=True):
         """
-        Runs `script args...` on nproc ranks in folder cwd. Returns .returncode (of the first rank to fail, or 0), .stdout
-        and .stderr of all ranks. kill_after: seconds until each rank gets SIGKILL. With check a failure raises.
+        Runs `script args...` on nproc ranks in folder cwd. Returns .returncode (of the first rank to fail, or 0),
+        .stdout and .stderr of all ranks. kill_after: seconds until each rank gets SIGKILL. With check a failure raises.
         """
         result = SimpleNamespace(
             **self.ask(
@@ -50,8 +53,8 @@ class Launcher:
 
     def start(self, script, *args, cwd=None, env=None, stdout=None):
         """
-        Starts `python script args...`, which runs on its own, and returns its Process. stdout: an open file, also for its
-        stderr; None: a pipe for stdout, whose other end is .stdout, and stderr is discarded.
+        Starts `python script args...`, which runs on its own, and returns its Process. stdout: an open file, also for
+        its stderr; None: a pipe for stdout, whose other end is .stdout, and stderr is discarded.
         """
         request = dict(kind='start', **_script(script, args, cwd, env))
         if stdout is not None:
@@ -99,7 +102,10 @@ class Process:
 
 
 def become(script, args, cwd, env, out, err):
-    """In a forked child: turns into `python script args...` in folder cwd, with the file descriptors out and err as stdout and stderr."""
+    """
+    In a forked child: turns into `python script args...` in folder cwd, with the file descriptors out and err as stdout
+    and stderr.
+    """
     import atexit
     import runpy
 

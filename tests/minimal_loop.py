@@ -1,6 +1,6 @@
 """
-The training loop of nanoGPT reduced to its numbers: what is drawn when, and what is computed from it. No checkpoints, no
-log, no ranks, no schedule options. train.py must print what this prints, and must not be slower.
+The training loop of nanoGPT reduced to its numbers: what is drawn when, and what is computed from it. No checkpoints,
+no log, no ranks, no schedule options. train.py must print what this prints, and must not be slower.
 """
 
 import argparse

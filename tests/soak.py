@@ -1,12 +1,13 @@
 """
-Trains a tiny model for as long as it is told to, and disturbs it: SIGTERM or SIGKILL to one rank, or a full disk, at random moments
-of runs that save every few steps. Each run goes on where the last one ended (--init_from=auto), now and then at another world size and
-in the next phase. After each fault every file that a user relies on must be readable. Within a chain of runs at one world size every
-line must be that of a run that was never disturbed.
+Trains a tiny model for as long as it is told to, and disturbs it: SIGTERM or SIGKILL to one rank, or a full disk, at
+random moments of runs that save every few steps. Each run goes on where the last one ended (--init_from=auto), now and
+then at another world size and in the next phase. After each fault every file that a user relies on must be readable.
+Within a chain of runs at one world size every line must be that of a run that was never disturbed.
 
     python tests/soak.py --minutes=120 --seed=1
 
-Exit status 1 if anything was lost or different, or nothing was tried. It needs no root: the full disk is a limit on the size of files (RLIMIT_FSIZE).
+Exit status 1 if anything was lost or different, or nothing was tried. It needs no root: the full disk is a limit on the
+size of files (RLIMIT_FSIZE).
 """
 
 import argparse
@@ -36,8 +37,8 @@ FLAGS = [
 ]
 FLAGS += ['--learning_rate=1e-3', '--fsdp_min_num_params=1']
 WARM_UP_S = 3
-# What a trainer may grow between warm-up and its end. Seen: 0.4 to 1.4 MiB, all of it early, as allocators round to pages and arenas. A leak
-# of what is saved, 0.3 MiB every 4 steps, would pass this after 60 steps.
+# What a trainer may grow between warm-up and its end. Seen: 0.4 to 1.4 MiB, all of it early, as allocators round to
+# pages and arenas. A leak of what is saved, 0.3 MiB every 4 steps, would pass this after 60 steps.
 GROWTH_MIB = 4
 
 
@@ -49,8 +50,9 @@ def numbers(stdout):
 
 def same(a, b, phase, nproc):
     """
-    Whether two values of numbers() are equal. With 3 ranks and more DDP sums the first gradients of a run in another order than all
-    later ones (it orders its buckets anew), which changes the last bit: there the last digit printed may differ by one.
+    Whether two values of numbers() are equal. With 3 ranks and more DDP sums the first gradients of a run in another
+    order than all later ones (it orders its buckets anew), which changes the last bit: there the last digit printed may
+    differ by one.
     """
     if a == b or b is None or nproc < 3 or phase == 'phase3_fsdp':
         return a == b
@@ -160,7 +162,10 @@ class Soak:
         shutil.rmtree('long')
 
     def run(self, minutes):
-        """Chains for so many minutes, and on until all of SEEN has been seen: a slow machine needs more of them than a fast one."""
+        """
+        Chains for so many minutes, and on until all of SEEN has been seen: a slow machine needs more of them than a
+        fast one.
+        """
         deadline, turn = time.time() + 60 * minutes, 0
         while time.time() < deadline or (turn < 20 and not all(self.report[name] for name in SEEN)):
             phase = self.phases[turn % len(self.phases)]

@@ -1,5 +1,6 @@
 """
-Checkpoints: any change of a byte or of a field is noticed, names of other versions are understood, and a save loses nothing.
+Checkpoints: any change of a byte or of a field is noticed, names of other versions are understood, and a save loses
+nothing.
 """
 
 import glob
@@ -47,7 +48,9 @@ def acceptable(status, stderr):
 
 
 def run_changed(launch, script, numbers, flags):
-    """Asserts that the script accepts each changed checkpoint or ends with one message. Returns how many it accepted."""
+    """
+    Asserts that the script accepts each changed checkpoint or ends with one message. Returns how many it accepted.
+    """
     shutil.copy('out/ckpt.pt', 'original.pt')
     launch(
         ROOT / 'tests' / 'checkpoint_changes.py',
@@ -73,8 +76,8 @@ FOLDERS = ['nanoGPT', 'phase1_zero1', 'phase3_fsdp']
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_a_changed_field_is_accepted_or_named(launch, run, folder, name):
     """
-    Each folder has its share of half of the changes, because all that reads a checkpoint on one rank is the same in the three; the next
-    test has all changes in each.
+    Each folder has its share of half of the changes, because all that reads a checkpoint on one rank is the same in the
+    three; the next test has all changes in each.
     """
     found = changes(load('out/ckpt.pt'))
     numbers = representatives(found, READERS)

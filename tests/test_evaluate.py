@@ -40,8 +40,8 @@ def texts_of(out_dir):
 @torch.no_grad()
 def test_loss(launch, work):
     """
-    The mean over the first tokens of the validation split, in float32 to 1e-6, with any number of ranks and batch size. One character is one
-    byte here, so bits per byte is the loss by ln 2.
+    The mean over the first tokens of the validation split, in float32 to 1e-6, with any number of ranks and batch size.
+    One character is one byte here, so bits per byte is the loss by ln 2.
     """
     launch(TRAIN, *TINY)
     model, tokens = (
@@ -121,7 +121,10 @@ def accuracy(model, questions, contexts, endings, lengths):
 
 
 def test_hellaswag(launch, questions):
-    """As written out above, in batches and on several ranks. Contexts and endings are longer than block_size in some questions."""
+    """
+    As written out above, in batches and on several ranks. Contexts and endings are longer than block_size in some
+    questions.
+    """
     import re
 
     def clean(text):

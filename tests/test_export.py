@@ -1,4 +1,6 @@
-"""export_hf.py and import_hf.py: checkpoints to Hugging Face transformers and back, and a GELU that goes with the weights."""
+"""
+export_hf.py and import_hf.py: checkpoints to Hugging Face transformers and back, and a GELU that goes with the weights.
+"""
 
 import json
 import os
@@ -51,8 +53,8 @@ FLAGS = {'characters': ['--shard_bytes=1000'], 'bytes': [], 'gpt2': ['--dtype=bf
 @pytest.mark.parametrize('case', CASES)
 def test_there_and_back(launch, work, case):
     """
-    transformers loads the folder, its tokenizer encodes as we do, and its greedy text is ours. The import has the same bits, except for
-    padding, which is left out, and for bfloat16's rounding, where that was asked for.
+    transformers loads the folder, its tokenizer encodes as we do, and its greedy text is ours. The import has the same
+    bits, except for padding, which is left out, and for bfloat16's rounding, where that was asked for.
     """
     vocab_size, bias, gelu, meta = CASES[case]
     if meta:
@@ -122,8 +124,8 @@ def logits_of(out_dir, idx, **options):
 
 def test_import_of_a_transformers_model(launch, launch_interpreted, random_gpt2):
     """
-    The logits are transformers' with the tanh GELU only. sample.py takes the GELU from the checkpoint, also for the Triton kernels,
-    and training continues with it, on one rank or sharded over two.
+    The logits are transformers' with the tanh GELU only. sample.py takes the GELU from the checkpoint, also for the
+    Triton kernels, and training continues with it, on one rank or sharded over two.
     """
     assert len([name for name in os.listdir('hf') if name.endswith('.safetensors')]) > 1
     out = launch(IMPORT, '--hf_dir=hf').stdout
@@ -164,7 +166,10 @@ def test_import_of_a_transformers_model(launch, launch_interpreted, random_gpt2)
 
 
 def test_gelu_of_a_run(launch, work):
-    """A resume keeps it without the flag, and refuses the other one, as sample.py does. Upstream's checkpoints have the erf form."""
+    """
+    A resume keeps it without the flag, and refuses the other one, as sample.py does. Upstream's checkpoints have the
+    erf form.
+    """
     launch(TRAIN, *TINY, '--gelu=tanh', '--max_iters=6')
     checkpoint = load('out/ckpt.pt')
     assert checkpoint['config']['gelu'] == 'tanh' and 'gelu' not in checkpoint['model_args']

@@ -1,5 +1,6 @@
 """
-data/fineweb/prepare.py as a user runs it, with a Hugging Face Hub that is a folder on this machine: nothing here needs a network.
+data/fineweb/prepare.py as a user runs it, with a Hugging Face Hub that is a folder on this machine: nothing here needs
+a network.
 """
 
 import gzip
@@ -151,7 +152,7 @@ def test_ready_made_shards(hub, prepare, tmp_path):
     assert all((tmp_path / 'out' / name).read_bytes() == (source / name).read_bytes() for name in names)
     (source / 'fineweb_train_000003.bin').write_bytes(b'version https://git-lfs.github.com/spec/v1')
     run = prepare(*arguments, 3, check=False)
-    assert run.returncode == 2 and 'fineweb_train_000003.bin is no complete shard' in run.stderr
+    assert run.returncode == 2 and 'fineweb_train_000003.bin is not a complete shard' in run.stderr
     run = prepare('--ready-made', '--kind', 'edu', check=False)
     assert run.returncode == 2 and 'belongs to another data set' in run.stderr
     run = prepare('--ready-made', '--sample', '350BT', check=False)

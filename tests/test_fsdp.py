@@ -1,6 +1,6 @@
 """
-Phase 3: the numbers of DDP from shards, checkpoints that any phase and any number of ranks can read, and what happens when
-they are damaged or a rank is killed while it saves.
+Phase 3: the numbers of DDP from shards, checkpoints that any phase and any number of ranks can read, and what happens
+when they are damaged or a rank is killed while it saves.
 """
 
 import os
@@ -37,8 +37,9 @@ RESUME = '--init_from=resume'
 )
 def test_same_losses_as_ddp(launch, work, nproc, variants):
     """
-    50 steps with weight decay, clipping, accumulation, dropout, an evaluation and a checkpoint in between. The ranks add up
-    their gradients in another order than in DDP, so the last bits differ: 1e-6 is 8 units in the last place of float32.
+    50 steps with weight decay, clipping, accumulation, dropout, an evaluation and a checkpoint in between. The ranks
+    add up their gradients in another order than in DDP, so the last bits differ: 1e-6 is 8 units in the last place of
+    float32.
     """
     flags = [
         *TINY,
@@ -93,7 +94,10 @@ def test_says_what_each_rank_holds(launch, work):
 
 
 def test_weights_at_the_start_are_the_references_to_the_bit(launch):
-    """Built on the meta device, on 3 ranks, which cut 40 rows unevenly: rank 0's weights, and each rank's own generator, as in DDP."""
+    """
+    Built on the meta device, on 3 ranks, which cut 40 rows unevenly: rank 0's weights, and each rank's own generator,
+    as in DDP.
+    """
     out = launch(PROGRAMS / 'fsdp_first_weights.py', FSDP.parent, nproc=3).stdout
     assert out.endswith('equal\n')
 
@@ -101,9 +105,9 @@ def test_weights_at_the_start_are_the_references_to_the_bit(launch):
 @pytest.mark.parametrize('nproc', [2, pytest.param(4, marks=pytest.mark.full)])
 def test_recorded_micro_steps(launch, nproc):
     """
-    An iteration replayed as CUDA graphs, which are faked here, is the iteration itself to the bit: of several micro-steps and of one, behind an
-    evaluation, released and recorded anew, with all units kept and with each freed, and in hybrid sharding on 4 ranks. More micro-steps than were
-    recorded are an error.
+    An iteration replayed as CUDA graphs, which are faked here, is the iteration itself to the bit: of several
+    micro-steps and of one, behind an evaluation, released and recorded anew, with all units kept and with each freed,
+    and in hybrid sharding on 4 ranks. More micro-steps than were recorded are an error.
     """
     out = launch(PROGRAMS / 'fsdp_recorded_micro_steps.py', FSDP.parent, nproc=nproc).stdout
     assert out.endswith('equal\n')
@@ -111,8 +115,8 @@ def test_recorded_micro_steps(launch, nproc):
 
 def test_steps_that_overflow_are_skipped_by_fused_adamw(launch, work):
     """
-    As on a GPU, where AdamW is fused. The loss is scaled up so much that for some steps gradients are inf, on both ranks; after those it is
-    as in AdamW's other form, but for the rounding of float16.
+    As on a GPU, where AdamW is fused. The loss is scaled up so much that for some steps gradients are inf, on both
+    ranks; after those it is as in AdamW's other form, but for the rounding of float16.
     """
     runs = []
     for fused in '01':
@@ -125,8 +129,8 @@ def test_steps_that_overflow_are_skipped_by_fused_adamw(launch, work):
 
 def test_loss_is_in_float32(launch, work):
     """
-    At bfloat16 the loss of a batch is nearer to float32's than bfloat16 could write it: 3.7 has steps of 0.016 there. Compiled
-    (by a backend that changes nothing) it is the same model in few graphs.
+    At bfloat16 the loss of a batch is nearer to float32's than bfloat16 could write it: 3.7 has steps of 0.016 there.
+    Compiled (by a backend that changes nothing) it is the same model in few graphs.
     """
     flags = [*TINY, '--max_iters=2', '--eval_iters=1', '--n_layer=3', EACH_BLOCK, '--dtype=bfloat16']
     launch(FSDP, *flags, '--out_dir=eager', nproc=2)
@@ -168,7 +172,7 @@ def test_conversion_replaces_nothing_that_is_newer(launch, work):
     launch(FSDP, *TINY, '--max_iters=3', nproc=2)
     launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
     run = launch(CONVERT, 'sharded', 'out', check=False)
-    assert run.returncode == 2 and 'is of iteration 6, and what would replace it of 4' in run.stderr
+    assert run.returncode == 2 and 'is of iteration 6, but the checkpoint that would replace it of 4' in run.stderr
     os.utime('out/ckpt.pt')  # a copy may have lost the times
     out = launch(PROGRAMS / 'find_checkpoint.py', ROOT / 'phase3_fsdp').stdout
     assert 'iter_0000006' in out.splitlines()[-1] and 'of an earlier iteration (4 of 6)' in out
@@ -291,8 +295,8 @@ CUDA = pytest.param(
 )
 def test_alone_on_a_device(launch, work, device, options):
     """
-    A group of one rank: all of FSDP but the sending. The losses are the reference's, also across a stop and a resume, and the
-    reference goes on from there. On a GPU what can be compiled is, here nothing.
+    A group of one rank: all of FSDP but the sending. The losses are the reference's, also across a stop and a resume,
+    and the reference goes on from there. On a GPU what can be compiled is, here nothing.
     """
     flags = [*(flag for flag in TINY if 'device' not in flag), f'--device={device}', '--gradient_accumulation_steps=4']
     plain, alone = ['--dtype=float32', '--compile=False'], PROGRAMS / 'one_device.py'
@@ -306,7 +310,8 @@ def test_alone_on_a_device(launch, work, device, options):
     ours = numbers([alone, FSDP], '--max_iters=12') + numbers([alone, FSDP], RESUME)
     assert len(ours) == len(theirs)
     half = '--dtype=float32' not in options
-    # printed with 4 digits; in half precision weights are rounded to 8 or 11 bits, and in float16 a first step may be skipped
+    # printed with 4 digits; in half precision weights are rounded to 8 or 11 bits, and in float16 a first step may be
+    # skipped
     assert ours == pytest.approx(
         theirs, abs=0.35 if '--dtype=float16' in options else 0.05 if half else 2e-4 if device == 'cpu' else 2e-3
     )
@@ -332,7 +337,9 @@ def test_alone_on_a_device(launch, work, device, options):
     ],
 )
 def test_on_gpus(launch, work, nproc, options):
-    """Learns like DDP in float32 does, resumes at two world sizes, and keeps its shards on the device they belong to."""
+    """
+    Learns like DDP in float32 does, resumes at two world sizes, and keeps its shards on the device they belong to.
+    """
     if torch.cuda.device_count() < nproc:
         pytest.skip(f'needs {nproc} CUDA GPUs')
     flags = [

@@ -1,10 +1,10 @@
 """
 A checkpoint of any phase at any number of processes resumes in any other, and any sample.py samples from it.
 
-One checkpoint goes through a chain of runs, each of which reads what the one before wrote, does one step and writes it again. The
-learning rate is 0 and AdamW's betas are 1 to the precision of float32, so a step changes nothing but the step count: what is
-written must be what was read, to the bit, whatever the gradients. By default the chain visits every kind of run once; -m full
-(make test-full) takes every pair of them.
+One checkpoint goes through a chain of runs, each of which reads what the one before wrote, does one step and writes it
+again. The learning rate is 0 and AdamW's betas are 1 to the precision of float32, so a step changes nothing but the
+step count: what is written must be what was read, to the bit, whatever the gradients. By default the chain visits every
+kind of run once; -m full (make test-full) takes every pair of them.
 """
 
 import itertools
@@ -37,7 +37,10 @@ SHARDED = '--ckpt_format=sharded'
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of run: train.py of a folder on nproc ranks, with Triton's kernels (in the interpreter) or without, to a checkpoint of either form."""
+    """
+    A kind of run: train.py of a folder on nproc ranks, with Triton's kernels (in the interpreter) or without, to a
+    checkpoint of either form.
+    """
 
     folder: str
     nproc: int
@@ -58,8 +61,8 @@ class Kind:
         return self.folder == 'phase3_fsdp' and self.nproc > 1
 
 
-# In the order of the default chain: some have as many ranks as the one before, so that they go on with its data, some have not. 3 ranks
-# cut the vocabulary of 40 unevenly
+# In the order of the default chain: some have as many ranks as the one before, so that they go on with its data, some
+# have not. 3 ranks cut the vocabulary of 40 unevenly
 KINDS = [
     Kind('phase1_zero1', 2),
     Kind('phase3_fsdp', 4),
@@ -101,8 +104,10 @@ def work(start, tmp_path, monkeypatch):
 
 @pytest.fixture
 def walk(launch, launch_interpreted, work):
-    """walk(kinds) makes runs of these kinds, each from the checkpoint that the one before left in out/, and checks what each
-    writes. before: what out/ckpt.pt means, if not what it is. visit(kind) is called after each run."""
+    """
+    walk(kinds) makes runs of these kinds, each from the checkpoint that the one before left in out/, and checks what
+    each writes. before: what out/ckpt.pt means, if not what it is. visit(kind) is called after each run.
+    """
 
     def walk(*kinds, before=None, visit=lambda kind: None):
         before = before or load('out/ckpt.pt')
@@ -145,7 +150,10 @@ def in_full(launch):
 
 
 def assert_one_step_later(before, after, nproc):
-    """`after`, of a run on nproc ranks, is `before` with one more step counted; and if they can, the ranks used the batches they had drawn."""
+    """
+    `after`, of a run on nproc ranks, is `before` with one more step counted; and if they can, the ranks used the
+    batches they had drawn.
+    """
     state = {i: {**s, 'step': s['step'] + 1} for i, s in before['optimizer']['state'].items()}
     assert len(state) == 15 and all(
         list(s) == ['step', 'exp_avg', 'exp_avg_sq'] and s['exp_avg_sq'].any() for s in state.values()
@@ -227,7 +235,10 @@ UPSTREAM = [Kind('nanoGPT', 1), Kind('phase1_zero1', 2), Kind('phase3_fsdp', 4)]
     'kind', UPSTREAM + [pytest.param(kind, marks=FULL) for kind in KINDS if kind not in UPSTREAM], ids=str
 )
 def test_from_upstream(walk, kind, prefix):
-    """What nanoGPT itself writes: no key `resume`, a tensor for the best loss, and its flags only; from a compiled model also other names."""
+    """
+    What nanoGPT itself writes: no key `resume`, a tensor for the best loss, and its flags only; from a compiled model
+    also other names.
+    """
     ours = load('out/ckpt.pt')
     args = {
         k: v

@@ -22,7 +22,10 @@ def tiny_model(block_size=16, **options):
 
 
 def test_a_thousand_greedy_tokens_across_block_size():
-    """In float32 the two ways differ by roundings, about 1e-6 of a logit; the likeliest token is never that close to the next one here."""
+    """
+    In float32 the two ways differ by roundings, about 1e-6 of a logit; the likeliest token is never that close to the
+    next one here.
+    """
     model = tiny_model(block_size=256)
     prompt = torch.randint(65, (1, 5))
     expected = model.generate(prompt, 1000, temperature=0)
@@ -82,7 +85,10 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_steps_are_replayed_as_a_cuda_graph(monkeypatch):
-    """With fake_cuda_graph.py, and on a GPU machine with the real ones: the same greedy text, and Python runs for the first steps only."""
+    """
+    With fake_cuda_graph.py, and on a GPU machine with the real ones: the same greedy text, and Python runs for the
+    first steps only.
+    """
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cpu':
         fake_cuda_graph.install_in_torch(monkeypatch)
@@ -102,8 +108,8 @@ def samples_in(out):
 
 def test_sample_script(launch, launch_interpreted, work):
     """
-    The cache changes no greedy text, with the Triton kernels neither. Without it, sample.py prints what model.generate draws with the seed,
-    sample after sample. The speed is on stderr.
+    The cache changes no greedy text, with the Triton kernels neither. Without it, sample.py prints what model.generate
+    draws with the seed, sample after sample. The speed is on stderr.
     """
     launch(NANOGPT / 'train.py', *TINY, '--max_iters=100', '--lr_decay_iters=100', '--eval_interval=100')
     flags = ['--start=0', '--num_samples=2', '--max_new_tokens=30', '--temperature=0', '--device=cpu']

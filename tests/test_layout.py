@@ -1,4 +1,7 @@
-"""The diff is the documentation: what a phase does not change is byte-identical to nanoGPT/, and what it changes is little."""
+"""
+The diff is the documentation: what a phase does not change is byte-identical to nanoGPT/, and what it changes is
+little.
+"""
 
 import difflib
 import os

@@ -1,7 +1,7 @@
 """
-More than one machine: two network namespaces, each with its own interface, address and torchrun, and no other way from one to
-the other. Losses are those of one machine with as many ranks. One machine is cut off in mid-step; the other one ends, says why, and a
-restart goes on.
+More than one machine: two network namespaces, each with its own interface, address and torchrun, and no other way from
+one to the other. Losses are those of one machine with as many ranks. One machine is cut off in mid-step; the other one
+ends, says why, and a restart goes on.
 """
 
 import os
@@ -32,7 +32,8 @@ class Machine:
 
     def torchrun(self, log, script, *flags, nproc=1):
         rendezvous = ['--rdzv_backend=c10d', '--rdzv_id=test', '--rdzv_endpoint=10.77.0.1:29500']
-        # both have one host name, which stands for 127.0.0.1: so torchrun is told which of them is 10.77.0.1, and gloo which interface to use
+        # both have one host name, which stands for 127.0.0.1: so torchrun is told which of them is 10.77.0.1, and gloo
+        # which interface to use
         rendezvous += [f'--rdzv_conf=is_host={1 - self.number}', f'--local_addr={self.address}']
         options = ['--nnodes=2', f'--nproc_per_node={nproc}', *rendezvous]
         env = dict(NETWORK_NAMESPACE=self.name, GLOO_SOCKET_IFNAME=self.interface)

@@ -32,7 +32,9 @@ FAST += ['--gradient_accumulation_steps=1']
 
 
 def messages_in(path):
-    """The texts that a source file can print: its string literals without docstrings, f-strings with {} for their values."""
+    """
+    The texts that a source file can print: its string literals without docstrings, f-strings with {} for their values.
+    """
     tree = ast.parse(path.read_text())
     parts = {id(node) for joined in ast.walk(tree) if isinstance(joined, ast.JoinedStr) for node in joined.values}
     parts |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -45,7 +47,9 @@ def messages_in(path):
 
 @pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_messages_take_their_commands_from_shell_py(path):
-    """A command that is written out in a message names the wrong folder, or a Python that is not this one, for somebody."""
+    """
+    A command that is written out in a message names the wrong folder, or a Python that is not this one, for somebody.
+    """
     written_out = re.compile(r'\b(pip install|python\d? [\w{./-]|uv (run|pip)) ?')
     assert [text for text in messages_in(path) if written_out.search(text)] == []
 

@@ -16,7 +16,9 @@ TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 
 
 def test_initial_weights_are_drawn_in_upstreams_order():
-    """Replays the generator by hand: what the modules' constructors draw, then _init_weights, then the scaled projections."""
+    """
+    Replays the generator by hand: what the modules' constructors draw, then _init_weights, then the scaled projections.
+    """
     torch.manual_seed(1337)
     model = GPT(GPTConfig(**TINY, bias=True))
     V, T, C = TINY['vocab_size'], TINY['block_size'], TINY['n_embd']
@@ -74,7 +76,10 @@ def test_gpt2_has_the_known_number_of_parameters(capsys):
 
 
 def test_forward_equals_a_plain_implementation():
-    """Attention and GELU written out, in float64 from the same weights; float32's rounding through two blocks stays below 1e-5."""
+    """
+    Attention and GELU written out, in float64 from the same weights; float32's rounding through two blocks stays below
+    1e-5.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(**TINY, bias=True)).eval()
     for p in model.parameters():  # so that no weight is 1 or 0, which would hide a missing one
@@ -237,8 +242,8 @@ def test_gpu_memory_is_in_segments_that_grow(monkeypatch, own):
 
 def test_from_pretrained(monkeypatch):
     """
-    A transformers GPT-2 with random weights, by way of from_pretrained: equal logits to 1e-4. Random weights are small, so
-    the two GELUs are the same here: nanoGPT's is exact, GPT-2's an approximation of it.
+    A transformers GPT-2 with random weights, by way of from_pretrained: equal logits to 1e-4. Random weights are small,
+    so the two GELUs are the same here: nanoGPT's is exact, GPT-2's an approximation of it.
     """
     transformers = pytest.importorskip('transformers', reason='the test extra brings it')
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """
-Every trainer with every model at 1, 2 and 4 processes computes what nanoGPT/ does; and nanoGPT/ computes what it did when
-golden_losses.json was written. The cells that run on Triton's interpreter are the slow ones: by default three of them, briefly
-(-m full, or make test-full: all).
+Every trainer with every model at 1, 2 and 4 processes computes what nanoGPT/ does; and nanoGPT/ computes what it did
+when golden_losses.json was written. The cells that run on Triton's interpreter are the slow ones: by default three of
+them, briefly (-m full, or make test-full: all).
 """
 
 import hashlib
@@ -22,7 +22,8 @@ MODELS = {'reference': [], 'triton': ['--model_dir=../phase2_triton']}
 WORLD_SIZES = [1, 2, 4]
 ITERATIONS = 50
 CLIP = {1: 1.3, 2: 1.1, 4: 1.0}  # the mean gradient of more sequences is shorter
-# weight decay, accumulation, a clipping that holds in some iterations only; 24 rows of 32 are more than one program of a kernel takes
+# weight decay, accumulation, a clipping that holds in some iterations only; 24 rows of 32 are more than one program of
+# a kernel takes
 FLAGS = [
     *TINY,
     '--block_size=8',
@@ -34,9 +35,9 @@ FLAGS = [
     '--eval_interval=1000',
     '--eval_iters=1',
 ]
-# float32 has steps of 1.2e-7. FSDP adds up gradients and norms in another order than DDP, Triton's kernels rows in another than
-# F.layer_norm. One or two steps are what this was seen to make in 50 iterations (of a loss 1.6e-7, of a norm 2.4e-7, of the weights
-# 2.2e-7); the contract allows 8 for a loss
+# float32 has steps of 1.2e-7. FSDP adds up gradients and norms in another order than DDP, Triton's kernels rows in
+# another than F.layer_norm. One or two steps are what this was seen to make in 50 iterations (of a loss 1.6e-7, of a
+# norm 2.4e-7, of the weights 2.2e-7); the contract allows 8 for a loss
 TOLERANCE = dict(loss=1e-6, grad_norm=1e-6, weights=1e-6)
 GOLDEN = Path(__file__).with_name('golden_losses.json')
 
@@ -53,8 +54,8 @@ def flags_of(nproc, iterations):
 @pytest.fixture(scope='module')
 def train(launch, launch_interpreted, tmp_path_factory):
     """
-    train(trainer, model, nproc, iterations, *more flags): .stdout, .iterations (of its log) and .checkpoint of a run. One that has been
-    made is not made again.
+    train(trainer, model, nproc, iterations, *more flags): .stdout, .iterations (of its log) and .checkpoint of a run.
+    One that has been made is not made again.
     """
     folder = tmp_path_factory.mktemp('parity')
     make_letters(folder)
@@ -86,7 +87,10 @@ def train(launch, launch_interpreted, tmp_path_factory):
 
 
 def deviations(run, reference):
-    """The worst relative ones of a run: of its losses and gradient norms, of the 2-norm of its final weight matrices and vectors."""
+    """
+    The worst relative ones of a run: of its losses and gradient norms, of the 2-norm of its final weight matrices and
+    vectors.
+    """
     pairs = list(zip(run.iterations, reference.iterations, strict=True))
     worst = {key: max(abs(ours[key] / theirs[key] - 1) for ours, theirs in pairs) for key in ('loss', 'grad_norm')}
     weights = reference.checkpoint['model']
@@ -180,10 +184,10 @@ def machine():
 
 def test_golden_losses(train, pytestconfig, tmp_path, capsys):
     """
-    The reference's losses are those that golden_losses.json has: to the bit on the kind of machine that wrote it, elsewhere to
-    1e-5, since another CPU or torch sums in another order (AVX2 for AVX-512: 1.5e-7). `pytest -k golden --regenerate-golden`
-    writes it anew and says what changed. That is right only after a change that is meant to change the numbers, and belongs
-    in the same commit.
+    The reference's losses are those that golden_losses.json has: to the bit on the kind of machine that wrote it,
+    elsewhere to 1e-5, since another CPU or torch sums in another order (AVX2 for AVX-512: 1.5e-7). `pytest -k golden
+    --regenerate-golden` writes it anew and says what changed. That is right only after a change that is meant to change
+    the numbers, and belongs in the same commit.
     """
     make_letters(tmp_path)
     data = hashlib.sha256((tmp_path / 'data' / 'letters' / 'train.bin').read_bytes()).hexdigest()

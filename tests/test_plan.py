@@ -77,7 +77,10 @@ def test_parameters_are_the_models(bias):
 
 
 def test_state_is_exact():
-    """Of N parameters: 4 bytes of parameters, 8 of AdamW, 4 of gradients, and DDP's buckets of another 4; shares of them in shards."""
+    """
+    Of N parameters: 4 bytes of parameters, 8 of AdamW, 4 of gradients, and DDP's buckets of another 4; shares of them
+    in shards.
+    """
     n = small_run().parameters
     states = {'ddp': (4 * n, 8 * n, 8 * n), 'zero1': (4 * n, 2 * n, 8 * n), 'fsdp': (n, 2 * n, n)}
     for trainer, expected in states.items():
@@ -92,7 +95,9 @@ def test_tensors_are_those_that_torch_counted(row):
 
 
 def test_efficiencies_are_those_of_the_rows():
-    """planner/efficiencies.json is what --fit writes; 1%: it may stop one step of Gauss-Newton earlier on another machine."""
+    """
+    planner/efficiencies.json is what --fit writes; 1%: it may stop one step of Gauss-Newton earlier on another machine.
+    """
     fitted = bench_planner.fit_all(ROWS)
     saved = json.loads(speed.FITTED.read_text())
     for key, values in fitted.items():
@@ -266,7 +271,10 @@ def test_a_picture_without_matplotlib(tmp_path):
 
 
 def test_eleutherai_formula():
-    """By hand: 2 bytes of weights, 4 of gradients and 12 of Adam, and 34 + 5 a T / h bytes of activations, for a model of one block."""
+    """
+    By hand: 2 bytes of weights, 4 of gradients and 12 of Adam, and 34 + 5 a T / h bytes of activations, for a model of
+    one block.
+    """
     run = SimpleNamespace(**asdict(small_run(n_layer=1, vocab_size=100)), tokens=64)
     n = 2 * 100 * 64 + 32 * 64 + 8 * 64 + 12 * 64 * 64 + 2 * 64
     assert bench_planner.eleuther(run) == 18 * n + 64 * 64 * (34 + 5 * 2 * 32 / 64)

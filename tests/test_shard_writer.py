@@ -1,5 +1,6 @@
 """
-shard_writer.py and data/text/prepare.py --shards: the format's bytes, resuming after a kill, and what must not be mixed.
+shard_writer.py and data/text/prepare.py --shards: the format's bytes, resuming after a kill, and what must not be
+mixed.
 """
 
 import itertools
@@ -203,7 +204,7 @@ def test_other_data_is_not_mixed_in(corpus, tmp_path):
     run_command(*commands_in(error.value), cwd=ROOT)
     write(name='text', shard_tokens=500)
     (tmp_path / 'my out' / 'text_train_000001.bin').write_bytes(b'')
-    with pytest.raises(UserError, match='text_train_000001.bin is no complete shard'):
+    with pytest.raises(UserError, match='text_train_000001.bin is not a complete shard'):
         write(name='text', shard_tokens=500)
     (tmp_path / 'my out' / 'text_train_000001.bin').unlink()
     with pytest.raises(UserError, match='text_train_000001.bin is missing'):

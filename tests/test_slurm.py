@@ -1,6 +1,7 @@
 """
-slurm.sh, with programs (programs/slurm/) in place of srun, scontrol and scancel that do what Slurm's do with their arguments: a SIGUSR1 to the batch
-script ends in a checkpoint and a requeue, and the next start goes on to the end. (The real Slurm is not part of this.)
+slurm.sh, with programs (programs/slurm/) in place of srun, scontrol and scancel that do what Slurm's do with their
+arguments: a SIGUSR1 to the batch script ends in a checkpoint and a requeue, and the next start goes on to the end. (The
+real Slurm is not part of this.)
 """
 
 import os

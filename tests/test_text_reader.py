@@ -144,7 +144,7 @@ def test_what_a_folder_holds_besides_text_is_named(tmp_path, capsys):
     }.items():
         line = next(line for line in printed.splitlines() if f'{tmp_path / name}' in line)
         assert line.startswith('skipped') and reason in line
-    assert 'the same file as another one' in printed
+    assert 'the same file as another' in printed
     assert documents(tmp_path / 'LICENSE.txt') == ['LICENSE.txt']
     for name, message in (
         ('.hidden.txt', 'a hidden file'),
@@ -203,7 +203,9 @@ ENCODED = {
 @pytest.mark.parametrize('compression', ['', '.gz'])
 @pytest.mark.parametrize('encoding', ENCODED)
 def test_the_command_that_converts_another_encoding(tmp_path, encoding, compression):
-    """It runs as printed, also for names that need quotes; the original is kept, and the same call succeeds afterwards."""
+    """
+    It runs as printed, also for names that need quotes; the original is kept, and the same call succeeds afterwards.
+    """
     text, name = ENCODED[encoding]
     path = tmp_path / f"it's a $HOME;\n file.txt{compression}"
     content = COMPRESSORS[compression](text.encode(encoding))

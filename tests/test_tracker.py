@@ -34,7 +34,9 @@ ACTS = {
 
 
 def start(work, stage='none', act='pass', name='wandb'):
-    """Writes the module `name` and a script that runs train.py with it, and with short time limits; returns the script."""
+    """
+    Writes the module `name` and a script that runs train.py with it, and with short time limits; returns the script.
+    """
     (work / 'modules').mkdir()
     (work / 'modules' / f'{name}.py').write_text(f'STAGE = {stage!r}\n' + WANDB.replace('ACT', act))
     script = work / 'tracked.py'

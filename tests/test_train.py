@@ -29,7 +29,9 @@ def assert_same_state(a, b):
     'dropout, bias, accumulation', [(0.0, False, 1), (0.2, True, 3), (0.1, False, 2), (0.0, True, 2)]
 )
 def test_prints_the_numbers_of_the_minimal_loop(launch, work, dropout, bias, accumulation):
-    """Random numbers are drawn, and losses computed, in upstream's order: to the last printed digit, so no tolerance."""
+    """
+    Random numbers are drawn, and losses computed, in upstream's order: to the last printed digit, so no tolerance.
+    """
     run = launch(
         TRAIN, *TINY, f'--dropout={dropout}', f'--bias={bias}', f'--gradient_accumulation_steps={accumulation}'
     )
@@ -79,7 +81,9 @@ def test_resume_at_an_evaluation_repeats_it_exactly(launch, work):
 
 
 def test_resume_elsewhere_goes_on_with_new_data(launch, work):
-    """From 1 process to 2, from 2 to 1, from a checkpoint without our key `resume`: the same weights, another data order."""
+    """
+    From 1 process to 2, from 2 to 1, from a checkpoint without our key `resume`: the same weights, another data order.
+    """
     launch(TRAIN, *TINY, '--max_iters=9', nproc=1)
     ours = load('out/ckpt.pt')
     upstream = {k: v for k, v in ours.items() if k != 'resume'}
@@ -292,7 +296,10 @@ def test_signals_in_one_process_save_too(launch, work, number):
 
 
 def test_a_reader_that_goes_away_stops_the_run(work):
-    """As `tee` does at a Ctrl-C: what nobody reads must not cost the checkpoint. Nor must a name that the terminal cannot show."""
+    """
+    As `tee` does at a Ctrl-C: what nobody reads must not cost the checkpoint. Nor must a name that the terminal cannot
+    show.
+    """
     env = dict(os.environ, PYTHONUNBUFFERED='1', PYTHONIOENCODING='ascii')
     flags = [*TINY, '--max_iters=1000000', '--eval_interval=1000000', '--out_dir=ö']
     run = subprocess.Popen(
@@ -316,7 +323,9 @@ def test_a_log_on_a_full_disk_does_not_stop_the_run(work):
 
 
 def test_resume_without_the_flags_of_the_model(launch, work):
-    """What is logged is the model of the checkpoint. Only its block_size has to be given, and is not cropped to a default."""
+    """
+    What is logged is the model of the checkpoint. Only its block_size has to be given, and is not cropped to a default.
+    """
     val = work / 'data' / 'letters' / 'val.bin'
     val.write_bytes(val.read_bytes() * 3)  # enough for a block of 1024
     launch(TRAIN, *TINY, '--max_iters=3')
@@ -446,7 +455,10 @@ def test_on_a_gpu(work, options):
     ids=['one micro-step', 'compiled', 'triton', 'float16'],
 )
 def test_graphs_on_two_gpus(launch, work, folder, options):
-    """By default all micro-steps are replayed, with what the ranks send; the losses are those without graphs. An evaluation lets the graphs go."""
+    """
+    By default all micro-steps are replayed, with what the ranks send; the losses are those without graphs. An
+    evaluation lets the graphs go.
+    """
     if torch.cuda.device_count() < 2:
         pytest.skip('needs 2 CUDA GPUs')
     flags = [arg for arg in TINY if not arg.startswith('--device')] + ['--max_iters=40', '--eval_interval=15', *options]

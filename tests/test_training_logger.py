@@ -1,5 +1,6 @@
 """
-The JSON log against real kills, full disks, deleted folders and odd values: python -m pytest tests/test_training_logger.py
+The JSON log against real kills, full disks, deleted folders and odd values: python -m pytest
+tests/test_training_logger.py
 """
 
 import errno
@@ -36,7 +37,10 @@ RUN = {
 
 
 def read(log):
-    """The document in a file, or that of a TrainingLogger once its thread is done; as strictly as JSON gets: no NaN, no Infinity, no key twice."""
+    """
+    The document in a file, or that of a TrainingLogger once its thread is done; as strictly as JSON gets: no NaN, no
+    Infinity, no key twice.
+    """
     if isinstance(log, TrainingLogger):
         log.wait()
         log = log.path
@@ -201,7 +205,10 @@ def test_many_processes_in_one_second(tmp_path):
 
 @contextmanager
 def endless_logs(tmp_path):
-    """start(name) begins a log in a process that writes as fast as it can, and returns its .path, .sent() and .end(signal)."""
+    """
+    start(name) begins a log in a process that writes as fast as it can, and returns its .path, .sent() and
+    .end(signal).
+    """
     command = [sys.executable, '-S', PROGRAMS / 'log_forever.py', FOLDER]
     quiet = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with subprocess.Popen(command, text=True, **quiet) as parent:
@@ -223,7 +230,10 @@ def endless_logs(tmp_path):
 
 
 def test_kill_nine_at_200_random_moments(tmp_path):
-    """Each process writes as fast as it can, over page borders and growing lists, so that most kills hit the logger at work."""
+    """
+    Each process writes as fast as it can, over page borders and growing lists, so that most kills hit the logger at
+    work.
+    """
     moments, behind = random.Random(0), 0
     with endless_logs(tmp_path) as start:
         for i in range(200):
@@ -236,7 +246,10 @@ def test_kill_nine_at_200_random_moments(tmp_path):
 
 
 def check_after_a_kill(document, sent):
-    """A killed log has all records that were handed to it, but for those at the moment. Returns whether its summary lacks the last one."""
+    """
+    A killed log has all records that were handed to it, but for those at the moment. Returns whether its summary lacks
+    the last one.
+    """
     iters = [record['iter'] for record in document['iterations']]
     assert iters == list(range(len(iters))) and sent - 1 <= len(iters) <= sent + 1
     assert [record['iter'] for record in document['evaluations']] in (
@@ -254,7 +267,10 @@ def check_after_a_kill(document, sent):
 
 
 def test_no_write_crosses_a_page_nor_grows_with_the_run(tmp_path, monkeypatch):
-    """What makes a kill harmless, and a record as cheap at the end as at the start: if that holds of the bytes, it holds of the time."""
+    """
+    What makes a kill harmless, and a record as cheap at the end as at the start: if that holds of the bytes, it holds
+    of the time.
+    """
     writes, pwrite, log = [], os.pwrite, TrainingLogger(tmp_path, {}, RUN)
     monkeypatch.setattr(os, 'pwrite', lambda fd, data, at: writes.append((at, len(data))) or pwrite(fd, data, at))
     per_record, copied = [], 0
@@ -299,7 +315,10 @@ class Disk:
 
 
 def test_disk_that_fills_up(tmp_path, monkeypatch, capfd):
-    """At whichever byte the disk is full: training continues with one warning; when there is room again, the log goes on as a whole."""
+    """
+    At whichever byte the disk is full: training continues with one warning; when there is room again, the log goes on
+    as a whole.
+    """
     for room in (0, 1, 100, 170, 180, 250, 4000, 5000, 9999):
         disk, log = Disk(monkeypatch), TrainingLogger(tmp_path / str(room), {}, RUN)
         for i in range(3):

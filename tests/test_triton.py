@@ -1,6 +1,6 @@
 """
-The Triton model and its kernels where Triton cannot run: without a GPU, without Triton, on a GPU too old; and the kernels compiled
-for GPUs that are not here. The kernels' numbers are tested in tests/kernels/.
+The Triton model and its kernels where Triton cannot run: without a GPU, without Triton, on a GPU too old; and the
+kernels compiled for GPUs that are not here. The kernels' numbers are tested in tests/kernels/.
 """
 
 import importlib.util
@@ -26,7 +26,10 @@ has_triton = kernel_device.missing is None
 
 
 def train(folder, **options):
-    """Loss, after two forwards and a backward on the CPU, of a model of one folder; its module is loaded afresh, so it prints anew."""
+    """
+    Loss, after two forwards and a backward on the CPU, of a model of one folder; its module is loaded afresh, so it
+    prints anew.
+    """
     spec = importlib.util.spec_from_file_location(f'model_of_{folder}', ROOT / folder / 'model.py')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -103,7 +106,9 @@ pointer = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
 
 
 def compile_offline(kernel, constants, types, config, capability):
-    """A kernel as Triton would launch it on aligned pointers and even sizes; no GPU needed. Returns it and ptxas's report."""
+    """
+    A kernel as Triton would launch it on aligned pointers and even sizes; no GPU needed. Returns it and ptxas's report.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -149,8 +154,9 @@ every_gpu = pytest.mark.parametrize('capability', shared_memory)
 @pytest.mark.parametrize('backward', [False, True], ids=['forward', 'backward'])
 def test_layer_norm_compiles_without_spilling_registers(capability, backward):
     """
-    For Hopper every width of the table in IMPLEMENTATION.md, and the model's with the residual added; for Ampere the widest; for the other
-    GPUs the model's without biases: with them, backward in bfloat16 spills 124 bytes a thread at width 768 on sm_100.
+    For Hopper every width of the table in IMPLEMENTATION.md, and the model's with the residual added; for Ampere the
+    widest; for the other GPUs the model's without biases: with them, backward in bfloat16 spills 124 bytes a thread at
+    width 768 on sm_100.
     """
     added = [(N, x, torch.bfloat16, True) for N in (768, 1600) for x in (torch.float32, torch.bfloat16)]
     cases = {
@@ -194,8 +200,8 @@ def test_layer_norm_compiles_without_spilling_registers(capability, backward):
 @every_gpu
 def test_other_kernels_compile_without_spilling_registers(capability):
     """
-    As launched for GPT-2, without a GPU. Two programs of the loss share a multiprocessor where it runs 2,048 threads, so each thread may
-    have 32 registers there; on the other GPUs it runs 1,536 and has room for one program.
+    As launched for GPT-2, without a GPU. Two programs of the loss share a multiprocessor where it runs 2,048 threads,
+    so each thread may have 32 registers there; on the other GPUs it runs 1,536 and has room for one program.
     """
     c = cross_entropy_kernels.cross_entropy_config(50304)
     launches = [

@@ -40,7 +40,10 @@ def write_log(
     state_bytes=None,
     **config,
 ):
-    """A log of a simulated run: loss 4 falling to 1, validation 0.1 above it and best at iteration 120, one step of 20 that is slow."""
+    """
+    A log of a simulated run: loss 4 falling to 1, validation 0.1 above it and best at iteration 120, one step of 20
+    that is slow.
+    """
     config = {'dataset': 'shakespeare_char', 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'out_dir': str(folder)} | config
     config |= {'phase1_zero1': {'use_zero1': True}, 'phase3_fsdp': {'use_fsdp': True}}.get(phase, {})
     run = {
@@ -89,7 +92,10 @@ def texts(ax):
 
 
 def overlaps(figure):
-    """Pairs of texts outside of the plotting areas (titles, labels, ticks, facts) that overlap, and those that are cut off."""
+    """
+    Pairs of texts outside of the plotting areas (titles, labels, ticks, facts) that overlap, and those that are cut
+    off.
+    """
     FigureCanvasAgg(figure).draw()
     boxes = []
     for ax in figure.axes:
@@ -474,7 +480,9 @@ ODD_NAMES = (b'M\xfcller', '中文'.encode(), b'line\nbreak\x07', '\U0001f9ea'.e
 
 @pytest.mark.parametrize('name', ODD_NAMES)
 def test_names_that_the_font_cannot_show_are_escaped(tmp_path, monkeypatch, capsys, name):
-    """A folder name that is no UTF-8, or whose characters the font lacks, breaks neither the picture nor those of a glob."""
+    """
+    A folder name that is no UTF-8, or whose characters the font lacks, breaks neither the picture nor those of a glob.
+    """
     name = os.fsdecode(name)
     monkeypatch.chdir(tmp_path)
     odd = write_log(Path(f'out-{name}'), name, steps=3, dataset=name)

@@ -1,4 +1,6 @@
-"""Phase 1: the numbers of DDP to the bit, even shards, one checkpoint for all, and ends that leave the last one whole."""
+"""
+Phase 1: the numbers of DDP to the bit, even shards, one checkpoint for all, and ends that leave the last one whole.
+"""
 
 import json
 import re
@@ -22,8 +24,8 @@ def found(launch, *args, nproc):
 
 def test_equals_ddp_to_the_bit_also_after_a_resume_at_another_world_size(launch, tmp_path):
     """
-    50 steps on 3 ranks, 50 more on 4, 50 more on 2. No tolerance: AdamW does the same operations on each element, whether it
-    is in a whole parameter or in a piece of it.
+    50 steps on 3 ranks, 50 more on 4, 50 more on 2. No tolerance: AdamW does the same operations on each element,
+    whether it is in a whole parameter or in a piece of it.
     """
     for i, nproc in enumerate((3, 4, 2)):
         run = found(
@@ -45,7 +47,10 @@ def test_equals_ddp_to_the_bit_also_after_a_resume_at_another_world_size(launch,
 
 @pytest.mark.parametrize('case', ['plain_ruined', 'fused', 'fp16', 'fp16_fused'])
 def test_steps_are_skipped_on_all_ranks_or_none(launch, tmp_path, case):
-    """Two of 12 steps have a NaN in one gradient: StepGuard and GradScaler skip them, by way of found_inf where AdamW is fused."""
+    """
+    Two of 12 steps have a NaN in one gradient: StepGuard and GradScaler skip them, by way of found_inf where AdamW is
+    fused.
+    """
     run = found(launch, case, 12, 0, tmp_path / 'x', nproc=2)
     assert run.items() >= ALL_EQUAL.items()
     assert run['finite_norms'] == run['steps_counted'] == 10
@@ -58,7 +63,10 @@ def test_more_ranks_than_tensors(launch):
 
 
 def test_shards_are_even(launch, capsys):
-    """The fullest rank has at most 1.05 of its share, at every size and number of ranks; and almost all of it is gathered in place."""
+    """
+    The fullest rank has at most 1.05 of its share, at every size and number of ranks; and almost all of it is gathered
+    in place.
+    """
     rows = found(launch, 'table', nproc=1)
     with capsys.disabled():
         print('\nmodel, ranks: fullest rank / ideal; with whole tensors')
@@ -73,8 +81,8 @@ def test_shards_are_even(launch, capsys):
 
 def test_leaves_the_compiled_graphs_as_they_are(launch):
     """
-    torch.compile cuts the graph where the storages of parameters fill a bucket of DDP. parameters_as_bucket_view gives all
-    parameters of a rank one storage, hence a cut at nearly each of them: slower in every micro-step.
+    torch.compile cuts the graph where the storages of parameters fill a bucket of DDP. parameters_as_bucket_view gives
+    all parameters of a rank one storage, hence a cut at nearly each of them: slower in every micro-step.
     """
     counts = found(launch, 'graphs', nproc=1)
     assert counts['zero1'] == counts['ddp'] < counts['bucket_view']
@@ -129,8 +137,8 @@ def test_sigterm_in_a_save(launch, work):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 def test_on_gpus(launch, tmp_path):
     """
-    Equal to DDP with fused AdamW; and resumed, where ZeroRedundancyOptimizer.load_state_dict leaves `step` on the CPU and
-    the next fused step fails (pytorch#124133). A save needs no memory on the GPU.
+    Equal to DDP with fused AdamW; and resumed, where ZeroRedundancyOptimizer.load_state_dict leaves `step` on the CPU
+    and the next fused step fails (pytorch#124133). A save needs no memory on the GPU.
     """
     nproc = min(4, torch.cuda.device_count())
     run = json.loads(

@@ -1,6 +1,7 @@
 """
-Shared by the prepare.py scripts: writing a data set all or nothing, splitting documents into train and val, encoding in
-parallel with bounded memory, the command that trains on the result, and the two corpora that more than one data set is made of.
+Functions shared by the prepare.py scripts: write a data set atomically, split documents into train and val, encode in
+parallel with bounded memory, print the command that trains on the result, and read the corpora of more than one data
+set.
 """
 
 import hashlib
@@ -25,25 +26,25 @@ from text_reader import clean, read_text
 
 try:
     import fcntl
-except ImportError:  # Windows: two preparations at once are not noticed there
+except ImportError:  # Windows, where two simultaneous preparations are not detected
     fcntl = None
 
 for stream in (sys.stdout, sys.stderr):
     with suppress(AttributeError, OSError):  # a stream of a notebook
-        stream.reconfigure(
-            errors='backslashreplace'
-        )  # escapes names that the terminal's encoding has no characters for
+        # escapes names with characters outside the terminal's encoding
+        stream.reconfigure(errors='backslashreplace')
 
-GROUP = 1 << 20  # characters that are read, encoded and written at a time
+GROUP = 1 << 20  # characters read, encoded and written at a time
 ENDOFTEXT = 50256
-SMALL = 50_000_000  # training tokens below which the suggested model is a small one
-# what config/train_shakespeare_char.py suggests for a machine without a GPU
+SMALL = 50_000_000  # for fewer training tokens, a small model is suggested
+# as config/train_shakespeare_char.py suggests for a machine without a GPU
 ON_A_CPU = (
-    '--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0'
+    '--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=2000 --lr_decay_iters=2000 '
+    '--dropout=0.0'
 ).split()
 PYTHON_CHARS = '\n' + ''.join(map(chr, range(32, 127)))
-# What is no library code (tests, generated tables and documentation), what differs between builds of one version, and what
-# Linux distributions package separately: without these, a Python version has the same corpus nearly everywhere.
+# Skips everything that is not library code (tests, generated tables, documentation), that differs between builds of one
+# version, or that Linux distributions package separately. A Python version thus has the same corpus nearly everywhere.
 STDLIB_SKIPPED = {
     '__pycache__',
     'site-packages',
@@ -70,20 +71,20 @@ SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 class DatasetWriter:
     """
-    Writes train.bin, val.bin and meta.pkl into out_dir, all or nothing.
+    Writes train.bin, val.bin and meta.pkl into out_dir atomically.
 
         with DatasetWriter(out_dir, dtype='uint16') as out:
             out.write('train', ids)   # integers below 2**16 (or 2**32); appends
             out.write('val', ids)
-            out.commit(meta)          # a dict, or None for GPT-2 tokens: these have no meta.pkl, since upstream has none
+            out.commit(meta)          # a dict, or None for GPT-2 tokens, which have no meta.pkl in nanoGPT either
 
-    Until commit everything is in .tmp files; what was there before stays until then, and stays if there is no commit. Raises
-    UserError where out_dir cannot be written or another process is preparing it.
+    Until commit() everything is in .tmp files, and an earlier data set stays. It also stays if commit() is never
+    called. Raises UserError if out_dir cannot be written or another process is preparing it.
     """
 
-    def __init__(self, out_dir, dtype='uint16'):
+    def __init__(self, out_dir: str, dtype: str = 'uint16'):
         self.out_dir, self.dtype, self.files = out_dir, np.dtype(dtype).newbyteorder('<'), {}
-        self.documents = self.characters = 0  # for the report; the caller counts them
+        self.documents = self.characters = 0  # for the report, counted by the caller
 
     def path(self, name):
         return os.path.join(self.out_dir, name)
@@ -100,18 +101,20 @@ class DatasetWriter:
         if shards:
             folder = quote_path(shortest_path(self.out_dir))
             raise UserError(
-                f'{self.path(shards[0])} is a shard of another data set, which must not be mixed with train.bin and val.bin. '
-                f'Choose another folder, or remove the shards:\n  rm -f {folder}/*_train_*.bin {folder}/*_val_*.bin {folder}/shards.json'
+                f'{self.path(shards[0])} is a shard of another data set, which must not be mixed with train.bin and '
+                'val.bin. Choose another folder, or remove the shards:\n'
+                f'  rm -f {folder}/*_train_*.bin {folder}/*_val_*.bin {folder}/shards.json'
             )
         try:
             for split in ('train', 'val'):
                 path = self.path(f'{split}.bin.tmp')
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
                 self.files[split] = os.fdopen(descriptor, 'r+b')
-                if fcntl:  # the temporary file is its own lock, which ends with its process
+                if fcntl:  # the temporary file is its own lock, which its process holds until it ends
                     _lock(descriptor)
+                    # another process may have committed between our open and our lock: then this is its train.bin
                     if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                        raise BlockingIOError  # the other process committed between our open and our lock: this is its train.bin now
+                        raise BlockingIOError
                 self.files[split].truncate(0)
         except (BlockingIOError, FileNotFoundError):
             raise UserError(f'another process is preparing {self.out_dir}: wait for it, or end it') from None
@@ -119,7 +122,7 @@ class DatasetWriter:
             raise UserError(f'cannot write to {self.out_dir}: {error.strerror}') from error
         return self
 
-    def write(self, split, ids):
+    def write(self, split: str, ids) -> None:
         self.files[split].write(np.ascontiguousarray(ids, dtype=self.dtype).data)
 
     def top_up_val(self, val_fraction):
@@ -132,13 +135,16 @@ class DatasetWriter:
         train.seek(keep)
         train.truncate()
 
-    def commit(self, meta=None):
-        """Makes the new files the data set, and prints its size and the command that trains on it. Raises UserError if train or
-        val is empty."""
+    def commit(self, meta: dict | None = None) -> None:
+        """
+        Replaces the data set by the new files and prints its size and a training command. Raises UserError if a split
+        is empty.
+        """
         counts = {split: self.tokens(split) for split in self.files}
         if not all(counts.values()):
             raise UserError(
-                f'the text is too short: {counts["train"]} tokens for train, {counts["val"]} for val. Nothing was written'
+                f'the text is too short: {counts["train"]} tokens for train, {counts["val"]} for val. '
+                'Nothing was written'
             )
         for file in self.files.values():
             file.flush()
@@ -149,7 +155,8 @@ class DatasetWriter:
                 pickle.dump(meta, f, protocol=4)
                 f.flush()
                 os.fsync(f.fileno())
-        # in this order a kill at any moment leaves only files that belong together, and a missing one is an error to the reader
+        # in this order, a kill at any moment leaves only files that belong together; a missing file is an error to the
+        # reader
         for name in ('train.bin', 'val.bin'):
             _remove(self.path(name))
         if meta is None:
@@ -158,7 +165,7 @@ class DatasetWriter:
             os.replace(self.path('meta.pkl.tmp'), self.path('meta.pkl'))
         for split in ('val', 'train'):
             if not fcntl:
-                self.files[split].close()  # Windows renames no open file
+                self.files[split].close()  # Windows cannot rename an open file
             os.replace(self.path(f'{split}.bin.tmp'), self.path(f'{split}.bin'))
         for file in self.files.values():
             file.close()
@@ -175,7 +182,7 @@ class DatasetWriter:
             _remove(self.path(f'{split}.bin.tmp'))  # while still locked
         _remove(self.path('meta.pkl.tmp'))
         for file in self.files.values():
-            with suppress(OSError):  # what a full disk has not taken is tried again
+            with suppress(OSError):  # closing retries a write that failed on a full disk
                 file.close()
         if isinstance(error, OSError):
             raise UserError(f'cannot prepare {self.out_dir}: {error}') from error
@@ -190,9 +197,11 @@ def print_written(documents: int, characters: int, tokens: int) -> None:
 
 
 def print_training_command(out_dir: str, counts: dict[str, int], meta: dict | None, longest: int | None = None) -> None:
-    """Prints the command that trains on the data set in out_dir: a model for its size and for this machine. longest: tokens of the
-    longest file of either split, if a split has several files."""
-    context = (longest or min(counts.values())) - 1  # a window and its targets must fit into a file of either split
+    """
+    Prints a command that trains a model of suitable size on the data set in out_dir on this machine. longest: tokens in
+    the longest file of either split, if a split has several files.
+    """
+    context = (longest or min(counts.values())) - 1  # a window and its target must fit into one file of each split
     if context < 1:
         print('This is too little text to train on: a split needs at least 2 tokens.')
         return
@@ -217,8 +226,10 @@ def print_training_command(out_dir: str, counts: dict[str, int], meta: dict | No
 
 @contextmanager
 def locked(folder: str):
-    """Makes folder if it is missing, and keeps other processes from preparing it. Raises UserError if one does, or if the folder
-    cannot be used."""
+    """
+    Creates the folder if it is missing, and keeps other processes from preparing it. Raises UserError if another
+    process is preparing it, or if the folder cannot be used.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, '.prepare.lock'), 'ab') as file:
@@ -237,7 +248,7 @@ def _lock(descriptor):
     except BlockingIOError:
         raise
     except OSError:
-        pass  # a file system without such locks
+        pass  # the file system has no such locks
 
 
 def _remove(path):
@@ -247,11 +258,13 @@ def _remove(path):
 
 def assign_splits(documents, val_fraction):
     """
-    documents: iterable of (size, contents). Yields (split, contents) with every document whole in 'train' or 'val'.
+    Yields (split, contents) for documents, an iterable of (size, contents); every document is whole in 'train' or
+    'val'.
 
-    A document goes to val when val is behind its share of what came before, unless it alone would make val more than twice that
-    share. With documents of one size that is every tenth for 0.1. Deterministic, needs no second pass, takes val from everywhere
-    in the corpus, and does not depend on a document's size unless it is a large part of the whole.
+    A document goes to val if val has less than its share of the documents before, unless it alone would make val more
+    than twice that share. With documents of equal size and 0.1, this is every tenth. The rule is deterministic, needs
+    no second pass, takes val from everywhere in the corpus, and depends on a document's size only if it is a large part
+    of the whole.
     """
     total = val = 0
     for size, contents in documents:
@@ -264,12 +277,13 @@ def assign_splits(documents, val_fraction):
 
 def encode_documents(out, documents, encode, end, val_fraction):
     """
-    Writes documents into the DatasetWriter `out`, encoding on all cores, with memory for a few groups of GROUP characters only.
+    Encodes documents on all cores and writes them into the DatasetWriter `out`. Holds only a few groups of GROUP
+    characters in memory.
 
-    documents: iterable of (size, iterable of str), the strings of one document being its consecutive pieces.
-    encode: function of a list of pieces to an array of ids; it runs in threads, so it pays if it releases the GIL.
-    end: what follows each document, as a piece: '\n' is added only where the document does not end with it.
-    Where there are too few documents to give val half of its share, the rest of it is the end of train (split by position).
+    documents: iterable of (size, iterable of str); the strings are the consecutive pieces of one document. encode:
+    function from a list of pieces to an array of ids. It runs in threads, so it should release the GIL. end: piece to
+    write after each document, such as '\n', unless the document ends with it; or None, which is always added. If there
+    are too few documents to give val half of its share, the end of train fills it up (a split by position).
     """
 
     def pieces():
@@ -303,8 +317,10 @@ def encode_documents(out, documents, encode, end, val_fraction):
 
 
 def in_parallel(function, items):
-    """Yields function(item) for each item, in order, in as many threads as there are cores; never more than a few items ahead. If the
-    items end in a UserError, it is raised after their results."""
+    """
+    Yields function(item) for each item, in order, computed in as many threads as there are cores, only a few items
+    ahead. A UserError from the items is raised after the results of the items before it.
+    """
     workers = os.cpu_count() or 1
     error = None
     with ThreadPoolExecutor(workers) as pool:
@@ -323,20 +339,20 @@ def in_parallel(function, items):
 
 
 def gpt2_encode(text):
-    """GPT-2 tokens of text as an array of uint32; '<|endoftext|>' in it is encoded like any other text."""
+    """Returns GPT-2 tokens of text as an array of uint32; encodes '<|endoftext|>' in it like any other text."""
     try:
         return gpt2_encoding().encode_to_numpy(text, disallowed_special=())
-    except ValueError:  # tiktoken's regular expression gives up on a run of very many blanks
+    except ValueError:  # tiktoken's regular expression fails on a very long run of blanks
         return np.concatenate([gpt2_encode(text[: len(text) // 2]), gpt2_encode(text[len(text) // 2 :])])
 
 
 def gpt2_encode_pieces(pieces):
-    """GPT-2 tokens of consecutive pieces; a piece that is None is the <|endoftext|> token."""
+    """Returns GPT-2 tokens of consecutive pieces; None stands for the <|endoftext|> token."""
     return np.concatenate([[ENDOFTEXT] if piece is None else gpt2_encode(piece) for piece in pieces])
 
 
 def char_encoder(chars):
-    """A function of a list of str to the array of ids, where the id of a character is its position in chars."""
+    """Returns a function from a list of str to an array of ids. The id of a character is its position in chars."""
     table = np.full(0x110000, len(chars), np.uint32)
     table[[ord(char) for char in chars]] = np.arange(len(chars))
 
@@ -350,7 +366,7 @@ def char_encoder(chars):
 
 
 def char_meta(chars):
-    """meta.pkl for one token per character of chars, with upstream's keys."""
+    """Returns the content of meta.pkl for one token per character of chars, with nanoGPT's keys."""
     return {
         'vocab_size': len(chars),
         'itos': dict(enumerate(chars)),
@@ -364,15 +380,18 @@ def dtype_for(vocab_size):
 
 
 def write_char_dataset(out_dir, train_text, val_text, chars, documents=1):
-    """Writes the data set of two texts with one token per character of chars (sorted). documents: how many are in the texts."""
+    """
+    Writes a data set of two texts, one token per character of chars (sorted). documents: their number in the texts.
+    """
     encode, meta = char_encoder(chars), char_meta(chars)
     train, val = encode([train_text]), encode([val_text])
-    # what a model reaches that knows only how frequent each character is: the loss to beat. One is added to each count, so that
-    # it is finite for a character that occurs in val only
+    # the loss of a model that knows only the frequency of each character: the loss to beat. Each count is increased by
+    # one, so that the loss is finite for a character that occurs only in val
     counts = np.bincount(train, minlength=len(chars)) + 1
     meta['unigram_entropy'] = float(-np.log(counts / counts.sum())[val].mean())
     print(
-        f'unigram entropy: {meta["unigram_entropy"]:.4f} nats (a validation loss below it means that context was learned)'
+        f'unigram entropy: {meta["unigram_entropy"]:.4f} nats (a lower validation loss means that the model has '
+        'learned from context)'
     )
     with DatasetWriter(out_dir, dtype_for(len(chars))) as out:
         out.write('train', train)
@@ -383,9 +402,10 @@ def write_char_dataset(out_dir, train_text, val_text, chars, documents=1):
 
 def stdlib_sources():
     """
-    The sources of the standard library of the running Python, a list of str in the order of their paths: library code only (see
-    STDLIB_SKIPPED), tabs expanded, and without the few characters outside PYTHON_CHARS. So the text depends on the Python version
-    alone, not on what is installed. Raises UserError where this Python comes without its sources.
+    Returns the sources of the running Python's standard library as a list of str in the order of their paths: library
+    code only (see STDLIB_SKIPPED), with tabs expanded, without the few characters outside PYTHON_CHARS. The text thus
+    depends only on the Python version, not on installed packages. Raises UserError if this Python comes without its
+    sources.
     """
     stdlib, paths = sysconfig.get_paths()['stdlib'], []
     for folder, folders, files in os.walk(stdlib):
@@ -397,8 +417,9 @@ def stdlib_sources():
         ]
     if len(paths) < 100:
         raise UserError(
-            f'this Python has no library sources to learn from: {len(paths)} .py files in {stdlib} (zipped, or a minimal '
-            'installation?). Run this script with another Python, or prepare your own files with data/text/prepare.py'
+            f'this Python has no library sources to learn from: {len(paths)} .py files in {stdlib} (zipped, or a '
+            'minimal installation?). Run this script with another Python, or prepare your own files with '
+            'data/text/prepare.py'
         )
     texts = []
     for path in sorted(paths, key=lambda path: os.path.relpath(path, stdlib).split(os.sep)):
@@ -409,8 +430,10 @@ def stdlib_sources():
 
 
 def tiny_shakespeare(out_dir, input=None, url=SHAKESPEARE_URL):
-    """Returns the text of tiny Shakespeare: of the file `input` if given, else of out_dir/input.txt, which is downloaded from url if
-    it is missing. Raises UserError."""
+    """
+    Returns the text of tiny Shakespeare from the file `input`, or else from out_dir/input.txt, which it downloads from
+    url if it is missing. Raises UserError.
+    """
     path, script = input or os.path.join(out_dir, 'input.txt'), os.path.join(out_dir, 'prepare.py')
     if not input and not os.path.exists(path):
         print(f'downloading {url}')
@@ -418,7 +441,7 @@ def tiny_shakespeare(out_dir, input=None, url=SHAKESPEARE_URL):
             url,
             path,
             SHAKESPEARE_SHA256,
-            f'This data set is made of one file, input.txt. Get it on any machine from\n  {SHAKESPEARE_URL}\n'
+            f'This data set consists of one file, input.txt. Get it on any machine from\n  {SHAKESPEARE_URL}\n'
             f'and put it at\n  {path}\nor name it:\n  {python_command(script, "--input", "FILE")}',
         )
     text = read_text(path)
@@ -426,18 +449,20 @@ def tiny_shakespeare(out_dir, input=None, url=SHAKESPEARE_URL):
         original = hashlib.file_digest(f, 'sha256').hexdigest() == SHAKESPEARE_SHA256
     if not original and not input:
         raise UserError(
-            f'{path} is not tiny Shakespeare (its SHA-256 is another). To download it again, first remove it:\n'
-            f'  rm {quote_path(shortest_path(path))}\nTo use it as it is:\n'
+            f'{path} is not tiny Shakespeare (its SHA-256 differs). To download it again, first remove it:\n'
+            f'  rm {quote_path(shortest_path(path))}\nTo use it anyway:\n'
             f'  {python_command(script, "--input", shortest_path(path))}'
         )
     if not original:
-        print(f'note: {path} is not the well-known tiny Shakespeare (its SHA-256 is another); used as it is')
+        print(f'note: {path} is not the well-known tiny Shakespeare (its SHA-256 differs), but is used anyway')
     return text
 
 
-def progress(what, total):
-    """Returns a function to call with the number of bytes just done; it reports on stderr, on a terminal with tqdm's bar if tqdm is
-    installed, else twice a minute."""
+def progress(what: str, total: int):
+    """
+    Returns a function to call with the number of bytes just processed. It reports on stderr: on a terminal with tqdm's
+    bar, if tqdm is installed, else twice a minute.
+    """
     if sys.stderr.isatty():
         with suppress(ImportError):
             return tqdm_progress(what, total)
@@ -448,11 +473,12 @@ def progress(what, total):
         nonlocal done, last
         done, now = done + n, time.monotonic()
         finished = done > total - 1
-        if now - last < (0.5 if terminal else 30) and not (finished and last > start):  # a short run says nothing
+        if now - last < (0.5 if terminal else 30) and not (finished and last > start):  # a short run prints nothing
             return
         last, rate = now, done / (now - start) / 1e6
         print(
-            f'\r{what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate:.1f} MB/s, {max(total - done, 0) / 1e6 / rate:,.0f} s left  ',
+            f'\r{what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate:.1f} MB/s, '
+            f'{max(total - done, 0) / 1e6 / rate:,.0f} s left  ',
             end='' if terminal and not finished else '\n',
             file=sys.stderr,
             flush=True,

@@ -1,13 +1,13 @@
 """
-Writes documents as token shards in the format of llm.c, which modded-nanogpt reads, too: FOLDER/NAME_val_000000.bin, then
+Writes documents as token shards in llm.c's format, which modded-nanogpt reads too: FOLDER/NAME_val_000000.bin, then
 FOLDER/NAME_train_000001.bin and so on. The tokens are GPT-2's, with <|endoftext|> before each document.
 
     write_shards(TextReader(['corpus/']), 'data/corpus', 'text', shard_tokens=100_000_000)
 
-A shard is a header of 256 little-endian int32 (20240520, version 1, number of tokens, zeros) and the tokens in uint16, as
-dev/data/data_common.py of llm.c writes them. As there, the first tokens are the validation split, and a document may continue
-in the next shard. A shard appears complete (written to a .tmp file, fsync, rename), and a preparation that was killed continues
-behind the last complete one: shards.json says which part of the input that is.
+A shard is a header of 256 little-endian int32 (20240520, version 1, number of tokens, zeros) and the tokens in uint16,
+as in llm.c's dev/data/data_common.py. As there, the first tokens are the validation split, and a document may continue
+in the next shard. A shard appears complete (.tmp file, fsync, rename). A preparation that was killed continues after
+the last complete shard; shards.json records the position in the input.
 """
 
 import json
@@ -40,11 +40,11 @@ STATE = 'shards.json'
 
 @dataclass
 class Group:
-    """Consecutive pieces of text that are encoded together, None standing for <|endoftext|>, and where they are in the input."""
+    """Consecutive pieces of text to encode together (None: <|endoftext|>), and their position in the input."""
 
     file: int  # index of the file of the first piece
     piece: int  # index of the first piece among those of that file
-    start_bytes: int  # bytes of the input that were read before the group, and up to its end
+    start_bytes: int  # bytes of input before the group; end_bytes: up to its end
     end_bytes: int = 0
     pieces: list = field(default_factory=list)
     characters: int = 0
@@ -58,13 +58,16 @@ def header(tokens: int) -> bytes:
 
 
 def read_header(path: str) -> int:
-    """Returns the number of tokens in a shard. Raises UserError if its header or its size is not that of a complete shard."""
+    """
+    Returns the number of tokens in a shard. Raises UserError if the header or the size is not that of a complete shard.
+    """
     with open(path, 'rb') as f:
         ints = np.frombuffer(f.read(HEADER_INTS * 4).ljust(HEADER_INTS * 4, b'\0'), '<i4')
     size, tokens = os.path.getsize(path), int(ints[2])
     if tuple(ints[:2]) != (MAGIC, VERSION) or size != HEADER_INTS * 4 + 2 * tokens:
         raise UserError(
-            f'{path} is no complete shard of GPT-2 tokens: its header begins {ints[:3].tolist()}, and it has {size:,} bytes'
+            f'{path} is not a complete shard of GPT-2 tokens: its header begins {ints[:3].tolist()}, and it has '
+            f'{size:,} bytes'
         )
     return tokens
 
@@ -75,8 +78,10 @@ def shard_name(name: str, index: int) -> str:
 
 
 def groups(reader: TextReader, update: Callable[[int], None], file: int = 0, piece: int = 0) -> Iterator[Group]:
-    """Yields the documents of reader in groups of about GROUP characters, from piece number `piece` of file number `file` on. Calls
-    update with the bytes read."""
+    """
+    Yields the reader's documents in groups of about GROUP characters, starting at piece number `piece` of file number
+    `file`. Calls update with the bytes read.
+    """
     start = done = reader.bytes_before(file)
     group = None
 
@@ -106,11 +111,12 @@ def groups(reader: TextReader, update: Callable[[int], None], file: int = 0, pie
 
 class ShardFolder:
     """
-    The shards of one preparation in a folder, with the state that lets it continue: .shards is the number of complete ones, .tokens
-    their tokens, and (.file, .piece, .skip) the position behind them: in the group that starts at a piece of a file, behind its
-    first `skip` tokens. .documents and .characters count what the shards hold.
+    The shards of one preparation in a folder, with the state that lets it continue. .shards is the number of complete
+    shards and .tokens lists their sizes. (.file, .piece, .skip) is the position after them: the group that starts at a
+    piece of a file, without its first `skip` tokens. .documents and .characters count the contents of the shards.
 
-    source: a dict that identifies input and options. Raises UserError if the folder holds other data, or damaged shards.
+    source: a dict that identifies input and options. Raises UserError if the folder holds other data, or damaged
+    shards.
     """
 
     def __init__(self, folder: str, name: str, source: dict):
@@ -133,7 +139,7 @@ class ShardFolder:
             theirs, shards = None, 0
         except (ValueError, KeyError, AttributeError):
             raise UserError(f'{self.path(STATE)} is damaged. {self._elsewhere()}') from None
-        if shards == 0:  # at most the first shard is there, from a preparation that was killed right after it
+        if shards == 0:  # at most the first shard exists, from a preparation that was killed right after writing it
             if others and (theirs is None or others != [self.path(shard_name(self.name, 0))]):
                 raise UserError(f'{others[0]} was not made by this preparation. {self._elsewhere()}')
             self.save()
@@ -154,14 +160,14 @@ class ShardFolder:
 
     def _elsewhere(self):
         folder = quote_path(shortest_path(self.folder))
-        return f'Choose another folder with --out, or remove what is there:\n  rm -f {folder}/*.bin {folder}/{STATE}'
+        return f'Choose another folder with --out, or remove these files:\n  rm -f {folder}/*.bin {folder}/{STATE}'
 
     def save(self):
         state = {key: value for key, value in vars(self).items() if key not in ('folder', 'name')}
         self._write(STATE, json.dumps(state).encode())
 
     def _write(self, name, *contents):
-        """Makes a file with these contents appear complete, or not at all."""
+        """Writes a file atomically: it appears complete, or not at all."""
         path = self.path(name)
         try:
             with open(f'{path}.tmp', 'wb') as f:
@@ -174,11 +180,12 @@ class ShardFolder:
             with suppress(OSError):
                 os.remove(f'{path}.tmp')
             raise UserError(
-                f'cannot write {path}: {error.strerror}. The complete shards are kept, and the same command continues after them'
+                f'cannot write {path}: {error.strerror}. The complete shards are kept, and the same command continues '
+                'after them'
             ) from error
 
     def add(self, tokens: np.ndarray, characters: int) -> None:
-        """Makes tokens, of texts with this many characters, the next shard."""
+        """Writes tokens as the next shard. characters: length of their text."""
         self._write(shard_name(self.name, self.shards), header(len(tokens)), tokens.data)
         self.shards += 1
         self.tokens.append(len(tokens))
@@ -187,12 +194,12 @@ class ShardFolder:
         self.save()
 
     def report(self) -> None:
-        """Prints what is there, and the command that trains on it."""
+        """Prints the contents of the folder and the command that trains on them."""
         print_written(self.documents, self.characters, sum(self.tokens))
         train = sum(self.tokens[1:])
         print(
-            f'{self.folder}: {self.shards} shards of {self.name}, {train:,} tokens for train, {sum(self.tokens[:1]):,} for val '
-            "(llm.c's format, uint16, GPT-2 vocabulary)"
+            f'{self.folder}: {self.shards} shards of {self.name}, {train:,} tokens for train, '
+            f"{sum(self.tokens[:1]):,} for val (llm.c's format, uint16, GPT-2 vocabulary)"
         )
         longest = max(self.tokens[1:], default=0)  # a window lies within one shard
         print_training_command(self.folder, {'train': train, 'val': self.tokens[0]}, None, min(longest, self.tokens[0]))
@@ -207,11 +214,12 @@ def write_shards(
     num_shards: int | None = None,
 ) -> None:
     """
-    Writes the documents of reader as shards into folder, and prints what it wrote and the command that trains on it.
+    Writes the reader's documents as shards into folder, and prints a summary and the command that trains on the shards.
 
-    The validation shard holds the first tokens, val_fraction of the input, but at most one shard; it ends with a document if one
-    ends soon. num_shards: training shards to make; None for all. A later call with more of them, or after a kill, continues.
-    Raises UserError as ShardFolder does, for input that cannot be read, and if there is too little text.
+    The validation shard holds the first tokens: val_fraction of the input, but at most one shard. It ends with a
+    document if one ends soon. num_shards: training shards to write; None for all. A later call with more shards, or
+    after a kill, continues. Raises UserError like ShardFolder, for input that cannot be read, and if there is too
+    little text.
     """
     source = {'name': name, 'shard_tokens': shard_tokens, 'val_fraction': val_fraction, **reader.identity()}
     wanted = 1 + num_shards if num_shards else float('inf')
@@ -226,10 +234,10 @@ def write_shards(
 
 
 def _write(reader, out, shard_tokens, val_fraction, wanted):
-    """Writes shards after those that out has, until it has `wanted` of them or the input ends."""
+    """Writes shards after the existing ones, until there are `wanted` shards or the input ends."""
     update = progress('encoding', reader.bytes)
     update(reader.bytes_before(out.file))
-    shard, filled, characters = np.empty(shard_tokens, '<u2'), 0, 0  # the shard in the making
+    shard, filled, characters = np.empty(shard_tokens, '<u2'), 0, 0  # the unfinished shard
     start = out.file, out.piece
     encode = lambda group: (group, gpt2_encode_pieces(group.pieces))
     for group, ids in in_parallel(encode, groups(reader, update, *start)):
@@ -249,7 +257,7 @@ def _write(reader, out, shard_tokens, val_fraction, wanted):
                 if out.shards == wanted:
                     return
     if out.shards == 0:
-        raise UserError(f'the text is too short: all of its {filled:,} tokens would be for val. Nothing was written')
+        raise UserError(f'the text is too short: val would take all of its {filled:,} tokens. Nothing was written')
     out.file, out.piece, out.skip, out.finished = len(reader.paths), 0, 0, True
     if filled:
         out.add(shard[:filled], characters)
@@ -258,14 +266,16 @@ def _write(reader, out, shard_tokens, val_fraction, wanted):
 
 
 def count_characters(ids: np.ndarray) -> int:
-    """Returns the number of characters that begin in these tokens, <|endoftext|> not counted."""
+    """Returns the number of characters that begin in these tokens, without <|endoftext|>."""
     text = np.frombuffer(gpt2_encoding().decode_bytes(ids[ids != ENDOFTEXT].tolist()), np.uint8)
     return int(np.count_nonzero(text & 0xC0 != 0x80))  # the other bytes continue a character of UTF-8
 
 
 def val_end(group: Group, ids: np.ndarray, target_bytes: float) -> int:
-    """Returns how many tokens of the group belong to the validation split, which ends at about target_bytes of the input: where the
-    next document starts if that is near, else in the middle of a document."""
+    """
+    Returns how many tokens of the group belong to the validation split, which ends at about target_bytes of the input:
+    at the start of the next document if that is near, else in the middle of a document.
+    """
     if group.end_bytes < target_bytes:
         return len(ids)
     share = (target_bytes - group.start_bytes) / max(group.end_bytes - group.start_bytes, 1)

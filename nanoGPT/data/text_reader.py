@@ -1,13 +1,14 @@
 """
-All text that becomes training data is read here, so that the same text gives the same tokens from every kind of file.
+Reads all text that becomes training data, so that the same text gives the same tokens from every kind of file.
 
     reader = TextReader(['corpus/', 'more.jsonl.gz'], field='text')
-    reader.report()                                       # prints what is read, what is skipped, and why
+    reader.report()                                       # prints which files are read, which are skipped, and why
     for size, pieces in reader.documents(update): ...     # pieces: the consecutive parts of one document
 
-Files: .txt (a document each, or several with a separator), .jsonl and .ndjson (a document per line), .parquet (a document per
-row); also compressed with gzip, bzip2, xz or zstd, which is recognized by the first bytes. Text is UTF-8. A byte order mark at the
-start of a document is dropped, and every kind of line end (CR LF, CR) becomes a newline. Hidden files are never read.
+Files: .txt (one document, or several with a separator), .jsonl and .ndjson (one document per line), .parquet (one
+document per row); also compressed with gzip, bzip2, xz or zstd, recognized by the first bytes. Text is UTF-8. A byte
+order mark at the start of a document is dropped, and every kind of line end (CR LF, CR) becomes a newline. Hidden files
+are never read.
 """
 
 import bz2
@@ -28,24 +29,25 @@ from contextlib import contextmanager
 from errors import UserError, first_line
 from shell import pip_install, python_command, quote_path
 
-BLOCK = 1 << 20  # bytes that are read at a time
-FINGERPRINT = 1 << 16  # bytes at the start and at the end of a file that identify it
+BLOCK = 1 << 20  # bytes read at a time
+FINGERPRINT = 1 << 16  # bytes at the start and the end of a file that identify it
 KINDS = {'.txt': 'txt', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.parquet': 'parquet'}
 COMPRESSIONS = {'.gz': 'gzip', '.bz2': 'bzip2', '.xz': 'xz', '.zst': 'zstd'}
-# texts about a data set, which folders of data hold; read only if they are named themselves
+# texts about a data set, which are read only if they are named explicitly
 NOTES = ('license', 'licence', 'copying', 'notice', 'readme', 'changelog', 'authors', 'citation', 'requirements')
 KNOWN = '.txt, .jsonl or .parquet file (or one of these with .gz, .bz2, .xz or .zst)'
 ENDOFTEXT_TEXT = '<|endoftext|>'
-NAMED = 10  # files that a report names
+NAMED = 10  # number of files that a report names
 
 
 class TextReader:
     """
-    The documents of files and folders.
+    Reads the documents in files and folders.
 
-    inputs: files and folders. field: the field of .jsonl records and the column of .parquet files that holds the text. separator:
-    the text that separates documents in .txt files; '' if each file is one document. `paths` are the files to read, sorted, each
-    once; `skipped` is a list of (path, reason); `bytes` is the size of all files together. Raises UserError if there is none.
+    inputs: files and folders. field: the field of .jsonl records and the column of .parquet files that holds the text.
+    separator: the text between documents in .txt files; '' if each file is one document. `paths` lists the files to
+    read, sorted, each once; `skipped` is a list of (path, reason); `bytes` is the size of all files together. Raises
+    UserError if there is no file.
     """
 
     def __init__(self, inputs: Iterable[str], field: str = 'text', separator: str = ''):
@@ -60,14 +62,14 @@ class TextReader:
         return self.paths[index]
 
     def release(self, end: int) -> None:
-        """Called when the files before number `end` are no longer needed."""
+        """Called once the files before number `end` are no longer needed."""
 
     def bytes_before(self, index: int) -> int:
         """Returns the size of the files before number `index`."""
         return sum(map(os.path.getsize, self.paths[:index]))
 
     def identity(self) -> dict:
-        """Returns what the documents depend on: the files, by their names, sizes, starts and ends, and the options."""
+        """Returns a dict that identifies the documents: the files (names, sizes, starts and ends) and the options."""
         digest = hashlib.sha256()
         for path in self.paths:
             with opened_raw(path) as file:
@@ -84,7 +86,7 @@ class TextReader:
         }
 
     def report(self) -> None:
-        """Prints which files are read, by kind, and which are skipped, with the reason."""
+        """Prints which files are read, by kind, and which are skipped, with reasons."""
         print(f'reading {len(self.paths)} {plural("file", self.paths)}, {self.bytes:,} bytes: {by_kind(self.paths)}')
         reasons = Counter(reason for _, reason in self.skipped)
         for reason, count in reasons.most_common():
@@ -93,20 +95,22 @@ class TextReader:
             print(f'skipped {count} {plural("file", names)}: {", ".join(names[:NAMED])}{more}: {reason}')
 
     def report_documents(self) -> None:
-        """Prints, after documents(), which documents were left out and what may have been meant otherwise."""
+        """Prints, after documents(), which documents were skipped and which option may have been forgotten."""
         if self.empty:
             print(f'skipped {self.empty:,} {plural("document", range(self.empty))} without text')
         if self.unsplit:
             print(
-                f'note: {", ".join(sorted(self.unsplit)[:NAMED])}: {ENDOFTEXT_TEXT} was read as text; to separate documents '
-                f"at it, pass --separator '{ENDOFTEXT_TEXT}'"
+                f'note: {", ".join(sorted(self.unsplit)[:NAMED])}: {ENDOFTEXT_TEXT} was read as text; to separate '
+                f"documents at it, pass --separator '{ENDOFTEXT_TEXT}'"
             )
 
     def documents(
         self, update: Callable[[int], None] = lambda n: None, start: int = 0
     ) -> Iterator[tuple[int, Iterable[str]]]:
-        """Yields (size in bytes, consecutive pieces of text) for each document with text, from file number `start` on. Calls
-        update with the bytes of the files just read. Raises UserError for a file that cannot be read as its name says."""
+        """
+        Yields (size in bytes, consecutive pieces of text) for each document with text, starting at file number `start`.
+        Calls update with the bytes just read. Raises UserError for a file whose contents do not match its name.
+        """
         self.empty, self.unsplit = 0, set()
         for path in self.paths[start:]:
             yield from self.read(path, update)
@@ -126,7 +130,7 @@ class TextReader:
             first = next(pieces, '')
             yield os.path.getsize(path) if first else 0, itertools.chain([first], pieces)
             return
-        parts, rest = [], ''  # of the document in the making; rest may end within a separator
+        parts, rest = [], ''  # of the unfinished document; rest may end within a separator
         for piece in read_pieces(path, update):
             *complete, rest = (rest + piece).split(self.separator)
             for text in complete:
@@ -146,13 +150,13 @@ class TextReader:
         number = 0
         with opened(path, update) as stream:
             for block in stream:
-                for line in block.splitlines():  # a block ends with \n; \r alone ends lines, too
+                for line in block.splitlines():  # a block ends with \n; \r alone also ends lines
                     number += 1
                     if line.strip(b' \t\r\n\xef\xbb\xbf'):
                         yield as_document(self._text_of(path, number, line))
 
     def _text_of(self, path, number, line):
-        """The text in one line of a .jsonl file, '' for null."""
+        """Returns the text in one line of a .jsonl file, '' for null."""
         where = f'{path}, line {number}'
         try:
             if b'\0' in line:
@@ -176,7 +180,8 @@ class TextReader:
         text = record[self.field]
         if text is not None and not isinstance(text, str):
             raise UserError(
-                f'{where}: the field {self.field!r} is of type {type(text).__name__}, not text. Name another with --field'
+                f'{where}: the field {self.field!r} is of type {type(text).__name__}, not text. Name another with '
+                '--field'
             )
         return text or ''
 
@@ -192,12 +197,14 @@ class TextReader:
                 names = file.schema_arrow.names
                 if self.field not in names:
                     raise UserError(
-                        f'{path}: there is no column {self.field!r}; its columns: {", ".join(names)}. Name another with --field'
+                        f'{path}: there is no column {self.field!r}; its columns: {", ".join(names)}. Name another '
+                        'with --field'
                     )
                 column_type = file.schema_arrow.field(self.field).type
                 if not holds_text(column_type):
                     raise UserError(
-                        f'{path}: the column {self.field!r} is of type {column_type}, not text. Name another with --field'
+                        f'{path}: the column {self.field!r} is of type {column_type}, not text. Name another with '
+                        '--field'
                     )
                 for batch in file.iter_batches(batch_size=256, columns=[self.field]):
                     for row, text in enumerate(batch.column(0).to_pylist(), rows):
@@ -214,7 +221,7 @@ def plural(noun, things):
 
 
 def by_kind(paths):
-    """'12 .jsonl.gz, 1 .txt (notes.txt)': kinds of files, those of rare kinds with their names."""
+    """Returns '12 .jsonl.gz, 1 .txt (notes.txt)': the number of files of each kind, and the names of rare ones."""
     kinds = Counter(map(extension_of, paths))
     names = {kind: [os.path.basename(path) for path in paths if extension_of(path) == kind] for kind in kinds}
     return ', '.join(
@@ -224,7 +231,7 @@ def by_kind(paths):
 
 
 def split_extensions(path):
-    """('.jsonl', '.gz') for 'a.jsonl.gz', ('.txt', '') for 'b.TXT'."""
+    """Returns ('.jsonl', '.gz') for 'a.jsonl.gz' and ('.txt', '') for 'b.TXT'."""
     stem, extension = os.path.splitext(path.lower())
     return (os.path.splitext(stem)[1], extension) if extension in COMPRESSIONS else (extension, '')
 
@@ -234,22 +241,22 @@ def extension_of(path):
 
 
 def kind_of(path: str) -> str | None:
-    """Returns 'txt', 'jsonl' or 'parquet' by the file's name, None for any other file."""
+    """Returns 'txt', 'jsonl' or 'parquet' by the file's name, None for another file."""
     return KINDS.get(split_extensions(path)[0])
 
 
 def find_files(inputs: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """
-    Returns the text files among files and folders as (sorted paths, each file once; list of (path, reason) for those skipped).
-    Folders are searched with their subfolders, links included, each folder once. Raises UserError for an input that does not exist,
-    is hidden or is no text file, and if there is no text file at all.
+    Finds the text files among files and folders. Returns (sorted paths, each file once; list of (path, reason) for
+    skipped files). Searches folders with their subfolders, links included, each folder once. Raises UserError for an
+    input that does not exist, is hidden or is not a text file, and if there is no text file at all.
     """
     paths, skipped, seen = [], [], set()
 
     def add(path, reason):
         real = os.path.realpath(path)
         if not reason and real in seen:
-            reason = 'the same file as another one'
+            reason = 'the same file as another'
         skipped.append((path, reason)) if reason else paths.append(path)
         seen.add(real)
 
@@ -262,12 +269,12 @@ def find_files(inputs: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]
         elif os.path.basename(name).startswith('.'):
             raise hidden(name)
         elif not kind_of(name):
-            raise UserError(f'{name} is no {KNOWN}. Rename it if it is one')
+            raise UserError(f'{name} is not a {KNOWN}. Rename it if it is one')
         else:
             reason = why_not_readable(name)
             if reason:
                 raise UserError(f'{name}: {reason}')
-            if os.path.realpath(name) not in seen:  # named on purpose, and perhaps in a folder, too
+            if os.path.realpath(name) not in seen:  # named explicitly, and perhaps also found in a folder
                 add(name, '')
     if not paths:
         reasons = ''.join(f'\n  {path}: {reason}' for path, reason in skipped[:NAMED])
@@ -276,7 +283,7 @@ def find_files(inputs: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]
 
 
 def files_below(top):
-    """Yields every file below the folder top, sorted, and hidden folders as if they were files."""
+    """Yields every file below the folder top, sorted; yields hidden folders as if they were files."""
     seen = {os.path.realpath(top)}
     for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
         yield from (os.path.join(folder, name) for name in sorted(folders) if name.startswith('.'))
@@ -295,7 +302,7 @@ def unreadable(error):
 
 
 def why_not_readable(path):
-    """Why a file cannot be read as text whatever its name; '' if it can."""
+    """Returns why a file cannot be read, whatever its name; '' if it can."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -304,7 +311,7 @@ def why_not_readable(path):
 
 
 def why_skipped(path):
-    """Why a file found in a folder is not read; '' if it is."""
+    """Returns why a file in a folder is skipped; '' if it is read."""
     name, extension = os.path.basename(path), split_extensions(path)[0]
     if name.startswith('.'):
         return 'hidden'
@@ -313,7 +320,7 @@ def why_skipped(path):
     if extension not in KINDS:
         return 'not .txt, .jsonl or .parquet'
     if extension == '.txt' and name.lower().split('.')[0].split('-')[0].split('_')[0] in NOTES:
-        return 'about the data, by its name; to train on it, name the file itself'
+        return 'about the data, by its name; to train on it, name the file explicitly'
     return why_not_readable(path) or ('' if os.path.getsize(path) else 'empty')
 
 
@@ -327,8 +334,8 @@ def opened_raw(path):
 @contextmanager
 def opened(path: str, update: Callable[[int], None] = lambda n: None) -> Iterator[io.BufferedIOBase]:
     """
-    The contents of a file as a binary stream, decompressed if its first bytes say so. Calls update with the bytes read from the
-    disk. Turns errors of the file system and of damaged compressed data into UserError.
+    Yields the contents of a file as a binary stream, decompressed if its first bytes say so. Calls update with the
+    bytes read from the disk. Turns errors of the file system and of damaged compressed data into UserError.
     """
     try:
         with open(path, 'rb', buffering=0) as file:
@@ -348,13 +355,13 @@ def opened(path: str, update: Callable[[int], None] = lambda n: None) -> Iterato
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f'{path} is damaged or incomplete: {first_line(error)}. Get the file again') from error
     except OSError as error:
-        if error.errno is None:  # from a decompressor
+        if error.errno is None:  # raised by a decompressor
             raise UserError(f'{path} is damaged or incomplete: {first_line(error)}. Get the file again') from error
         raise UserError(f'cannot read {path}: {error.strerror}') from error
 
 
 class _Counted(io.RawIOBase):
-    """A file that reports how much of it is read."""
+    """A file that reports the number of bytes read."""
 
     def __init__(self, file, update):
         self.file, self.update = file, update
@@ -393,7 +400,7 @@ def _zstd(path, raw):
 
 
 def seekable(stream):
-    """The stream if it can be read from any position at no cost, else its contents in memory."""
+    """Returns the stream if seeking in it is free, else its contents in memory."""
     return (
         stream
         if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, _Counted)
@@ -402,7 +409,7 @@ def seekable(stream):
 
 
 def holds_text(column_type):
-    """Whether a pyarrow type is text: any kind of string, UTF-8 in bytes, or a dictionary of either."""
+    """Returns whether a pyarrow type is text: any kind of string, UTF-8 in bytes, or a dictionary of either."""
     import pyarrow.types as types
 
     if types.is_dictionary(column_type):
@@ -412,7 +419,7 @@ def holds_text(column_type):
 
 
 def decoded(text, where):
-    """A value of a column as str."""
+    """Returns a value of a column as str."""
     try:
         return text.decode() if isinstance(text, bytes) else text or ''
     except UnicodeDecodeError as error:
@@ -420,8 +427,10 @@ def decoded(text, where):
 
 
 def clean(text: str) -> str:
-    """Returns text without a byte order mark at its start, with \\n for every kind of line end, and with U+FFFD for half a
-    surrogate pair, which JSON may hold."""
+    """
+    Returns text without a byte order mark at its start, with \\n for every kind of line end, and with U+FFFD for half a
+    surrogate pair, which JSON may hold.
+    """
     text = text.lstrip('\ufeff')
     if '\r' in text:
         text = text.replace('\r\n', '\n').replace('\r', '\n')
@@ -433,13 +442,13 @@ def clean(text: str) -> str:
 
 
 def as_document(text):
-    """(size in bytes, [text]) of a document in memory."""
+    """Returns (size in bytes, [text]) for a document in memory."""
     text = clean(text)
     return len(text.encode()), [text]
 
 
 def read_text(path: str) -> str:
-    """Returns the whole text of a .txt file, or of a file with any other name that is no .jsonl or .parquet. Raises UserError."""
+    """Returns the whole text of a file, except for .jsonl and .parquet files. Raises UserError."""
     if os.path.basename(path).startswith('.'):
         raise hidden(path)
     if kind_of(path) in ('jsonl', 'parquet'):
@@ -453,8 +462,8 @@ def read_text(path: str) -> str:
 
 def read_pieces(path: str, update: Callable[[int], None] = lambda n: None) -> Iterator[str]:
     """
-    Yields the text of a file in pieces of about BLOCK bytes. A piece ends after a letter and before a blank, where GPT-2's tokens
-    end anyway, so that the pieces' tokens are the file's.
+    Yields the text of a file in pieces of about BLOCK bytes. A piece ends after a letter and before a blank, where
+    GPT-2's tokens always end, so that the tokens of the pieces are those of the file.
     """
     decoder = codecs.getincrementaldecoder('utf-8')()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
@@ -467,9 +476,8 @@ def read_pieces(path: str, update: Callable[[int], None] = lambda n: None) -> It
                 if (nul := block.find(b'\0')) >= 0:
                     raise UnicodeDecodeError('utf-8', block, nul, nul + 1, 'NUL')
             except UnicodeDecodeError as error:
-                position += (
-                    len(block) - len(error.object) + error.start
-                )  # its object starts with what the decoder had kept
+                # error.object starts with the bytes that the decoder had kept
+                position += len(block) - len(error.object) + error.start
                 place = f'byte {position:,} is 0x{error.object[error.start]:02x}'
                 sample = error.object if position > SAMPLE else None
                 raise not_utf8(path, f'{path} is not UTF-8 text: {place}', sample) from None
@@ -491,12 +499,14 @@ def read_pieces(path: str, update: Callable[[int], None] = lambda n: None) -> It
         yield text
 
 
-SAMPLE = 64 << 20  # bytes of a file that are looked at to guess its encoding
+SAMPLE = 64 << 20  # bytes of a file that are read to guess its encoding
 
 
 def not_utf8(path, problem, sample=None):
-    """The UserError for a file that is not UTF-8: the problem, and the command that converts the file and keeps the original. sample:
-    bytes with the problem, if they are not at the start of the file."""
+    """
+    Returns the UserError for a file that is not UTF-8: the problem, and a command that converts the file and keeps the
+    original. sample: bytes with the problem, if they are not at the start of the file.
+    """
     if sample is None:
         with opened(path) as stream:
             sample = stream.read(SAMPLE)
@@ -510,18 +520,18 @@ def not_utf8(path, problem, sample=None):
     if not tool and convert.startswith('iconv'):
         command = f'{convert} {old} > {new}'
     return UserError(
-        f'{problem}. It looks like {name}. This command converts it, and keeps the original:\n'
+        f'{problem}. It looks like {name}. This command converts it and keeps the original:\n'
         f'  {command} && mv {old} {kept} && mv {new} {old}'
     )
 
 
 def guess_encoding(sample: bytes) -> tuple[str, str]:
-    """Returns (name, command that converts it from stdin to UTF-8) of the most likely encoding of bytes that are not UTF-8 text."""
+    """Returns (name, command that converts stdin to UTF-8) for the most likely encoding of bytes that are not UTF-8."""
     quarters = [sample[i::4].count(b'\0') for i in range(4)]  # NULs at each position of four bytes
     nuls, n = sum(quarters), max(len(sample) // 4, 1)
     text = sample.decode('utf-8', 'replace')
     damaged, beyond_ascii = text.count('\ufffd'), sum(char > '\x7f' for char in text)
-    name = 'ISO-8859-1'  # converts whatever the bytes are
+    name = 'ISO-8859-1'  # can convert any bytes
     if sample.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         name = 'UTF-32'
     elif sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -542,5 +552,5 @@ def guess_encoding(sample: bytes) -> tuple[str, str]:
         used = set(sample)
         if any(0x80 <= byte < 0xA0 for byte in used) and not used & {0x81, 0x8D, 0x8F, 0x90, 0x9D}:
             name = 'WINDOWS-1252'
-        return f'{name} (if the result reads wrong, name another encoding behind -f)', f'iconv -f {name} -t UTF-8'
+        return f'{name} (if the result is wrong, name another encoding after -f)', f'iconv -f {name} -t UTF-8'
     return name, f'iconv -f {name} -t UTF-8'

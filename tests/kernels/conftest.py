@@ -1,6 +1,6 @@
 """
-The kernels run on the GPU where there is one, and elsewhere on the CPU in Triton's interpreter. The interpreter must be chosen before
-Triton's functions are decorated, and may not leak into other tests: so these tests are a pytest call of their own.
+Runs the kernels on a GPU, or without one on the CPU in Triton's interpreter. The interpreter must be chosen before
+Triton's functions are decorated, and must not affect other tests, so these tests are a pytest call of their own.
 """
 
 import os

@@ -1,6 +1,6 @@
 """
-What the tests of the kernels share. The numbers are compared with float64, in the manner of quack's tests: whatever is asked of
-our kernel is asked of PyTorch's own in the same dtype, and ours may be at most twice as far from the truth.
+Helpers of the kernel tests. The truth is computed in float64. As in quack's tests, PyTorch's function in the same dtype
+sets the standard: a kernel's error may be at most twice PyTorch's.
 """
 
 import hashlib
@@ -29,15 +29,18 @@ def digest(tensors):
 
 
 def same(a, b):
-    """Equal bits; in the interpreter, which truncates to bfloat16 what PyTorch's casts round, up to the last of its 8 bits."""
+    """
+    Returns whether the bits are equal. In the interpreter, bfloat16 may differ in the last of its 8 bits: it truncates
+    where PyTorch rounds.
+    """
     return torch.equal(a, b) or (not gpu and a.dtype == b.dtype == bf16 and torch.allclose(a, b, rtol=8e-3, atol=1e-6))
 
 
 def bound(name, a, b, c, terms=None, rounded_to=None, factor=2):
     """
-    err(a) < factor * err(c) + tiny against the truth b, by norm and by largest element; a is ours, c PyTorch's. tiny is what summing in another
-    order may change: 2e-6 of the result, or of `terms`, the size of what is subtracted there, which may cancel.
-    rounded_to: the dtype in which kernels wrote it, or what it is made of, if that is not a's.
+    Asserts err(a) < factor * err(c) + tiny against the truth b, by norm and by largest element. a is the kernel's
+    result, c PyTorch's. tiny allows for sums in another order: 2e-6 of the result, or of `terms`, the size of the
+    summands, if they may cancel. rounded_to: the dtype in which the kernel wrote its result or its input, if not a's.
     """
     assert a.shape == b.shape and a.dtype == c.dtype, (
         f'{name}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {c.dtype}'

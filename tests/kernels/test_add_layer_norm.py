@@ -1,4 +1,4 @@
-"""Residual addition and LayerNorm in one kernel, against float64."""
+"""Tests of residual addition and LayerNorm in one kernel, against float64."""
 
 import importlib
 
@@ -13,7 +13,7 @@ norm = importlib.import_module('kernels.layer_norm')
 
 
 def residuals(M, N, x_dtype=f32, branch_dtype=None, w_dtype=f32, bias=True, seed=0):
-    """x and branch (M, N), weight and bias (N,), and the gradients of the two results."""
+    """Returns x and branch (M, N), weight and bias (N,), and the gradients of the two results."""
     generator = torch.Generator().manual_seed(seed)
     x, branch, dtotal, dy = (torch.randn(M, N, generator=generator) for _ in range(4))
     w, b = (torch.randn(N, generator=generator) for _ in range(2))
@@ -32,7 +32,7 @@ def separately(x, branch, w, b, out_dtype=None):
 
 
 def run(function, leaves, grads, **options):
-    """The results of function, and the gradients of the leaves."""
+    """Returns the results of function, and the gradients of the leaves."""
     results = function(*leaves, **options)
     grads = [grad.to(y.dtype) for y, grad in zip(results, grads)]
     return [y.detach() for y in results], list(
@@ -121,7 +121,7 @@ def test_strides_of_x_branch_and_gradients(layout):
 
 @pytest.mark.parametrize('mix', residual_mixes[:3], ids=['float32', 'autocast', 'half'])
 def test_only_one_of_the_two_results_is_used(mix):
-    """Its gradient is then all there is, and equals that of the other one being zero."""
+    """The gradients equal those with a zero gradient for the unused result."""
     leaves, (dtotal, dy) = residuals(7, 96, *mix[:3])
     dy = dy.to(mix[3])
     for used, zero in ((0, 1), (1, 0)):
@@ -138,7 +138,7 @@ def test_only_one_of_the_two_results_is_used(mix):
 
 
 def test_gradients_of_x_and_branch_are_two_tensors():
-    """They are equal, but who changes one in place, as clipping does, must not change the other."""
+    """They are equal, but changing one in place, as clipping does, must not change the other."""
     leaves, grads = residuals(4, 64)
     torch.autograd.backward(add_layer_norm(*leaves), grads)
     before = leaves[1].grad.clone()
@@ -176,7 +176,7 @@ def test_nan_in_a_branch_stays_in_its_row():
 
 
 def test_constant_sums():
-    """Rows of equal elements have no variance: y is the bias, also where float32 sums of them are rounded."""
+    """A row of equal elements has no variance, so y is the bias, even where float32 sums of the row are rounded."""
     for mix in residual_mixes[:5]:
         (x, branch, w, b), grads = residuals(7, 770, *mix[:3])
         constants = torch.tensor([0.0, 3.0, 0.1, -1000.1, 1e-7, 12345.67, 1 / 3], device=device)[:, None]
@@ -267,7 +267,9 @@ def test_mistakes_in_sums_and_norms_are_named():
 @pytest.mark.parametrize('mix', [(f32, f32), (bf16, bf16), (f32, bf16)])
 @pytest.mark.parametrize('used', ['both', 'sum', 'y'])
 def test_without_a_branch(mix, used):
-    """As before the first block: x itself and its norm; the gradients of both are added in the kernel, where both are used."""
+    """
+    The first block has no branch: the results are x and its norm. If both are used, the kernel adds their gradients.
+    """
     x_dtype, out_dtype = mix
     (x, _, w, b), grads = residuals(5, 70, x_dtype)
     results = []

@@ -1,4 +1,7 @@
-"""Attention with a packed gradient: cuDNN's own on a GPU; elsewhere a stand-in that gets cuDNN's pointers, sizes and strides."""
+"""
+Tests of attention with a packed gradient: by cuDNN on a GPU, elsewhere by a stand-in that gets cuDNN's pointers, sizes
+and strides.
+"""
 
 import ctypes
 import math
@@ -28,7 +31,7 @@ def by_pytorch(qkv):
 
 
 class Plan:
-    """A stand-in for cuDNN's graph, in float32: computes what it has been told to, on the memory that it is given."""
+    """A stand-in for cuDNN's graph, in float32, which computes on the memory that it is given."""
 
     def __init__(self, **types):
         self.tensors, self.io = {}, types['io_data_type']
@@ -98,7 +101,7 @@ def log_sum_exp(q, k):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """cuDNN, as far as attention.py uses it, for float32 on the CPU."""
+    """Replaces cuDNN, as far as attention.py uses it, for float32 on the CPU."""
     attention.backward_plan.cache_clear()
     kinds = SimpleNamespace(BFLOAT16='bf16', HALF='f32', FLOAT='f32')
     cudnn = SimpleNamespace(
@@ -118,7 +121,7 @@ def stand_in(monkeypatch):
 
 
 def test_packed_gradients_of_the_stand_in(stand_in):
-    """Every gradient lies where the packed tensor has it."""
+    """Every gradient lies at its place in the packed tensor."""
     qkv, dy = packed(f32, 'cpu')
     y = attention.causal_attention(qkv, HEADS)
     assert type(y.grad_fn).__name__ == 'PackedAttentionFunctionBackward'
@@ -138,7 +141,7 @@ def test_the_stand_in_under_activation_checkpointing(stand_in):
 
 
 def test_where_cudnn_has_no_plan(stand_in, monkeypatch, capsys):
-    """PyTorch's operator, after one sentence."""
+    """PyTorch's operator takes over, after one message."""
 
     def refuse(self, index):
         raise RuntimeError('[cudnn_frontend] no engine\nand more')
@@ -154,7 +157,7 @@ def test_where_cudnn_has_no_plan(stand_in, monkeypatch, capsys):
 
 @pytest.mark.parametrize('options', [{}, {'packed': False}, {'dropout_p': 0.0}])
 def test_elsewhere_pytorchs_operator(options):
-    """float32, which cuDNN does not take."""
+    """cuDNN does not take float32."""
     qkv, dy = packed(f32)
     y = attention.causal_attention(qkv, HEADS, **options)
     assert torch.equal(y, by_pytorch(qkv))
@@ -167,7 +170,7 @@ if needs_cudnn:
 
     @pytest.mark.parametrize('dtype', [bf16, f16])
     def test_packed_gradients(dtype):
-        """No further from float64's than PyTorch's operator, twice over."""
+        """The error against float64 is at most twice that of PyTorch's operator."""
         qkv, dy = packed(dtype)
         results = []
         for function, to in (

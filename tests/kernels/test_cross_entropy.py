@@ -1,4 +1,4 @@
-"""The last matmul and the cross-entropy together, and the cross-entropy alone, against float64."""
+"""Tests of the last matmul with the cross-entropy, and of the cross-entropy alone, against float64."""
 
 import pytest
 import torch
@@ -13,12 +13,15 @@ few = 33 if gpu else 9
 
 
 def plain_cross_entropy(logits, targets, ignore_index=-1):
-    """PyTorch's, in float32 as autocast on CUDA has it (autocast on a CPU would round log-softmax to 16 bits)."""
+    """
+    Returns PyTorch's cross-entropy in float32, as under autocast on CUDA (autocast on a CPU would round log-softmax to
+    16 bits).
+    """
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index)
 
 
 def softmax_less_onehot(logits, targets, ignore_index=-1):
-    """Loss and gradient of each row (M, V), in float64."""
+    """Returns the loss and the gradient of each row of logits (M, V), in float64."""
     logits = logits.to(f64)
     ignored = targets == ignore_index
     losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction='none')
@@ -37,7 +40,7 @@ chunkings = [
 @pytest.mark.parametrize('dtype', dtypes)
 @pytest.mark.parametrize('size', [1, 30, 1e4])
 def test_kernel_of_the_cross_entropy(dtype, size):
-    """Loss and gradient of each row from the logits as they are, small and huge, against float64."""
+    """Loss and gradient of each row against float64, for small, large and huge logits."""
     for V in vocabularies if gpu or size == 30 else (1, 65, 1000):
         for config in chunkings if V <= 1000 or gpu else chunkings[:1]:
             generator = torch.Generator().manual_seed(V)
@@ -74,7 +77,9 @@ def test_kernel_of_the_cross_entropy(dtype, size):
 
 @pytest.mark.parametrize('config', chunkings)
 def test_logits_of_minus_infinity(config):
-    """Single ones, whole chunks at the start and end of a row; only a row that has no other is NaN, as in PyTorch."""
+    """
+    Single ones, and whole chunks at the start and end of a row. Only a row with no other logit is NaN, as in PyTorch.
+    """
     logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0)).to(device)
     logits[0, ::3] = logits[1, :900] = logits[2, 100:] = logits[4, 7] = -float('inf')
     logits[5] = -float('inf')
@@ -105,7 +110,9 @@ def test_nan_and_infinite_logits_stay_in_their_row(config):
 @pytest.mark.parametrize('config', chunkings)
 @pytest.mark.parametrize('V', [1, 65, 1000])
 def test_foreign_memory_stays_as_it_is(V, config):
-    """Around the logits, whatever the targets say; one outside the vocabulary makes its loss NaN."""
+    """
+    Nothing around the logits is written, whatever the targets are. A target outside the vocabulary makes its loss NaN.
+    """
     room = 300_000
     memory = torch.full((2 * room + 4 * V,), 7.0, device=device)
     logits = memory[room : room + 4 * V].view(4, V)
@@ -120,7 +127,10 @@ def test_foreign_memory_stays_as_it_is(V, config):
 
 
 def heads(M, V, C=64, dtype=f32, size=1.0, seed=0):
-    """x (M, C), weight (V, C) float32, targets (M,), of which some are ignored; weight has the precision of dtype already."""
+    """
+    Returns x (M, C), weight (V, C) float32 with values that dtype represents exactly, and targets (M,), some of them
+    ignored.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(M, C, generator=generator).to(device, dtype)
     w = (torch.randn(V, C, generator=generator) * size / C**0.5).to(device, dtype).float()
@@ -130,7 +140,10 @@ def heads(M, V, C=64, dtype=f32, size=1.0, seed=0):
 
 
 def compare_heads(x, w, targets, what='', dloss=1.0, **options):
-    """Loss and gradients under autocast to the dtype of x (none for float32), of loss * dloss, then divided by it again."""
+    """
+    Compares loss and gradients under autocast to the dtype of x (none for float32). The loss is multiplied by dloss,
+    and the gradients are divided by it.
+    """
     dtype = x.dtype
     with torch.autocast(device, dtype=dtype, enabled=dtype != f32):
         loss = linear_cross_entropy(x, w, targets, **options)
@@ -172,14 +185,17 @@ def test_rows_of_the_loss_in_chunks(chunk_rows, dtype):
 @pytest.mark.parametrize('dtype', dtypes)
 @pytest.mark.parametrize('dloss', [1 / 8, 1e-4, 65536.0])
 def test_scaled_losses(dloss, dtype, chunk_rows):
-    """Divided by the micro-steps, and multiplied as a GradScaler does, which must not overflow in float16 where PyTorch's does not."""
+    """
+    The loss is divided by the number of micro-steps and multiplied as by a GradScaler. float16 must not overflow where
+    PyTorch's does not.
+    """
     compare_heads(*heads(many, 1000, 64, dtype), f'loss x {dloss}', dloss=dloss, chunk_rows=chunk_rows)
 
 
 @pytest.mark.parametrize('chunk_rows', [0, 5])
 @pytest.mark.parametrize('M', [0, 7])
 def test_nothing_to_predict(M, chunk_rows):
-    """No rows, or all of them ignored: NaN with gradients of zero, as F.cross_entropy has it."""
+    """With no rows, or only ignored ones, the loss is NaN and gradients are zero, as with F.cross_entropy."""
     x, w, targets = heads(M, 65)
     targets.fill_(-1)
     for loss in (
@@ -211,7 +227,7 @@ def test_a_target_outside_the_vocabulary(chunk_rows):
 
 @pytest.mark.parametrize('chunk_rows', [0, 5])
 def test_shapes_and_strides_of_the_loss(chunk_rows):
-    """Any leading dimensions, and no need for contiguous memory: targets are often a slice of rows one token longer."""
+    """x may have any leading dimensions and any strides: targets are often a slice of rows one token longer."""
     x, w, targets = heads(12, 65)
     expected = linear_cross_entropy(x, w, targets, chunk_rows=chunk_rows)
     for shape in ((12,), (3, 4), (2, 3, 2), (1, 12), (12, 1)):
@@ -269,7 +285,7 @@ def test_the_loss_has_the_same_bits_every_time(chunk_rows):
 
 @pytest.mark.parametrize('chunk_rows', [0, 5])
 def test_the_loss_of_another_backward_through_the_same_graph(chunk_rows):
-    """The logits hold their gradient by then, and keep it."""
+    """The logits already hold their gradient by then, and keep it."""
     x, w, targets = heads(few, 65)
     loss = linear_cross_entropy(x, w, targets, chunk_rows=chunk_rows)
     first = torch.autograd.grad(loss, (x, w), retain_graph=True)
@@ -278,7 +294,10 @@ def test_the_loss_of_another_backward_through_the_same_graph(chunk_rows):
 
 
 def test_cross_entropy_of_logits_that_stay():
-    """As in an evaluation: PyTorch's value, without its copies of the logits in float32. Where a gradient is wanted, by PyTorch."""
+    """
+    In evaluation: PyTorch's value, without its float32 copies of the logits. PyTorch computes it where a gradient is
+    needed.
+    """
     M, V = (4096, 50304) if gpu else (few, 65)
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(M, V, device=device, generator=generator)
@@ -323,7 +342,7 @@ def test_more_than_2_to_the_31_logits():
 
 @pytest.mark.parametrize('dtype', [bf16, f16, f32] if gpu else [f16, f32])
 def test_scaling_of_gradients(dtype):
-    """Each product is rounded once, and the factor not at all: the mean is not shifted, as it is by 0.2% where the factor is rounded."""
+    """Each product is rounded once, and the factor not at all. Rounding the factor would shift the mean by 0.2%."""
     x = (torch.randn(3000, generator=torch.Generator().manual_seed(0)).abs() + 1).to(device, dtype)
     factor = torch.tensor(1 / 98304 * 1000, device=device)
     exact, got = x.to(f64) * factor.to(f64), scaled(x, factor)

@@ -1,4 +1,4 @@
-"""Token and position embeddings in one kernel: values and gradients, added to what is there, and what falls back."""
+"""Tests of token and position embeddings in one kernel: values, gradients that are added in place, and fallbacks."""
 
 import pytest
 import torch
@@ -27,7 +27,9 @@ def by_pytorch(idx, wte, wpe):
 @pytest.mark.parametrize('dtype', [f32, bf16])
 @pytest.mark.parametrize('B, T, N', [(3, 9, 768), (2, 5, 70), (1, 1, 1)] + [(12, 9, 1600)] * gpu)
 def test_values_and_gradients(B, T, N, dtype):
-    """Twice in a row: the second backward adds to the gradients of the first. Positions from T on have a gradient of zero."""
+    """
+    Runs twice: the second backward adds to the gradients of the first. Positions from T on have a gradient of zero.
+    """
     results = []
     for function, to in ((embeddings, f32), (by_pytorch, f64), (by_pytorch, f32)):
         wte, wpe = [nn.Parameter(p.detach().to(to)) for p in tables(N)]
@@ -50,7 +52,7 @@ def test_positions_are_summed_in_a_fixed_order():
 
 
 def test_a_token_outside_the_vocabulary_is_nan():
-    """And moves no gradient."""
+    """It also changes no gradient."""
     wte, wpe = tables(16)
     idx = tokens(2, 3)
     idx[0, 1], idx[1, 2] = VOCABULARY, -1

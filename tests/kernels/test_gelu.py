@@ -1,4 +1,4 @@
-"""GELU and its derivative against float64, everywhere on the number line."""
+"""Tests of GELU and its derivative against float64, over the whole number line."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from kernels.gelu import gelu
 
 
 def exact_gelu(x):
-    """gelu and its derivative in float64, from erfc, which does not cancel for negative x."""
+    """Returns gelu and its derivative in float64, from erfc, which does not cancel for negative x."""
     x = x.to(f64)
     below = torch.special.erfc(-x / 2**0.5) / 2
     return x * below, below + x * torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
@@ -19,8 +19,9 @@ def exact_gelu(x):
 @pytest.mark.parametrize('dtype', dtypes)
 def test_gelu_on_a_dense_grid(dtype):
     """
-    Everywhere at most twice as far from the truth as PyTorch's largest error nearby, and within a rounding; below -4 PyTorch's own, which
-    computes 1 + erf in float32, loses all digits, so the bound there is the error of the formula: 1.5e-7 of |x| / 2, plus a rounding.
+    The error is at most twice PyTorch's largest error, and everywhere within a rounding plus the formula's error,
+    1.5e-7 of |x| / 2. The second bound matters below -4, where PyTorch, which computes 1 + erf in float32, loses all
+    digits.
     """
     x = torch.linspace(-30, 30, 600_001 if gpu else 60_001, device=device, dtype=f64).to(dtype)
     ours, theirs = leaf(x), leaf(x)
@@ -46,9 +47,9 @@ def test_gelu_on_a_dense_grid(dtype):
 @pytest.mark.parametrize('dtype', dtypes)
 def test_tanh_gelu_on_a_dense_grid(dtype):
     """
-    At most twice as far from the float64 function and its derivative as PyTorch's largest error, and everywhere within a rounding of the
-    result plus 3e-7 of |x| + 1, a few roundings of the float32 arithmetic. At +-60,000, where float32 cubes are still finite but float16
-    squares are not, the function is x or 0.
+    The error against float64 is at most twice PyTorch's largest, and everywhere within a rounding of the result plus
+    3e-7 of |x| + 1, a few roundings of float32 arithmetic. At +-60,000, where float32 cubes are still finite but
+    float16 squares are not, the function is x or 0.
     """
     x = torch.linspace(-30, 30, 600_001 if gpu else 60_001, device=device, dtype=f64).to(dtype)
     ours, theirs, truth = leaf(x), leaf(x), leaf(x.to(f64))
@@ -70,7 +71,7 @@ def test_tanh_gelu_on_a_dense_grid(dtype):
 
 @pytest.mark.parametrize('dtype', dtypes)
 def test_gelu_of_special_numbers(dtype):
-    """NaN, the infinities, zeros with their signs, the smallest and the largest numbers; -inf is multiplied by 0 here as in PyTorch."""
+    """NaN, infinities, signed zeros, the smallest and the largest numbers. -inf is multiplied by 0, as in PyTorch."""
     info = torch.finfo(dtype)
     x = torch.tensor(
         [
@@ -124,7 +125,7 @@ def test_layouts_of_gelu():
 
 
 def test_gelu_of_more_than_a_program():
-    """Sizes around the block of a program; beyond the last element nothing is written."""
+    """Sizes around a program's block. Nothing is written beyond the last element."""
     for size in (4095, 4096, 4097, 65535, 65537):
         x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
         torch.testing.assert_close(gelu(x), F.gelu(x), rtol=1e-6, atol=1e-6)  # 1 + erf cancels, in float32

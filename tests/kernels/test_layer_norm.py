@@ -1,4 +1,4 @@
-"""LayerNorm's kernels against float64, and its function in every situation that a caller may put it in."""
+"""Tests of LayerNorm's kernels against float64, and of its function with every kind of input."""
 
 import importlib
 import os
@@ -18,7 +18,7 @@ ours = importlib.import_module('kernels.layer_norm')
 
 
 def tensors(M, N, x_dtype=f32, w_dtype=f32, bias=True, mean=1.0, seed=0):
-    """x (M, N), weight and bias that a kernel which forgets them gets wrong, and dy."""
+    """Returns x (M, N), dy, and a weight and a bias for which a kernel that ignores them fails."""
     generator = torch.Generator().manual_seed(seed)
     x, dy = (torch.randn(M, N, generator=generator) for _ in range(2))
     weight, b = (torch.randn(N, generator=generator) for _ in range(2))
@@ -27,19 +27,19 @@ def tensors(M, N, x_dtype=f32, w_dtype=f32, bias=True, mean=1.0, seed=0):
 
 
 def run(function, leaves, dy):
-    """y and the gradients of x, weight and bias; a fresh graph each time."""
+    """Returns y and the gradients of x, weight and bias, from a fresh graph."""
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype))]
 
 
 def truth(leaves, dy):
-    """The same in float64, from the inputs as rounded."""
+    """Returns the same in float64, from the rounded inputs."""
     leaves = [None if t is None else t.detach().to(f64).requires_grad_() for t in leaves]
     return run(lambda x, w, b: F.layer_norm(x, w.shape, w, b), leaves, dy.to(f64))
 
 
 def check(got, expected, torchs, what='', terms=None):
-    """bound() for y, dx, dweight and dbias; terms: of dx, where at N = 1 nothing is left."""
+    """Applies bound() to y, dx, dweight and dbias. terms: the summands of dx, which cancel completely at N = 1."""
     for name, a, b, c in zip(('y', 'dx', 'dweight', 'dbias'), got, expected, torchs):
         bound(f'{what} {name}', a, b, c, terms if name == 'dx' else None)
 
@@ -79,7 +79,7 @@ def test_a_million_rows():
 @pytest.mark.parametrize('mix', mixes, ids=lambda m: '-'.join(str(d)[6:] for d in m))
 @pytest.mark.parametrize('N', [12289, 65536 if gpu else 33000])
 def test_rows_wider_than_registers(N, mix):
-    """PyTorch computes the gradients of both; forward reads the wider row three times."""
+    """PyTorch computes the gradients of both widths. The forward reads the wider row three times."""
     compare(*tensors(5 if gpu else 2, N, *mix, bias=N == 12289))
 
 
@@ -135,7 +135,7 @@ def test_nan_stays_in_its_row():
 
 
 def strided(name, M, N):
-    """x (M, N) with values of its own, laid out in an unusual way."""
+    """Returns x (M, N) with its own values in an unusual layout."""
     base = torch.randn(2 * M + 1, 2 * N + 3, device=device)
     return {
         'columns of wider rows': base[:M, :N],
@@ -189,7 +189,7 @@ def test_eps():
 
 
 def test_parameters_with_strides():
-    """Every second element, one element for all, a column."""
+    """Every second element, one element for all, and a column."""
     (x, _, _), dy = tensors(5, 96)
     base = torch.randn(192, 3, generator=torch.Generator().manual_seed(1)).to(device)
     views = [base[::2, 0], base[:1, 1].expand(96), base[:96, 2]]
@@ -223,7 +223,7 @@ def test_double_backward_raises():
 
 
 def test_the_same_bits_every_time():
-    """100 runs here and one in another process (in the interpreter, which is serial, 3 runs)."""
+    """100 runs here and one in another process (3 runs in the serial interpreter)."""
     M, N = (4095, 770) if gpu else (37, 96)
     first = digest_of_a_run(M, N)
     assert all(digest_of_a_run(M, N) == first for _ in range(100 if gpu else 3))

@@ -1,4 +1,7 @@
-"""LayerNorm's weight gradients summed together at the end of a backward: the same bits as one by one, and only where nobody looks earlier."""
+"""
+Tests of LayerNorm's weight gradients summed together at the end of a backward: they have the same bits as gradients
+summed one by one, and wait only where nothing reads them earlier.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,10 @@ LAYERS, WIDTH = 5, 64
 
 @pytest.fixture(autouse=True)
 def capturing(monkeypatch):
-    """As while a CUDA graph is captured, and in groups of two LayerNorms. Yields how many LayerNorms each reduction has summed."""
+    """
+    Acts as if a CUDA graph were captured, with groups of two LayerNorms. Yields how many LayerNorms each reduction has
+    summed.
+    """
     together = []
     reduce = layer_norm_gradients.launch_reduce
 
@@ -104,7 +110,7 @@ def test_a_hook_sees_its_gradient(kind, monkeypatch):
 
 
 def test_gradients_that_are_asked_for():
-    """autograd.grad returns its gradient and touches no other; backward(inputs=...) adds to these alone."""
+    """autograd.grad returns its gradient and changes no other; backward(inputs=...) adds to those gradients alone."""
     model = Norms()
     expected = [p.clone() for p in gradients(Norms(), lambda model, seed: seed or model(rows()).sum().backward())]
     returned = torch.autograd.grad(model(rows()).sum(), [model.weights[1]])
@@ -139,7 +145,7 @@ def test_a_backward_that_fails_leaves_nothing(monkeypatch):
 
 
 def test_wrappers_that_read_gradients_in_backward(capturing):
-    """DDP: they wait in micro-steps that do not average gradients. FSDP: never."""
+    """Under DDP, gradients wait in micro-steps that do not average them. Under FSDP, they never wait."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 

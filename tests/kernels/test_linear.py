@@ -1,4 +1,4 @@
-"""Which library makes a weight's gradient, and that the choice ends with the call."""
+"""Tests of which library computes a weight's gradient, and that the choice ends with the call."""
 
 import pytest
 import torch
@@ -41,7 +41,10 @@ if gpu:
 
     @pytest.mark.parametrize('shape', [(768, 768), (3072, 768), (768, 3072)])
     def test_gradients_of_both_libraries(shape, monkeypatch, recwarn):
-        """Added to float32 gradients, no further from float64 than cuBLAS's, the same bits every time, and without PyTorch's warning."""
+        """
+        Both add to float32 gradients, are no further from float64 than cuBLAS, give the same bits every time, and print
+        no warning.
+        """
         generator = torch.Generator(device).manual_seed(0)
         random = lambda *shape: torch.randn(*shape, device=device, generator=generator)
         weight = random(*shape).requires_grad_()

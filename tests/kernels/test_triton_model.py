@@ -1,5 +1,5 @@
 """
-The Triton model against the reference's, and both against float64: losses and gradients, alone and inside everything that wraps a
+Tests of the Triton model against the reference and float64: losses and gradients, alone and in everything that wraps a
 model.
 """
 
@@ -38,7 +38,7 @@ def small(module, bias=True, **options):
 
 
 def batches(count):
-    """count batches of tokens and targets, some of which are to be ignored."""
+    """Returns count batches of tokens and targets; some targets are to be ignored."""
     rows = torch.randint(VOCABULARY, (count, 2, BLOCK + 1), generator=torch.Generator().manual_seed(0)).to(device)
     rows[:, 0, 5] = 3
     return [(row[:, :-1], row[:, 1:].masked_fill(row[:, 1:] == 3, -1)) for row in rows]
@@ -49,7 +49,7 @@ def autocast(dtype):
 
 
 def accumulated(model, dtype, micro_steps=MICRO_STEPS, scale=1.0):
-    """Losses of some micro-steps, and {name: sum of their gradients}, in float64."""
+    """Returns the losses of some micro-steps and {name: sum of their gradients}, in float64."""
     losses = []
     for x, y in batches(micro_steps):
         with autocast(dtype):
@@ -61,8 +61,8 @@ def accumulated(model, dtype, micro_steps=MICRO_STEPS, scale=1.0):
 
 def assert_no_worse(ours, theirs, truth, dtype, factor=2.0):
     """
-    No gradient of ours may be more than `factor` times as far from float64's as the reference's own in dtype; plus what summing in
-    another order may change in float32, and a unit in the last place of bfloat16 where the interpreter truncates.
+    Asserts that no gradient's error against float64 is more than `factor` times the reference's in dtype, plus float32
+    sums in another order, and one unit in the last place of bfloat16 where the interpreter truncates.
     """
     assert list(ours) == list(theirs) == list(truth), 'parameter names'
     slack = 2e-6 if gpu or dtype != bf16 else 8e-3
@@ -78,7 +78,7 @@ def assert_no_worse(ours, theirs, truth, dtype, factor=2.0):
     ids=['plain', 'no bias', 'checkpointed', 'loss in chunks', 'half residual'],
 )
 def test_gradients_of_micro_steps(dtype, options, capsys):
-    """Each is added to the one before it in weight.grad, by the matmul itself, and for the shared weight by both of its users."""
+    """The matmul itself adds each gradient to weight.grad. Both users of the shared weight do so."""
     bias, scale = options.get('bias', True), 1024.0 if dtype == f16 else 1.0  # as a gradient scaler does
     truth = accumulated(small(load_model('nanoGPT'), bias).double(), f64)
     theirs = accumulated(small(load_model('nanoGPT'), bias), dtype, scale=scale)
@@ -93,7 +93,7 @@ def test_gradients_of_micro_steps(dtype, options, capsys):
 
 @pytest.mark.parametrize('frozen', ['wte', 'c_attn', 'all but ln_f'])
 def test_frozen_parameters(frozen):
-    """As in finetuning. A frozen weight gets no gradient, the others the same as ever."""
+    """As in finetuning: a frozen weight gets no gradient, and the others do not change."""
     full = accumulated(small(load_model('phase2_triton')), f32, micro_steps=1)
     model = small(load_model('phase2_triton'))
     for name, p in model.named_parameters():
@@ -108,7 +108,10 @@ def test_frozen_parameters(frozen):
 
 
 def test_hooks_see_each_gradient_once_and_complete():
-    """What DDP and FSDP rely on: once in each backward, of the shared weight when both of its users have added to it."""
+    """
+    DDP and FSDP rely on this: a hook runs once per backward, and for the shared weight after both of its users have
+    added to it.
+    """
     model, seen = small(load_model('phase2_triton')), []
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: seen.append((name, p.grad.clone())))
@@ -122,7 +125,7 @@ def test_hooks_see_each_gradient_once_and_complete():
 
 
 def as_on_a_gpu(monkeypatch):
-    """Linear's backward on a CPU goes the way that it goes on a GPU: it takes weight.grad out, adds to it, and returns it."""
+    """Makes Linear's backward on a CPU work as on a GPU: it takes weight.grad, adds to it, and returns it."""
     import kernels.cross_entropy
     import kernels.linear
 
@@ -140,8 +143,9 @@ def as_on_a_gpu(monkeypatch):
 )
 def test_gradients_where_not_all_are_wanted(asked, monkeypatch):
     """
-    autograd.grad returns the gradients of its loss alone and leaves weight.grad in peace; backward(inputs=...) adds to these alone; a hook
-    sees the gradient of each backward before it is added. As in the reference, but for bfloat16, whose rounding moves a gradient by 1%.
+    autograd.grad returns the gradients of its loss alone and does not touch weight.grad; backward(inputs=...) adds to
+    those alone; a hook sees each backward's gradient before it is added. Compared with the reference; bfloat16's
+    rounding moves a gradient by 1%.
     """
     as_on_a_gpu(monkeypatch)
     results = []
@@ -173,7 +177,9 @@ def test_gradients_where_not_all_are_wanted(asked, monkeypatch):
 
 
 def test_gradients_stay_where_they_are():
-    """A gradient that is there is added to in place: what holds on to its memory, like a CUDA graph or DDP's bucket, keeps seeing it."""
+    """
+    An existing gradient is added to in place, so a CUDA graph or DDP's bucket that holds its memory still sees it.
+    """
     model = small(load_model('phase2_triton'))
     accumulated(model, bf16, micro_steps=1)
     before = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
@@ -182,7 +188,7 @@ def test_gradients_stay_where_they_are():
 
 
 def test_evaluation_and_sampling():
-    """In evaluation there are logits, and sampling takes the reference's tokens."""
+    """Evaluation returns logits, and sampling draws the reference's tokens."""
     results = []
     for folder in ('nanoGPT', 'phase2_triton'):
         model = small(load_model(folder)).eval()
@@ -197,7 +203,10 @@ def test_evaluation_and_sampling():
 
 
 def test_learns_like_the_reference():
-    """Losses of some steps of AdamW on one batch, with clipping; they may wander apart by bfloat16's rounding as they fall from 4.2."""
+    """
+    Losses of some steps of AdamW on one batch, with clipping. As they fall from 4.2, they may drift apart by bfloat16's
+    rounding.
+    """
     curves = []
     for folder, options in (('nanoGPT', {}), ('phase2_triton', {}), ('phase2_triton', {'half_residual': True})):
         model = small(load_model(folder), **options)
@@ -260,7 +269,7 @@ def test_wrapped(dtype, monkeypatch):
 
 
 def test_compiling_in_place_is_declined(capsys):
-    """train.py calls model.compile(), and the kernels have no use for it."""
+    """train.py calls model.compile(), which does nothing where the kernels run."""
     module = load_model('phase2_triton')
     model, plain = small(module), small(module, use_triton=False)
     for each in (model, plain):
@@ -275,8 +284,9 @@ def test_compiling_in_place_is_declined(capsys):
 )
 def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
     """
-    Replayed CUDA graphs make gradients and add to them as the micro-steps themselves would, of the weights that the optimizer has changed
-    since; so does a micro-step behind them that is not replayed, as the last one under DDP. Where there is no GPU, by graphs that are faked.
+    Replayed CUDA graphs create gradients and add to them as plain micro-steps would, with weights that the optimizer
+    has changed since. So does a plain micro-step after them, like the last one under DDP. Without a GPU, the graphs are
+    fakes.
     """
     import cuda_graph
     import kernels.cross_entropy
@@ -325,7 +335,7 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
 
 
 def test_too_little_memory_for_a_recording(monkeypatch):
-    """It says so itself, and is no operation that cannot be recorded."""
+    """The error says that memory ran out, not that an operation cannot be captured."""
     import cuda_graph
 
     as_on_a_gpu(monkeypatch)
@@ -351,7 +361,7 @@ def test_too_little_memory_for_a_recording(monkeypatch):
 
 
 class OneOfTwoRanks(torch.distributed.ProcessGroup):
-    """For DDP: the other rank's gradients are zeros, so the mean is half of this one's."""
+    """Plays the other rank for DDP: its gradients are zeros, so the mean is half of this rank's."""
 
     def __init__(self):
         super().__init__(0, 2)
@@ -393,9 +403,9 @@ class OneOfTwoRanks(torch.distributed.ProcessGroup):
 )
 def test_recorded_under_ddp(folder, micro_steps, monkeypatch):
     """
-    All micro-steps are recorded, also the last, in which DDP communicates: the gradients are then in its buckets, as they are without graphs.
-    In the iteration after the first DDP orders its buckets anew, which talks to the other ranks and waits for the GPU: no graph may hold that,
-    and nothing may keep the old buckets.
+    All micro-steps are captured, even the last, in which DDP communicates. Gradients are then in DDP's buckets, as
+    without graphs. After the first iteration, DDP orders its buckets anew, which communicates and waits for the GPU: no
+    graph may contain that, and nothing may keep the old buckets.
     """
     import cuda_graph
 

@@ -1,6 +1,7 @@
 """
-`aot_eager.py TRAIN.PY [FLAG ...]` runs it with a torch.compile that captures graphs, and their gradients, and leaves the operations in
-them as they are: what compiling a CPU's code in minutes would show of the graphs, in seconds. Prints how many there were.
+`aot_eager.py TRAIN.PY [FLAG ...]` runs it with a torch.compile that captures graphs, and their gradients, and leaves
+the operations in them as they are: what compiling a CPU's code in minutes would show of the graphs, in seconds. Prints
+how many there were.
 """
 
 import functools

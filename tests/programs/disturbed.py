@@ -1,7 +1,8 @@
 """
-`disturbed.py TRAIN.PY [FLAG ...]` with a fault: FAULT is term, kill, disk or none. It happens on rank VICTIM, DELAY seconds after the
-first step of the run or, with EARLY=1, after its start. After a full disk with FREED=1 there is room again. Rank 0 creates the file
-`started` after the first step, and adds its resident memory to the file `memory` four times a second: time and bytes.
+`disturbed.py TRAIN.PY [FLAG ...]` with a fault: FAULT is term, kill, disk or none. It happens on rank VICTIM, DELAY
+seconds after the first step of the run or, with EARLY=1, after its start. After a full disk with FREED=1 there is room
+again. Rank 0 creates the file `started` after the first step, and adds its resident memory to the file `memory` four
+times a second: time and bytes.
 """
 
 import os

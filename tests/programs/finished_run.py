@@ -1,4 +1,6 @@
-"""A run that has ended while a thread is still at work, which the interpreter would wait for: `finished_run.py FOLDER`."""
+"""
+A run that has ended while a thread is still at work, which the interpreter would wait for: `finished_run.py FOLDER`.
+"""
 
 import atexit
 import sys

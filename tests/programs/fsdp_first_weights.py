@@ -1,6 +1,6 @@
 """
-FSDP builds the model on the meta device. Its first weights and each rank's generator are those of the reference, built whole:
-rank 0 prints 'equal'. `fsdp_first_weights.py FOLDER` of phase3_fsdp.
+FSDP builds the model on the meta device. Its first weights and each rank's generator are those of the reference, built
+whole: rank 0 prints 'equal'. `fsdp_first_weights.py FOLDER` of phase3_fsdp.
 """
 
 import sys

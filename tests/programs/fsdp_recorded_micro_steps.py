@@ -1,6 +1,6 @@
 """
-FSDP's micro-steps replayed as CUDA graphs, which are faked, against the micro-steps themselves, in every bit: rank 0 prints 'equal'.
-`fsdp_recorded_micro_steps.py FOLDER` of phase3_fsdp.
+FSDP's micro-steps replayed as CUDA graphs, which are faked, against the micro-steps themselves, in every bit: rank 0
+prints 'equal'. `fsdp_recorded_micro_steps.py FOLDER` of phase3_fsdp.
 """
 
 import os

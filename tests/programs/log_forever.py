@@ -1,7 +1,8 @@
 """
-For each line `LOG_FOLDER COUNTER` of stdin, a forked process writes records to a log as fast as it can until a signal ends it. Prints
-that process's id and the path of its log, and `ended` after its end. The file COUNTER holds how many iterations have been handed to
-the logger, in shared memory, so that the number outlives a SIGKILL. `log_forever.py FOLDER` of training_logger.py.
+For each line `LOG_FOLDER COUNTER` of stdin, a forked process writes records to a log as fast as it can until a signal
+ends it. Prints that process's id and the path of its log, and `ended` after its end. The file COUNTER holds how many
+iterations have been handed to the logger, in shared memory, so that the number outlives a SIGKILL. `log_forever.py
+FOLDER` of training_logger.py.
 """
 
 import itertools

@@ -1,4 +1,7 @@
-"""Writes 3,000 iterations to a log that may not grow beyond 200,000 bytes, and prints its path: `log_to_a_small_disk.py FOLDER LOG_FOLDER`."""
+"""
+Writes 3,000 iterations to a log that may not grow beyond 200,000 bytes, and prints its path: `log_to_a_small_disk.py
+FOLDER LOG_FOLDER`.
+"""
 
 import resource
 import signal

@@ -1,7 +1,7 @@
 """
-`one_device.py TRAIN.PY [FLAG ...]` runs a train.py on a single CPU or GPU as if there were several ranks. Alone it is the only one of a
-process group: FSDP then does all that it does on many, but for the sending. Under torchrun, with --backend=gloo (NCCL refuses
-that), all ranks share one GPU, and they send too:
+`one_device.py TRAIN.PY [FLAG ...]` runs a train.py on a single CPU or GPU as if there were several ranks. Alone it is
+the only one of a process group: FSDP then does all that it does on many, but for the sending. Under torchrun, with
+--backend=gloo (NCCL refuses that), all ranks share one GPU, and they send too:
 
     torchrun --standalone --nproc_per_node=2 tests/programs/one_device.py phase3_fsdp/train.py --backend=gloo ...
 """

@@ -1,4 +1,6 @@
-"""The loss is scaled up by 2 ** 22, so that gradients overflow in float16. With FUSED=1, AdamW is fused, as on a GPU."""
+"""
+The loss is scaled up by 2 ** 22, so that gradients overflow in float16. With FUSED=1, AdamW is fused, as on a GPU.
+"""
 
 import os
 

@@ -1,6 +1,7 @@
 """
-For the programs here of the form `PROGRAM.py SCRIPT.PY [ARGUMENT ...]`: each changes something, and then runs the script as Python
-would. Importing this removes the program's own name from sys.argv and puts the script's folder on the path instead of its own.
+For the programs here of the form `PROGRAM.py SCRIPT.PY [ARGUMENT ...]`: each changes something, and then runs the
+script as Python would. Importing this removes the program's own name from sys.argv and puts the script's folder on the
+path instead of its own.
 """
 
 import os

@@ -1,6 +1,6 @@
 """
-`signal_in_a_save.py TRAIN.PY [FLAG ...]` for ZeRO-1: rank 1 gets the signal SIGNAL (a number) as it sends its first shard of the save
-number SAVE (from 1).
+`signal_in_a_save.py TRAIN.PY [FLAG ...]` for ZeRO-1: rank 1 gets the signal SIGNAL (a number) as it sends its first
+shard of the save number SAVE (from 1).
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Each rank waits SAVE_SECONDS before it writes its part of a sharded checkpoint. With NAN_AFTER=n, all steps after n fail."""
+"""
+Each rank waits SAVE_SECONDS before it writes its part of a sharded checkpoint. With NAN_AFTER=n, all steps after n
+fail.
+"""
 
 import itertools
 import os

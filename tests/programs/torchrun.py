@@ -1,6 +1,7 @@
 """
-`torchrun.py [OPTION ...] TRAIN.PY [FLAG ...]` is torchrun, except for how ranks start: it forks them from its own process, which has
-imported torch, instead of starting Python anew. NETWORK_NAMESPACE: the one to run in (see ip-netns(8)), as a machine of its own.
+`torchrun.py [OPTION ...] TRAIN.PY [FLAG ...]` is torchrun, except for how ranks start: it forks them from its own
+process, which has imported torch, instead of starting Python anew. NETWORK_NAMESPACE: the one to run in (see
+ip-netns(8)), as a machine of its own.
 """
 
 import atexit

@@ -1,4 +1,6 @@
-"""Rank 0 waits for rank 1, which does not come, in groups that were made after the first: `wait_for_a_group.py FOLDER`."""
+"""
+Rank 0 waits for rank 1, which does not come, in groups that were made after the first: `wait_for_a_group.py FOLDER`.
+"""
 
 import sys
 import time

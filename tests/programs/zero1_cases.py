@@ -1,6 +1,7 @@
 """
-What the ranks do in test_zero1.py, one function a case: `zero1_cases.py CASE [ARGUMENT ...]`, started on every rank. Cases
-compare phase 1's Zero1Optimizer with AdamW under DDP in the same processes, and rank 0 prints what it found as JSON.
+What the ranks do in test_zero1.py, one function a case: `zero1_cases.py CASE [ARGUMENT ...]`, started on every rank.
+Cases compare phase 1's Zero1Optimizer with AdamW under DDP in the same processes, and rank 0 prints what it found as
+JSON.
 """
 
 import json
@@ -64,8 +65,9 @@ def equal(a, b):
 
 def train(sharded, steps, state=None, first=0, fused=None, fp16=False, ruin=(), **changes):
     """
-    DDP with weight decay, clipping, two micro-steps and a new learning rate every step. state: (model, optimizer) state_dicts
-    to go on from. ruin: steps with a gradient that is NaN. Returns the numbers, the model and the optimizer.
+    DDP with weight decay, clipping, two micro-steps and a new learning rate every step. state: (model, optimizer)
+    state_dicts to go on from. ruin: steps with a gradient that is NaN. Returns the numbers, the model and the
+    optimizer.
     """
     model = make_model(**changes)
     optimizer = make_optimizer(model, sharded, fused)
@@ -102,7 +104,10 @@ def train(sharded, steps, state=None, first=0, fused=None, fp16=False, ruin=(), 
 
 
 def parity(steps, first, out, resume='', **options):
-    """AdamW with DDP against Zero1Optimizer over `steps` steps; `resume`: from what an earlier call, at any world size, left in out."""
+    """
+    AdamW with DDP against Zero1Optimizer over `steps` steps; `resume`: from what an earlier call, at any world size,
+    left in out.
+    """
     start()
     results = []
     for sharded in (False, True):
@@ -183,7 +188,10 @@ SIZES = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '1.5B': (48, 25, 1600)}
 
 
 def table():
-    """The fullest rank's optimizer state over the ideal, from ZeroRedundancyOptimizer's own assignment; no memory is allocated."""
+    """
+    The fullest rank's optimizer state over the ideal, from ZeroRedundancyOptimizer's own assignment; no memory is
+    allocated.
+    """
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -211,7 +219,10 @@ def table():
 
 
 def graphs():
-    """Into how many graphs torch.compile cuts the model under DDP of 4 ranks: plain, phase 1, and with parameters_as_bucket_view."""
+    """
+    Into how many graphs torch.compile cuts the model under DDP of 4 ranks: plain, phase 1, and with
+    parameters_as_bucket_view.
+    """
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -1,16 +1,17 @@
 """
-FineWeb-Edu and FineWeb as token shards in llm.c's format (GPT-2 tokens, <|endoftext|> before each document).
+Prepares FineWeb-Edu or FineWeb as token shards in llm.c's format (GPT-2 tokens, <|endoftext|> before each document).
 
     pip install huggingface_hub pyarrow                        # or this project's extra `data`
     python data/fineweb/prepare.py                             # FineWeb-Edu, all of the sample of 10 billion tokens
-    python data/fineweb/prepare.py --num_shards 10             # its first 10 training shards; with 20, later, 10 more
+    python data/fineweb/prepare.py --num_shards 10             # the first 10 training shards; 20 later adds 10 more
     python data/fineweb/prepare.py --kind fineweb --sample 100BT
-    python data/fineweb/prepare.py --ready-made --num_shards 10    # downloads shards that others have encoded
-    python data/fineweb/prepare.py --input FILE_OR_FOLDER ...      # your own .parquet, .jsonl or .txt files, also compressed
+    python data/fineweb/prepare.py --ready-made --num_shards 10    # downloads shards that others encoded
+    python data/fineweb/prepare.py --input FILE_OR_FOLDER ...      # your own .parquet, .jsonl or .txt files
 
-Writes edu_fineweb_val_000000.bin, edu_fineweb_train_000001.bin and so on next to this file (--out moves them): 100 million tokens
-and 200 MB each, 99 training shards for 10 billion tokens. Encodes on all cores. The parquet files (about 2 GB each) are removed
-when their tokens are written. After an interruption, the same command continues after the last complete shard.
+Writes edu_fineweb_val_000000.bin, edu_fineweb_train_000001.bin and so on next to this file (or to --out): 100 million
+tokens and 200 MB each, 99 training shards for 10 billion tokens. Encodes on all cores. The parquet files (about 2 GB
+each) are removed once their tokens are written. After an interruption, the same command continues after the last
+complete shard.
 """
 
 import argparse
@@ -28,13 +29,11 @@ from shard_writer import read_header, shard_name, write_shards
 from shell import pip_install
 from text_reader import TextReader
 
-NAMES = {'edu': 'edu_fineweb', 'fineweb': 'fineweb'}  # of the shards that are encoded here, as llm.c names them
-SOURCES = {
-    'edu': 'HuggingFaceFW/fineweb-edu',
-    'fineweb': 'HuggingFaceFW/fineweb',
-}  # sample/10BT, sample/100BT, sample/350BT
-# (kind, sample): data set of the Hugging Face Hub, name of its shards, number of training shards. These are the ones that
-# modded-nanogpt (data/cached_fineweb*.py) and llm.c (dev/data/edu_fineweb.sh) download
+NAMES = {'edu': 'edu_fineweb', 'fineweb': 'fineweb'}  # names of the shards that are encoded here, as in llm.c
+# data sets with the folders sample/10BT, sample/100BT and sample/350BT
+SOURCES = {'edu': 'HuggingFaceFW/fineweb-edu', 'fineweb': 'HuggingFaceFW/fineweb'}
+# (kind, sample): data set on the Hugging Face Hub, name of its shards, number of training shards. modded-nanogpt
+# (data/cached_fineweb*.py) and llm.c (dev/data/edu_fineweb.sh) download the same ones
 READY_MADE = {
     ('fineweb', '10BT'): ('kjj0/fineweb10B-gpt2', 'fineweb', 103),
     ('fineweb', '100BT'): ('kjj0/fineweb100B-gpt2', 'fineweb', 1030),
@@ -42,7 +41,7 @@ READY_MADE = {
     ('edu', '100BT'): ('karpathy/fineweb-edu-100B-gpt2-token-shards', 'edu_fineweb', 1001),
 }
 SCRIPT = os.path.abspath(__file__)
-PARALLEL = 4  # ready-made shards that are downloaded at a time
+PARALLEL = 4  # simultaneous downloads of ready-made shards
 
 
 def hub():
@@ -56,16 +55,19 @@ def hub():
 
 
 def unreachable(repository, error, by_hand):
-    """The UserError for a failed download, with the way that needs no network."""
+    """Returns the UserError for a failed download, with instructions for a machine without a network."""
     return UserError(
         f'cannot load {repository}: {first_line(error)}\n'
-        f'If the connection broke, run the same command again: it continues after what is complete. Without a network: {by_hand}'
+        'If the connection broke, run the same command again: it continues after the completed part. '
+        f'Without a network: {by_hand}'
     )
 
 
 class HubReader(TextReader):
-    """The documents of a sample of FineWeb: parquet files that are downloaded into folder while earlier ones are encoded, and
-    removed when their shards are written. Raises UserError if the Hub cannot be reached."""
+    """
+    Reads the documents of a sample of FineWeb. Downloads parquet files into folder while earlier ones are encoded, and
+    removes them once their shards are written. Raises UserError if the Hub cannot be reached.
+    """
 
     def __init__(self, repository: str, sample: str, folder: str):
         self.repository, self.sample, self.folder = repository, sample, folder
@@ -75,7 +77,7 @@ class HubReader(TextReader):
             self.revision = api.dataset_info(repository).sha
             tree = api.list_repo_tree(repository, f'sample/{sample}', repo_type='dataset', revision=self.revision)
             files = sorted((file.path, file.size) for file in tree if file.path.endswith('.parquet'))
-        except Exception as error:  # of very many kinds: no network, no such sample, a proxy, ...
+        except Exception as error:  # many classes: no network, no such sample, a proxy, ...
             raise self.unreachable(error) from error
         if not files:
             raise UserError(f'{repository} has no .parquet files in sample/{sample}')
@@ -84,16 +86,18 @@ class HubReader(TextReader):
 
     def unreachable(self, error):
         by_hand = (
-            f'get .parquet files of\nhttps://huggingface.co/datasets/{self.repository} (folder sample/{self.sample}) and pass '
-            f'their folder:\n  {python_command(SCRIPT, "--input", "FOLDER")}'
+            f'get .parquet files of\nhttps://huggingface.co/datasets/{self.repository} (folder sample/{self.sample}) '
+            f'and pass their folder:\n  {python_command(SCRIPT, "--input", "FOLDER")}'
         )
         return unreachable(self.repository, error, by_hand)
 
     def fetch(self, index):
-        for i in range(index, min(index + 2, len(self.paths))):  # the next one while this one is encoded
+        for i in range(index, min(index + 2, len(self.paths))):  # the next file downloads while this one is encoded
             if i not in self.downloads:
                 self.downloads[i] = Future()
-                Thread(target=self._download, args=(i,), daemon=True).start()  # ends with the program, complete or not
+                Thread(
+                    target=self._download, args=(i,), daemon=True
+                ).start()  # ends with the program, even if incomplete
         try:
             return self.downloads[index].result()
         except Exception as error:
@@ -125,7 +129,7 @@ class HubReader(TextReader):
 
 
 def download_ready_made(kind, sample, out, num_shards):
-    """Downloads encoded shards into out, those that are not there yet."""
+    """Downloads the encoded shards that are missing in out."""
     if (kind, sample) not in READY_MADE:
         known = ', '.join(f'--kind {kind} --sample {sample}' for kind, sample in READY_MADE)
         raise UserError(f'there are no ready-made shards for --kind {kind} --sample {sample}, only for {known}')
@@ -166,15 +170,15 @@ if __name__ == '__main__':
     parser.add_argument('--kind', choices=tuple(SOURCES), default='edu', help='FineWeb-Edu (default) or FineWeb')
     parser.add_argument('--sample', choices=('10BT', '100BT', '350BT'), default='10BT', help='its size in tokens')
     parser.add_argument('--num_shards', type=int, metavar='N', help='training shards to make (default: all)')
-    parser.add_argument(
-        '--shard_tokens', type=int, default=100_000_000, help='tokens of a shard (default: 100,000,000)'
-    )
-    parser.add_argument('--ready-made', action='store_true', help='download shards that others have encoded')
+    parser.add_argument('--shard_tokens', type=int, default=100_000_000, help='tokens per shard (default: 100,000,000)')
+    parser.add_argument('--ready-made', action='store_true', help='download shards that others encoded')
     parser.add_argument('--input', nargs='+', metavar='FILE_OR_FOLDER', help='encode these files instead')
     parser.add_argument(
-        '--field', default='text', help='where .jsonl and .parquet files have their text (default: text)'
+        '--field',
+        default='text',
+        help='field of .jsonl and column of .parquet files that holds the text (default: text)',
     )
-    parser.add_argument('--separator', default='', metavar='TEXT', help='what separates documents in .txt files')
+    parser.add_argument('--separator', default='', metavar='TEXT', help='text between documents in .txt files')
     parser.add_argument('--out', metavar='FOLDER', default=HERE, help='where to write (default: next to this script)')
     args = parser.parse_args()
     if args.num_shards is not None and args.num_shards < 1:
@@ -186,7 +190,7 @@ if __name__ == '__main__':
     if args.ready_made:
         download_ready_made(args.kind, args.sample, args.out, args.num_shards)
     else:
-        gpt2_encoding()  # its errors first
+        gpt2_encoding()  # report its errors first
         if args.input:
             reader = TextReader(args.input, args.field, args.separator)
         else:

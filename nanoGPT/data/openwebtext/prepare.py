@@ -1,12 +1,12 @@
 """
-OpenWebText in GPT-2 tokens, each document followed by <|endoftext|>: about 9 billion tokens, with upstream's split.
+Prepares OpenWebText in GPT-2 tokens, <|endoftext|> after each document: about 9 billion tokens, with nanoGPT's split.
 
     pip install datasets                         # or this project's extra `data`
     python data/openwebtext/prepare.py [--num_proc 8]
     python data/openwebtext/prepare.py --source FOLDER    # its .parquet or .jsonl files, downloaded elsewhere
 
-Writes train.bin (about 18 GB) and val.bin next to this file. Hugging Face's cache takes about 54 GB for the text and 18 GB for the
-tokens in addition (HF_HOME moves it); an interrupted run continues from that cache. Memory stays bounded.
+Writes train.bin (about 18 GB) and val.bin next to this file. Hugging Face's cache takes another 54 GB for the text and
+18 GB for the tokens (HF_HOME moves it). An interrupted run continues from that cache. Memory stays bounded.
 """
 
 import argparse
@@ -23,20 +23,21 @@ from shell import pip_install, python_command
 
 
 def load(source, revision=None):
-    """The one split of documents, with a column 'text', of a data set of the Hugging Face Hub or of a folder."""
+    """Returns the documents, with a column 'text', of a data set on the Hugging Face Hub or in a folder."""
     try:
         import datasets
     except ImportError:
         raise UserError(f'OpenWebText needs the package datasets: {pip_install("datasets")}') from None
     try:
         dataset = datasets.load_dataset(source, revision=revision, split='train')
-    except Exception as error:  # of very many kinds: no network, no such data set, a disk that is full, ...
+    except Exception as error:  # many classes: no network, no such data set, a full disk, ...
         script = os.path.abspath(__file__)
         raise UserError(
             f'cannot load {source}: {first_line(error)}\n'
-            f'If datasets refuses the script of a data set:\n  {python_command(script, "--revision", "refs/convert/parquet")}\n'
-            'Without a network: get the .parquet files of https://huggingface.co/datasets/Skylion007/openwebtext and pass their\n'
-            f'folder:\n  {python_command(script, "--source", "FOLDER")}'
+            'If datasets refuses the script of a data set:\n'
+            f'  {python_command(script, "--revision", "refs/convert/parquet")}\n'
+            'Without a network: get the .parquet files of https://huggingface.co/datasets/Skylion007/openwebtext and '
+            f'pass their\nfolder:\n  {python_command(script, "--source", "FOLDER")}'
         ) from error
     if 'text' not in dataset.column_names:
         raise UserError(f'{source} has no column text, but {", ".join(dataset.column_names)}')
@@ -58,7 +59,7 @@ def prepare(dataset, out_dir, num_proc):
     import datasets
     from tqdm import tqdm
 
-    gpt2_encoding()  # its errors first, and its files in the cache before many processes want them
+    gpt2_encoding()  # report its errors first, and cache its files before many processes need them
     splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     ids = datasets.Sequence(datasets.Value('uint16'))  # a quarter of the default's disk space
     features = datasets.Features({'ids': ids, 'characters': datasets.Value('int64')})
@@ -88,7 +89,7 @@ if __name__ == '__main__':
         '--num_proc', type=int, default=max((os.cpu_count() or 1) // 2, 1), help='processes (default: half the cores)'
     )
     parser.add_argument(
-        '--source', default='Skylion007/openwebtext', help='a data set of the Hugging Face Hub, or a folder'
+        '--source', default='Skylion007/openwebtext', help='a data set on the Hugging Face Hub, or a folder'
     )
     parser.add_argument('--revision', help='its revision on the Hub')
     args = parser.parse_args()

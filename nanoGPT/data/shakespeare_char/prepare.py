@@ -1,9 +1,10 @@
 """
-Tiny Shakespeare, one token per character.
+Prepares tiny Shakespeare, one token per character.
 
     python data/shakespeare_char/prepare.py [--input FILE]
 
-Downloads input.txt (1.1 MB) once, checks its SHA-256, and writes train.bin (the first 90%), val.bin and meta.pkl next to this file.
+Downloads input.txt (1.1 MB) once, checks its SHA-256, and writes train.bin (the first 90%), val.bin and meta.pkl next
+to this file.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from prepare_common import SHAKESPEARE_URL, tiny_shakespeare, write_char_dataset
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        '--input', metavar='FILE', help='use this file, without a download; another text is accepted with a note'
+        '--input', metavar='FILE', help='use this file instead of a download; another text is accepted with a note'
     )
     parser.add_argument('--url', default=SHAKESPEARE_URL, help='a mirror of input.txt')
     args = parser.parse_args()

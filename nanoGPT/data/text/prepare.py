@@ -1,18 +1,22 @@
 """
-Your own text: .txt files (a document each), .jsonl files (a document per line) and .parquet files (a document per row), also
-compressed (.gz, .bz2, .xz, .zst).
+Prepares your own text: .txt files (one document each), .jsonl files (one document per line) and .parquet files (one
+document per row), also compressed (.gz, .bz2, .xz, .zst).
 
-    python data/text/prepare.py FILE_OR_FOLDER ... [--encoding gpt2|char|byte] [--field text] [--val_fraction 0.1] [--out data/text]
+    python data/text/prepare.py FILE_OR_FOLDER ... [--encoding gpt2|char|byte] [--field text] [--val_fraction 0.1]
+                                                   [--out data/text]
     python data/text/prepare.py stories.txt --separator '<|endoftext|>'     # a .txt file with many documents
 
-gpt2 is GPT-2's vocabulary, <|endoftext|> after each document. char is one token per character, its vocabulary the characters of
-the files (read twice); byte is one token per byte of UTF-8: both end each document with a newline. Files of any size are read in
-pieces. Whole documents go to val, taken evenly from all over the files; where there are too few for that, val is the end.
+gpt2: GPT-2's vocabulary, <|endoftext|> after each document. char: one token per character, with the characters of the
+files as vocabulary (read twice). byte: one token per byte of UTF-8. char and byte end each document with a newline.
+Files of any size are read in pieces. val gets whole documents, taken evenly from all files; with too few documents, val
+is the end.
 
-    python data/text/prepare.py FILE_OR_FOLDER ... --shards [--shard_tokens 100000000] [--val_fraction 0.1] [--out FOLDER]
+    python data/text/prepare.py FILE_OR_FOLDER ... --shards [--shard_tokens 100000000] [--val_fraction 0.1]
+                                                   [--out FOLDER]
 
-writes shards in llm.c's format instead (text_train_000001.bin, ...), in GPT-2's vocabulary, <|endoftext|> before each document. The
-first tokens are the validation shard. After an interruption, the same command continues after the last complete shard.
+writes shards in llm.c's format instead (text_train_000001.bin, ...), in GPT-2's vocabulary, <|endoftext|> before each
+document. The first tokens are the validation shard. After an interruption, the same command continues after the last
+complete shard.
 """
 
 import argparse
@@ -64,18 +68,15 @@ if __name__ == '__main__':
     parser.add_argument('inputs', nargs='+', metavar='FILE_OR_FOLDER')
     parser.add_argument('--encoding', choices=('gpt2', 'char', 'byte'), default='gpt2')
     parser.add_argument(
-        '--field', default='text', help='where .jsonl and .parquet files have their text (default: text)'
+        '--field',
+        default='text',
+        help='field of .jsonl and column of .parquet files that holds the text (default: text)',
     )
     parser.add_argument(
-        '--separator',
-        default='',
-        metavar='TEXT',
-        help="what separates documents in .txt files, such as '<|endoftext|>'",
+        '--separator', default='', metavar='TEXT', help="text between documents in .txt files, such as '<|endoftext|>'"
     )
     parser.add_argument('--shards', action='store_true', help="write shards in llm.c's format, in GPT-2's vocabulary")
-    parser.add_argument(
-        '--shard_tokens', type=int, default=100_000_000, help='tokens of a shard (default: 100,000,000)'
-    )
+    parser.add_argument('--shard_tokens', type=int, default=100_000_000, help='tokens per shard (default: 100,000,000)')
     parser.add_argument('--val_fraction', type=float, default=0.1)
     parser.add_argument(
         '--out', metavar='FOLDER', default=HERE, help='where to write the data set (default: next to this script)'
@@ -91,7 +92,7 @@ if __name__ == '__main__':
     reader.report()
 
     if args.encoding == 'gpt2':
-        gpt2_encoding()  # its errors first
+        gpt2_encoding()  # report its errors first
     if args.shards:
         write_shards(reader, args.out, 'text', args.shard_tokens, args.val_fraction)
     else:
