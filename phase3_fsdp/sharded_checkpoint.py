@@ -309,6 +309,8 @@ def convert(to, out_dir):
                 f'{kept} is of iteration {found[1]}, but the checkpoint that would replace it of {found[0]}: move away '
                 'the one you do not need'
             )
+        replaced = full if to == 'full' else latest
+        print(f'{replaced}, of iteration {found[1]}, is replaced by the one of iteration {found[0]}')
     if to == 'sharded':
         checkpoint = load_checkpoint(full, fsdp=False)
         first = {}
