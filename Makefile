@@ -21,11 +21,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python demo.py
 
-# two files of tests at a time
+# two files of tests at a time; the kernels by themselves, on the GPU or else in Triton's interpreter (tests/README.md)
 test: $(VENV)/installed lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: $(VENV)/installed lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full' tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full'
 
 soak: $(VENV)/installed

@@ -1,31 +1,20 @@
-"""
-The LayerNorm kernels against float64, in the manner of quack's tests: whatever is asked of ours is asked of PyTorch's own in the
-same dtype, and ours may be at most twice as far from the truth. Not collected by name: test_layer_norm.py runs these on the GPU
-where there is one, and elsewhere in a process with TRITON_INTERPRET=1, at smaller sizes.
-"""
+"""LayerNorm's kernels against float64, and its function in every situation that a caller may put it in."""
 
-import hashlib
 import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from numerics import bf16, bound, device, digest, f16, f32, f64, gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'phase2_triton'))
 import kernels
 from kernels import layer_norm
 
 ours = importlib.import_module('kernels.layer_norm')
-gpu = torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1'
-device = 'cuda' if gpu else 'cpu'
-f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-# the interpreter truncates float32 to bfloat16 instead of rounding it: up to one unit in the last of 8 bits
-interpreter_slack = {bf16: 8e-3, f16: 0.0, f32: 0.0}
 
 
 def tensors(M, N, x_dtype=f32, w_dtype=f32, bias=True, mean=1.0, seed=0):
@@ -47,23 +36,6 @@ def truth(leaves, dy):
     """The same in float64, from the inputs as rounded."""
     leaves = [None if t is None else t.detach().to(f64).requires_grad_() for t in leaves]
     return run(lambda x, w, b: F.layer_norm(x, w.shape, w, b), leaves, dy.to(f64))
-
-
-def bound(name, a, b, c, terms=None, rounded_to=None, factor=2):
-    """
-    err(a) < factor * err(c) + tiny against the truth b, by norm and by largest element; a is ours, c PyTorch's. tiny is what summing in another
-    order may change: 2e-6 of the result, or of `terms`, the size of what is subtracted there, which may cancel.
-    rounded_to: the dtype in which kernels wrote it, or what it is made of, if that is not a's.
-    """
-    assert a.shape == b.shape and a.dtype == c.dtype, (
-        f'{name}: {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {c.dtype}'
-    )
-    assert not a.isnan().any(), f'{name}: NaN'
-    slack = 0.0 if gpu else interpreter_slack[rounded_to or a.dtype]
-    for norm in (torch.Tensor.norm, lambda t: t.abs().max()) if a.numel() else ():
-        scale = norm(b if terms is None else terms) + 1e-30
-        error, theirs = norm(a.to(f64) - b) / scale, norm(c.to(f64) - b) / scale
-        assert error <= factor * theirs + max(2e-6, slack), f'{name}: error {error:.2e}, PyTorch {theirs:.2e}'
 
 
 def check(got, expected, torchs, what='', terms=None):
@@ -253,18 +225,19 @@ def test_double_backward_raises():
 def test_the_same_bits_every_time():
     """100 runs here and one in another process (in the interpreter, which is serial, 3 runs)."""
     M, N = (4095, 770) if gpu else (37, 96)
-    program = f'import layer_norm_cases as c; print(c.digest({M}, {N}))'
-    first = digest(M, N)
-    assert all(digest(M, N) == first for _ in range(100 if gpu else 3))
+    first = digest_of_a_run(M, N)
+    assert all(digest_of_a_run(M, N) == first for _ in range(100 if gpu else 3))
     if not gpu:
         return
-    other = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=Path(__file__).parent)
+    program = f'import test_layer_norm as tests; print(tests.digest_of_a_run({M}, {N}))'
+    env = os.environ | {'PYTHONPATH': os.path.dirname(os.path.dirname(kernels.__file__))}
+    command = [sys.executable, '-c', program]
+    other = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__), env=env)
     assert other.stdout.strip() == first, other.stderr
 
 
-def digest(M, N):
-    leaves, dy = tensors(M, N)
-    return hashlib.sha256(b''.join(t.cpu().numpy().tobytes() for t in run(layer_norm, leaves, dy))).hexdigest()
+def digest_of_a_run(M, N):
+    return digest(run(layer_norm, *tensors(M, N)))
 
 
 @pytest.mark.parametrize('bias', [True, False])

@@ -1,44 +1,31 @@
 """
-Phase 2's LayerNorm. The numbers are tested in layer_norm_cases.py: here, on the GPU at full sizes, where there is one; elsewhere
-in a process of its own under Triton's interpreter, which must be switched on before the kernels are imported and may not leak
-into other tests. What needs neither is below: fallbacks, and compiling for GPUs that are not here.
+The Triton model and its kernels where Triton cannot run: without a GPU, without Triton, on a GPU too old; and the kernels compiled
+for GPUs that are not here. The kernels' numbers are tested in tests/kernels/.
 """
 
 import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn import functional as F
 
-root = Path(__file__).resolve().parent.parent
-phase2 = root / 'phase2_triton'
-if str(phase2) not in sys.path:
-    sys.path.append(str(phase2))
 import kernels
+from kernels import cross_entropy as cross_entropy_kernels
 from kernels import device as kernel_device
+from kernels import gelu as gelu_kernels
+from kernels.launch import Config
 
-ours = importlib.import_module('kernels.layer_norm')
+layer_norm_kernels = importlib.import_module('kernels.layer_norm')
 has_triton = kernel_device.missing is None
-
-if torch.cuda.is_available():
-    from layer_norm_cases import *  # noqa: F403
-else:
-
-    @pytest.mark.skipif(not has_triton, reason='Triton is not installed')
-    def test_cases_in_the_interpreter():
-        command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'layer_norm_cases.py']
-        env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root / 'tests')
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 
 def train(folder, **options):
     """Loss, after two forwards and a backward on the CPU, of a model of one folder; its module is loaded afresh, so it prints anew."""
-    spec = importlib.util.spec_from_file_location(f'model_of_{folder}', root / folder / 'model.py')
+    spec = importlib.util.spec_from_file_location(f'model_of_{folder}', ROOT / folder / 'model.py')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -60,9 +47,9 @@ def said(capsys):
 def test_without_triton_training_runs():
     """As on a machine where `import triton` fails, which only a fresh process can show."""
     program = (
-        'import sys; sys.modules["triton"] = None; import test_layer_norm as t; print("loss", t.train("phase2_triton"))'
+        'import sys; sys.modules["triton"] = None; import test_triton as t; print("loss", t.train("phase2_triton"))'
     )
-    env = {**os.environ, 'PYTHONPATH': str(root / 'tests'), 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'PYTHONPATH': str(ROOT / 'tests'), 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert 'not using Triton-accelerated LayerNorm: Triton is not installed (' in done.stdout
@@ -153,7 +140,7 @@ listed = [
 @pytest.mark.skipif(not has_triton, reason='Triton is not installed')
 @pytest.mark.parametrize('capability', [80, 90])
 @pytest.mark.parametrize('backward', [False, True], ids=['forward', 'backward'])
-def test_compiles_without_spilling_registers(capability, backward):
+def test_layer_norm_compiles_without_spilling_registers(capability, backward):
     """For Hopper every width of the table in IMPLEMENTATION.md, and the model's with the residual added; for Ampere the widest."""
     added = [(N, x, torch.bfloat16, True) for N in (768, 1600) for x in (torch.float32, torch.bfloat16)]
     cases = (
@@ -172,7 +159,7 @@ def test_compiles_without_spilling_registers(capability, backward):
             | dict.fromkeys(('x_stride', 'dy_stride', 'M'), 'i32')
             | {'eps': 'fp32'}
         )
-        c = (ours.backward_config if backward else ours.forward_config)(N, size, pdl)
+        c = (layer_norm_kernels.backward_config if backward else layer_norm_kernels.forward_config)(N, size, pdl)
         constants = dict(N=N, ROWS=c.rows, CHUNK=c.chunk, PDL=c.pdl, ADD=add)
         constants |= (
             dict(PREFETCH=c.prefetch, COPY=add and x != y, NEED_DX=True, NEED_DW=True, NEED_DB=True)
@@ -180,9 +167,40 @@ def test_compiles_without_spilling_registers(capability, backward):
             else dict(RESIDENT=c.resident, HAS_BIAS=True)
         )
         compiled, report = compile_offline(
-            ours.backward_kernel if backward else ours.forward_kernel, constants, types, c, capability
+            layer_norm_kernels.backward_kernel if backward else layer_norm_kernels.forward_kernel,
+            constants,
+            types,
+            c,
+            capability,
         )
         assert '0 bytes spill stores, 0 bytes spill loads' in report, f'{N} {x} {add} {c}: {report}'
         assert compiled.metadata.shared <= shared_limit
         wide = [line for line in compiled.asm['ptx'].splitlines() if 'ld.global' in line and '.v4.b32' in line]
         assert wide, f'{N} {x}: no 16-byte loads'
+
+
+@pytest.mark.skipif(not has_triton, reason='Triton is not installed')
+@pytest.mark.parametrize('capability', [80, 90])
+def test_loss_and_gelu_compile_without_spilling_registers(capability):
+    """As launched for GPT-2, without a GPU. Two programs of the loss share a multiprocessor, so each thread may have 32 registers."""
+    c = cross_entropy_kernels.cross_entropy_config(50304)
+    launches = [
+        (
+            cross_entropy_kernels.cross_entropy_kernel,
+            dict(V=50304, LANES=c.rows, ITEMS=c.chunk, GRAD=True),
+            {'logits_ptr': '*bf16', 'targets_ptr': '*i64', 'losses_ptr': '*fp32', 'M': 'i32', 'ignore_index': 'i32'},
+            c,
+        )
+    ]
+    for pointer in ('*bf16', '*fp32'):
+        types = {'size': 'i32'} | dict.fromkeys(('x_ptr', 'y_ptr', 'dy_ptr', 'dx_ptr'), pointer)
+        constants = dict(BLOCK=2048, EXACT=pointer == '*fp32')
+        launches += [
+            (kernel, constants, types, Config(1, 2048, 4))
+            for kernel in (gelu_kernels.forward_kernel, gelu_kernels.backward_kernel)
+        ]
+    for kernel, *launch in launches:
+        _, report = compile_offline(kernel, *launch, capability)
+        assert '0 bytes spill stores, 0 bytes spill loads' in report, f'{kernel.fn.__name__} {launch}: {report}'
+        if kernel is cross_entropy_kernels.cross_entropy_kernel:
+            assert 'Used 32 registers' in report, report

@@ -1,6 +1,6 @@
 """
-Phase 2's model against the reference's, and both against float64: losses and gradients, alone and inside everything that wraps a model.
-test_fused.py runs these on the GPU where there is one, and elsewhere in a process with TRITON_INTERPRET=1.
+The Triton model against the reference's, and both against float64: losses and gradients, alone and inside everything that wraps a
+model.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from pathlib import Path
 import fake_cuda_graph
 import pytest
 import torch
-from layer_norm_cases import bf16, device, f16, f32, f64, gpu
+from numerics import bf16, device, f16, f32, f64, gpu
 from torch import nn
 
 from kernels import available
@@ -22,7 +22,7 @@ VOCABULARY, BLOCK, MICRO_STEPS = 65, 16 if gpu else 8, 3 if gpu else 2  # the in
 
 def load_model(folder):
     spec = importlib.util.spec_from_file_location(
-        f'{folder}_model', Path(__file__).resolve().parent.parent / folder / 'model.py'
+        f'{folder}_model', Path(__file__).resolve().parents[2] / folder / 'model.py'
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
