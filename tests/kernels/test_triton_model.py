@@ -190,7 +190,7 @@ def test_evaluation_and_sampling():
         with torch.no_grad():
             logits, loss = model(x, y)
             torch.manual_seed(1)
-            results.append((logits, loss, model.generate(x[:, :3], 20, top_k=5)))
+            results.append((logits, loss, model.generate(x[:, :3], BLOCK + 4, top_k=5)))
     assert results[1][0].shape == (2, BLOCK, VOCABULARY)
     torch.testing.assert_close(results[1][:2], results[0][:2], rtol=1e-5, atol=1e-5)
     assert torch.equal(results[0][2], results[1][2])
