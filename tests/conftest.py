@@ -16,6 +16,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NANOGPT = ROOT / 'nanoGPT'
+PROGRAMS = ROOT / 'tests' / 'programs'
+TORCHRUN = PROGRAMS / 'torchrun.py'
 sys.path[:0] = [str(NANOGPT), str(NANOGPT / 'data'), str(ROOT / 'tests')]
 sys.path.append(str(ROOT / 'phase2_triton'))
 os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that tests start

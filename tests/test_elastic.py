@@ -11,11 +11,10 @@ import sys
 import time
 
 import pytest
-from conftest import NANOGPT, ROOT, TINY, losses
+from conftest import NANOGPT, ROOT, TINY, TORCHRUN, losses
 from test_train import assert_same_state, load
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3']
-FLAGS = [*TINY, '--max_iters=800', '--lr_decay_iters=800', '--eval_interval=20', '--dropout=0.1']
+FLAGS = [*TINY, '--max_iters=400', '--lr_decay_iters=400', '--eval_interval=20', '--dropout=0.1']
 
 
 def workers(agent, seen):
@@ -29,23 +28,19 @@ def workers(agent, seen):
     return []
 
 
-def train_and_kill(script, rng, out_dir, kills):
+def train_and_kill(launch, script, rng, out_dir, kills):
     """Runs to the end and kills one rank up to `kills` times. Returns (the lines of losses, kills done)."""
-    env = dict(os.environ, PYTHONUNBUFFERED='1')
     done, seen = 0, set()
     with open('log', 'w+') as log:
-        agent = subprocess.Popen(
-            [*TORCHRUN, script, *FLAGS, '--init_from=auto', f'--out_dir={out_dir}'],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=env,
-        )
+        options = ['--standalone', '--nproc_per_node=2', '--max-restarts=3']
+        flags = [*FLAGS, '--init_from=auto', f'--out_dir={out_dir}']
+        agent = launch.start(TORCHRUN, *options, script, *flags, stdout=log)
         while done < kills and (pids := workers(agent, seen)):
             seen.update(pids)
             training, begins = rng.random() < 0.8, open('log').read().count('\niter ')
             while training and agent.poll() is None and open('log').read().count('\niter ') == begins:
-                time.sleep(0.1)  # most kills come while it trains, some while it starts
-            time.sleep(rng.uniform(0, 1.5))  # undisturbed training would take about 4 s
+                time.sleep(0.05)  # most kills come while it trains, some while it starts
+            time.sleep(rng.uniform(0, 0.7))  # undisturbed training would take about 2 s
             victim = rng.choice(pids)
             try:
                 os.kill(victim, signal.SIGKILL)
@@ -62,7 +57,7 @@ def survive(launch, script, kills, seed):
     rng, done, run = random.Random(seed), 0, 0
     while done < kills:
         run += 1
-        printed, now = train_and_kill(script, rng, f'out{run}', min(3, kills - done))
+        printed, now = train_and_kill(launch, script, rng, f'out{run}', min(3, kills - done))
         done += now
         # a line printed while its writer is killed may be cut short; all others must be right, also those printed again by a replay
         assert len(set(printed) - set(expected)) <= now and set(printed) >= set(expected)
