@@ -51,16 +51,15 @@ class Launcher:
     def start(self, script, *args, cwd=None, env=None, stdout=None):
         """
         Starts `python script args...`, which runs on its own, and returns its Process. stdout: an open file, also for its
-        stderr; None: a pipe, whose other end is .stdout.
+        stderr; None: a pipe for stdout, whose other end is .stdout, and stderr is discarded.
         """
-        pipe = None
-        if stdout is None:
-            pipe, write_end = os.pipe()
-            stdout = os.fdopen(write_end, 'w')
-        pid = self.ask([stdout.fileno()], kind='start', **_script(script, args, cwd, env))
-        if pipe is not None:
-            stdout.close()
-        return Process(self, pid, None if pipe is None else os.fdopen(pipe))
+        request = dict(kind='start', **_script(script, args, cwd, env))
+        if stdout is not None:
+            return Process(self, self.ask([stdout.fileno()] * 2, **request), None)
+        read_end, write_end = os.pipe()
+        with os.fdopen(write_end, 'w') as stdout, open(os.devnull, 'w') as stderr:
+            pid = self.ask([stdout.fileno(), stderr.fileno()], **request)
+        return Process(self, pid, os.fdopen(read_end))
 
     def close(self):
         self.answers.close()
@@ -195,12 +194,12 @@ def _run(request, requests):
         return dict(returncode=failed, stdout=out.read(), stderr=err.read(), timed_out=timed_out)
 
 
-def _start(request, requests, out):
+def _start(request, requests, out, err):
     """Starts a script, and returns its process id."""
     pid = os.fork()
     if pid == 0:
         requests.close()
-        become(**request, out=out, err=out)
+        become(**request, out=out, err=err)
     return pid
 
 
@@ -213,7 +212,7 @@ def _poll(pid):
 def _serve(requests):
     import_what_scripts_import()
     running, text, fds = set(), b'', []
-    while received := socket.recv_fds(requests, 65536, 1):
+    while received := socket.recv_fds(requests, 65536, 2):
         text += received[0]
         fds += received[1]
         if not received[0]:

@@ -8,11 +8,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, losses
+from conftest import ROOT, TINY, TORCHRUN, losses
 from test_train import assert_same_state, load
 
 FLAGS = [*TINY, '--gradient_accumulation_steps=4', '--dropout=0.1']
@@ -25,33 +24,19 @@ def ip(*args):
 class Machine:
     """A network namespace with an interface of its own, as a machine that torchrun can run on."""
 
-    def __init__(self, number):
-        self.number, self.name, self.interface, self.address = (
-            number,
-            f'machine{number}-{os.getpid()}',
-            f'eth{number}',
-            f'10.77.0.{number + 1}',
-        )
+    def __init__(self, number, launch):
+        self.number, self.launch = number, launch
+        self.name = f'machine{number}-{os.getpid()}'
+        self.interface, self.address = f'eth{number}', f'10.77.0.{number + 1}'
 
     def torchrun(self, log, script, *flags, nproc=1):
         rendezvous = ['--rdzv_backend=c10d', '--rdzv_id=test', '--rdzv_endpoint=10.77.0.1:29500']
         # both have one host name, which stands for 127.0.0.1: so torchrun is told which of them is 10.77.0.1, and gloo which interface to use
         rendezvous += [f'--rdzv_conf=is_host={1 - self.number}', f'--local_addr={self.address}']
-        command = [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--nnodes=2',
-            f'--nproc_per_node={nproc}',
-            *rendezvous,
-            script,
-            *flags,
-        ]
-        env = dict(os.environ, PYTHONUNBUFFERED='1', GLOO_SOCKET_IFNAME=self.interface)
+        options = ['--nnodes=2', f'--nproc_per_node={nproc}', *rendezvous]
+        env = dict(NETWORK_NAMESPACE=self.name, GLOO_SOCKET_IFNAME=self.interface)
         with open(log, 'w') as out:
-            return subprocess.Popen(
-                ['ip', 'netns', 'exec', self.name, *command], stdout=out, stderr=subprocess.STDOUT, env=env
-            )
+            return self.launch.start(TORCHRUN, *options, script, *flags, env=env, stdout=out)
 
     def set_link(self, state):
         ip('-n', self.name, 'link', 'set', self.interface, state)
@@ -65,8 +50,8 @@ class Machine:
 
 
 @pytest.fixture
-def machines():
-    both = [Machine(0), Machine(1)]
+def machines(launch):
+    both = [Machine(0, launch), Machine(1, launch)]
     made = []
     try:
         for machine in both:

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import NANOGPT, ROOT, TINY, losses
+from conftest import NANOGPT, ROOT, TINY, TORCHRUN, losses
 
 COMMANDS = {
     # runs the command once for each machine, as tasks whose process ids scancel can find
@@ -27,7 +27,7 @@ case "$*" in
     'requeue 4711') touch requeued;;
     *) exit 1;;
 esac""",
-    'torchrun': f'exec {sys.executable} -m torch.distributed.run "$@"',
+    'torchrun': f'exec {sys.executable} {TORCHRUN} "$@"',
 }
 
 

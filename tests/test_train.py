@@ -14,10 +14,9 @@ import time
 import pytest
 import torch
 from checkpoint import write_checkpoint
-from conftest import NANOGPT, TINY, assert_same, load, log_of, losses
+from conftest import NANOGPT, TINY, TORCHRUN, assert_same, load, log_of, losses
 
 TRAIN = NANOGPT / 'train.py'
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 
 def assert_same_state(a, b):
@@ -333,7 +332,7 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_resumes(launch, work):
     reached = load('out/ckpt.pt')['iter_num']
     progress = 0
     for _ in range(50):
-        launch(TRAIN, *flags, kill_after=0.25 + 0.5 * torch.rand((), generator=rng).item(), check=False)
+        launch(TRAIN, *flags, kill_after=0.15 + 0.25 * torch.rand((), generator=rng).item(), check=False)
         for name in ('ckpt.pt', 'ckpt_best.pt'):
             if os.path.exists(f'out/{name}'):
                 saved = load(f'out/{name}')
@@ -347,13 +346,13 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_resumes(launch, work):
 
 
 def test_sigterm_saves_the_current_step(launch, work):
-    """Under the real torchrun. The stopped and resumed run equals one that was never stopped."""
-    env = dict(os.environ, PYTHONUNBUFFERED='1')
+    """Under torchrun. The stopped and resumed run equals one that was never stopped."""
     flags = [*TINY, '--max_iters=1000000', '--eval_interval=1000000', '--lr_decay_iters=100']
-    run = subprocess.Popen(
-        [*TORCHRUN, TRAIN, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
-    )
-    printed = []
+
+    def torchrun(*more):
+        return launch.start(TORCHRUN, '--standalone', '--nproc_per_node=2', TRAIN, *flags, *more)
+
+    run, printed = torchrun(), []
     for line in run.stdout:
         printed.append(line)
         if line.startswith('iter 20:'):
@@ -365,18 +364,16 @@ def test_sigterm_saves_the_current_step(launch, work):
     stopped = load('out/ckpt.pt')
     assert stopped['iter_num'] == int(losses(''.join(printed))[-1].split()[1].rstrip(':')) + 1
     last = f'--max_iters={stopped["iter_num"] + 9}'
-    resumed = subprocess.run([*TORCHRUN, TRAIN, *flags, last, '--init_from=resume'], capture_output=True, text=True)
+    resumed = losses(torchrun(last, '--init_from=resume').stdout.read())
     straight = launch(TRAIN, *flags, last, '--out_dir=straight', nproc=2)
-    assert len(losses(resumed.stdout)) == 10
-    assert losses(straight.stdout) == losses(''.join(printed)) + losses(resumed.stdout)
+    assert len(resumed) == 10
+    assert losses(straight.stdout) == losses(''.join(printed)) + resumed
     assert_same_state(load('out/ckpt.pt'), load('straight/ckpt.pt'))
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP], ids=['Ctrl-C', 'closed terminal'])
-def test_signals_in_one_process_save_too(work, number):
-    flags = [*TINY, '--max_iters=1000000', '--eval_interval=1000000']
-    heard = lambda: signal.signal(number, signal.SIG_DFL)  # also where these tests run under nohup
-    run = subprocess.Popen([sys.executable, TRAIN, *flags], stdout=subprocess.PIPE, text=True, preexec_fn=heard)
+def test_signals_in_one_process_save_too(launch, work, number):
+    run = launch.start(TRAIN, *TINY, '--max_iters=1000000', '--eval_interval=1000000')
     for line in run.stdout:
         if line.startswith('iter 5:'):
             run.send_signal(number)
@@ -424,17 +421,11 @@ def test_resume_without_the_flags_of_the_model(launch, work):
     assert [config[k] for k in ('n_layer', 'n_head', 'n_embd', 'block_size')] == [2, 2, 32, 16]
 
 
-def test_works_from_anywhere(work):
+def test_works_from_anywhere(launch, work):
     """From the root with paths as a user types them; out_dir belongs to the folder that one is in."""
     flags = ['--dataset=data/letters', *TINY[1:], '--max_iters=1']
-    subprocess.run(
-        [sys.executable, TRAIN, NANOGPT / 'config' / 'train_python_char.py', *flags, '--out_dir=a'],
-        check=True,
-        capture_output=True,
-    )
-    subprocess.run(
-        [sys.executable, TRAIN, 'config/train_python_char.py', *flags, '--out_dir=b'], check=True, capture_output=True
-    )
+    launch(TRAIN, NANOGPT / 'config' / 'train_python_char.py', *flags, '--out_dir=a')
+    launch(TRAIN, 'config/train_python_char.py', *flags, '--out_dir=b')
     os.symlink(TRAIN, 'link.py')
     subprocess.run(
         [sys.executable, 'link.py', 'config/train_python_char.py', *flags, '--out_dir=c'],
