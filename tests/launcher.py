@@ -173,8 +173,8 @@ def _run(request, requests):
         started, failed, timed_out = time.time(), 0, False
         while children:
             ended = [(pid, status) for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in children) if pid]
-            for pid, status in ended:
-                children.remove(pid)
+            children -= {pid for pid, _ in ended}
+            for _, status in ended:
                 code = os.waitstatus_to_exitcode(status)
                 if code and not failed:
                     failed = code

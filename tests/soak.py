@@ -39,43 +39,6 @@ WARM_UP_S = 3
 # of what is saved, 0.3 MiB every 4 steps, would pass this after 60 steps.
 GROWTH_MIB = 4
 
-# runs train.py with a fault: FAULT is term, kill, disk or none; it happens on rank VICTIM, DELAY seconds after the first step of the run or, with
-# EARLY=1, after its start. Of rank 0 the memory is noted, four times a second.
-DISTURBED = """
-import os, resource, runpy, signal, sys, threading, time
-train = sys.argv[0] = os.environ['TRAIN']
-sys.path.insert(0, os.path.dirname(train))
-rank = os.environ.get('RANK', '0')
-
-def disturb():
-    while os.environ['EARLY'] == '0' and not os.path.exists('started'):
-        time.sleep(0.005)
-    time.sleep(float(os.environ['DELAY']))
-    if os.environ['FAULT'] == 'disk':
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-        time.sleep(0.3)
-        if os.environ['FREED'] == '1':  # else the last save fails, too
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            time.sleep(0.1)
-    os.kill(os.getpid(), signal.SIGKILL if os.environ['FAULT'] == 'kill' else signal.SIGTERM)
-
-def note_memory():
-    while True:
-        with open('/proc/self/statm') as f, open('memory', 'a') as out:
-            out.write(f'{time.time()} {int(f.read().split()[1]) * resource.getpagesize()}\\n')
-        time.sleep(0.25)
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write that is refused is an error, not the end
-if rank == '0':
-    import training_logger
-    iteration = training_logger.TrainingLogger.iteration
-    training_logger.TrainingLogger.iteration = lambda *args, **kwargs: (open('started', 'w').close(), iteration(*args, **kwargs))
-    threading.Thread(target=note_memory, daemon=True).start()
-if os.environ['FAULT'] != 'none' and rank == os.environ['VICTIM']:
-    threading.Thread(target=disturb, daemon=True).start()
-runpy.run_path(train, run_name='__main__')
-"""
-
 
 def numbers(stdout):
     """{'iter 7': 'loss 3.1'} of the lines of a run; a last one that a kill has cut short is left out."""
@@ -98,16 +61,16 @@ class Soak:
     def __init__(self, seed, phases, say=print):
         self.rng, self.phases, self.say, self.report = random.Random(seed), phases, say, Counter()
         self.launch = Launcher()
-        Path('disturbed.py').write_text(DISTURBED)
 
     def train(self, phase, nproc, fault, *flags, delay=0.0, early=False):
         for name in ('started', 'memory'):
             Path(name).unlink(missing_ok=True)
         script = conftest.ROOT / phase / 'train.py'
-        env = dict(TRAIN=str(script), FAULT=fault, DELAY=str(delay), EARLY=str(int(early)), FREED=self.rng.choice('01'))
+        env = dict(FAULT=fault, DELAY=str(delay), EARLY=str(int(early)), FREED=self.rng.choice('01'))
         env['VICTIM'] = str(self.rng.randrange(nproc)) if fault != 'disk' else '0'  # who writes
         rest = [flag for flag in FLAGS if phase == 'phase3_fsdp' or 'fsdp' not in flag]
-        return self.launch('disturbed.py', *rest, *flags, nproc=nproc, env=env, check=False, timeout=120)
+        disturbed = conftest.PROGRAMS / 'disturbed.py'
+        return self.launch(disturbed, script, *rest, *flags, nproc=nproc, env=env, check=False, timeout=120)
 
     def wrong(self, what, detail):
         self.report[what] += 1

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import NANOGPT, ROOT, TINY, TORCHRUN, losses
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, TORCHRUN, losses
 from test_train import assert_same_state, load
 
 FLAGS = [*TINY, '--max_iters=400', '--lr_decay_iters=400', '--eval_interval=20', '--dropout=0.1']
@@ -75,25 +75,13 @@ def test_killed_ranks_are_restarted_many_times(launch, work, phase, kills):
     survive(launch, ROOT / phase / 'train.py', kills, seed=1)
 
 
-def test_a_finished_run_ends_with_status_0(work):
+def test_a_finished_run_ends_with_status_0():
     """
     The interpreter must not be taken down while a thread of gloo still drops tensors: one run in five was aborted, and torchrun
     started the finished training again, or reported a failure.
     """
-    script = work / 'ends.py'
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(NANOGPT)!r})
-import atexit, threading, time
-import torch, torch.distributed as dist
-from distributed import leave, setup
-setup('gloo', 60)
-atexit.register(print, 'exit functions have run', flush=True)
-stop = threading.Event()
-threading.Thread(target=stop.wait).start()  # what the interpreter would wait for
-leave()
-""")
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command += [PROGRAMS / 'finished_run.py', NANOGPT]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and run.stdout.count('exit functions have run') == 2, run.stderr
 
@@ -101,53 +89,21 @@ leave()
 def test_machines_that_do_not_share_a_file_system(launch, work):
     """init_from=auto, where only rank 0 sees the checkpoint: one message, instead of ranks that start from different states."""
     launch(NANOGPT / 'train.py', *TINY, '--max_iters=1', '--out_dir=out')
-    script = work / 'elsewhere.py'
-    script.write_text(f"""
-import os, runpy, sys
-sys.path.insert(0, {str(NANOGPT)!r})
-if os.environ['RANK'] == '1':
-    os.mkdir('elsewhere')
-    os.chdir('elsewhere')
-sys.argv[0] = {str(NANOGPT / 'train.py')!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
-""")
-    run = launch(script, *TINY, f'--dataset={work}/data/letters', '--init_from=auto', nproc=2, check=False)
+    flags = [*TINY, f'--dataset={work}/data/letters', '--init_from=auto']
+    run = launch(PROGRAMS / 'working_folder_of_its_own.py', NANOGPT / 'train.py', *flags, nproc=2, check=False)
     assert (
         run.returncode == 2 and run.stderr.count('error: ') == 1 and 'a file system that all of them see' in run.stderr
     )
 
 
-def test_every_group_gives_up_after_dist_timeout(launch, work):
+def test_every_group_gives_up_after_dist_timeout(launch):
     """Also those that are made later, as hybrid sharding and the writer of sharded checkpoints do: by itself torch gives them 30 minutes."""
-    script = work / 'waits.py'
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(NANOGPT)!r})
-import time, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from distributed import setup
-rank, world_size = setup('gloo', 3)
-groups = [dist.new_group(backend='gloo'), init_device_mesh('cpu', (1, 2), mesh_dim_names=('replicate', 'shard')).get_group('shard')]
-if rank == 1:
-    time.sleep(100)
-for group in groups:
-    started = time.time()
-    try:
-        dist.all_reduce(torch.zeros(1), group=group)
-    except RuntimeError:
-        print(f'{{time.time() - started:.1f}} s')
-raise RuntimeError('enough')
-""")
-    run = launch(script, nproc=2, check=False, timeout=60)
+    run = launch(PROGRAMS / 'wait_for_a_group.py', NANOGPT, nproc=2, check=False, timeout=60)
     waited = [float(line.split()[0]) for line in run.stdout.splitlines()]
     assert len(waited) == 2 and max(waited) < 10
 
 
-def test_each_start_has_a_name(launch, work):
+def test_each_start_has_a_name(launch):
     """Who may speak of a failure is decided anew in each; how often torchrun has started the ranks each machine counts for itself."""
-    script = work / 'names.py'
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(NANOGPT)!r})\nimport distributed, errors\ndistributed.setup('gloo', 60)\nprint(errors.start)"
-    )
-    names = [launch(script, nproc=2).stdout.split() for _ in range(2)]
+    names = [launch(PROGRAMS / 'print_launch_name.py', NANOGPT, nproc=2).stdout.split() for _ in range(2)]
     assert [len(its) for its in names] == [2, 2] and len({name for its in names for name in its}) == 2

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from checkpoint import find_checkpoint
-from conftest import NANOGPT, ROOT, TINY, assert_same, load, log_of, losses
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, assert_same, load, log_of, losses
 
 TRAIN = NANOGPT / 'train.py'
 FSDP = ROOT / 'phase3_fsdp' / 'train.py'
@@ -18,12 +18,6 @@ CONVERT = ROOT / 'phase3_fsdp' / 'sharded_checkpoint.py'
 EACH_BLOCK = '--fsdp_min_num_params=1'
 SHARDED = '--ckpt_format=sharded'
 RESUME = '--init_from=resume'
-
-
-def script(work, name, text):
-    path = work / f'{name}.py'
-    path.write_text(f'import sys\nsys.path.insert(0, {str(FSDP.parent)!r})\n{text}')
-    return path
 
 
 @pytest.mark.parametrize(
@@ -97,126 +91,20 @@ def test_says_what_each_rank_holds(launch, work):
     assert losses(out) == losses(launch(TRAIN, *flags, nproc=2).stdout)
 
 
-def test_weights_at_the_start_are_the_references_to_the_bit(launch, work):
+def test_weights_at_the_start_are_the_references_to_the_bit(launch):
     """Built on the meta device, on 3 ranks, which cut 40 rows unevenly: rank 0's weights, and each rank's own generator, as in DDP."""
-    out = launch(
-        script(
-            work,
-            'init',
-            """
-import torch, torch.distributed as dist
-from model import GPT, GPTConfig
-from sharded_checkpoint import gather_full
-from sharding import OnMeta, shard
-dist.init_process_group('gloo')
-rank = dist.get_rank()
-config = GPTConfig(vocab_size=40, n_layer=3, n_head=2, n_embd=32, block_size=16, bias=True)
-torch.manual_seed(1337 + rank)
-reference = GPT(config)
-state = torch.get_rng_state()
-torch.manual_seed(1337 + rank)
-with OnMeta() as recipe:
-    model = GPT(config)
-assert all(p.is_meta for p in model.parameters())
-flags = dict(fsdp_min_num_params=20000, fsdp_shard_size=0, fsdp_reshard='auto', fsdp_cpu_offload=False)
-shard(model, dict(device='cpu', dtype='float32', compile=False, **flags), recipe)
-assert torch.equal(torch.get_rng_state(), state)
-full = gather_full({'model': model.state_dict(), 'optimizer': {'state': {}}}, model)
-if rank == 0:
-    want = reference.state_dict()
-    assert list(full['model']) == list(want) and all(torch.equal(full['model'][k], want[k]) for k in want)
-    assert full['model']['lm_head.weight'] is full['model']['transformer.wte.weight']
-    print('equal')
-dist.destroy_process_group()
-""",
-        ),
-        nproc=3,
-    ).stdout
+    out = launch(PROGRAMS / 'fsdp_first_weights.py', FSDP.parent, nproc=3).stdout
     assert out.endswith('equal\n')
 
 
 @pytest.mark.parametrize('nproc', [2, pytest.param(4, marks=pytest.mark.full)])
-def test_recorded_micro_steps(launch, work, nproc):
+def test_recorded_micro_steps(launch, nproc):
     """
     An iteration replayed as CUDA graphs, which are faked here, is the iteration itself to the bit: of several micro-steps and of one, behind an
     evaluation, released and recorded anew, with all units kept and with each freed, and in hybrid sharding on 4 ranks. More micro-steps than were
     recorded are an error.
     """
-    out = launch(
-        script(
-            work,
-            'recorded',
-            f"""
-import pytest, torch, torch.distributed as dist
-from torch.distributed.fsdp._fully_shard import _fsdp_param
-import sharded_cuda_graph
-from model import GPT, GPTConfig
-from sharding import OnMeta, ShardedAdamW, reshard, set_last_micro_step, shard
-sys.path.append({str(ROOT / 'tests')!r})
-import fake_cuda_graph
-
-dist.init_process_group('gloo')
-fake_cuda_graph.install_in_torch(pytest.MonkeyPatch())
-for name in ('all_gather_single', 'all_gather_into_tensor', 'reduce_scatter_single', 'reduce_scatter_tensor', 'all_reduce'):
-    if hasattr(dist, name):  # they have been renamed in torch 2.13
-        setattr(dist, name, fake_cuda_graph.noted(getattr(dist, name)))
-_fsdp_param.free_storage = lambda tensor: None  # graphs have memory of their own
-mean_over_ranks, limits = sharded_cuda_graph.mean_over_ranks, []
-sharded_cuda_graph.mean_over_ranks = lambda x: limits.append(1) or mean_over_ranks(x)
-
-def train(recorded, **flags):
-    torch.manual_seed(0)
-    with OnMeta() as recipe:
-        model = GPT(GPTConfig(vocab_size=40, n_layer=2, n_head=2, n_embd=32, block_size=16))
-    flags = dict(fsdp_min_num_params=1, fsdp_shard_size=0, fsdp_reshard=False, fsdp_cpu_offload=False) | flags
-    shard(model, dict(device='cpu', dtype='bfloat16', compile=False, **flags), recipe)
-    optimizer = ShardedAdamW(model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu'))
-    forwards, numbers = [], []
-
-    def step(x, y):
-        forwards.append(1)
-        loss = model(x, y)[1]
-        loss.backward()
-        return loss.detach()
-
-    graph = sharded_cuda_graph.ShardedMicroStepGraph(step, model) if recorded else step
-    torch.manual_seed(dist.get_rank())
-    for i, count in enumerate((3, 3, 3, 4, 1, 1, 3, 2)):
-        if i == 3:
-            with torch.no_grad():
-                model(torch.zeros(1, 8, dtype=torch.long))
-            reshard(model)
-        if i == 6 and recorded:
-            graph.release()
-        for k in range(count):
-            set_last_micro_step(model, k == count - 1)
-            x = torch.randint(40, (2, 17))
-            numbers.append(graph(x[:, :-1].contiguous(), x[:, 1:].contiguous()).item())
-        optimizer.collect_gradients()
-        numbers.append(optimizer.clip_grad_norm_(1.0).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    assert len(forwards) == (13 if recorded else 20)  # 2 x 3 of warm-up; 3 recorded, 1, and 3 again
-    assert len(limits) == (4 if recorded else 0)  # before a recording that waits for a replay
-    limits.clear()
-    if recorded:
-        graph.release()
-        with pytest.raises(RuntimeError, match='more micro-steps than were recorded'):
-            for last in (False, True, False, False):
-                set_last_micro_step(model, last)
-                graph(x[:, :-1].contiguous(), x[:, 1:].contiguous())
-        limits.clear()
-    return numbers
-
-hybrid = dict(fsdp_shard_size=2) if dist.get_world_size() == 4 else dict()
-for flags in (hybrid, hybrid | dict(fsdp_reshard=True)):
-    assert train(True, **flags) == train(False, **flags)
-print('equal')
-dist.destroy_process_group()
-""",
-        ),
-        nproc=nproc,
-    ).stdout
+    out = launch(PROGRAMS / 'fsdp_recorded_micro_steps.py', FSDP.parent, nproc=nproc).stdout
     assert out.endswith('equal\n')
 
 
@@ -236,23 +124,11 @@ def test_steps_that_overflow_are_skipped_by_fused_adamw(launch, work):
     As on a GPU, where AdamW is fused. The loss is scaled up so much that for some steps gradients are inf, on both ranks; after those it is
     as in AdamW's other form, but for the rounding of float16.
     """
-    overflowing = script(
-        work,
-        'overflowing',
-        f"""
-import runpy, torch
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-adamw, scaler, fused = torch.optim.AdamW.__init__, ShardedGradScaler.__init__, '--fused' in sys.argv
-torch.optim.AdamW.__init__ = lambda self, *args, **kwargs: adamw(self, *args, **{{**kwargs, 'fused': fused}})
-ShardedGradScaler.__init__ = lambda self, *args, **kwargs: scaler(self, *args, init_scale=2.0**22, **kwargs)
-sys.argv[:] = [{str(FSDP)!r}, *(flag for flag in sys.argv[1:] if flag != '--fused')]
-runpy.run_path(sys.argv[0], run_name='__main__')
-""",
-    )
     runs = []
-    for flags in ([], ['--fused']):
-        launch(overflowing, *TINY, EACH_BLOCK, '--dtype=float16', f'--out_dir=out{len(flags)}', *flags, nproc=2)
-        runs.append(log_of(f'out{len(flags)}')['iterations'])
+    for fused in '01':
+        flags = [*TINY, EACH_BLOCK, '--dtype=float16', f'--out_dir=out{fused}']
+        launch(PROGRAMS / 'overflow.py', FSDP, *flags, nproc=2, env=dict(FUSED=fused))
+        runs.append(log_of(f'out{fused}')['iterations'])
     assert 0 < runs[0][-1]['skipped_steps'] == runs[1][-1]['skipped_steps'] < 10
     assert [r['loss'] for r in runs[1]] == pytest.approx([r['loss'] for r in runs[0]], abs=2e-3)
 
@@ -265,7 +141,7 @@ def test_loss_is_in_float32(launch, work):
     flags = [*TINY, '--max_iters=2', '--eval_iters=1', '--n_layer=3', EACH_BLOCK, '--dtype=bfloat16']
     launch(FSDP, *flags, '--out_dir=eager', nproc=2)
     launch(FSDP, *flags, '--dtype=float32', '--out_dir=exact', nproc=2)
-    out = launch(ROOT / 'tests' / 'aot_eager.py', FSDP, *flags, '--compile=True', '--out_dir=compiled', nproc=2).stdout
+    out = launch(PROGRAMS / 'aot_eager.py', FSDP, *flags, '--compile=True', '--out_dir=compiled', nproc=2).stdout
     assert 'graphs 6 breaks 0' in out  # embedding, one block for all, head with loss; training and evaluation
     eager, exact, graphs = ([r['loss'] for r in log_of(d)['iterations']] for d in ('eager', 'exact', 'compiled'))
     assert all(0 < abs(a - b) < 2e-3 for a, b in zip(eager, exact))
@@ -288,39 +164,15 @@ def test_resume_is_exact(launch, work, form):
 
 def test_a_save_in_the_background_is_of_its_iteration(launch, work):
     """Iteration 20, the best, is being written while step 20 is taken."""
-    slow = script(
-        work,
-        'slow',
-        f"""
-import runpy, time
-import torch.distributed.checkpoint as dcp
-save = dcp.save
-dcp.save = lambda *args, **kwargs: (time.sleep(0.5), save(*args, **kwargs))
-sys.argv[0] = {str(FSDP)!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
-""",
-    )
-    launch(slow, *TINY, SHARDED, nproc=2)
+    env = dict(SAVE_SECONDS='0.5')
+    launch(PROGRAMS / 'slow_sharded_save.py', FSDP, *TINY, SHARDED, nproc=2, env=env)
     best = load(f'out/ckpt_sharded/{open("out/ckpt_sharded/best").read()}/rest.pt')
     assert best['iter_num'] == 20 and {int(s['step']) for s in best['optimizer']['state'].values()} == {20}
 
 
 def test_a_run_that_diverges_finishes_its_save(launch, work):
-    slow = script(
-        work,
-        'diverges',
-        f"""
-import itertools, runpy, time
-import torch.distributed.checkpoint as dcp
-from step_guard import StepGuard
-save, step, steps = dcp.save, StepGuard.step, itertools.count()
-dcp.save = lambda *args, **kwargs: (time.sleep(2), save(*args, **kwargs))
-StepGuard.step = lambda self, optimizer, norm: step(self, optimizer, norm if next(steps) < 5 else norm * float('nan'))
-sys.argv[0] = {str(FSDP)!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
-""",
-    )
-    run = launch(slow, *TINY, SHARDED, '--eval_interval=5', nproc=2, check=False)
+    env, flags = dict(SAVE_SECONDS='2', NAN_AFTER='5'), [*TINY, SHARDED, '--eval_interval=5']
+    run = launch(PROGRAMS / 'slow_sharded_save.py', FSDP, *flags, nproc=2, env=env, check=False)
     assert run.returncode == 2 and 'training diverged' in run.stderr and 'Traceback' not in run.stderr
     assert (
         open('out/ckpt_sharded/latest').read().startswith('iter_0000005') and log_of('out')['run']['status'] == 'failed'
@@ -329,16 +181,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 def test_parts_on_different_disks_are_no_checkpoint(launch, work):
     """out_dir is not shared, so that each machine has its own part: said at the first save, not when it is needed."""
-    apart = script(
-        work,
-        'apart',
-        f"""
-import os, runpy
-sys.argv[:] = [{str(FSDP)!r}, *sys.argv[1:], '--out_dir=out' + os.environ['RANK']]
-runpy.run_path(sys.argv[0], run_name='__main__')
-""",
-    )
-    run = launch(apart, *TINY, SHARDED, nproc=2, check=False)
+    run = launch(PROGRAMS / 'folder_of_its_own.py', FSDP, *TINY, SHARDED, nproc=2, check=False)
     assert run.returncode == 2 and 'Traceback' not in run.stderr and 'training goes on' in run.stderr
     assert run.stderr.count('Do all machines see the same out_dir?') > 1 and not os.path.exists(
         'out0/ckpt_sharded/latest'
@@ -370,22 +213,7 @@ def test_latest_and_best_are_both_kept(launch, work):
     assert (
         record['path'].endswith(latest) and record['bytes'] > 100_000 and record['stall_seconds'] <= record['seconds']
     )
-    full_disk = script(
-        work,
-        'full_disk',
-        f"""
-import itertools, runpy, torch
-save, saves = torch.save, itertools.count()
-def save_once(*args):
-    if next(saves):
-        raise OSError(28, 'No space left on device')
-    save(*args)
-torch.save = save_once
-sys.argv[0] = {str(CONVERT)!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
-""",
-    )
-    run = launch(full_disk, 'full', 'out', check=False)
+    run = launch(PROGRAMS / 'second_save_fails.py', CONVERT, 'full', 'out', check=False)
     assert run.returncode == 2 and 'ckpt.pt could not be saved' in run.stderr and not os.path.exists('out/ckpt.pt')
     assert load('out/ckpt_best.pt')['iter_num'] == 10
     launch(CONVERT, 'full', 'out')
@@ -461,34 +289,15 @@ def test_killed_while_it_saves(launch, work, form):
     kill -9 of one rank at a random moment of a run that does nothing but save; then the next run goes on from the last
     checkpoint that was complete.
     """
-    killed = script(
-        work,
-        'killed',
-        f"""
-import os, random, runpy, signal, threading, time
-train = {str(FSDP)!r}
-if os.environ['RANK'] == os.environ['VICTIM']:
-    def kill():
-        while not os.path.exists('started'):
-            time.sleep(0.01)
-        time.sleep(float(os.environ['DELAY']))
-        os.kill(os.getpid(), signal.SIGKILL)
-    threading.Thread(target=kill, daemon=True).start()
-if os.environ['RANK'] == '0':
-    import training_logger  # the first record of the log: the first step is done, and the first save follows
-    iteration = training_logger.TrainingLogger.iteration
-    training_logger.TrainingLogger.iteration = lambda *args, **kwargs: (open('started', 'w').close(), iteration(*args, **kwargs))
-sys.argv[0] = train
-runpy.run_path(train, run_name='__main__')
-""",
-    )
     flags = [*TINY, '--eval_interval=1', '--eval_iters=1', EACH_BLOCK, *form]
     launch(FSDP, *flags, '--max_iters=1', nproc=2)
     generator = torch.Generator().manual_seed(0)
     reached, progress, kills = 1, 0, int(os.environ.get('FSDP_KILLS', 3))
     for i in range(kills):
-        env = dict(VICTIM=str(i % 2), DELAY=str(0.6 * torch.rand((), generator=generator).item()))
-        run = launch(killed, *flags, RESUME, '--max_iters=1000000', nproc=2, env=env, check=False)
+        env = dict(FAULT='kill', VICTIM=str(i % 2), DELAY=str(0.6 * torch.rand((), generator=generator).item()))
+        run = launch(
+            PROGRAMS / 'disturbed.py', FSDP, *flags, RESUME, '--max_iters=1000000', nproc=2, env=env, check=False
+        )
         assert run.returncode != 0 and 'does not fit' not in run.stderr and 'not whole' not in run.stderr
         now = int(re.search(r'iter (\d+):', run.stdout)[1])  # the first one after the resume
         assert now >= reached
@@ -503,18 +312,8 @@ def test_full_disk_is_a_warning_until_the_end(launch, work):
     """A limit on the size of files stands for the disk."""
     launch(FSDP, *TINY, SHARDED, '--max_iters=2', '--out_dir=out', nproc=2)
     latest = open('out/ckpt_sharded/latest').read()
-    limited = script(
-        work,
-        'limited',
-        f"""
-import resource, runpy, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.argv[0] = {str(FSDP)!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
-""",
-    )
-    run = launch(limited, *TINY, SHARDED, RESUME, '--max_iters=12', '--json_log=False', nproc=2, check=False)
+    flags = [*TINY, SHARDED, RESUME, '--max_iters=12', '--json_log=False']
+    run = launch(PROGRAMS / 'small_disk.py', FSDP, *flags, nproc=2, check=False)
     assert 'iter 12:' in run.stdout and run.returncode == 2 and 'Traceback' not in run.stderr
     assert 'training goes on' in run.stderr and run.stderr.count('error: a checkpoint could not be saved') == 1
     assert open('out/ckpt_sharded/latest').read() == latest
@@ -546,7 +345,7 @@ def test_alone_on_a_device(launch, work, device, options):
     reference goes on from there. On a GPU what can be compiled is, here nothing.
     """
     flags = [*(flag for flag in TINY if 'device' not in flag), f'--device={device}', '--gradient_accumulation_steps=4']
-    plain, alone = ['--dtype=float32', '--compile=False'], ROOT / 'tests' / 'one_device.py'
+    plain, alone = ['--dtype=float32', '--compile=False'], PROGRAMS / 'one_device.py'
 
     def numbers(scripts, *more):
         out = launch(*scripts, *flags, *more, timeout=300).stdout

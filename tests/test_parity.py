@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same, load, log_of, make_letters
+from conftest import PROGRAMS, ROOT, TINY, assert_same, load, log_of, make_letters
 
 TRAINERS = ['nanoGPT', 'phase1_zero1', 'phase3_fsdp']
 MODELS = {'reference': [], 'triton': ['--model_dir=../phase2_triton']}
@@ -64,7 +64,7 @@ def train(launch, launch_interpreted, tmp_path_factory):
             trainer, model, nproc, iterations, *more = cell
             out_dir, program = folder / str(len(runs)), [ROOT / trainer / 'train.py']
             if '--compile=True' in more:
-                program.insert(0, ROOT / 'tests' / 'aot_eager.py')
+                program.insert(0, PROGRAMS / 'aot_eager.py')
             start = launch_interpreted if model == 'triton' else launch
             run = start(
                 *program,

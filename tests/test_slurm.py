@@ -1,5 +1,5 @@
 """
-slurm.sh, with programs in place of srun, scontrol and scancel that do what Slurm's do with their arguments: a SIGUSR1 to the batch
+slurm.sh, with programs (programs/slurm/) in place of srun, scontrol and scancel that do what Slurm's do with their arguments: a SIGUSR1 to the batch
 script ends in a checkpoint and a requeue, and the next start goes on to the end. (The real Slurm is not part of this.)
 """
 
@@ -10,36 +10,15 @@ import sys
 import time
 
 import pytest
-from conftest import NANOGPT, ROOT, TINY, TORCHRUN, losses
-
-COMMANDS = {
-    # runs the command once for each machine, as tasks whose process ids scancel can find
-    'srun': """
-while [ "${1#--}" != "$1" ]; do shift; done
-for i in $(seq "$SLURM_NNODES"); do "$@" & echo $! >> tasks; done
-status=0
-for pid in $(cat tasks); do wait "$pid" || status=$?; done
-exit $status""",
-    'scancel': '[ "$*" = "--signal=TERM 4711" ] && kill -TERM $(cat tasks)',
-    'scontrol': """
-case "$*" in
-    'show hostnames machine[1-2]') echo localhost; echo machine2;;
-    'requeue 4711') touch requeued;;
-    *) exit 1;;
-esac""",
-    'torchrun': f'exec {sys.executable} {TORCHRUN} "$@"',
-}
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, losses
 
 
 @pytest.fixture
 def sbatch(work):
-    os.mkdir('bin')
-    for name, text in COMMANDS.items():
-        (work / 'bin' / name).write_text(f'#!/bin/bash\n{text}\n')
-        (work / 'bin' / name).chmod(0o755)
     env = dict(
         os.environ,
-        PATH=f'{work}/bin:{os.environ["PATH"]}',
+        PATH=f'{PROGRAMS / "slurm"}:{os.environ["PATH"]}',
+        PYTHON=sys.executable,
         PYTHONUNBUFFERED='1',
         SLURM_JOB_ID='4711',
         SLURM_NNODES='2',

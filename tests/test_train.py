@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 from checkpoint import write_checkpoint
-from conftest import NANOGPT, TINY, TORCHRUN, assert_same, load, log_of, losses
+from conftest import NANOGPT, PROGRAMS, TINY, TORCHRUN, assert_same, load, log_of, losses
 
 TRAIN = NANOGPT / 'train.py'
 
@@ -213,13 +213,7 @@ def test_ranks_that_see_different_checkpoints(launch, work):
     """As on two machines without a common file system."""
     for rank, max_iters in enumerate((5, 10)):
         launch(TRAIN, *TINY, f'--max_iters={max_iters}', f'--out_dir=out{rank}')
-    (work / 'apart.py').write_text(f"""
-import os, runpy, sys
-sys.argv[:] = [{str(TRAIN)!r}, *sys.argv[1:], '--out_dir=out' + os.environ['RANK']]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name='__main__')
-""")
-    run = launch(work / 'apart.py', *TINY, '--init_from=resume', nproc=2, check=False)
+    run = launch(PROGRAMS / 'folder_of_its_own.py', TRAIN, *TINY, '--init_from=resume', nproc=2, check=False)
     assert run.returncode == 2 and 'is 6 on one rank and 11 on another' in run.stderr and 'Traceback' not in run.stderr
 
 
@@ -307,16 +301,15 @@ def test_full_disk_keeps_the_checkpoint_and_goes_on(launch, work):
     """A limit on the size of files stands for the disk: the write fails in the middle."""
     launch(TRAIN, *TINY, '--max_iters=10')
     before = open('out/ckpt.pt', 'rb').read()
-    limited = work / 'limited.py'
-    limited.write_text(f"""
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.path.insert(0, {str(NANOGPT)!r})
-sys.argv[0] = {str(TRAIN)!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
-""")
-    run = launch(limited, *TINY, '--init_from=resume', '--max_iters=30', '--lr_decay_iters=30', check=False)
+    run = launch(
+        PROGRAMS / 'small_disk.py',
+        TRAIN,
+        *TINY,
+        '--init_from=resume',
+        '--max_iters=30',
+        '--lr_decay_iters=30',
+        check=False,
+    )
     assert (
         'iter 30:' in run.stdout and run.stderr.count('could not be saved') == 3
     )  # at 20, at 30, and at the end, where it is an error

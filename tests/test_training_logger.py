@@ -13,12 +13,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import training_logger
+from conftest import PROGRAMS
 from training_logger import PAGE, Speed, TrainingLogger
 
 FOLDER = Path(training_logger.__file__).parent
@@ -195,50 +198,58 @@ def test_many_processes_in_one_second(tmp_path):
     assert sorted(read(path)['config']['n'] for path in tmp_path.iterdir()) == [str(i) for i in range(6)]
 
 
-HOT_LOOP = """
-log = TrainingLogger(sys.argv[1], {'a': 1}, {'phase': 'x'})
-print(log.path, flush=True)
-for i in itertools.count():
-    log.iteration(i, loss=1.0 / (i + 1), lr=1e-3, time_ms=20.0, tokens_per_sec=1e5 / 3, mfu=0.3, grad_norm=i / 7, peak_memory_bytes=1 << 33)
-    if i % 10 == 0:
-        log.evaluation(i, train_loss=1.0, val_loss=1.1 + 1 / (i + 1), lr=1e-3)
-        log.checkpoint(i, path='out/ckpt.pt', bytes=1, seconds=0.1)
-    sent[0] = i + 1
-"""
-# `sent` counts the records whose call has returned; in shared memory, so that it outlives a kill -9
-SHARED = 'import mmap\nsent = memoryview(mmap.mmap(os.open(sys.argv[2], os.O_RDWR), 8)).cast("q")\n'
+@contextmanager
+def endless_logs(tmp_path):
+    """start(name) begins a log in a process that writes as fast as it can, and returns its .path, .sent() and .end(signal)."""
+    command = [sys.executable, '-S', PROGRAMS / 'log_forever.py', FOLDER]
+    quiet = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with subprocess.Popen(command, text=True, **quiet) as parent:
+
+        def start(name):
+            counter = tmp_path / 'counter'
+            counter.write_bytes(bytes(8))
+            print(tmp_path / name, counter, file=parent.stdin, flush=True)
+            pid, path = parent.stdout.readline().split()
+
+            def end(number):
+                os.kill(int(pid), number)
+                assert parent.stdout.readline() == 'ended\n'
+
+            return SimpleNamespace(path=path, end=end, sent=lambda: int.from_bytes(counter.read_bytes(), 'little'))
+
+        yield start
+        parent.stdin.close()
 
 
 def test_kill_nine_at_200_random_moments(tmp_path):
     """Each process writes as fast as it can, over page borders and growing lists, so that most kills hit the logger at work."""
     moments, behind = random.Random(0), 0
-    for i in range(200):
-        folder, counter = tmp_path / str(i), tmp_path / 'counter'
-        counter.write_bytes(bytes(8))
-        process = child(SHARED + HOT_LOOP, folder, counter)
-        path = process.stdout.readline().strip()
-        time.sleep(moments.uniform(0, 0.03))
-        process.kill()
-        process.communicate()
-        document, sent = read(path), int.from_bytes(counter.read_bytes(), 'little')
-        iters = [record['iter'] for record in document['iterations']]
-        assert iters == list(range(len(iters))) and sent - 1 <= len(iters) <= sent + 1
-        assert [record['iter'] for record in document['evaluations']] in (
-            list(range(0, len(iters), 10)),
-            list(range(0, len(iters) - 1, 10)),
-        )
-        assert document['run']['status'] == 'running' and document['config'] == {'a': 1}
-        summary = document['summary']
-        assert (
-            0 <= len(iters) - summary['iterations'] <= 1
-            and 0 <= len(document['evaluations']) - summary['evaluations'] <= 1
-        )
-        behind += summary['iterations'] < len(iters)
-        if summary['iterations']:
-            assert summary['final_loss'] == 1.0 / summary['iterations'] == summary['best_loss']
-        for file in folder.iterdir():
-            file.unlink()
+    with endless_logs(tmp_path) as start:
+        for i in range(200):
+            log = start(str(i))
+            time.sleep(moments.uniform(0, 0.03))
+            log.end(signal.SIGKILL)
+            behind += check_after_a_kill(read(log.path), log.sent())
+            os.unlink(log.path)
     assert behind < 100  # the time between record and summary is the smaller part of even this loop: a quarter of it
+
+
+def check_after_a_kill(document, sent):
+    """A killed log has all records that were handed to it, but for those at the moment. Returns whether its summary lacks the last one."""
+    iters = [record['iter'] for record in document['iterations']]
+    assert iters == list(range(len(iters))) and sent - 1 <= len(iters) <= sent + 1
+    assert [record['iter'] for record in document['evaluations']] in (
+        list(range(0, len(iters), 10)),
+        list(range(0, len(iters) - 1, 10)),
+    )
+    assert document['run']['status'] == 'running' and document['config'] == {'a': 1}
+    summary = document['summary']
+    assert (
+        0 <= len(iters) - summary['iterations'] <= 1 and 0 <= len(document['evaluations']) - summary['evaluations'] <= 1
+    )
+    if summary['iterations']:
+        assert summary['final_loss'] == 1.0 / summary['iterations'] == summary['best_loss']
+    return summary['iterations'] < len(iters)
 
 
 def test_no_write_crosses_a_page_nor_grows_with_the_run(tmp_path, monkeypatch):
@@ -338,19 +349,10 @@ def test_disk_without_room_to_grow(tmp_path, monkeypatch, capfd):
 
 def test_file_size_limit_of_the_system(tmp_path):
     """A real refusal by the kernel (EFBIG), in a process of its own."""
-    code = """
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-log = TrainingLogger(sys.argv[1], {}, {})
-for i in range(3000):
-    log.iteration(i, loss=1.0, lr=1e-3, time_ms=20.0, tokens_per_sec=1e5)
-log.close('completed')
-print(log.path)
-"""
-    out, error = (process := child(code, tmp_path)).communicate()
-    document = read(out.strip())
-    assert process.returncode == 0 and error.count('\n') == 1 and 'File too large' in error
+    command = [sys.executable, '-S', PROGRAMS / 'log_to_a_small_disk.py', FOLDER, tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True)
+    document, error = read(run.stdout.strip()), run.stderr
+    assert run.returncode == 0 and error.count('\n') == 1 and 'File too large' in error
     assert 500 < len(document['iterations']) < 3000 and document['run']['status'] == 'completed'
     assert document['summary']['dropped_records'] == 3000 - len(document['iterations'])
 
@@ -511,12 +513,9 @@ def test_random_numbers_of_training_are_left_alone(tmp_path):
 
 def test_interrupt_at_any_moment_ends_the_run_with_a_whole_file(tmp_path):
     moments = random.Random(0)
-    for i in range(20):
-        # a shell starts background jobs with SIGINT ignored, and this test may run in one
-        handler = 'import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n'
-        process = child(handler + 'sent = [0]\n' + HOT_LOOP, tmp_path)
-        path = process.stdout.readline().strip()
-        time.sleep(moments.uniform(0, 0.02))
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-        assert read(path)['run']['status'] == 'failed'  # train.py catches the signal and says 'stopped'
+    with endless_logs(tmp_path) as start:
+        for i in range(20):
+            log = start(str(i))
+            time.sleep(moments.uniform(0, 0.02))
+            log.end(signal.SIGINT)
+            assert read(log.path)['run']['status'] == 'failed'  # train.py catches the signal and says 'stopped'

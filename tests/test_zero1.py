@@ -6,11 +6,11 @@ import signal
 
 import pytest
 import torch
-from conftest import NANOGPT, ROOT, TINY, assert_same, load, losses
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, assert_same, load, losses
 
 TRAIN = NANOGPT / 'train.py'
 ZERO1 = ROOT / 'phase1_zero1' / 'train.py'
-CASES = ROOT / 'tests' / 'zero1_cases.py'
+CASES = PROGRAMS / 'zero1_cases.py'
 ALL_EQUAL = dict(losses=True, norms=True, scale=True, params=True, state=True, untouched=True, grads_freed=True)
 
 
@@ -102,34 +102,9 @@ def test_prints_and_saves_what_the_reference_does(launch, work):
     assert 'not using ZeRO-1 optimizer state sharding: use_zero1=False' in off.stdout and len(losses(off.stdout)) == 2
 
 
-# runs a train.py in which rank 1 does something as it sends its first shard of the nth save
-IN_A_SAVE = """
-import os, runpy, signal, sys
-import torch.distributed as dist
-import torch.optim
-
-nth, action = int(sys.argv[1]), sys.argv[2]
-sys.argv = sys.argv[3:]
-sys.path[0] = os.path.dirname(sys.argv[0])
-gather, send, saves = dist.gather_object, dist.send, [0]
-
-def counting_gather(*args, **kwargs):
-    saves[0] += 1 # a save begins with what shards there are, then come the generators
-    return gather(*args, **kwargs)
-
-def acting_send(*args, **kwargs):
-    if saves[0] == 2 * nth - 1:
-        os.kill(os.getpid(), signal.SIGKILL if action == 'kill' else signal.SIGTERM)
-    return send(*args, **kwargs)
-
-dist.gather_object, dist.send = counting_gather, acting_send
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
-
 def test_a_rank_that_dies_in_a_save_ends_the_run_and_leaves_the_last_checkpoint(launch, work):
-    (work / 'in_a_save.py').write_text(IN_A_SAVE)
-    run = launch(work / 'in_a_save.py', 2, 'kill', ZERO1, *TINY, nproc=2, check=False, timeout=40)
+    env = dict(SIGNAL=str(int(signal.SIGKILL)), SAVE='2')
+    run = launch(PROGRAMS / 'signal_in_a_save.py', ZERO1, *TINY, nproc=2, env=env, check=False, timeout=40)
     assert run.returncode == -signal.SIGKILL
     assert run.stdout.count('saving checkpoint') == 1
     assert load('out/ckpt.pt')['iter_num'] == 10
@@ -141,8 +116,8 @@ def test_a_rank_that_dies_in_a_save_ends_the_run_and_leaves_the_last_checkpoint(
 def test_sigterm_in_a_save(launch, work):
     """The save is completed, then the step; the run ends well, and resuming repeats nothing."""
     once = launch(ZERO1, *TINY, '--out_dir=once', nproc=2)
-    (work / 'in_a_save.py').write_text(IN_A_SAVE)
-    first = launch(work / 'in_a_save.py', 1, 'term', ZERO1, *TINY, nproc=2)
+    env = dict(SIGNAL=str(int(signal.SIGTERM)), SAVE='1')
+    first = launch(PROGRAMS / 'signal_in_a_save.py', ZERO1, *TINY, nproc=2, env=env)
     assert load('out/ckpt.pt')['iter_num'] == 11
     second = launch(ZERO1, *TINY, '--init_from=resume', nproc=2)
     assert losses(first.stdout) + losses(second.stdout) == losses(once.stdout)

@@ -4,16 +4,12 @@ them as they are: what compiling a CPU's code in minutes would show of the graph
 """
 
 import functools
-import os
-import runpy
-import sys
 
 import torch
 import torch._dynamo.utils
 import torch.distributed as dist
+from script import run_script
 
-del sys.argv[0]
-sys.path[0] = os.path.dirname(sys.argv[0])
 torch.compile = functools.partial(torch.compile, backend='aot_eager')
 destroy = dist.destroy_process_group
 
@@ -25,4 +21,4 @@ def report():
 
 
 dist.destroy_process_group = report
-runpy.run_path(sys.argv[0], run_name='__main__')
+run_script()

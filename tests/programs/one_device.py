@@ -3,17 +3,14 @@
 process group: FSDP then does all that it does on many, but for the sending. Under torchrun, with --backend=gloo (NCCL refuses
 that), all ranks share one GPU, and they send too:
 
-    torchrun --standalone --nproc_per_node=2 tests/one_device.py phase3_fsdp/train.py --backend=gloo ...
+    torchrun --standalone --nproc_per_node=2 tests/programs/one_device.py phase3_fsdp/train.py --backend=gloo ...
 """
 
 import os
-import runpy
-import sys
 
 import torch.distributed as dist
+from script import run_script
 
-del sys.argv[0]
-sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
 import distributed
 
 
@@ -35,4 +32,4 @@ if int(os.environ.get('WORLD_SIZE', 1)) > 1:
     os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')  # the only GPU
 else:
     distributed.setup = setup
-runpy.run_path(sys.argv[0], run_name='__main__')
+run_script()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'phase1_zero1'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'phase1_zero1'))
 from model import GPT, GPTConfig
 from step_guard import StepGuard
 from zero1 import Zero1Optimizer
