@@ -1,6 +1,6 @@
 """
 Phase 3: the numbers of DDP from shards, checkpoints that any phase and any number of ranks can read, and what happens when
-they are damaged or a rank is killed while it saves. FSDP_KILLS=20 kills more often.
+they are damaged or a rank is killed while it saves.
 """
 
 import os
@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from checkpoint import find_checkpoint
-from conftest import NANOGPT, PROGRAMS, ROOT, TINY, assert_same, load, log_of, losses
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of, losses
 
 TRAIN = NANOGPT / 'train.py'
 FSDP = ROOT / 'phase3_fsdp' / 'train.py'
@@ -108,17 +108,6 @@ def test_recorded_micro_steps(launch, nproc):
     assert out.endswith('equal\n')
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_half_precision_learns(launch, work, dtype):
-    """The loss is that of float32 but for the rounding of 8 or 11 bits of mantissa, after 40 steps in which it fell from 3.7."""
-    flags = [*TINY, '--max_iters=40', '--lr_decay_iters=40', '--eval_interval=40']
-    last = [
-        losses(launch(*run, *flags, nproc=2).stdout)[-2] for run in ((FSDP, EACH_BLOCK, f'--dtype={dtype}'), (TRAIN,))
-    ]
-    half, full = (float(re.search(r'val loss (\S+)', line)[1]) for line in last)
-    assert abs(half - full) < 0.02 and full < 2
-
-
 def test_steps_that_overflow_are_skipped_by_fused_adamw(launch, work):
     """
     As on a GPU, where AdamW is fused. The loss is scaled up so much that for some steps gradients are inf, on both ranks; after those it is
@@ -146,20 +135,6 @@ def test_loss_is_in_float32(launch, work):
     eager, exact, graphs = ([r['loss'] for r in log_of(d)['iterations']] for d in ('eager', 'exact', 'compiled'))
     assert all(0 < abs(a - b) < 2e-3 for a, b in zip(eager, exact))
     assert graphs == pytest.approx(eager, abs=2e-3)
-
-
-@pytest.mark.parametrize('form', [[], [SHARDED]], ids=['full', 'sharded'])
-def test_resume_is_exact(launch, work, form):
-    """20 iterations at once, and 7 + 13: every digit that is printed and every bit that is saved."""
-    flags = [*TINY, EACH_BLOCK, '--dropout=0.2', *form]
-    once = launch(FSDP, *flags, '--out_dir=once', nproc=2)
-    first = launch(FSDP, *flags, '--max_iters=6', '--out_dir=twice', nproc=2)
-    second = launch(FSDP, *flags, RESUME, '--out_dir=twice', nproc=2)
-    assert losses(once.stdout) == losses(first.stdout) + losses(second.stdout)
-    for out_dir in ('once', 'twice') if form else ():
-        assert not os.path.exists(f'{out_dir}/ckpt.pt')
-        assert launch(CONVERT, 'full', out_dir).stdout == f'wrote {out_dir}/ckpt.pt\n'
-    assert_same(load('once/ckpt.pt'), load('twice/ckpt.pt'), but=('out_dir', 'init_from', 'max_iters', 'log'))
 
 
 def test_a_save_in_the_background_is_of_its_iteration(launch, work):
@@ -202,9 +177,9 @@ def test_conversion_replaces_nothing_that_is_newer(launch, work, capsys):
     assert launch(CONVERT, 'full', 'out').stdout == 'wrote out/ckpt.pt\n' and load('out/ckpt.pt')['iter_num'] == 6
 
 
-def test_latest_and_best_are_both_kept(launch, work):
-    """A learning rate that ruins the model after iteration 10: the best stays that of iteration 10."""
-    launch(FSDP, *TINY, SHARDED, '--max_iters=10', '--out_dir=out', nproc=2)
+def test_conversion_writes_the_latest_and_the_best_or_says_why_not(launch, work):
+    """The first checkpoint stays the best, because the learning rate ruins the model after it."""
+    launch(FSDP, *TINY, SHARDED, '--max_iters=10', nproc=2)
     launch(FSDP, *TINY, SHARDED, RESUME, '--learning_rate=3', '--min_lr=3', nproc=2)
     latest, best = (open(f'out/ckpt_sharded/{name}').read() for name in ('latest', 'best'))
     assert latest.startswith('iter_0000021') and best.startswith('iter_0000010')
@@ -281,43 +256,6 @@ def test_mistakes_end_with_one_message(launch, work):
     with open(f'{folder}/.metadata', 'wb') as f:
         pickle.dump(Evil(), f)
     assert 'which could run code' in message(RESUME) and not os.path.exists('executed')
-
-
-@pytest.mark.parametrize('form', [[], [SHARDED]], ids=['full', 'sharded'])
-def test_killed_while_it_saves(launch, work, form):
-    """
-    kill -9 of one rank at a random moment of a run that does nothing but save; then the next run goes on from the last
-    checkpoint that was complete.
-    """
-    flags = [*TINY, '--eval_interval=1', '--eval_iters=1', EACH_BLOCK, *form]
-    launch(FSDP, *flags, '--max_iters=1', nproc=2)
-    generator = torch.Generator().manual_seed(0)
-    reached, progress, kills = 1, 0, int(os.environ.get('FSDP_KILLS', 3))
-    for i in range(kills):
-        env = dict(FAULT='kill', VICTIM=str(i % 2), DELAY=str(0.6 * torch.rand((), generator=generator).item()))
-        run = launch(
-            PROGRAMS / 'disturbed.py', FSDP, *flags, RESUME, '--max_iters=1000000', nproc=2, env=env, check=False
-        )
-        assert run.returncode != 0 and 'does not fit' not in run.stderr and 'not whole' not in run.stderr
-        now = int(re.search(r'iter (\d+):', run.stdout)[1])  # the first one after the resume
-        assert now >= reached
-        progress += now > reached
-        reached = now
-        os.remove('started')
-    last = launch(FSDP, *flags, RESUME, f'--max_iters={reached + 100}', '--eval_interval=1000', nproc=2)
-    assert 'nan' not in last.stdout and progress >= max(1, kills // 4)
-
-
-def test_full_disk_is_a_warning_until_the_end(launch, work):
-    """A limit on the size of files stands for the disk."""
-    launch(FSDP, *TINY, SHARDED, '--max_iters=2', '--out_dir=out', nproc=2)
-    latest = open('out/ckpt_sharded/latest').read()
-    flags = [*TINY, SHARDED, RESUME, '--max_iters=12', '--json_log=False']
-    run = launch(PROGRAMS / 'small_disk.py', FSDP, *flags, nproc=2, check=False)
-    assert 'iter 12:' in run.stdout and run.returncode == 2 and 'Traceback' not in run.stderr
-    assert 'training goes on' in run.stderr and run.stderr.count('error: a checkpoint could not be saved') == 1
-    assert open('out/ckpt_sharded/latest').read() == latest
-    assert 'iter 3:' in launch(FSDP, *TINY, RESUME, '--max_iters=4', nproc=2).stdout
 
 
 CUDA = pytest.param(
