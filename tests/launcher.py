@@ -120,6 +120,8 @@ def become(script, args, cwd, env, out, err):
         runpy.run_path(script, run_name='__main__')
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1

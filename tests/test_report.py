@@ -167,13 +167,11 @@ def test_a_failure_is_a_row_only_where_nothing_was_measured():
 
 
 @pytest.mark.parametrize('change', [dict(device='NVIDIA H200'), dict(flag=['--bias=True']), dict(init='cpu')])
-def test_runs_of_another_kind_get_a_file_of_their_own(tmp_path, change):
+def test_runs_of_another_kind_get_a_file_of_their_own(launch, tmp_path, change):
     session = bench_trainers.facts(cpu=True) | dict(init='gpu', flag=[]) | change
     report.write_json(tmp_path / 'of_another.json', dict(sessions=[session], runs=[], rows=[]))
     flags = ['--device=cpu', '--plan', f'--onto={tmp_path / "of_another.json"}']
-    done = subprocess.run(
-        [sys.executable, ROOT / 'benchmarks' / 'bench_trainers.py', *flags], capture_output=True, text=True, timeout=100
-    )
+    done = launch(ROOT / 'benchmarks' / 'bench_trainers.py', *flags, check=False)
     assert done.returncode == 1 and not done.stdout
     assert f'has runs with {next(iter(change))} ' in done.stderr
 
@@ -254,7 +252,7 @@ def test_bench_trainers_measures_what_the_arithmetic_says(tmp_path):
         assert row['checkpoint']['bytes'] > 12 * n and len(row['checkpoint']['ready_seconds_resumed']) == 1
 
 
-def test_curves_of_two_gpus_become_one_report(tmp_path):
+def test_curves_of_two_gpus_become_one_report(launch, tmp_path):
     facts = dict(device='NVIDIA H100', versions={}, size='124M', batch_size=12, micro_steps=1)
     curve = lambda kind, seed, loss: dict(kind=kind, seed=seed, losses=[loss] * 100)
     report.write_json(
@@ -265,14 +263,8 @@ def test_curves_of_two_gpus_become_one_report(tmp_path):
 
     def join(*names):
         files = ','.join(str(tmp_path / f'{name}.json') for name in names)
-        command = [
-            sys.executable,
-            ROOT / 'benchmarks' / 'bench_phase2.py',
-            'curves',
-            f'--join={files}',
-            f'--out={tmp_path / "out.json"}',
-        ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=100)
+        flags = ['curves', f'--join={files}', f'--out={tmp_path / "out.json"}']
+        return launch(ROOT / 'benchmarks' / 'bench_phase2.py', *flags, check=False)
 
     done = join('a', 'b')
     assert 'between seeds of the reference: mean 0.5000, largest 0.5000' in done.stdout
