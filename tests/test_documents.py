@@ -48,7 +48,7 @@ SCRIPTS = [path for folder in (*FOLDERS, 'benchmarks') for path in (ROOT / folde
 def flags_of(script):
     """The --names that a script takes; None if it takes no flags that could be found in its text."""
     text = script.read_text()
-    names = set(re.findall(r"add_argument\('(--[\w-]+)'", text)) | {'--help'}
+    names = set(re.findall(r"add_argument\(\s*'(--[\w-]+)'", text)) | {'--help'}
     top, configured, _ = text.partition('\nconfig, given = configure(globals())')
     if configured:
         names |= {f'--{node.targets[0].id}' for node in ast.parse(top).body if isinstance(node, ast.Assign)}
