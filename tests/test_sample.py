@@ -4,18 +4,30 @@ import itertools
 import os
 import pickle
 import re
+import shutil
 
 import pytest
 import torch
-from conftest import NANOGPT, TINY
+from conftest import NANOGPT, TINY, make_letters
 
 TRAIN, SAMPLE, BENCH = (NANOGPT / f'{name}.py' for name in ('train', 'sample', 'bench'))
 
 
+@pytest.fixture(scope='module')
+def made(launch, tmp_path_factory):
+    """A folder with the data set and, in out/, a model that has learnt it."""
+    folder = tmp_path_factory.mktemp('sample')
+    make_letters(folder)
+    launch(TRAIN, *TINY, '--max_iters=300', '--lr_decay_iters=300', '--eval_interval=300', cwd=folder)
+    return folder
+
+
 @pytest.fixture
-def trained(launch, work):
-    launch(TRAIN, *TINY, '--max_iters=300', '--lr_decay_iters=300', '--eval_interval=300')
-    return work
+def trained(made, tmp_path, monkeypatch):
+    """A copy of that folder to run in."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def test_samples_look_like_the_data(launch, trained):
