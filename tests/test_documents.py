@@ -230,7 +230,7 @@ def run(words, folder, launch, copy):
 def copy(launch, tmp_path_factory):
     """A fresh copy of the repository, without what has been made in it, but with the data set, as every document takes it for granted."""
     copy = tmp_path_factory.mktemp('copy') / 'repository'
-    made = '.git .venv out* *.bin meta.pkl __pycache__ .*_cache *.egg-info'.split()
+    made = '.git .venv out out-* *.bin meta.pkl __pycache__ .*_cache *.egg-info'.split()
     shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*made))
     launch(copy / 'nanoGPT/data/python_char/prepare.py')
     return copy

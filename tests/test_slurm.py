@@ -20,7 +20,7 @@ def sbatch(work):
         PATH=f'{PROGRAMS / "slurm"}:{os.environ["PATH"]}',
         PYTHON=sys.executable,
         PYTHONUNBUFFERED='1',
-        SLURM_JOB_ID='4711',
+        SLURM_JOB_ID=str(os.getpid()),  # which slurm.sh makes a port of
         SLURM_NNODES='2',
         SLURM_JOB_NODELIST='machine[1-2]',
     )
@@ -42,12 +42,12 @@ def test_saves_requeues_and_goes_on(launch, work, sbatch):
         assert job.poll() is None, open('slurm.out').read()
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=60) != 0 and os.path.exists('requeued')
+    assert job.wait(timeout=120) != 0 and os.path.exists('requeued')
     stopped = losses(open('slurm.out').read())
     assert len(stopped) < 300
 
     job = sbatch(NANOGPT / 'train.py', *flags)  # as Slurm would
-    assert job.wait(timeout=60) == 0 and not os.path.exists('requeued')
+    assert job.wait(timeout=120) == 0 and not os.path.exists('requeued')
     assert losses(open('slurm.out').read()) == losses(
         launch(NANOGPT / 'train.py', *flags, '--out_dir=once', nproc=2).stdout
     )
