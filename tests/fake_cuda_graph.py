@@ -63,7 +63,10 @@ def graph(graph, pool=None, stream=None, capture_error_mode='global'):
 
 
 def noted(launch):
-    def launch_and_note(*args, **kwargs):
+    def launch_and_note(kernel, grid, tensors, *args, **kwargs):
+        args = kernel, grid, tensors, *args
+        if recording is not None:
+            recording.before += [(tensor, tensor.detach().clone()) for tensor in tensors]  # a kernel may write to any
         with _disable_current_modes():  # Triton's interpreter is made of PyTorch's operations, too, and so is gloo
             launch(*args, **kwargs)
         if recording is not None:
@@ -74,7 +77,7 @@ def noted(launch):
 
 def install(monkeypatch):
     """For the length of a test."""
-    for name in ('cross_entropy', 'gelu', 'layer_norm'):
+    for name in ('cross_entropy', 'gelu', 'layer_norm', 'layer_norm_gradients'):
         module = importlib.import_module(f'kernels.{name}')
         monkeypatch.setattr(module, 'launch', noted(module.launch))
     linear = importlib.import_module('kernels.linear')

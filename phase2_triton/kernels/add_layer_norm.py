@@ -20,6 +20,7 @@ from .layer_norm import (
     reference_dtype,
     runs_eagerly,
 )
+from .layer_norm_gradients import place_of_shares, read_early
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -27,7 +28,7 @@ class AddLayerNormFunction(torch.autograd.Function):
     def forward(ctx, x, branch, weight, bias, eps, out_dtype):
         y, stats, total = launch_forward(x, branch, weight, bias, eps, out_dtype)
         ctx.save_for_backward(total, weight, stats)
-        ctx.bias_dtype, ctx.branch_dtype = None if bias is None else bias.dtype, branch.dtype
+        ctx.parameters, ctx.read_early, ctx.branch_dtype = (weight, bias), read_early(), branch.dtype
         ctx.set_materialize_grads(False)
         return total, y
 
@@ -38,8 +39,10 @@ class AddLayerNormFunction(torch.autograd.Function):
         if dy is None:
             return dtotal, None if dtotal is None else dtotal.to(ctx.branch_dtype), None, None, None, None
         need_dw, need_db = ctx.needs_input_grad[2:4]
+        place = place_of_shares(ctx, need_dw, need_db)
+        bias_dtype = None if ctx.parameters[1] is None else ctx.parameters[1].dtype
         dx, dw, db, dbranch = launch_backward(
-            dy, total, weight, ctx.bias_dtype, stats, True, need_dw, need_db, dtotal, ctx.branch_dtype
+            dy, total, weight, bias_dtype, stats, True, need_dw, need_db, dtotal, ctx.branch_dtype, place
         )
         return dx, dbranch, dw, db, None, None
 

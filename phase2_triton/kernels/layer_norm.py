@@ -26,8 +26,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .device import available, interpreted, jit, num_multiprocessors, programmatic_launch, tl, triton
+from .device import available, jit, num_multiprocessors, programmatic_launch, tl, triton
 from .launch import Config, launch
+from .layer_norm_gradients import cdiv, launch_reduce, place_of_shares, read_early
 
 max_width = 65_536
 max_backward_width = 12_288  # backward keeps rows in registers; PyTorch computes the gradients of wider ones
@@ -253,38 +254,6 @@ def backward_kernel(
             tl.store(db_ptr + cols, sum_rows(dbs[c], CHUNK), mask=cols < N)
 
 
-@jit
-def reduce_kernel(
-    partial_ptr,  # (2, P, N) float32
-    dw_ptr,  # (N,), written by programs (i, 0)
-    db_ptr,  # (N,), written by programs (i, 1)
-    P,
-    N,
-    FIRST: tl.constexpr,  # 0, or 1 where only dbias is wanted
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    which = tl.program_id(1) + FIRST
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for start in tl.range(0, P, ROWS):
-        rows = which * P + start + tl.arange(0, ROWS)
-        mask = ((start + tl.arange(0, ROWS)) < P)[:, None] & (cols < N)[None, :]
-        total += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], mask=mask, other=0.0)
-    if which == 0:
-        tl.store(dw_ptr + cols, tl.sum(total, 0).to(dw_ptr.dtype.element_ty), mask=cols < N)
-    else:
-        tl.store(db_ptr + cols, tl.sum(total, 0).to(db_ptr.dtype.element_ty), mask=cols < N)
-
-
-def cdiv(a, b):
-    return -(-a // b)  # triton.cdiv, but not 4 µs
-
-
 @cache
 def forward_config(N, itemsize, pdl):
     """Config of forward_kernel for a width, the bytes of an element of x, and whether programs may start early."""
@@ -324,15 +293,6 @@ def backward_config(N, itemsize, pdl):
         return Config(4 * vector // chunk, chunk, programs=4, pdl=pdl)
     width = min(width for width in backward_configs[itemsize] if N <= width)
     return backward_configs[itemsize][width]._replace(pdl=pdl)
-
-
-@cache
-def reduce_config(P, N, pdl):
-    """Config of reduce_kernel (chunk: columns): enough programs to fill the GPU, and as many rows at once as registers hold."""
-    cols = 16 if N <= 2048 else 32
-    if interpreted:  # which pays per program
-        cols = min(1024, triton.next_power_of_2(N))
-    return Config(min(triton.next_power_of_2(P), max(1, 8192 // cols)), cols, pdl=pdl)
 
 
 def rows_of(x):
@@ -392,25 +352,31 @@ def pytorch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db
     )
 
 
-def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db, dsum=None, branch_dtype=None):
+def launch_backward(
+    dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db, dsum=None, branch_dtype=None, place=None
+):
     """
     dx (..., N) like x, dweight and dbias (N,) in their own dtypes; None for what is not needed. With dsum (..., N), in the dtype
     of x, dx is plus dsum; with a branch_dtype other than x's there is a fourth result, dx in that dtype. N is at most
-    max_backward_width.
+    max_backward_width. With place(P, N) -> (2, P, N) float32 the programs' shares of dweight and dbias are left there, and both are None.
     """
     N = x.shape[-1]
     (rows, stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
     M = x.numel() // N
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-    dw = torch.empty(N, dtype=weight.dtype, device=x.device) if need_dw else None
-    db = torch.empty(N, dtype=bias_dtype, device=x.device) if need_db else None
+    later = place is not None and M > 0
+    dw = torch.empty(N, dtype=weight.dtype, device=x.device) if need_dw and not later else None
+    db = torch.empty(N, dtype=bias_dtype, device=x.device) if need_db and not later else None
     copy = branch_dtype not in (None, x.dtype)
     dbranch = torch.empty(x.shape, dtype=branch_dtype, device=x.device) if copy else dx
     if M == 0:
         return dx, dw if dw is None else dw.zero_(), db if db is None else db.zero_(), dbranch
     c = backward_config(N, x.element_size(), programmatic_launch(x.device))
     P = min(cdiv(M, c.rows), c.programs * num_multiprocessors(x.device))
-    partial = torch.empty((2, P, N) if need_dw or need_db else 1, dtype=torch.float32, device=x.device)
+    if later:
+        partial = place(P, N)
+    else:
+        partial = torch.empty((2, P, N) if need_dw or need_db else 1, dtype=torch.float32, device=x.device)
     launch(
         backward_kernel,
         (P,),
@@ -428,16 +394,8 @@ def launch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db,
         (N, c.rows, c.chunk, c.prefetch, dsum is not None, copy, need_dx, need_dw, need_db, c.pdl),
         c,
     )
-    if need_dw or need_db:
-        c = reduce_config(P, N, c.pdl)
-        launch(
-            reduce_kernel,
-            (cdiv(N, c.chunk), need_dw + need_db),
-            (partial, partial if dw is None else dw, partial if db is None else db),
-            (P, N),
-            (0 if need_dw else 1, c.rows, c.chunk, c.pdl),
-            c,
-        )
+    if (need_dw or need_db) and not later:
+        launch_reduce(partial[None], dw, db)
     return dx, dw, db, dbranch
 
 
@@ -446,15 +404,18 @@ class LayerNormFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps, out_dtype):
         y, stats, _ = launch_forward(x, None, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, stats)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.parameters, ctx.read_early = (weight, bias), read_early()
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, stats = ctx.saved_tensors
-        backward = launch_backward if x.shape[-1] <= max_backward_width else pytorch_backward
-        return *backward(dy, x, weight, ctx.bias_dtype, stats, *ctx.needs_input_grad[:3])[:3], None, None
+        bias_dtype = None if ctx.parameters[1] is None else ctx.parameters[1].dtype
+        arguments = dy, x, weight, bias_dtype, stats, *ctx.needs_input_grad[:3]
+        if x.shape[-1] > max_backward_width:
+            return *pytorch_backward(*arguments), None, None
+        return *launch_backward(*arguments, place=place_of_shares(ctx, *ctx.needs_input_grad[1:3]))[:3], None, None
 
 
 def check_parameters(x, weight, bias):
