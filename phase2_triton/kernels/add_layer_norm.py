@@ -3,7 +3,8 @@
     x = x + branch;  y = layer_norm(x)          d = dx + (the gradient that LayerNorm's backward sends to x), for x and for branch
 
 By itself the addition reads two tensors and writes one, LayerNorm reads that one again, and backward adds the gradient of the
-stream and LayerNorm's in a pass of their own, with a copy where branch is narrower than x. The kernels are layer_norm.py's.
+stream and LayerNorm's in a pass of their own, with a copy where branch is narrower than x. The model's first LayerNorm has no branch
+to add, but two gradients. The kernels are layer_norm.py's.
 """
 
 import torch
@@ -28,7 +29,8 @@ class AddLayerNormFunction(torch.autograd.Function):
     def forward(ctx, x, branch, weight, bias, eps, out_dtype):
         y, stats, total = launch_forward(x, branch, weight, bias, eps, out_dtype)
         ctx.save_for_backward(total, weight, stats)
-        ctx.parameters, ctx.read_early, ctx.branch_dtype = (weight, bias), read_early(), branch.dtype
+        ctx.parameters, ctx.read_early = (weight, bias), read_early()
+        ctx.branch_dtype = None if branch is None else branch.dtype
         ctx.set_materialize_grads(False)
         return total, y
 
@@ -37,29 +39,31 @@ class AddLayerNormFunction(torch.autograd.Function):
     def backward(ctx, dtotal, dy):
         total, weight, stats = ctx.saved_tensors
         if dy is None:
-            return dtotal, None if dtotal is None else dtotal.to(ctx.branch_dtype), None, None, None, None
+            alone = dtotal is None or ctx.branch_dtype is None
+            return dtotal, None if alone else dtotal.to(ctx.branch_dtype), None, None, None, None
         need_dw, need_db = ctx.needs_input_grad[2:4]
         place = place_of_shares(ctx, need_dw, need_db)
         bias_dtype = None if ctx.parameters[1] is None else ctx.parameters[1].dtype
         dx, dw, db, dbranch = launch_backward(
             dy, total, weight, bias_dtype, stats, True, need_dw, need_db, dtotal, ctx.branch_dtype, place
         )
-        return dx, dbranch, dw, db, None, None
+        return dx, None if ctx.branch_dtype is None else dbranch, dw, db, None, None
 
 
 def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, out_dtype=None):
     """
     (x + branch, layer_norm(x + branch, weight, bias, eps, out_dtype)) by one Triton kernel where it can run, else by two operations.
 
-    x (..., N), float32, bfloat16 or float16; branch of the same shape in the same or a narrower dtype. The sum has the dtype of x;
-    it is rounded to that before it is normalized. Otherwise see layer_norm. Raises ValueError for a branch of another shape or device.
+    x (..., N), float32, bfloat16 or float16; branch of the same shape in the same or a narrower dtype, or None: nothing is added. The sum
+    has the dtype of x; it is rounded to that before it is normalized. Otherwise see layer_norm. Raises ValueError for a branch of another
+    shape or device.
     """
-    if branch.shape != x.shape:
+    if branch is not None and branch.shape != x.shape:
         raise ValueError(f'add_layer_norm: branch has shape {tuple(branch.shape)}, x {tuple(x.shape)}')
-    if branch.device != x.device:
+    if branch is not None and branch.device != x.device:
         raise ValueError(f'add_layer_norm: branch is on {branch.device}, x on {x.device}')
     check_parameters(x, weight, bias)
-    same = x.dtype in float_dtypes and torch.promote_types(x.dtype, branch.dtype) == x.dtype
+    same = x.dtype in float_dtypes and (branch is None or torch.promote_types(x.dtype, branch.dtype) == x.dtype)
     if not (
         runs_eagerly(x)
         and same
@@ -67,7 +71,7 @@ def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, out_dtype=None):
         and 0 < x.shape[-1] <= max_backward_width
         and available(x.device)
     ):
-        total = x + branch
+        total = x if branch is None else x + branch
         return total, layer_norm(total, weight, bias, eps, out_dtype)
     if out_dtype is None:
         out_dtype = reference_dtype(x)

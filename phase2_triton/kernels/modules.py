@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from .add_layer_norm import add_layer_norm
 from .embedding import embedding
 from .gelu import gelu
-from .layer_norm import layer_norm
 from .linear import autocast_dtype, linear
 
 
@@ -54,6 +53,4 @@ class AddLayerNorm(nn.Module):
         if not self.use_triton:
             x = x if branch is None else x + branch
             return x, F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-        if branch is None:
-            return x, layer_norm(x, self.weight, self.bias, 1e-5, autocast_dtype(x))
         return add_layer_norm(x, branch, self.weight, self.bias, 1e-5, autocast_dtype(x))

@@ -262,3 +262,32 @@ def test_mistakes_in_sums_and_norms_are_named():
         add_layer_norm(x, x.to('meta'), w)
     with pytest.raises(TypeError, match='narrower'):
         add_layer_norm(x, x, w.to(bf16))
+
+
+@pytest.mark.parametrize('mix', [(f32, f32), (bf16, bf16), (f32, bf16)])
+@pytest.mark.parametrize('used', ['both', 'sum', 'y'])
+def test_without_a_branch(mix, used):
+    """As before the first block: x itself and its norm; the gradients of both are added in the kernel, where both are used."""
+    x_dtype, out_dtype = mix
+    (x, _, w, b), grads = residuals(5, 70, x_dtype)
+    results = []
+    for to, y_dtype in ((x_dtype, out_dtype), (f64, f64), (x_dtype, out_dtype)):
+        leaves = [leaf(t, to if t is x else torch.promote_types(to, f32)) for t in (x, w, b)]
+        ours = not results
+        total, y = (
+            add_layer_norm(leaves[0], None, *leaves[1:], out_dtype=y_dtype)
+            if ours
+            else (leaves[0], norm.reference(*leaves, 1e-5, y_dtype))
+        )
+        wanted = [
+            (t, grad.to(t.dtype)) for t, grad, name in zip((total, y), grads, ('sum', 'y')) if used in ('both', name)
+        ]
+        outputs, output_grads = zip(*wanted)
+        got = torch.autograd.grad(outputs, leaves, output_grads, allow_unused=True)
+        results.append([total.detach(), y.detach(), *got])
+    for name, *three in zip(('sum', 'y', 'dx', 'dweight', 'dbias'), *results):
+        if three[1] is None:
+            assert three[0] is None
+        else:
+            terms = None if name != 'dx' else sum(grad.to(f64).abs() for grad in grads)
+            bound(name, *three, terms=terms)
