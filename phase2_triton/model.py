@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.device import runs_on_triton
+from kernels.embedding import embeddings
 from kernels.linear import autocast_dtype
-from kernels.modules import GELU, AddLayerNorm, Embedding, Linear
+from kernels.modules import GELU, AddLayerNorm, Linear
 
 
 class CausalSelfAttention(nn.Module):
@@ -95,7 +96,7 @@ class GPT(nn.Module):
 
         self.transformer = nn.ModuleDict(
             dict(
-                wte=Embedding(config.vocab_size, config.n_embd, use_triton=config.use_triton),
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
@@ -139,13 +140,9 @@ class GPT(nn.Module):
         self.runs_on_kernels(idx.device)  # says so, once
         B, T = idx.size()
         assert T <= self.config.block_size, f'a sequence of {T} tokens does not fit block_size={self.config.block_size}'
-        pos = torch.arange(0, T, dtype=torch.long, device=idx.device)  # (T)
-
-        tok_emb = self.transformer.wte(idx)  # (B, T, n_embd)
-        pos_emb = self.transformer.wpe(pos)  # (T, n_embd)
-        x = self.transformer.drop(tok_emb + pos_emb)
-        if self.config.half_residual and self.config.use_triton:
-            x = x.to(autocast_dtype(x) or x.dtype)
+        wte, wpe, use_triton = self.transformer.wte.weight, self.transformer.wpe.weight, self.config.use_triton
+        dtype = autocast_dtype(wte) if self.config.half_residual and use_triton else None
+        x = self.transformer.drop(embeddings(idx, wte, wpe, dtype, use_triton))  # (B, T, n_embd)
         branch = None
         for block in self.transformer.h:
             if self.config.activation_checkpointing and self.training:

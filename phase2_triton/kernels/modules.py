@@ -5,7 +5,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from .add_layer_norm import add_layer_norm
-from .embedding import embedding
 from .gelu import gelu
 from .linear import autocast_dtype, linear
 
@@ -17,15 +16,6 @@ class Linear(nn.Linear):
 
     def forward(self, input):
         return (linear if self.use_triton else F.linear)(input, self.weight, self.bias)
-
-
-class Embedding(nn.Embedding):
-    def __init__(self, num_embeddings, embedding_dim, use_triton):
-        super().__init__(num_embeddings, embedding_dim)
-        self.use_triton = use_triton
-
-    def forward(self, input):
-        return (embedding if self.use_triton else F.embedding)(input, self.weight)
 
 
 class GELU(nn.Module):
