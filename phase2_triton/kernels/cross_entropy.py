@@ -99,6 +99,26 @@ def cross_entropy_kernel(
             tl.store(row_ptr + target, d.to(logits_ptr.dtype.element_ty), mask=inside & (target != ignore_index))
 
 
+@jit
+def scale_kernel(x_ptr, scale_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    """y = x * scale, the product in float32; scale is a float32 number on the GPU."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64: size may pass 2^31
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, (x * tl.load(scale_ptr)).to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+def scaled(x, scale, out=None):
+    """
+    x * scale for contiguous x and a 0-dim float32 scale, in x's dtype, written to out if that is given. PyTorch would round scale to
+    x's dtype first, which moves all gradients by up to 0.2% in bfloat16, and takes four times as long.
+    """
+    y = torch.empty_like(x) if out is None else out
+    c = Config(1, 65536 if interpreted else 2048, 4)
+    if x.numel() > 0:
+        launch(scale_kernel, (-(-x.numel() // c.chunk),), (x, scale, y), (x.numel(),), (c.chunk,), c)
+    return y
+
+
 def cross_entropy_config(V, programs=2):
     """Config of cross_entropy_kernel (rows: lanes, chunk: items of a lane) with so many programs a multiprocessor. Chosen among 70 on an H200."""
     items = 4
@@ -148,9 +168,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx, dloss):
         x, w, d, count = ctx.saved_tensors
         scale = dloss / count
-        dx = (d @ w).mul_(scale) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = d @ w
+            scaled(dx, scale, out=dx)
         # x is scaled instead of the result, which may be 60 times larger
-        dw = weight_gradient(ctx.weight, d, (x * scale).to(x.dtype)) if ctx.needs_input_grad[1] else None
+        dw = weight_gradient(ctx.weight, d, scaled(x.contiguous(), scale)) if ctx.needs_input_grad[1] else None
         return dx, leave_gradient(ctx.weight, dw) if ctx.tied else dw, None, None, None, None, None
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from numerics import bf16, bound, device, digest, dtypes, f32, f64, gpu, leaf
+from numerics import bf16, bound, device, digest, dtypes, f16, f32, f64, gpu, leaf
 from torch.nn import functional as F
 
-from kernels.cross_entropy import cross_entropy, launch_cross_entropy, linear_cross_entropy
+from kernels.cross_entropy import cross_entropy, launch_cross_entropy, linear_cross_entropy, scaled
 from kernels.launch import Config
 
 many = 131 if gpu else 17  # rows; the interpreter takes 5 ms for one, and has at most 4 programs
@@ -319,3 +319,15 @@ def test_more_than_2_to_the_31_logits():
     assert torch.equal(losses[-50:], launch_cross_entropy(tail, targets[-50:].clone(), -1, True)) and torch.equal(
         logits[-50:], tail
     )
+
+
+@pytest.mark.parametrize('dtype', [bf16, f16, f32] if gpu else [f16, f32])
+def test_scaling_of_gradients(dtype):
+    """Each product is rounded once, and the factor not at all: the mean is not shifted, as it is by 0.2% where the factor is rounded."""
+    x = (torch.randn(3000, generator=torch.Generator().manual_seed(0)).abs() + 1).to(device, dtype)
+    factor = torch.tensor(1 / 98304 * 1000, device=device)
+    exact, got = x.to(f64) * factor.to(f64), scaled(x, factor)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.to(f64), exact, rtol=torch.finfo(dtype).eps, atol=0)
+    assert got.to(f64).sum() / exact.sum() == pytest.approx(1, abs=2e-4)  # 3000 roundings of up to 4e-3
+    assert torch.equal(scaled(x, factor, out=x), got) and torch.equal(x, got), 'in place'
