@@ -1,9 +1,14 @@
 """Linear layers under autocast, with the weight's gradient made in float32 and added to weight.grad by the matmul itself, and in CUDA
-graphs the weight rounded to 16 bits once an iteration.
+graphs the weight rounded to 16 bits once an iteration. Some weight gradients are made by cuBLASLt, which chooses a faster kernel for them.
 
 Autocast writes a weight's gradient in 16 bits (2 bytes an element), casts it to float32 (reads 2, writes 4) and adds it to weight.grad
 (reads 4 + 4, writes 4): 20 bytes in every micro-step. cuBLAS can add to float32 as it writes: 8.
 """
+
+import contextlib
+import math
+import warnings
+from functools import cache
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -43,6 +48,50 @@ def take_gradient(weight):
     return grad
 
 
+# Weights (out, in) whose gradient cuBLASLt makes faster than cuBLAS, with the least and the most rows (tokens) for which it does. Measured
+# on an H200 at 12,288 and 32,768 rows (bench_phase2.py matmuls); limits lie between the two. cuBLAS splits the sum over the rows here and
+# adds the parts in a second kernel. The table is fixed: a choice by timing could differ between runs.
+cublaslt_rows = {
+    (9, 0): {
+        (768, 768): (0, 16_384),
+        (2304, 768): (24_576, math.inf),
+        (3072, 768): (0, math.inf),
+        (768, 3072): (0, math.inf),
+    }
+}
+
+
+@cache
+def capability(device):
+    return torch.cuda.get_device_capability(device)
+
+
+def takes_cublaslt(weight, rows):
+    """Whether the table sends the matmul that makes the gradient of this weight from so many rows to cuBLASLt."""
+    least, most = cublaslt_rows.get(capability(weight.device), {}).get(tuple(weight.shape), (math.inf, 0))
+    return least <= rows <= most
+
+
+@contextlib.contextmanager
+def cublaslt():
+    """PyTorch's matmuls in the block by cuBLASLt."""
+    before = torch._C._get_blas_preferred_backend()
+    torch._C._set_blas_preferred_backend(torch._C._BlasBackend.Cublaslt)
+    try:
+        yield
+    finally:
+        torch._C._set_blas_preferred_backend(before)
+
+
+@cache
+def hush_cublaslt():
+    """Uses up PyTorch's warning that the choice of a library is experimental; backward's thread could not hold it back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with cublaslt():
+            pass
+
+
 def weight_gradient(weight, dy, x):
     """
     What a backward returns for weight (out, in): dy.T @ x of dy (M, out) and x (M, in). On a GPU with a float32 weight and 16-bit dy and x it
@@ -51,9 +100,10 @@ def weight_gradient(weight, dy, x):
     if not (dy.is_cuda and dy.dtype in half_dtypes and weight.dtype == torch.float32):
         return (dy.t() @ x).to(weight.dtype)
     grad = take_gradient(weight)
-    if grad is None:
-        return torch.mm(dy.t(), x, out_dtype=torch.float32)
-    return torch.addmm(grad, dy.t(), x, out_dtype=torch.float32, out=grad)
+    with cublaslt() if takes_cublaslt(weight, len(x)) else contextlib.nullcontext():
+        if grad is None:
+            return torch.mm(dy.t(), x, out_dtype=torch.float32)
+        return torch.addmm(grad, dy.t(), x, out_dtype=torch.float32, out=grad)
 
 
 def can_leave_gradient(weight):
@@ -96,6 +146,8 @@ def rounded(weight, dtype):
 class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
+        if x.is_cuda:
+            hush_cublaslt()
         x, w = x.to(dtype), rounded(weight, dtype)
         ctx.save_for_backward(x, w)
         ctx.weight = weight
