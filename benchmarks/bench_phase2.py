@@ -6,10 +6,15 @@ Phase 2's model against the reference's on one GPU, in one process: speed of tra
     python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json    # about 5 minutes; needs data/python_gpt2
     python benchmarks/bench_phase2.py largest --out=benchmarks/results/phase2_largest.json  # about 5 minutes
     python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
+    python benchmarks/bench_phase2.py gradients --batch_size=2 --out=benchmarks/results/phase2_gradients.json  # about 1 minute
+    python benchmarks/bench_phase2.py matmuls --out=benchmarks/results/phase2_matmuls.json  # about 10 seconds
 
 ladder: tokens/s of train.py's iteration (bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens, clipping, fused AdamW) with one change
-after the other. Each variant takes turns with the compiled reference, five times; its ratio is the median of those of the turns. Clock and
-power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better it is used.
+after the other. Each variant takes turns with the compiled reference, five times; its ratio is the median of those of the turns. With
+--together=6, five variants at a time take turns with it, which compares them better and needs memory for six. Clock and power are
+nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better it is used.
+gradients: those of one micro-step against float64.
+matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s with them.
 profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
 curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and phase 2.
@@ -36,9 +41,13 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'phase2_triton'))
 from cuda_graph import MicroStepGraph, use_side_stream
 from errors import out_of_memory
+from step_guard import clip_gradients
 
 import hardware
+import kernels.attention
 import kernels.cross_entropy
+import kernels.embedding
+import kernels.layer_norm_gradients
 import kernels.linear
 import kernels.modules
 
@@ -62,52 +71,64 @@ def off(*names):
     """PyTorch's own functions instead of the named ones of the kernel package, as {name: function}."""
 
     def add_layer_norm(x, branch, weight, bias, eps, dtype):
-        total = x + branch
+        total = x if branch is None else x + branch
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
     own = dict(
-        layer_norm=lambda x, weight, bias, eps, dtype: F.layer_norm(x, weight.shape, weight, bias, eps),
         add_layer_norm=add_layer_norm,
         linear_cross_entropy=lambda x, weight, targets, **_: F.cross_entropy(
             F.linear(x, weight).flatten(0, -2), targets.flatten(), ignore_index=-1
         ),
         gelu=F.gelu,
         linear=F.linear,
-        embedding=F.embedding,
+        embeddings=lambda idx, wte, wpe, dtype=None, use_triton=True: embeddings(idx, wte, wpe, dtype, False),
+        scaled=lambda x, scale, out=None: torch.mul(x, scale, out=out),
+        may_wait=lambda *_: False,
+        packed_plan=lambda *_: None,
+        takes_cublaslt=lambda *_: False,
+        clip=None,
         rounded=lambda weight, dtype: weight.to(dtype),  # in each micro-step
     )
     return {name: own[name] for name in names}
 
 
+def steps():
+    """(name, functions switched off) of the model with one change after the other."""
+    changes = [
+        ('+ cross-entropy in place of the logits', 'linear_cross_entropy'),
+        ('+ residual and LayerNorm in one', 'add_layer_norm'),
+        ('+ GELU', 'gelu'),
+        ('+ float32 weight gradients from the matmul', 'linear'),
+        ("+ embeddings in one, added to the head's gradient", 'embeddings'),
+        ('+ weights rounded once an iteration', 'rounded'),
+        ('+ scaling of the loss by a kernel', 'scaled'),
+        ('+ LayerNorm gradients summed together', 'may_wait'),
+        ("+ attention's gradients packed by cuDNN", 'packed_plan'),
+        ('+ cuBLASLt where it is faster', 'takes_cublaslt'),
+        ('+ clipping by AdamW', 'clip'),
+    ]
+    later = ' '.join(names for _, names in changes)
+    yield 'cuda_graph, PyTorch only', tuple(later.split())
+    for name, names in changes:
+        later = later.removeprefix(names).lstrip()
+        yield name, tuple(later.split())
+
+
 # name: (folder, options of GPTConfig, compiled, recorded as a CUDA graph, functions switched off)
 variants = {
-    'reference, eager': ('nanoGPT', {}, False, False, ()),
-    'reference, compiled': ('nanoGPT', {}, True, False, ()),
-    'reference, compiled, no logits returned': ('nanoGPT', {'no_logits': True}, True, False, ()),
-    'reference, compiled, cuda_graph': ('nanoGPT', {}, True, True, ()),
+    'reference, eager': ('nanoGPT', {}, False, False, ('clip',)),
+    'reference, compiled': ('nanoGPT', {}, True, False, ('clip',)),
+    'reference, compiled, no logits returned': ('nanoGPT', {'no_logits': True}, True, False, ('clip',)),
+    'reference, compiled, cuda_graph': ('nanoGPT', {}, True, True, ('clip',)),
     'phase 2, no cuda_graph': ('phase2_triton', {}, False, False, ()),
-    'cuda_graph, PyTorch only': (
-        'phase2_triton',
-        {},
-        False,
-        True,
-        ('layer_norm', 'add_layer_norm', 'linear_cross_entropy', 'gelu', 'linear', 'embedding'),
-    ),
-    '+ cross-entropy in place of the logits': (
-        'phase2_triton',
-        {},
-        False,
-        True,
-        ('layer_norm', 'add_layer_norm', 'gelu', 'linear', 'embedding', 'rounded'),
-    ),
-    '+ residual and LayerNorm in one': ('phase2_triton', {}, False, True, ('gelu', 'linear', 'embedding', 'rounded')),
-    '+ GELU': ('phase2_triton', {}, False, True, ('linear', 'embedding', 'rounded')),
-    '+ float32 weight gradients from the matmul': ('phase2_triton', {}, False, True, ('embedding', 'rounded')),
-    "+ embedding adds to the head's gradient": ('phase2_triton', {}, False, True, ('rounded',)),
-    '+ weights rounded once an iteration': ('phase2_triton', {}, False, True, ()),
+    **{name: ('phase2_triton', {}, False, True, switched_off) for name, switched_off in steps()},
     '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ()),
     'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ()),
 }
+
+
+embeddings = kernels.embedding.embeddings
+kernel_modules = [module for name, module in sys.modules.items() if name.startswith('kernels.')]
 
 
 class Sensors:
@@ -155,9 +176,8 @@ class Variant:
         before = torch.cuda.memory_allocated()
         torch.manual_seed(seed)
         with contextlib.redirect_stdout(None):
-            self.model = self.module.GPT(
-                self.module.GPTConfig(dropout=0.0, bias=False, **sizes[size], **options)
-            ).cuda()
+            with torch.device('cuda'):  # the initial weights of 1.5 billion parameters would take the CPU half a minute
+                self.model = self.module.GPT(self.module.GPTConfig(dropout=0.0, bias=False, **sizes[size], **options))
             self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda')
         forward = (lambda x, y: (None, self.model(x, y)[1])) if no_logits else self.model
         forward = torch.compile(forward) if compiled else forward
@@ -168,6 +188,7 @@ class Variant:
             loss.backward()
             return loss.detach()
 
+        self.scaler = torch.amp.GradScaler('cuda', enabled=False)
         self.micro_step = MicroStepGraph(forward_backward, self.model) if graph else forward_backward
         began = time.perf_counter()
         with contextlib.redirect_stdout(None):
@@ -177,18 +198,27 @@ class Variant:
 
     def iteration(self):
         loss = torch.zeros((), device='cuda')
-        with contextlib.ExitStack() as stack:
-            for name, function in self.functions.items():
-                for module in (self.module, kernels.modules, kernels.linear, kernels.cross_entropy):
-                    if hasattr(module, name):
-                        stack.enter_context(replaced(module, name, function))
+        with self.switched_off():
             for _ in range(self.micro_steps):
                 self.batches.append(self.batches.pop(0))
                 loss += self.micro_step(*self.batches[0])
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if 'clip' in self.functions:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        else:
+            clip_gradients(self.optimizer, list(self.model.parameters()), 1.0, self.scaler)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+    @contextlib.contextmanager
+    def switched_off(self):
+        """With PyTorch's functions instead of those that the variant does without."""
+        with contextlib.ExitStack() as stack:
+            for name, function in self.functions.items():
+                for module in (self.module, *kernel_modules):
+                    if hasattr(module, name):
+                        stack.enter_context(replaced(module, name, function))
+            yield
 
     def ms(self, iterations):
         """Mean milliseconds of an iteration, after one that does not count."""
@@ -223,44 +253,50 @@ def ladder(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, 1025), device='cuda', generator=generator)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
-    base, lines, sensors = make('reference, compiled'), [], Sensors()
-    for name in chosen(args, variants):
-        variant = None  # the one before goes, however it has ended, and with it its memory
+    base, lines, sensors, names = make('reference, compiled'), [], Sensors(), chosen(args, variants)
+    for first in range(0, len(names), args.together - 1):
+        group = None  # the variants before are dropped, and with them their memory
         try:
-            variant = base if name == 'reference, compiled' else make(name)
-            pairs = [(base.ms(args.iterations), variant.ms(args.iterations)) for _ in range(args.repetitions)]
+            group = {
+                name: base if name == 'reference, compiled' else make(name)
+                for name in names[first : first + args.together - 1]
+            }
+            turns = []
+            for _ in range(args.repetitions):
+                reference = base.ms(args.iterations)
+                turns.append((reference, [variant.ms(args.iterations) for variant in group.values()]))
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            lines.append(f'{name:42s} out of memory')
+            lines.append(f'{", ".join(names[first : first + args.together - 1])}: out of memory')
+            print(lines[-1], flush=True)
             continue
-        ms, ratios = [own for _, own in pairs], [ref / own for ref, own in pairs]
-        median, tokens_per_s = (
-            statistics.median(ms),
-            args.batch_size * 1024 * args.micro_steps / statistics.median(ms) * 1e3,
-        )
-        clock, power = sensors.median(variant.turns)
-        rows.append(
-            dict(
-                name=name,
-                ms=ms,
-                ms_reference=[ref for ref, _ in pairs],
-                tokens_per_s=tokens_per_s,
-                ratio=statistics.median(ratios),
-                ratios=ratios,
-                peak_memory_bytes=variant.peak_bytes,
-                clock_mhz=clock,
-                power_w=power,
-                start_s=variant.start_s,
-                loss_of_3_iterations=variant.loss,
+        for i, (name, variant) in enumerate(group.items()):
+            ms, ratios = [own[i] for _, own in turns], [reference / own[i] for reference, own in turns]
+            median = statistics.median(ms)
+            tokens_per_s = args.batch_size * 1024 * args.micro_steps / median * 1e3
+            clock, power = sensors.median(variant.turns)
+            rows.append(
+                dict(
+                    name=name,
+                    ms=ms,
+                    ms_reference=[reference for reference, _ in turns],
+                    tokens_per_s=tokens_per_s,
+                    ratio=statistics.median(ratios),
+                    ratios=ratios,
+                    peak_memory_bytes=variant.peak_bytes,
+                    clock_mhz=clock,
+                    power_w=power,
+                    start_s=variant.start_s,
+                    loss_of_3_iterations=variant.loss,
+                )
             )
-        )
-        lines.append(
-            f'{name:42s} {median:8.2f} ms ({min(ms):.2f} to {max(ms):.2f}) {tokens_per_s:9,.0f} tokens/s x {statistics.median(ratios):.3f} '
-            f'({min(ratios):.3f} to {max(ratios):.3f}) {variant.peak_bytes / 2**30:6.2f} GiB  start {variant.start_s:3.0f} s  '
-            f'{clock or 0:.0f} MHz {power or 0:.0f} W  loss {variant.loss:.4f}'
-        )
-        print(lines[-1], flush=True)
+            lines.append(
+                f'{name:50s} {median:8.2f} ms ({min(ms):.2f} to {max(ms):.2f}) {tokens_per_s:9,.0f} tokens/s '
+                f'x {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) {variant.peak_bytes / 2**30:6.2f} GiB  '
+                f'start {variant.start_s:3.0f} s  {clock or 0:.0f} MHz {power or 0:.0f} W  loss {variant.loss:.4f}'
+            )
+            print(lines[-1], flush=True)
         save()
     sensors.process.kill()
     return (
@@ -295,7 +331,7 @@ def largest(args, rows, save):
         'reference, eager',
         'reference, compiled',
         'reference, compiled, cuda_graph',
-        '+ weights rounded once an iteration',
+        '+ clipping by AdamW',
         '+ half_residual',
         'loss_rows=4096',
     )
@@ -340,7 +376,7 @@ def profile(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, 1025), device='cuda')
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     lines = []
-    three = ('reference, compiled', '+ weights rounded once an iteration', '+ half_residual')
+    three = ('reference, compiled', '+ clipping by AdamW', '+ half_residual')
     for name in chosen(args, variants if args.only else three):
         variant = Variant(name, args.size, list(batches), args.micro_steps)
         for _ in range(20):  # until the clock has settled
@@ -364,6 +400,68 @@ def profile(args, rows, save):
     return '\n'.join(lines)
 
 
+def matmuls(args, rows, save):
+    """Forward, dx and dw (added to float32) of each weight, by both libraries in turns; medians of CUDA-graph replays of 12 calls."""
+    from bench_layer_norm import graph_us
+
+    C, M, lines = sizes[args.size]['n_embd'], args.batch_size * 1024, []
+    random = lambda *shape: torch.randn(*shape, device='cuda').bfloat16()
+    weights = {'qkv': (3 * C, C), 'proj': (C, C), 'fc': (4 * C, C), 'proj2': (C, 4 * C), 'head': (50304, C)}
+    for name, (out, into) in weights.items():
+        w, x, dy, dw = random(out, into), random(M, into), random(M, out), torch.zeros(out, into, device='cuda')
+        calls = {
+            'forward': lambda x=x, w=w: x @ w.t(),
+            'dx': lambda dy=dy, w=w: dy @ w,
+            'dw': lambda dy=dy, x=x, dw=dw: torch.addmm(dw, dy.t(), x, out_dtype=torch.float32, out=dw),
+        }
+        for kind, call in calls.items():
+            us = {'cublas': [], 'cublaslt': []}
+            for _ in range(args.repetitions):
+                for library, context in (('cublas', contextlib.nullcontext), ('cublaslt', kernels.linear.cublaslt)):
+                    with context():
+                        us[library].append(graph_us([call] * (12 if name != 'head' else 3))[0])
+            medians = {library: statistics.median(values) for library, values in us.items()}
+            rows.append(dict(weight=name, shape=[out, into], tokens=M, kind=kind, us=us))
+            lines.append(
+                f'{name:6s} {kind:8s} {medians["cublas"]:8.1f} us by cublas ({min(us["cublas"]):.1f} to {max(us["cublas"]):.1f})  '
+                f'{medians["cublaslt"]:8.1f} by cublaslt ({min(us["cublaslt"]):.1f} to {max(us["cublaslt"]):.1f})  '
+                f'{medians["cublaslt"] / medians["cublas"]:.3f}  {2 * M * out * into / medians["cublas"] / 1e6:.0f} TFLOP/s'
+            )
+            save()
+    return f'{args.size}, {M} tokens\n' + '\n'.join(lines)
+
+
+def gradients(args, rows, save):
+    """Gradients of one micro-step in bfloat16 against the reference's in float64: the relative error of each parameter's, by norm."""
+    tokens = torch.randint(
+        50257, (args.batch_size, 1025), device='cuda', generator=torch.Generator('cuda').manual_seed(0)
+    )
+    batches, all_errors, lines = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())], {}, []
+    truth = Variant('reference, eager', args.size, list(batches), 1, warm=False).model.double()
+    truth(*batches[0])[1].backward()
+    exact = {name: p.grad.cpu() for name, p in truth.named_parameters()}
+    del truth
+    for name in ('reference, eager', 'reference, compiled', '+ clipping by AdamW', '+ half_residual'):
+        variant = Variant(name, args.size, list(batches), 1, warm=False)
+        for _ in range(5):  # the last is a replay, where the variant has CUDA graphs
+            variant.model.zero_grad(set_to_none=True)
+            with variant.switched_off():
+                variant.micro_step(*batches[0])
+        errors = {
+            k: ((p.grad.double() - exact[k].cuda()).norm() / exact[k].norm()).item()
+            for k, p in variant.model.named_parameters()
+        }
+        all_errors[name] = errors
+        ratios = [errors[k] / all_errors['reference, compiled'][k] for k in errors] if len(all_errors) > 1 else [1.0]
+        rows.append(dict(name=name, errors=errors))
+        lines.append(
+            f'{name:28s} mean error {statistics.fmean(errors.values()):.2e}, largest {max(errors.values()):.2e}; of the compiled '
+            f"reference's {statistics.median(ratios):.3f} in the median, at most {max(ratios):.3f}"
+        )
+        save()
+    return '\n'.join(lines)
+
+
 def curves(args, rows, save):
     use_side_stream('cuda')
     data = torch.from_numpy(
@@ -371,7 +469,7 @@ def curves(args, rows, save):
     ).cuda()
     kinds = {
         'reference': 'reference, compiled',
-        'phase 2': '+ weights rounded once an iteration',  # with all of its kernels
+        'phase 2': '+ clipping by AdamW',  # with all of its kernels
         'phase 2, half_residual': '+ half_residual',
     }
     for seed in args.seeds:
@@ -437,14 +535,18 @@ def join(names):
 
 
 def main():
+    modes = dict(ladder=ladder, curves=curves, largest=largest, profile=profile, matmuls=matmuls, gradients=gradients)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('mode', choices=['ladder', 'curves', 'largest', 'profile'])
+    parser.add_argument('mode', choices=list(modes))
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
     parser.add_argument('--batch_size', type=int, default=12)
     parser.add_argument('--micro_steps', type=int, default=8)
     parser.add_argument('--size', choices=list(sizes), default='124M')
     parser.add_argument('--iterations', type=int, default=3, help='timed or profiled together')
     parser.add_argument('--repetitions', type=int, default=5, help='turns of every variant')
+    parser.add_argument(
+        '--together', type=int, default=2, help='ladder: models in memory at a time, with the reference'
+    )
     parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
     parser.add_argument(
         '--seeds',
@@ -477,9 +579,7 @@ def main():
         **{key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')},
         'rows': [],
     }
-    text = dict(ladder=ladder, curves=curves, largest=largest, profile=profile)[args.mode](
-        args, report['rows'], lambda: write_json(args.out, report)
-    )
+    text = modes[args.mode](args, report['rows'], lambda: write_json(args.out, report))
     report['summary'] = text.splitlines()
     write_json(args.out, report)
     print(text)
