@@ -1,0 +1,204 @@
+"""
+Our trainers against upstream nanoGPT, and llm.c if you have it, on one GPU: each as its user starts it, in turns, on the same tokens.
+
+    git clone https://github.com/karpathy/nanoGPT ~/nanoGPT
+    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --out=benchmarks/results/peers.json            # about 12 minutes on an H200
+    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --llmc=$HOME/llm.c/train_gpt2cu --out=...      # llm.c built with cuDNN
+    python benchmarks/bench_peers.py --nanogpt=... --only='upstream;Triton' --rounds=1 --out=...
+
+Each round starts every program once, as a process of its own: GPT-2 124M in bfloat16, --micro_steps of --batch_size x 1024 tokens in an
+iteration, an evaluation before the first. A program's time of an iteration is the median of its last --timed iterations, as it prints them.
+A ratio is taken within a round; the table gives its median and its spread over the rounds. Memory is the GPU's, by nvidia-smi, less what
+was in use before the program started. Upstream and our programs draw the same batches, so their first evaluations should agree; llm.c
+reads the validation tokens in order, so its loss is another. llm.c keeps its weights in bfloat16 with a float32 copy, and its gradients
+and its residual stream in bfloat16.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from common import GIB, ROOT, facts, output_of, spread, write_json
+
+BLOCK_SIZE = 1024
+ITERATION = re.compile(r'^(?:iter|step) +\d+.*?(?:, time | \| )([\d.]+) ?ms', re.MULTILINE)  # nanoGPT's line or llm.c's
+EVALUATION = re.compile(r'^step 0: train loss ([\d.]+), val loss ([\d.]+)', re.MULTILINE)
+LLMC_EVALUATION = re.compile(r'^val loss ([\d.]+)', re.MULTILINE)
+
+
+def nanogpt_flags(args):
+    """Flags that upstream's train.py and ours both have."""
+    return [
+        f'--dataset={args.data}',
+        f'--out_dir={args.scratch}/out',
+        f'--batch_size={args.batch_size}',
+        f'--gradient_accumulation_steps={args.micro_steps}',
+        f'--max_iters={args.iterations - 1}',
+        f'--lr_decay_iters={args.iterations}',
+        f'--eval_interval={args.iterations * 10}',
+        f'--eval_iters={args.eval_iters}',
+        '--log_interval=1',
+        '--always_save_checkpoint=False',
+        *(['--compile=False', '--device=cpu', '--dtype=float32', *TINY] if args.dry_run else []),
+    ]
+
+
+TINY = ['--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=32']
+
+
+def write_shard(source, target):
+    """llm.c's format of the tokens of a train.bin or val.bin: 256 int32, of which three are used, then the uint16 tokens."""
+    tokens = np.fromfile(source, np.uint16)
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    with open(target, 'wb') as f:
+        header.tofile(f)
+        tokens.tofile(f)
+
+
+def programs(args):
+    """{name: (command, folder to run it in)}"""
+    ours = lambda folder, *more: (
+        [sys.executable, str(ROOT / folder / 'train.py'), *nanogpt_flags(args), *more],
+        ROOT / folder,
+    )
+    found = {
+        'upstream nanoGPT, compiled': ([sys.executable, 'train.py', *nanogpt_flags(args)], args.nanogpt),
+        'nanoGPT/ here': ours('nanoGPT'),
+        'Triton': ours('phase2_triton'),
+        'Triton, half_residual': ours('phase2_triton', '--half_residual'),
+    }
+    if args.llmc:
+        shards = {split: f'{args.scratch}/{split}_shard.bin' for split in ('train', 'val')}
+        for split, shard in shards.items():
+            write_shard(f'{args.data}/{split}.bin', shard)
+        flags = {
+            'i': shards['train'],
+            'j': shards['val'],
+            'e': 'd12',
+            'b': args.batch_size,
+            't': BLOCK_SIZE,
+            'd': args.batch_size * BLOCK_SIZE * args.micro_steps,
+            'x': args.iterations,
+            'l': 6e-4,
+            'u': 2000,
+            'c': 0.1,
+            'v': args.iterations * 10,
+            'm': args.eval_iters,
+            's': args.iterations * 10,
+            'r': 0,
+        }
+        command = [str(args.llmc), *(str(part) for flag, value in flags.items() for part in (f'-{flag}', value))]
+        found['llm.c'] = (command, args.llmc.parent)
+    return {name: found[name] for name in found if not args.only or any(p in name for p in args.only.split(';'))}
+
+
+def gpu_bytes_in_use():
+    """Of the first visible GPU, by nvidia-smi; None without one."""
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0] or '0'
+    mib = output_of('nvidia-smi', '-i', visible, '--query-gpu=memory.used', '--format=csv,noheader,nounits')
+    return mib and int(mib.split()[0]) * 2**20
+
+
+def run(command, folder):
+    """(what the program prints, the most bytes of GPU memory in use meanwhile or None). Ends the benchmark if it fails."""
+    before, most, done = gpu_bytes_in_use(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.2):
+            most.append(gpu_bytes_in_use())
+
+    if before is not None:
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+    try:
+        process = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finally:
+        done.set()
+        if before is not None:
+            watcher.join()
+    if process.returncode != 0:
+        sys.exit(f'bench_peers.py: {" ".join(command)} failed in {folder}:\n{process.stdout[-3000:]}')
+    return process.stdout, None if before is None else max(most) - before
+
+
+def measured(text, timed):
+    """What a program's output says: ms of its last iterations, and losses of its first evaluation."""
+    ms = [float(found) for found in ITERATION.findall(text)][-timed:]
+    evaluation, llmc = EVALUATION.search(text), LLMC_EVALUATION.search(text)
+    if len(ms) < timed or not (evaluation or llmc):
+        sys.exit(f'bench_peers.py: no {timed} iterations and no evaluation in this output:\n{text[-3000:]}')
+    train, val = evaluation.groups() if evaluation else (None, llmc[1])
+    return {'ms': ms, 'first_train_loss': train and float(train), 'first_val_loss': float(val)}
+
+
+def table(rows, tokens, order):
+    """Lines of the summary: medians over the rounds, ratios to upstream and to llm.c within a round."""
+    rounds = max(row['round'] for row in rows) + 1
+    medians = {(row['name'], row['round']): statistics.median(row['ms']) for row in rows}
+    lines = [f'{"":28s} {"ms":>7s} {"tokens/s":>9s} {"GiB":>6s}  first losses     x upstream             x llm.c']
+    for name in order:
+        own = [row for row in rows if row['name'] == name]
+        ms = statistics.median(medians[name, r] for r in range(rounds))
+        memory = [row['peak_memory_bytes'] for row in own if row['peak_memory_bytes'] is not None]
+        line = f'{name:28s} {ms:7.1f} {tokens / ms * 1e3:9,.0f} {max(memory) / GIB if memory else float("nan"):6.1f}  '
+        line += f'{own[0]["first_train_loss"] or float("nan"):.4f} {own[0]["first_val_loss"]:.4f}'
+        for peer in ('upstream nanoGPT, compiled', 'llm.c'):
+            if peer in order:
+                ratio = spread([medians[peer, r] / medians[name, r] for r in range(rounds)])
+                line += f'  {ratio["median"]:.3f} ({ratio["min"]:.3f} to {ratio["max"]:.3f})'
+        lines.append(line)
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--nanogpt', type=Path, required=True, help='a checkout of karpathy/nanoGPT')
+    parser.add_argument('--llmc', type=Path, help='train_gpt2cu, built from karpathy/llm.c')
+    parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
+    parser.add_argument(
+        '--data', type=Path, default=ROOT / 'nanoGPT/data/python_gpt2', help='folder of train.bin, val.bin'
+    )
+    parser.add_argument('--batch_size', type=int, default=12)
+    parser.add_argument('--micro_steps', type=int, default=8)
+    parser.add_argument('--iterations', type=int, default=45)
+    parser.add_argument('--timed', type=int, default=25, help='iterations, the last ones, that count')
+    parser.add_argument('--eval_iters', type=int, default=20)
+    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--only', default='', help='semicolon-separated parts of the names of programs')
+    parser.add_argument('--dry-run', action='store_true', help='tiny models on the CPU: only that everything runs')
+    args = parser.parse_args()
+    args.data, args.nanogpt = args.data.resolve(), args.nanogpt.resolve()
+    for path in (args.nanogpt / 'train.py', args.data / 'train.bin', args.data / 'val.bin', *filter(None, [args.llmc])):
+        if not path.is_file():
+            sys.exit(f'bench_peers.py: there is no {path}')
+    args.llmc = args.llmc and args.llmc.resolve()
+    args.timed = min(args.timed, args.iterations)
+    tokens = args.batch_size * args.micro_steps * (32 if args.dry_run else BLOCK_SIZE)  # TINY's block_size
+    report = {**facts(), 'batch_size': args.batch_size, 'micro_steps': args.micro_steps, 'rows': []}
+    report['nanogpt_commit'] = output_of('git', '-C', str(args.nanogpt), 'rev-parse', 'HEAD')
+    with tempfile.TemporaryDirectory() as args.scratch:
+        turns = programs(args)
+        for i in range(args.rounds):
+            for name, (command, folder) in turns.items():
+                began = time.perf_counter()
+                text, peak = run(command, folder)
+                row = dict(name=name, round=i, peak_memory_bytes=peak, **measured(text, args.timed))
+                report['rows'].append({**row, 'seconds': time.perf_counter() - began})
+                print(f'{name}, round {i}: {statistics.median(row["ms"]):.1f} ms', flush=True)
+                write_json(args.out, report)
+    report['summary'] = table(report['rows'], tokens, list(turns))
+    write_json(args.out, report)
+    print('\n'.join(report['summary']))
+
+
+if __name__ == '__main__':
+    main()
