@@ -44,10 +44,13 @@ def learning_rate_notes(config, given):
         return []
     _, peak, min_lr, warmup, decay, last = (config[name] for name in names)
     if last < warmup:
-        return [
+        notes = [
             f'max_iters={last} is before the end of the warmup, warmup_iters={warmup}: the learning rate reaches '
             f'{peak * (last + 1) / (warmup + 1):.2e}, not {peak:.2e}'
         ] * bool(given & {'max_iters', 'warmup_iters'})
+        if min_lr > peak and given & {'learning_rate', 'min_lr'}:
+            notes.append(f'learning_rate={peak} is below min_lr={min_lr}: in a longer run it would rise to that')
+        return notes
     if min_lr > peak:
         raise UserError(
             f'learning_rate={peak} is below min_lr={min_lr}, so the learning rate would rise where it should decay: '
