@@ -183,8 +183,8 @@ def read_file(path: str):
     try:
         if os.path.isdir(path):
             raise UserError(_about_folder(path))
-        if os.environ.get('LOCAL_RANK', '0') in ('', '0'):  # one rank per machine
-            check_archive(path)
+        # one rank per machine reads all of it; every rank notices a file that was cut short
+        check_archive(path, contents=os.environ.get('LOCAL_RANK', '0') in ('', '0'))
         # mapped into memory, so that the ranks of one machine share the pages they read
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
