@@ -8,6 +8,8 @@ DDP in its buckets (for FSDP see sharded_cuda_graph.py in phase3_fsdp/). Source:
 Graphs".
 """
 
+import gc
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -109,6 +111,7 @@ class MicroStep:
         graph = torch.cuda.CUDAGraph()
         # the graphs share one pool for their temporary tensors
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        gc.collect()  # if it ran during the capture and destroyed an old graph, the capture would fail: pytorch #161037
         try:
             # thread_local: NCCL's watchdog thread may query the GPU meanwhile
             with torch.cuda.graph(

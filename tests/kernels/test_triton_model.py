@@ -3,6 +3,7 @@ Tests of the Triton model against the reference and float64: losses and gradient
 model.
 """
 
+import gc
 import importlib.util
 import sys
 from contextlib import contextmanager, nullcontext
@@ -358,6 +359,51 @@ def test_too_little_memory_for_a_recording(monkeypatch):
         with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext(), pytest.raises(expected) as caught:
             step(*batches(1)[0])
         assert type(caught.value) is expected
+
+
+def test_garbage_does_not_spoil_a_capture(monkeypatch):
+    """
+    Python's garbage collector may run during a capture. A CUDA graph that it destroys then would make the capture fail,
+    so no garbage may be left from before.
+    """
+    import cuda_graph
+
+    as_on_a_gpu(monkeypatch)
+    capturing, destroyed = torch.cuda.is_current_stream_capturing, []
+    if not gpu:
+        fake_cuda_graph.install(monkeypatch)
+        capturing = lambda: fake_cuda_graph.recording is not None
+    monkeypatch.setattr(cuda_graph, 'WARMUP', 0)
+
+    class Cycle:
+        def __init__(self, old):
+            self.old, self.itself = old, self
+
+        def __del__(self):
+            destroyed.append(capturing())
+
+    def micro_step(x, y):
+        gc.collect()  # as it may at any time
+        loss = model(x, y)[1]
+        loss.backward()
+        return loss.detach()
+
+    with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
+        model = small(load_model('nanoGPT'), n_layer=1)
+        (batch,) = batches(1)
+        micro_step(*batch)
+        model.zero_grad()
+        old, new = (cuda_graph.MicroStep(micro_step, model, capture=True) for _ in range(2))
+        old(*batch)
+        model.zero_grad()
+        gc.disable()
+        try:
+            Cycle(old)
+            del old
+            new(*batch)
+        finally:
+            gc.enable()
+    assert destroyed == [False]
 
 
 class OneOfTwoRanks(torch.distributed.ProcessGroup):
