@@ -1,8 +1,9 @@
-"""Triton kernels of phase 2, one file each, every one with a PyTorch fallback.
+"""
+The model's Triton kernels, one file per function, each with a PyTorch fallback.
 
 from kernels import layer_norm          # like torch.nn.functional.layer_norm, differentiable
-kernels.available('cuda')               # can Triton run there?
-kernels.unavailable_reason('cpu')       # 'Triton does not run on cpu tensors ...', or None
+kernels.available('cuda')               # True if Triton's kernels run there
+kernels.unavailable_reason('cpu')       # 'Triton does not run on cpu tensors ...'; None where they run
 """
 
 from .device import available, unavailable_reason

@@ -1,11 +1,13 @@
-"""Causal attention by cuDNN, with a backward that writes dq, dk and dv into one packed gradient.
+"""
+Causal attention with cuDNN, whose backward writes dq, dk and dv into one packed gradient.
 
-One matmul makes q, k and v side by side, (B, T, 3C), so its backward needs their gradients side by side too. PyTorch's operator
-allocates three tensors for them, and a copy then packs them: 28 µs of 241 in each layer of GPT-2 124M on an H200. cuDNN itself can
-write to any strides. The optional package nvidia-cudnn-frontend calls it directly; without the package, on another GPU than PyTorch
-would use cuDNN for, or with dropout, PyTorch's operator computes the gradients.
+One matmul computes q, k and v side by side, (B, T, 3C), and its backward needs their gradients in the same layout.
+PyTorch's operator allocates three tensors for them, and a copy packs them: 28 of the 241 µs that attention's backward
+takes in each layer of GPT-2 124M on an H200. cuDNN can write to any strides, and the optional package
+nvidia-cudnn-frontend calls it directly. PyTorch's operator computes the gradients without this package, with dropout,
+and wherever PyTorch itself would not choose cuDNN.
 
-Source: the strided gradients as in llm.c's cudnn_att.cpp and lightning-thunder (pull request 59).
+Sources of the strided gradients: llm.c's cudnn_att.cpp, and lightning-thunder (pull request 59).
 """
 
 import os
@@ -18,10 +20,10 @@ from torch.nn.attention import SDPBackend
 
 try:
     import cudnn
-except (ImportError, OSError, AssertionError):  # no package, or a package without the library
+except (ImportError, OSError, AssertionError):  # the package is missing, or does not find cuDNN's library
     cudnn = None
 
-Q, K, V, O, DO, STATISTICS, DQ, DK, DV = range(1, 10)  # numbers of the tensors in cuDNN's graph
+Q, K, V, O, DO, STATISTICS, DQ, DK, DV = range(1, 10)  # ids of the tensors in cuDNN's graph
 
 
 @cache
@@ -31,7 +33,10 @@ def handle(device):
 
 
 def backward_graph(device, dtype, B, T, heads, size):
-    """cuDNN's graph of attention's backward for B sequences of T tokens, without a plan of how to execute it."""
+    """
+    Returns cuDNN's graph of the backward for B sequences of T tokens, with execution plans to choose from. Raises an
+    exception of the package if cuDNN does not support it.
+    """
     types = cudnn.data_type
     graph = cudnn.pygraph(
         io_data_type=types.BFLOAT16 if dtype == torch.bfloat16 else types.HALF,
@@ -60,8 +65,8 @@ def backward_graph(device, dtype, B, T, heads, size):
 @cache
 def backward_plan(device, dtype, B, T, heads, size):
     """
-    The graph with plan 0, and the bytes of workspace that it needs; None, after a sentence to the user, where cuDNN has no such plan.
-    Plan 0 is the fastest (benchmarks/bench_attention.py); choosing by timing could differ between runs.
+    Returns (graph, bytes of workspace), built with plan 0, which is the fastest (benchmarks/bench_attention.py); a
+    choice by timing could differ between runs. If cuDNN has no such plan, says so once and returns None.
     """
     try:
         graph = backward_graph(device, dtype, B, T, heads, size)
@@ -70,12 +75,15 @@ def backward_plan(device, dtype, B, T, heads, size):
     except Exception as error:  # the package's exceptions have no common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if os.environ.get('RANK', '0') == '0':
-            print(f"PyTorch packs attention's gradients: cuDNN cannot write them packed here ({reason})")
+            print(f"using PyTorch's attention backward: cuDNN cannot write packed gradients here ({reason})")
         return None
 
 
 def launch_backward(plan, qkv, y, statistics, dy, index=0):
-    """dqkv (B, T, 3C) from the forward's tensors and dy (B, T, C), all contiguous, by cuDNN's plan of that index."""
+    """
+    Returns dqkv (B, T, 3C), computed by the plan of this index from qkv (B, T, 3C), y and dy (B, T, C) and statistics
+    (B, heads, T, 1). All are contiguous.
+    """
     graph, workspace_bytes = plan
     dqkv = torch.empty_like(qkv)
     width, device = y.shape[-1], qkv.device
@@ -89,7 +97,10 @@ def launch_backward(plan, qkv, y, statistics, dy, index=0):
 
 
 def forward_by_cudnn(q, k, v):
-    """y (B, heads, T, size), and the logarithms of the sums in softmax (B, heads, T, 1) float32, by PyTorch's operator."""
+    """
+    Returns attention's output (B, heads, T, size) and the log-sum-exp of its scores (B, heads, T, 1) in float32, which
+    cuDNN's backward needs.
+    """
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[:2]
 
 
@@ -110,24 +121,27 @@ class PackedAttentionFunction(torch.autograd.Function):
 
 
 def split_heads(qkv, heads, parts=3):
-    """q, k and v (B, heads, T, C / heads) as views of qkv (B, T, 3C); parts=1: one such tensor of (B, T, C)."""
+    """
+    Returns q, k and v, each (B, heads, T, C / heads), as views of qkv (B, T, 3C). parts: the number of tensors that lie
+    side by side; with parts=1, qkv is (B, T, C) and the list has one view.
+    """
     B, T, width = qkv.shape
     C = width // parts
     return [part.view(B, T, heads, C // heads).transpose(1, 2) for part in qkv.split(C, dim=2)]
 
 
 def join_heads(y):
-    """(B, heads, T, size) as (B, T, C): heads side by side."""
+    """Returns y (B, heads, T, size) as (B, T, C), with the heads side by side."""
     B, _, T, _ = y.shape
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
 def packed_plan(qkv, q, k, v):
-    """The plan for the packed backward, or None where PyTorch's operator should compute the gradients."""
+    """Returns the plan of the packed backward, or None if PyTorch's operator should compute the gradients."""
     plain = type(qkv) is torch.Tensor and qkv.is_cuda and qkv.requires_grad and not torch.compiler.is_compiling()
     if cudnn is None or not plain or not torch.is_grad_enabled() or not qkv.is_contiguous():
         return None
-    # PyTorch's own choice respects the GPU, the shapes, deterministic algorithms and torch.nn.attention.sdpa_kernel
+    # PyTorch's choice respects the GPU, the shapes, deterministic algorithms and torch.nn.attention.sdpa_kernel
     if torch._fused_sdp_choice(q, k, v, None, 0.0, True) != SDPBackend.CUDNN_ATTENTION.value:
         return None
     B, heads, T, size = q.shape
@@ -136,8 +150,9 @@ def packed_plan(qkv, q, k, v):
 
 def causal_attention(qkv, heads, dropout_p=0.0, packed=True):
     """
-    Causal self-attention (B, T, C) of qkv (B, T, 3C): queries, keys and values of all heads side by side. Like
-    F.scaled_dot_product_attention, which computes it unless cuDNN's packed backward can be used; packed=False: never use that.
+    Returns causal self-attention (B, T, C) for qkv (B, T, 3C), the queries, keys and values of all heads side by side.
+    F.scaled_dot_product_attention computes it, except where cuDNN's packed backward is available. packed=False: do not
+    use the packed backward.
     """
     q, k, v = split_heads(qkv, heads)
     plan = packed_plan(qkv, q, k, v) if packed and dropout_p == 0.0 else None

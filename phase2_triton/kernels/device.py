@@ -1,7 +1,8 @@
-"""The one place that decides whether Triton kernels can run on a device, and that survives a missing Triton.
+"""
+Decides whether Triton kernels can run on a device, and tells what the kernels need to know about that device.
 
-Kernel files take `triton`, `tl` and `jit` from here: where Triton is not installed, `jit` leaves the function alone, so the
-package still imports and its functional layer falls back to PyTorch.
+Kernel files import `triton`, `tl` and `jit` from here, not from Triton. If Triton is not installed, `jit` returns the
+function unchanged, so the package can still be imported and its functions fall back to PyTorch.
 """
 
 import math
@@ -15,36 +16,33 @@ try:
     import triton.language as tl
     from triton import knobs
 except ImportError as error:  # CPU-only wheels, Windows, macOS
-    triton, tl, missing = (
-        None,
-        SimpleNamespace(constexpr=None),
-        str(error),
-    )  # tl only for the annotations of the kernels
+    triton, missing = None, str(error)
+    tl = SimpleNamespace(constexpr=None)  # for the annotations in the kernels' signatures
     interpreted = False
 else:
     missing = None
-    interpreted = knobs.runtime.interpret  # TRITON_INTERPRET=1; read now, because jit() below reads it now too
+    interpreted = knobs.runtime.interpret  # TRITON_INTERPRET=1; triton.jit also reads it at import
 
-min_capability = (
-    8,
-    0,
-)  # Ampere: the oldest with bfloat16 and with cp.async, and the oldest these kernels are compiled for in tests
+# Ampere is the oldest GPU with bfloat16 and cp.async, and the oldest for which tests compile the kernels
+min_capability = (8, 0)
 
 
 def jit(fn):
-    """triton.jit where Triton is installed; elsewhere the function itself, never to be launched."""
+    """Returns triton.jit(fn), or fn itself, which is then never launched, if Triton is not installed."""
     return fn if triton is None else triton.jit(fn)
 
 
 def unavailable_reason(device):
-    """Why Triton kernels cannot run on `device` (torch.device, str or None for the current GPU), in words; None if they can."""
+    """Returns why Triton kernels cannot run on device (None: the current GPU), or None if they can."""
     device = torch.device('cuda' if device is None else device)
     return _unavailable_reason(device.type, device.index)
 
 
-@torch.compiler.assume_constant_result  # asked once per trace: probing the driver is nothing to compile
+@torch.compiler.assume_constant_result  # torch.compile must not trace into queries of the driver
 def available(device=None):
-    """Whether Triton kernels can run on `device`: a CUDA GPU that Triton supports, or, under TRITON_INTERPRET=1, a CPU."""
+    """
+    Returns whether Triton kernels can run on device: a CUDA GPU that Triton supports, or a CPU if TRITON_INTERPRET=1.
+    """
     return unavailable_reason(device) is None
 
 
@@ -67,36 +65,42 @@ def _unavailable_reason(kind, index):
         have, need = ('.'.join(map(str, c)) for c in (capability, min_capability))
         return f'{torch.cuda.get_device_name(index)} has compute capability {have}, the kernels need {need}'
     try:
-        triton.runtime.driver.active.get_current_target()  # builds Triton's launcher: fails without a C compiler or Python headers
+        # builds Triton's launcher, which needs a C compiler and Python's headers
+        triton.runtime.driver.active.get_current_target()
     except Exception as error:
-        return f'Triton cannot start on this machine: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}'
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f'Triton cannot start on this machine: {reason}'
     return None
 
 
 @cache
 def num_multiprocessors(device):
-    """Streaming multiprocessors of a GPU; 2 in the interpreter, where programs run one after another and only cost time."""
+    """
+    Returns the number of streaming multiprocessors of a GPU; 2 in the interpreter, where programs run one by one.
+    """
     return 2 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
 def l2_bytes(device):
-    """L2 cache of a GPU in bytes; no limit in the interpreter."""
+    """Returns the size of a GPU's L2 cache in bytes; infinity in the interpreter."""
     return math.inf if interpreted else torch.cuda.get_device_properties(device).L2_cache_size
 
 
 @cache
 def programmatic_launch(device):
-    """Whether a kernel may start while the one before it drains: Hopper and later."""
+    """Returns whether a kernel can start while the one before it drains, as on Hopper and later GPUs."""
     return not interpreted and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-answers = {}
+answers = {}  # (use_triton, device) -> the line that was printed
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces, so neither the question nor the print breaks the graph
+@torch.compiler.assume_constant_result  # called while torch.compile traces, so that the print breaks no graph
 def announce_triton(use_triton, device):
-    """Prints, once, whether Triton's kernels compute the model on this device, and if not why. Returns whether they do."""
+    """
+    Prints, once, whether Triton's kernels compute the model on this device, or else why not. Returns whether they do.
+    """
     asked = use_triton, device
     if asked not in answers:
         reason = unavailable_reason(device) if use_triton else 'use_triton is off'

@@ -1,10 +1,14 @@
-"""Token and position embeddings added in one kernel, and their gradients in another.
+"""
+The sum of token and position embeddings in one kernel, and both gradients in another.
 
-    x[b, t] = wte[idx[b, t]] + wpe[t],      dwte[idx[b, t]] += dx[b, t],    dwpe[t] = sum over b of dx[b, t]
+    x[b, t] = wte[idx[b, t]] + wpe[t]
+    dwte[idx[b, t]] += dx[b, t]
+    dwpe[t] = sum over b of dx[b, t]
 
-PyTorch takes three kernels for the first line and five for the others, three of which read all of dx. Here dx is read once. dwte is
-added where the output layer, which has the same weight, has left its own gradient (see linear.py), with atomics, as PyTorch does: rows
-of one token are added in any order. dwpe is summed in a fixed order.
+PyTorch needs three kernels for the forward and five for the backward, three of which read all of dx. Here, dx is read
+once. The output layer has the same weight and has left its gradient in wte.grad (see linear.py); the kernel adds dwte
+to it with atomics, as PyTorch does, so gradients of the same token are added in no fixed order. dwpe is summed in a
+fixed order.
 """
 
 import torch
@@ -27,7 +31,7 @@ def forward_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # int64: B * T * N may pass 2^31
+    row = tl.program_id(0).to(tl.int64)  # int64: B * T * N may exceed 2^31
     cols = tl.arange(0, BLOCK)
     token = tl.load(idx_ptr + row)
     inside = (token >= 0) & (token < V)
@@ -82,14 +86,14 @@ class EmbeddingsFunction(torch.autograd.Function):
     def backward(ctx, dx):
         (idx,) = ctx.saved_tensors
         (B, T), (V, N) = idx.shape, ctx.wte.shape
-        dwte, dwpe, need_dwpe = take_gradient(ctx.wte), None, ctx.needs_input_grad[2]
+        need_dwpe = ctx.needs_input_grad[2]
+        dwte = take_gradient(ctx.wte)
         if dwte is None:
             dwte = torch.zeros_like(ctx.wte)
-        if need_dwpe:
-            dwpe = take_gradient(ctx.wpe)
+        dwpe = take_gradient(ctx.wpe) if need_dwpe else None
         add = dwpe is not None
         if need_dwpe and not add:
-            dwpe = torch.zeros_like(ctx.wpe)  # positions from T on have no gradient
+            dwpe = torch.zeros_like(ctx.wpe)  # positions beyond T have no gradient
         c = Config(1, min(1024, triton.next_power_of_2(N)), 4)
         if dx.numel() > 0:
             tensors = idx, dx.contiguous(), dwte, dwpe if need_dwpe else dwte
@@ -100,8 +104,9 @@ class EmbeddingsFunction(torch.autograd.Function):
 
 def embeddings(idx, wte, wpe, dtype=None, use_triton=True):
     """
-    F.embedding(idx, wte) + wpe[:T] in dtype (by default the weights'): idx int64 (B, T), wte (V, C), wpe (T or more, C) -> (B, T, C).
-    The kernel makes the row of a token outside the vocabulary NaN; use_triton=False: PyTorch's own functions.
+    Returns F.embedding(idx, wte) + wpe[:T], (B, T, C), for idx (B, T) int64, wte (V, C) and wpe (at least T, C). dtype:
+    of the result; None: the weights'. The kernel returns NaN for a token outside the vocabulary. use_triton=False: use
+    PyTorch's functions.
     """
     ordinary = type(wpe) in (torch.Tensor, torch.nn.Parameter) and wpe.is_leaf and wpe.dtype == torch.float32
     plain = can_leave_gradient(wte) and ordinary and wte.is_contiguous() and wpe.is_contiguous()

@@ -1,4 +1,4 @@
-"""Launching a Triton kernel from Python at less than half the usual cost, and the launch parameters that every kernel here has."""
+"""Launches a Triton kernel in less than half the usual CPU time, and defines the parameters of a launch."""
 
 from typing import NamedTuple
 
@@ -6,29 +6,32 @@ import torch
 
 from .device import interpreted
 
-compiled_kernels = {}
+compiled_kernels = {}  # everything that Triton specializes on -> the compiled kernel
 
 
 class Config(NamedTuple):
-    """How a kernel is launched. Tables of these are fixed: timing-based tuning would change the order of sums between runs."""
+    """
+    Launch parameters of a kernel. They come from fixed tables: autotuning could change the order of sums between runs.
+    """
 
-    rows: int  # that a program handles at once
+    rows: int  # rows that a program computes at a time
     chunk: int  # columns of a tile
     warps: int = 4
-    programs: int = 0  # per multiprocessor, striding over the rows; 0: one for each tile of rows
-    resident: bool = True  # all of a row in registers
-    prefetch: bool = False  # the next rows too
-    registers: int = 0  # of a thread at most; 0: as many as the compiler likes
+    programs: int = 0  # programs per multiprocessor, which stride over the rows; 0: one program for each tile of rows
+    resident: bool = True  # keep whole rows in registers
+    prefetch: bool = False  # load the next rows while these are computed
+    registers: int = 0  # limit per thread; 0: the compiler decides
     pdl: bool = False  # programmatic dependent launch: start while the previous kernel drains (Hopper and later)
 
 
 def launch(kernel, grid, tensors, numbers, constants, config):
     """
-    kernel[grid](*tensors, *numbers, *constants) on the current stream of the tensors' device.
+    Launches kernel[grid](*tensors, *numbers, *constants) on the current stream of the tensors' device.
 
-    Triton binds arguments and looks up the compiled kernel in Python at every launch, for tens of microseconds. What it looks at
-    are types, 16-byte alignment of pointers, and whether an integer is 1, a multiple of 16 or wider than 32 bits. So the compiled
-    kernel of the first launch is kept under just these, and called directly from then on; unaligned pointers take Triton's way.
+    At every launch, Triton binds the arguments and looks up the compiled kernel in Python, which takes tens of
+    microseconds. It specializes a kernel on dtypes, on 16-byte alignment of pointers, and on whether an integer is 1, a
+    multiple of 16 or wider than 32 bits. The compiled kernel of the first launch is therefore stored under a key of
+    these, and later launches call it directly. Launches with unaligned pointers always go through Triton.
     """
     grid = (*grid, 1, 1)[:3]
     options = {'num_warps': config.warps}

@@ -1,12 +1,14 @@
-"""The second half of LayerNorm's weight gradients: adding up the shares that the programs of its backward have left.
+"""
+The second half of LayerNorm's weight gradients: sums the shares that the programs of its backward have written.
 
-Each backward leaves P shares of dweight and dbias, and a small kernel sums them. GPT-2 124M has 25 LayerNorms, so that is 25 launches in
-a backward, and 25 more for autograd to add the sums to .grad: 0.26 ms of a micro-step of 22.6 ms on an H200, most of it latency. While a
-CUDA graph is captured, the shares of up to 16 LayerNorms wait instead, one launch sums them all, and another adds the sums to .grad.
-Both ways sum in the same order and give the same bits.
+Each LayerNorm's backward writes P shares of dweight and dbias, and a small kernel sums them. GPT-2 124M has 25
+LayerNorms, so a backward has 25 of these launches, and 25 more in which autograd adds the sums to .grad: 0.26 ms of a
+micro-step of 22.6 ms on an H200, most of it latency. During the capture of a CUDA graph, the shares of up to 16
+LayerNorms are collected instead; one launch sums them all, and another adds the sums to .grad. Both ways add in the
+same order and give the same bits.
 
-Then .grad is complete at the end of the backward and not before. So gradients wait only where nothing reads them earlier: not with hooks,
-in autograd.grad, in the micro-step in which DDP averages gradients, or under FSDP. Without CUDA graphs they do not wait either.
+Collected gradients reach .grad only at the end of the backward. Shares are therefore collected only where nothing reads
+.grad earlier: not with hooks, in autograd.grad, under FSDP, or in the micro-step in which DDP averages gradients.
 """
 
 from functools import cache, partial
@@ -21,17 +23,17 @@ from . import linear as linear_module
 from .device import interpreted, jit, programmatic_launch, tl, triton
 from .launch import Config, launch
 
-TOGETHER = 16  # LayerNorms whose shares wait at a time: 26 MB for GPT-2 124M
+TOGETHER = 16  # LayerNorms whose shares are summed in one launch: 26 MB for GPT-2 124M
 
 
 @jit
 def reduce_kernel(
-    partial_ptr,  # (L, 2, P, N) float32 of L LayerNorms
+    partial_ptr,  # (L, 2, P, N) float32: the shares of L LayerNorms
     dw_ptr,  # (L, N), written by programs (i, 0, layer)
     db_ptr,  # (L, N), written by programs (i, 1, layer)
     P,
     N,
-    FIRST: tl.constexpr,  # 0, or 1 where only dbias is wanted
+    FIRST: tl.constexpr,  # 0; or 1 to compute dbias only
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     PDL: tl.constexpr,
@@ -53,20 +55,20 @@ def reduce_kernel(
 
 
 def cdiv(a, b):
-    return -(-a // b)  # triton.cdiv, but not 4 µs
+    return -(-a // b)  # triton.cdiv takes 4 µs
 
 
 @cache
 def reduce_config(P, N, pdl):
-    """Config of reduce_kernel (chunk: columns): enough programs to fill the GPU, and as many rows at once as registers hold."""
+    """Returns reduce_kernel's Config: enough programs to fill the GPU, as many rows at a time as registers hold."""
     cols = 16 if N <= 2048 else 32
-    if interpreted:  # which pays per program
+    if interpreted:  # the interpreter's time grows with the number of programs
         cols = min(1024, triton.next_power_of_2(N))
     return Config(min(triton.next_power_of_2(P), max(1, 8192 // cols)), cols, pdl=pdl)
 
 
 def launch_reduce(partial, dw, db):
-    """Sums the shares partial (L, 2, P, N) to dw (L, N) and db (L, N), or (N,) for L = 1; neither where it is None."""
+    """Sums the shares partial (L, 2, P, N) into dw and db, each (L, N), or (N,) for L = 1, or None if not wanted."""
     L, _, P, N = partial.shape
     c = reduce_config(P, N, programmatic_launch(partial.device))
     launch(
@@ -81,8 +83,9 @@ def launch_reduce(partial, dw, db):
 
 def read_early():
     """
-    Whether a wrapper may read gradients before the end of the backward of the forward that runs: FSDP, and DDP where it averages them.
-    In a forward that is repeated for activation checkpointing DDP cannot be seen, and the answer is yes.
+    Returns whether a wrapper of the forward in progress may read gradients before the end of its backward: FSDP, or DDP
+    in the micro-step that averages gradients. Also returns True in a forward that activation checkpointing repeats,
+    because DDP is not visible there.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return False
@@ -91,7 +94,7 @@ def read_early():
 
 
 def may_wait(parameters):
-    """Whether the gradients of these parameters may be complete at the end of the backward only, as far as they can tell."""
+    """Returns whether a graph is being captured and nothing attached to these parameters reads .grad early."""
     return linear_module.capturing(parameters[0]) and all(
         linear_module.can_leave_gradient(p) and linear_module.accumulates(p) and not p._post_accumulate_grad_hooks
         for p in parameters
@@ -99,13 +102,13 @@ def may_wait(parameters):
 
 
 class Shares:
-    """Shares of LayerNorms' gradients that wait in one backward, all of one shape."""
+    """Collects the shares of several LayerNorms, all of one shape, during one backward."""
 
     def __init__(self):
         self.memory, self.waiting = None, []
 
     def place(self, parameters, P, N):
-        """Memory (2, P, N) for the shares of one more LayerNorm with parameters [weight] or [weight, bias]."""
+        """Returns memory (2, P, N) for the shares of one more LayerNorm, with parameters [weight] or [weight, bias]."""
         shape = TOGETHER, 2, P, N
         if self.waiting and (
             len(self.waiting) == TOGETHER or self.memory.shape != shape or len(self.waiting[0]) != len(parameters)
@@ -118,14 +121,14 @@ class Shares:
 
     @torch.no_grad()
     def add_up(self):
-        """Sums what waits, and adds it to .grad."""
+        """Sums the collected shares and adds the sums to .grad."""
         L, N = len(self.waiting), self.memory.shape[-1]
         sums = torch.empty((len(self.waiting[0]), L, N), dtype=torch.float32, device=self.memory.device)
         launch_reduce(self.memory[:L], sums[0], sums[1] if len(sums) > 1 else None)
         total = {}
         for parameters, layer_sums in zip(self.waiting, sums.unbind(1)):
             for p, grad in zip(parameters, layer_sums):
-                total[p] = total[p] + grad if p in total else grad  # a LayerNorm may be used twice
+                total[p] = total[p] + grad if p in total else grad  # a LayerNorm that is used twice
         there = [p for p in total if p.grad is not None]
         for p, grad in total.items():
             if p.grad is None:
@@ -135,11 +138,11 @@ class Shares:
         self.waiting = []
 
 
-shares = WeakValueDictionary()  # by backward and device; a backward that fails takes its own along
+shares = WeakValueDictionary()  # (backward, device) -> Shares; autograd's callback holds them until the backward ends
 
 
 def place(parameters, P, N):
-    """Shares.place() of the backward that runs, which adds up at its end."""
+    """Shares.place() for the backward in progress, at whose end the shares are added up."""
     key = torch._C._current_graph_task_id(), parameters[0].device
     here = shares.get(key)
     if here is None:
@@ -149,7 +152,10 @@ def place(parameters, P, N):
 
 
 def place_of_shares(ctx, need_dw, need_db):
-    """launch_backward's `place` where a LayerNorm's gradients may wait, else None. ctx: with parameters (weight, bias), read_early."""
+    """
+    Returns the `place` argument of launch_backward if a LayerNorm's shares may be collected, else None. ctx: has
+    .parameters, (weight, bias), and .read_early.
+    """
     weight, bias = ctx.parameters
     parameters = [weight] if bias is None else [weight, bias]
     needed = need_dw and (bias is None or need_db)

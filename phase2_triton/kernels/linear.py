@@ -1,8 +1,11 @@
-"""Linear layers under autocast, with the weight's gradient made in float32 and added to weight.grad by the matmul itself, and in CUDA
-graphs the weight rounded to 16 bits once an iteration. Some weight gradients are made by cuBLASLt, which chooses a faster kernel for them.
+"""
+Linear layers under autocast whose backward matmul adds the weight's gradient to weight.grad in float32.
 
-Autocast writes a weight's gradient in 16 bits (2 bytes an element), casts it to float32 (reads 2, writes 4) and adds it to weight.grad
-(reads 4 + 4, writes 4): 20 bytes in every micro-step. cuBLAS can add to float32 as it writes: 8.
+Autocast writes the gradient in 16 bits (2 bytes per element), casts it to float32 (reads 2, writes 4) and adds it to
+weight.grad (reads 4 + 4, writes 4): 20 bytes per element and micro-step. cuBLAS can add to float32 as it writes: 8.
+
+In CUDA graphs, the weight is rounded to 16 bits once per iteration. For some shapes cuBLASLt computes the gradient,
+because it chooses a faster kernel.
 """
 
 import contextlib
@@ -20,7 +23,7 @@ half_dtypes = (torch.bfloat16, torch.float16)
 
 
 def autocast_dtype(x):
-    """The 16-bit dtype in which autocast computes matmuls of x, or None."""
+    """Returns the 16-bit dtype in which autocast computes matmuls of x, or None."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return dtype if dtype in half_dtypes and x.dtype != torch.float64 else None
@@ -28,19 +31,22 @@ def autocast_dtype(x):
 
 def accumulates(weight):
     """
-    Whether the backward that runs adds to weight.grad, and nothing looks at the gradient before: not one of autograd.grad, say. Prehooks on
-    the node that adds are not seen; they find the sum.
+    Returns whether the backward in progress adds to weight.grad and no hook sees the gradient first. False inside
+    autograd.grad. Prehooks of the accumulation node cannot be detected; they get the sum.
     """
     if not weight.is_leaf or weight._backward_hooks:
         return False
     try:
         return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
-    except RuntimeError:  # autograd.grad is to return it
+    except RuntimeError:  # autograd.grad returns this gradient
         return False
 
 
 def take_gradient(weight):
-    """weight.grad, taken out to be added to in place, or None. Autograd then finds no gradient and keeps what backward returns."""
+    """
+    Removes weight.grad and returns it, for a backward that adds to it in place and returns it; autograd then stores it
+    again. Returns None if there is no gradient or it cannot be added to in place.
+    """
     grad = weight.grad if accumulates(weight) else None
     if grad is None or grad.dtype != torch.float32 or not grad.is_contiguous():
         return None
@@ -48,9 +54,10 @@ def take_gradient(weight):
     return grad
 
 
-# Weights (out, in) whose gradient cuBLASLt makes faster than cuBLAS, with the least and the most rows (tokens) for which it does. Measured
-# on an H200 at 12,288 and 32,768 rows (bench_phase2.py matmuls); limits lie between the two. cuBLAS splits the sum over the rows here and
-# adds the parts in a second kernel. The table is fixed: a choice by timing could differ between runs.
+# Compute capability -> {shape (out, in) of a weight: (fewest, most) rows (tokens) for which cuBLASLt computes its
+# gradient faster than cuBLAS, which splits the sum over the rows and adds the parts in a second kernel}. Measured on an
+# H200 with 12,288 and 32,768 rows (bench_phase2.py matmuls); limits lie between these two. The table is fixed: a choice
+# by timing could differ between runs.
 cublaslt_rows = {
     (9, 0): {
         (768, 768): (0, 16_384),
@@ -67,14 +74,14 @@ def capability(device):
 
 
 def takes_cublaslt(weight, rows):
-    """Whether the table sends the matmul that makes the gradient of this weight from so many rows to cuBLASLt."""
+    """Returns whether cuBLASLt computes the gradient of this weight from this number of rows."""
     least, most = cublaslt_rows.get(capability(weight.device), {}).get(tuple(weight.shape), (math.inf, 0))
     return least <= rows <= most
 
 
 @contextlib.contextmanager
 def cublaslt():
-    """PyTorch's matmuls in the block by cuBLASLt."""
+    """Inside this context, PyTorch's matmuls use cuBLASLt."""
     before = torch._C._get_blas_preferred_backend()
     torch._C._set_blas_preferred_backend(torch._C._BlasBackend.Cublaslt)
     try:
@@ -85,7 +92,10 @@ def cublaslt():
 
 @cache
 def hush_cublaslt():
-    """Uses up PyTorch's warning that the choice of a library is experimental; backward's thread could not hold it back."""
+    """
+    Triggers, and suppresses, PyTorch's one warning that choosing a library is experimental: the thread that runs
+    backward could not suppress it.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with cublaslt():
@@ -94,8 +104,8 @@ def hush_cublaslt():
 
 def weight_gradient(weight, dy, x):
     """
-    What a backward returns for weight (out, in): dy.T @ x of dy (M, out) and x (M, in). On a GPU with a float32 weight and 16-bit dy and x it
-    is summed in float32 and includes weight.grad, which is taken out.
+    Returns what a backward should return for weight (out, in): dy.T @ x, for dy (M, out) and x (M, in). On a GPU with a
+    float32 weight and 16-bit dy and x, it is summed in float32 and includes weight.grad (see take_gradient).
     """
     if not (dy.is_cuda and dy.dtype in half_dtypes and weight.dtype == torch.float32):
         return (dy.t() @ x).to(weight.dtype)
@@ -107,7 +117,7 @@ def weight_gradient(weight, dy, x):
 
 
 def can_leave_gradient(weight):
-    """Whether gradients of weight, a parameter that is used twice, may wait in weight.grad for the last of them; see leave_gradient."""
+    """Returns whether leave_gradient may put a gradient of weight, a parameter that is used twice, into weight.grad."""
     return (
         weight.is_leaf
         and weight.requires_grad
@@ -118,8 +128,9 @@ def can_leave_gradient(weight):
 
 def leave_gradient(weight, dw):
     """
-    Puts dw where a later backward of the same weight finds it with take_gradient, and returns None for autograd. So the gradient of a
-    weight that is both embedding and output layer is made in one place; else autograd adds two tensors, one of them mostly zeros.
+    Puts dw into weight.grad, where the next backward of the same weight finds it with take_gradient, and returns None
+    for autograd. The two gradients of a weight that is both embedding and output layer then share one tensor; autograd
+    would add two tensors, one of them mostly zeros. Returns dw if the backward does not add to weight.grad.
     """
     if not accumulates(weight):
         return dw
@@ -132,8 +143,9 @@ def capturing(weight):
 
 def rounded(weight, dtype):
     """
-    weight in a 16-bit dtype. In CUDA graphs of micro-steps (cuda_graph.py) only the first of an iteration, in which there are no gradients
-    yet, rounds it; the graph of the others reads what that one has written.
+    Returns weight in a 16-bit dtype. In CUDA graphs (cuda_graph.py), only an iteration's first micro-step, before which
+    there are no gradients, rounds it. The graphs of the other micro-steps read the result from weight.rounded, which
+    the model's release_graph_state() drops.
     """
     if weight.dtype == dtype or not weight.is_leaf or not capturing(weight):
         return weight.to(dtype)
@@ -167,8 +179,8 @@ class LinearFunction(torch.autograd.Function):
 
 def linear(x, weight, bias=None):
     """
-    torch.nn.functional.linear(x, weight, bias) for x (..., in), weight (out, in), bias (out,) or None; result (..., out). Under autocast to
-    16 bits, with float32 weights, their gradients are float32 throughout.
+    Returns torch.nn.functional.linear(x, weight, bias), (..., out), for x (..., in), weight (out, in) and bias (out,)
+    or None. Under autocast to 16 bits, the gradients of float32 weights are computed in float32.
     """
     dtype = autocast_dtype(x)
     plain = type(x) is torch.Tensor and weight.dtype == torch.float32 and not torch.compiler.is_compiling()

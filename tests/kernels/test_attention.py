@@ -151,7 +151,7 @@ def test_where_cudnn_has_no_plan(stand_in, monkeypatch, capsys):
     for _ in range(2):
         assert torch.equal(attention.causal_attention(qkv, HEADS), by_pytorch(qkv))
     assert capsys.readouterr().out.splitlines() == [
-        "PyTorch packs attention's gradients: cuDNN cannot write them packed here ([cudnn_frontend] no engine)"
+        "using PyTorch's attention backward: cuDNN cannot write packed gradients here ([cudnn_frontend] no engine)"
     ]
 
 
