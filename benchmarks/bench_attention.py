@@ -1,12 +1,12 @@
 """
-Attention's backward on one GPU: PyTorch's operator and the copy that packs its gradients, against each plan of cuDNN
-that writes them packed.
+Measures attention's backward on one GPU: PyTorch's operator with the copy that packs its gradients, against each
+execution plan of cuDNN that writes them packed.
 
     pip install -e '.[cudnn]'
     python benchmarks/bench_attention.py --out=benchmarks/results/attention.json        # about 20 seconds on an H200
 
-CUDA-graph replays of 12 calls, each way in turn. Errors are those of dqkv against float32, of norm.
-kernels/attention.py takes plan 0.
+Times are CUDA-graph replays of 12 calls, taken in turns. An error is the norm of dqkv's difference from float32,
+relative to the norm of dqkv. kernels/attention.py uses plan 0.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sizes = {'124M': (12, 1024, 12, 64), '124M, 32 sequences': (32, 1024, 12, 64), '
 
 
 def by_pytorch(qkv, heads, saved, dy):
-    """dqkv by PyTorch's operator, packed by the copy that autograd makes."""
+    """Returns dqkv, computed by PyTorch's operator and packed by a copy, as autograd does."""
     q, k, v = attention.split_heads(qkv, heads)
     out, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = saved
     dy = attention.split_heads(dy, heads, parts=1)[0]

@@ -1,12 +1,12 @@
 """
-The cost of reading batches from many shards: time to open the set, time per batch, and resident memory over many
-batches.
+Measures the cost of reading batches from many shards: time to open the data set, time per batch, and the growth of
+resident memory.
 
     python benchmarks/bench_data.py [--shards=100] [--mb=200] [--ranks=8] [--batches=10000] [--dir=.] [--out=FILE.json]
 
-The shards are sparse files: they take no space on the disk, and reading them costs what reading cached files costs. All
-ranks run at the same time, as processes of this machine. A batch is 12 x 1024 tokens. The last lines give the speed of
-the scan for tokens outside the vocabulary, and of a fingerprint. About 2 minutes on 2 cores.
+The shards are sparse files: they take no space on the disk, and reading one costs as much as reading a cached file. All
+ranks run at the same time, as processes of this machine. A batch is 12 x 1024 tokens. The last line gives the speed of
+the scan for tokens outside the vocabulary, and of the fingerprints. About 2 minutes on 2 cores.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from dataset import open_dataset
 from tables import markdown, table
 
 BATCH_SIZE, BLOCK_SIZE, VOCAB_SIZE = 12, 1024, 50304
-STEP_MS = 25  # the step that a batch is compared with
+STEP_MS = 25  # a training step, for comparison
 
 
 def make_shards(folder, shards, mb):
@@ -51,9 +51,7 @@ def resident_bytes():
 
 
 def read_batches(folder, rank, ranks, batches):
-    """
-    Returns a dict: milliseconds to open the set, microseconds per batch in either order, resident bytes over time.
-    """
+    """Returns a dict: milliseconds to open the data set and, for each order, times per batch and resident bytes."""
     torch.set_num_threads(1)
     torch.manual_seed(1337 + rank)
     start = time.perf_counter()
@@ -83,7 +81,7 @@ def read_batches(folder, rank, ranks, batches):
 
 
 def scan_and_fingerprint(folder):
-    """Returns the bytes per second of the scan, also per second of CPU time, and the milliseconds of a manifest."""
+    """Returns a dict: milliseconds of all fingerprints, and bytes that the scan reads per second and CPU second."""
     data = open_dataset(folder, BLOCK_SIZE)
     total = sum(file.bytes for tokens in data.splits.values() for file in tokens.files)
     start = time.perf_counter()
@@ -115,16 +113,15 @@ def main():
         ranks = [json.loads(worker.communicate()[0]) for worker in workers]
         rest = scan_and_fingerprint(folder)
     report = {**facts(cpu=True), 'alone': alone, 'ranks': ranks, **rest}
-    print(
-        f'{args.shards} shards of {args.mb} MB, {args.batches:,} batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens\n{data(report)}'
-    )
+    print(f'{args.shards} shards of {args.mb} MB, {args.batches:,} batches of {BATCH_SIZE} x {BLOCK_SIZE} tokens')
+    print(data(report))
     if args.out:
         write_json(args.out, report)
 
 
 @table('data_*')
 def data(report):
-    """Opening a set of shards, reading batches, the scan and the fingerprints. Of several ranks, the slowest."""
+    """Times of opening the data set and reading batches, for one rank and for the slowest of several; scan speed."""
     rows = []
     for name, results in (('1', [report['alone']]), (f'{len(report["ranks"])}, slowest', report['ranks'])):
         for order in ('random', 'sequential'):
@@ -135,7 +132,8 @@ def data(report):
             rows.append((name, order, f'{opened:.0f}', *batch, f'{growth:.1f}'))
     header = ['ranks', 'order', 'open, ms', 'batch: CPU time, µs', f'% of a {STEP_MS} ms step', 'median, µs', '99%, µs']
     gb = report['scan_bytes_per_sec'] / 1e9, report['scan_bytes_per_cpu_sec'] / 1e9
-    text = f'fingerprints of all files {report["manifest_ms"]:.0f} ms, scan {gb[0]:.1f} GB/s, {gb[1]:.1f} GB per CPU second'
+    text = f'fingerprints of all files {report["manifest_ms"]:.0f} ms, '
+    text += f'scan {gb[0]:.1f} GB/s, {gb[1]:.1f} GB per CPU second'
     return f'{markdown([*header, "growth of resident memory, MB"], rows)}\n\n{text}'
 
 

@@ -1,11 +1,11 @@
 """
-How much faster sampling is with the key-value cache: the same model and tokens with model.generate, with the cache, and
-with its steps replayed as a CUDA graph. The model has random weights.
+Measures how much faster sampling is with the key-value cache: model.generate, the cache, and the cache with its decode
+steps replayed as a CUDA graph. The model has random weights.
 
-    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json  # 4 minutes on one core
+    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json  # 4 min., one core
     python benchmarks/bench_sampling.py --tokens=1000 --out=sampling_h200.json    # 1 minute on a GPU
 
-The ways take turns, and a ratio is that of two medians of one run. Times include prefill and capture.
+The ways are timed in turns, and a ratio is the quotient of two medians of one run. Times include prefill and capture.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHAPES = {
 
 
 def build(shape, model_dir, device):
-    """The model with that shape and random weights, without biases, in eval mode."""
+    """Returns a model of this shape with random weights and without biases, in eval mode."""
     sys.path[:0] = [str(ROOT / model_dir), str(ROOT / 'nanoGPT')]
     from model import GPT, GPTConfig
 
@@ -37,7 +37,7 @@ def build(shape, model_dir, device):
 
 
 def ways(model, prompt, samples, tokens, **options):
-    """{name: a function that returns the text (samples, T + tokens)}."""
+    """Returns {name: function}; each function returns the text, int64 (samples, T + tokens)."""
     from kv_cache import generate
 
     def one_by_one():
@@ -49,11 +49,11 @@ def ways(model, prompt, samples, tokens, **options):
 
 
 def measure(functions, repeats, device):
-    """{name: spread of seconds}."""
+    """Returns {name: spread of seconds}."""
     from hardware import now
 
     seconds = {name: [] for name in functions}
-    warmup = device != 'cpu'  # one more turn
+    warmup = device != 'cpu'  # one more turn, which does not count
     for i in range(repeats + warmup):
         for name, function in functions.items():
             started = now(device)
@@ -64,10 +64,7 @@ def measure(functions, repeats, device):
 
 
 def first_difference(functions):
-    """
-    How many tokens the text of the last of the functions shares with that of model.generate before the first that
-    differs.
-    """
+    """Returns the number of leading tokens that the last function's text has in common with model.generate's."""
     texts = [functions[name]()[0] for name in ('model.generate', list(functions)[-1])]
     return int((texts[0] == texts[1]).cumprod(0).sum())
 
@@ -104,9 +101,8 @@ def main():
     total = SHAPES[args.shape]['block_size'] + 100
     started = time.perf_counter()
     same = first_difference(ways(model, prompt, 1, total, temperature=0))
-    print(
-        f'greedy, float32 ({time.perf_counter() - started:.0f} s): {same} of {total + prompt.size(1)} tokens as without the cache'
-    )
+    seconds, length = time.perf_counter() - started, total + prompt.size(1)
+    print(f'greedy, float32 ({seconds:.0f} s): the first {same} of {length} tokens are the same without the cache')
     report = {
         **facts(cpu=device == 'cpu'),
         'threads': torch.get_num_threads(),

@@ -1,5 +1,6 @@
 """
-The commands that show on any machine that the trainers agree: python benchmarks/report.py --run keeps what they print.
+The verification commands, which show on any machine that the trainers agree. `python benchmarks/report.py --run` runs
+them and stores their output.
 """
 
 import os
@@ -16,7 +17,8 @@ CHECKS = [
     f"{TRY_2} nanoGPT/train.py {TRY} --out_dir=out-ddp | grep -E '^(step|iter) 20'",
     f"{TRY_2} phase1_zero1/train.py {TRY} --out_dir=out-zero1 | grep -E '^(Using|step 20|iter 20)'",
     f"{TRY_2} phase3_fsdp/train.py {TRY} --out_dir=out-fsdp | grep -E '^(each|step 20|iter 20)'",
-    f"{TRY_2} phase3_fsdp/train.py {TRY} --out_dir=out-zero1 --init_from=resume --max_iters=40 | grep -E '^(Resuming|step|iter) '",
+    f'{TRY_2} phase3_fsdp/train.py {TRY} --out_dir=out-zero1 --init_from=resume --max_iters=40 '
+    "| grep -E '^(Resuming|step|iter) '",
     'python -m pytest -q tests/test_layout.py tests/test_zero1.py | tail -n 1',
     'python -m pytest -q tests/test_parity.py tests/test_interchange.py | tail -n 1',
 ]
@@ -29,7 +31,7 @@ def checks(report):
 
 def run_checks():
     """
-    Runs the commands and writes what they print to results/checks_cpu.json. Ends this process if one prints nothing.
+    Runs the commands and writes their output to results/checks_cpu.json. Ends this process if a command prints nothing.
     """
     results, path = [], f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}'
     env = dict(os.environ, PATH=path, OMP_NUM_THREADS='1')

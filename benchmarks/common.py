@@ -1,7 +1,4 @@
-"""
-Shared by the benchmarks: the facts about the machine at the start of a result file, medians with their spread, torchrun,
-JSON.
-"""
+"""Helpers of the benchmarks: facts about the machine for result files, medians with their spread, torchrun, JSON."""
 
 import importlib.metadata
 import json
@@ -23,11 +20,11 @@ MEMORY_SETUP = [
     f'{name}={value}'
     for name, value in os.environ.items()
     if name.startswith('PYTORCH') and name.endswith('ALLOC_CONF')
-]  # the user's, before hardware.resolve_auto()
+]  # as the user set it: hardware.resolve_auto() adds to it
 
 
 def output_of(*command):
-    """Returns what the command prints, or None if there is no such command or it fails."""
+    """Returns the command's stdout, or None if the command does not exist or fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
@@ -43,13 +40,16 @@ def cpu_name():
 
 
 def without_folder(argument):
-    """--out=/a/folder/of/this/machine/x.json as --out=x.json, and --onto too."""
+    """Returns '--out=x.json' for '--out=/some/folder/x.json', and likewise for --onto; other arguments unchanged."""
     flag, _, path = argument.partition('=')
     return f'{flag}={Path(path).name}' if flag in ('--out', '--onto') else argument
 
 
 def facts(cpu=False):
-    """Returns a dict that says where results come from. cpu: the benchmark ran on the CPU, even if there is a GPU."""
+    """
+    Returns a dict of hardware, versions, commit, command and date. cpu: the benchmark ran on the CPU although there is
+    a GPU.
+    """
     gpu = torch.cuda.is_available() and not cpu
     versions = {
         'python': platform.python_version(),
@@ -70,8 +70,8 @@ def facts(cpu=False):
         'cpus': os.cpu_count(),
         'driver': driver and driver.splitlines()[0],
         'versions': versions,
-        'commit': commit
-        and commit + ' and changes' * bool(changed),  # null where git does not know, as in a copy without .git
+        # null where git does not know it, as in a copy without .git
+        'commit': commit and commit + ' and changes' * bool(changed),
         'command': shlex.join(
             [*MEMORY_SETUP, 'python', os.path.relpath(sys.argv[0], ROOT), *map(without_folder, sys.argv[1:])]
         ),
@@ -80,12 +80,12 @@ def facts(cpu=False):
 
 
 def spread(values):
-    """Median, smallest and largest of the values, and how many there are."""
+    """Returns the median, the smallest and the largest of the values, and their number."""
     return {'median': statistics.median(values), 'min': min(values), 'max': max(values), 'n': len(values)}
 
 
 def memory(device, peak=False):
-    """Bytes that torch has allocated on the GPU, or the most since reset_peak(); 0 on a CPU."""
+    """Returns the bytes that torch has allocated on the GPU, with peak the most since reset_peak(); 0 on a CPU."""
     if not device.startswith('cuda'):
         return 0
     return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
@@ -103,7 +103,7 @@ def first_line(error):
 
 
 def write_json(path, report):
-    """In one piece, so that a run that is killed leaves the file of its last cell."""
+    """Writes the report atomically: a benchmark that is killed leaves its last complete file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.tmp')
@@ -112,7 +112,7 @@ def write_json(path, report):
 
 
 def torchrun(processes, script, *arguments):
-    """The command that starts the script in so many processes of this machine."""
+    """Returns the command that starts the script in this number of processes on this machine."""
     return [
         sys.executable,
         '-m',

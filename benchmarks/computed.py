@@ -1,6 +1,4 @@
-"""
-Tables that follow from arithmetic and from the source, not from a measurement: bytes per parameter, and lines changed.
-"""
+"""Tables computed from arithmetic and from the source, not measured: bytes per parameter, and lines changed."""
 
 import difflib
 
@@ -10,12 +8,13 @@ from tables import SHAPES, gib, markdown, parameters_of, table
 # bytes per parameter on each of k GPUs: parameters, gradients, AdamW's two moments, weights in 16 bits
 BYTES = {
     'DDP': lambda k: (4, 4, 8, 0),
-    'Triton': lambda k: (4, 4, 8, 2),  # its CUDA graphs keep the weights as the matmuls read them
+    'Triton': lambda k: (4, 4, 8, 2),  # its CUDA graphs keep the weights rounded to 16 bits for the matmuls
     'ZeRO-1': lambda k: (4, 4, 8 / k, 0),
     'ZeRO-1 + Triton': lambda k: (4, 4, 8 / k, 2),
     'FSDP, also with Triton': lambda k: (4 / k, 4 / k, 8 / k, 0),
 }
-CHANGED = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp': 'train.py'}  # the file that differs
+# folder -> the file that differs from the reference's
+CHANGED = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp': 'train.py'}
 SHARDED = {
     'phase1_zero1': "AdamW's state",
     'phase2_triton': 'nothing; computes with Triton kernels',
@@ -35,7 +34,7 @@ def memory():
     for size in SHAPES:
         n, first = parameters_of(size), f'{size} ({parameters_of(size):,})'
         for name, parts in BYTES.items():
-            if name == 'ZeRO-1 + Triton':  # the sum of two rows
+            if name == 'ZeRO-1 + Triton':  # follows from two other rows
                 continue
             for k in (2, 4, 8) if parts(2) != parts(4) else (1,):
                 its = [part * n for part in parts(k)]

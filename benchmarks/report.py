@@ -1,11 +1,11 @@
 """
 Puts the measurements into the documents. A document has a table between `<!-- table: NAME -->` and `<!-- end -->`, and
-a number inside a sentence between `<!-- number: NAME WORDS -->` and `<!-- end -->`. The benchmarks state both
-(tables.py says how).
+a number inside a sentence between `<!-- number: NAME WORDS -->` and `<!-- end -->`. The benchmarks define both (see
+tables.py).
 
     python benchmarks/report.py            # after a new result file: rewrites documents and pictures
-    python benchmarks/report.py --check    # fails if one of them is not what the result files say; a test runs this
-    python benchmarks/report.py --run  # runs the verification commands on this machine, keeps what they print, then as above
+    python benchmarks/report.py --check    # fails if a document or picture is outdated; a test runs this
+    python benchmarks/report.py --run      # first runs the verification commands and stores their output
 """
 
 import argparse
@@ -33,7 +33,7 @@ from common import GIB, ROOT
 from tables import NAMES, NUMBERS, TABLES, commit_of, machine_of, markdown, render, sessions_of, table
 
 BLOCK = re.compile(r'(<!-- (table|number): ([^\n]*?) -->)(.*?)(<!-- end -->)', re.S)
-WHAT = {  # by the beginning of a result file's name
+WHAT = {  # beginning of a result file's name -> what it measures
     'attention': "attention's backward",
     'checks': 'verification commands',
     'data': 'batches from many shards',
@@ -64,14 +64,14 @@ WHAT = {  # by the beginning of a result file's name
     'zero1_124M_curves': 'ZeRO-1: loss curves, profile',
     'zero1': 'ZeRO-1 and DDP in turn',
 }
-FOUR = 'trainers_h200x4'  # the file that the picture shows
-MOST = {'124M': '10', '1.5B': '5'}  # micro-steps
+FOUR = 'trainers_h200x4'  # the file behind README's picture
+MOST = {'124M': '10', '1.5B': '5'}  # size -> the most micro-steps that were measured
 ORANGE, GREY = '#E69F00', '#999999'
 
 
 @table('*', together=True)
 def result_files(reports):
-    """One line for each result file, text files too."""
+    """One row for each result file, text files included."""
     rows = []
     names = {path.name: path for path in sorted(tables.RESULTS.iterdir()) if path.suffix in ('.json', '.txt')}
     for name, path in names.items():
@@ -92,7 +92,7 @@ def result_files(reports):
 
 def overview_data():
     """
-    Returns what README's picture shows: memory by part in GiB, speed in percent of DDP, and thousands of tokens/s.
+    Returns the data of README's picture: memory by part in GiB, speed in percent of DDP, and thousands of tokens/s.
     """
     parts = {'parameters': 'parameters', 'gradients': 'gradients', "AdamW's moments": 'optimizer'}
     parts |= {'other, at rest': 'not_accounted_for', 'more at the peak': 'activations'}
@@ -165,7 +165,7 @@ def draw_ladder(axes, ladder):
 
 
 def mark_of(data):
-    """Returns a text that stands for the data, which the picture's file carries."""
+    """Returns a hash of the data, which is stored in the picture's metadata."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
@@ -180,7 +180,7 @@ def mark_in(path):
 
 
 def rewrite(text, document):
-    """Returns the document with all its tables and numbers as the result files have them."""
+    """Returns the document's text with all tables and numbers taken from the result files."""
 
     def fill(match):
         opening, kind, name, old, closing = match.groups()
@@ -223,15 +223,15 @@ def stale(write=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--check', action='store_true', help='write nothing, and fail if something would change')
+    parser.add_argument('--check', action='store_true', help='write nothing, and fail if something is outdated')
     parser.add_argument('--run', action='store_true', help='run the verification commands first')
     args = parser.parse_args()
     if args.run:
         run_checks()
     found = stale(write=not args.check)
     if args.check and found:
-        sys.exit(f'{", ".join(found)}: not what the result files say; python benchmarks/report.py')
-    print(', '.join(found) + ' written' if found else 'all as the result files say')
+        sys.exit(f'{", ".join(found)}: outdated; run python benchmarks/report.py')
+    print('written: ' + ', '.join(found) if found else 'everything is up to date')
 
 
 if __name__ == '__main__':

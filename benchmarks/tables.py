@@ -1,14 +1,14 @@
 """
-The tables of all documents, by name, and what their functions share.
+Registers the tables and numbers of the documents, and helps to format them.
 
-A benchmark states a table once, as a function that takes what its result file holds and returns Markdown. The script
-prints it at its end, and report.py puts it into the documents, with a line in front that says where the numbers come
-from:
+A benchmark defines each of its tables once, as a function that takes the content of a result file and returns Markdown.
+The script prints the table at its end, and report.py puts it into the documents, below a line that says where the
+numbers come from:
 
     @table('zero1_h*')
     def zero1_speed(report): ...                 # <!-- table: zero1_speed --> in a document
 
-A number inside a sentence has a function too, which takes the words behind its name:
+A number inside a sentence has a function, too, which takes the words after its name as arguments:
 
     @number
     def zero1_saved(size): ...                   # <!-- number: zero1_saved 124M -->0.69<!-- end -->
@@ -42,8 +42,8 @@ NAMES |= {f'{key}+launched': f'{name}, without CUDA graphs' for key, name in NAM
 
 def table(*patterns, together=False):
     """
-    Registers a function as the table of its name. patterns: of names of result files, without .json; the function gets
-    one report at a time, or, if together, {name: report}. Without patterns it computes, from nothing.
+    Registers a function as the table of its name. patterns: match names of result files, without .json. The function is
+    called with one report at a time or, if together, once with {name: report}; without patterns, it takes no argument.
     """
 
     def register(function):
@@ -66,12 +66,15 @@ def load(name):
 
 
 def files(*patterns):
-    """Returns the names of the result files that match, in order."""
+    """Returns the sorted names of the result files that match any of the patterns."""
     return sorted({path.stem for pattern in patterns for path in RESULTS.glob(f'{pattern}.json')})
 
 
 def render(name, document):
-    """Returns the table as it stands in a document (a path relative to the repository); '' if nothing is measured."""
+    """
+    Returns the table for a document, a path relative to the repository's root, which its links are made relative to;
+    '' if there is no result file.
+    """
     function, patterns, together = TABLES[name]
     reports = {file: load(file) for file in files(*patterns)}
     if not patterns:
@@ -86,7 +89,7 @@ def render(name, document):
 
 
 def printed(text):
-    """Returns a table for the terminal: a link is its text."""
+    """Returns a table for the terminal, with each link replaced by its text."""
     return re.sub(r'\[([^]]*)\]\(root:[^)]*\)', r'\1', text)
 
 
@@ -96,12 +99,12 @@ def cite(name):
 
 
 def sessions_of(report):
-    """Returns what the file says of its runs: a dict with device, versions, commit, command, date for each."""
+    """Returns a list of the runs that the file holds: for each a dict of device, versions, commit, command and date."""
     return report.get('sessions') or [report.get('facts', report)]
 
 
 def commit_of(report):
-    """Returns '2970e35', or says that the code was not committed or not recorded."""
+    """Returns 'commit 2970e35', or a text if the code was not committed or the commit not recorded."""
     commits = [session.get('commit') for session in sessions_of(report)]
     if not all(commits):
         return 'no commit recorded'
@@ -120,7 +123,7 @@ def machine_of(report):
 
 
 def origin(report, name):
-    """Returns a line about where the numbers of a result file come from."""
+    """Returns a line that names machine, versions, date, commit and command of a result file."""
     session = sessions_of(report)[0]
     versions = session.get('versions', session)
     parts = [machine_of(report), f'torch {versions["torch"]}']
@@ -146,7 +149,7 @@ def gib(n, digits=2):
 
 
 def summary(values):
-    """Returns (median, smallest, largest) of a list of numbers, or of what spread() in common.py made of one."""
+    """Returns (median, smallest, largest) of a list of numbers or of a dict that spread() in common.py returned."""
     if isinstance(values, dict):
         return values['median'], values.get('min', values.get('p10')), values.get('max', values.get('p90'))
     return statistics.median(values), min(values), max(values)

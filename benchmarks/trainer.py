@@ -1,9 +1,9 @@
 """
-The training step of train.py, for benchmarks that build, exchange or replace its parts.
+The training step of train.py, for benchmarks that build or replace its parts.
 
-A Trainer has the model, optimizer, micro-step and step guard that train.py of nanoGPT/ (ddp), phase1_zero1/ (zero1) or
-phase3_fsdp/ (fsdp) makes, with the model of nanoGPT/ or phase2_triton/, and step() is an iteration of its loop. A test
-(tests/test_report.py) compares its losses with those of train.py.
+A Trainer builds the model, optimizer, micro-step and step guard as train.py does in nanoGPT/ (ddp), phase1_zero1/
+(zero1) or phase3_fsdp/ (fsdp), with the model of nanoGPT/ or phase2_triton/. step() is one iteration of its loop. A
+test (tests/test_report.py) compares the losses with train.py's.
 """
 
 import gc
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import ROOT, memory, reset_peak
 
-# modules that several folders have are the same in all of them
+# a module that several of these folders have is the same file in each
 sys.path += [str(ROOT / folder) for folder in ('phase3_fsdp', 'phase1_zero1', 'phase2_triton')]
 import hardware
 from cuda_graph import MicroStep, use_side_stream
@@ -36,7 +36,10 @@ SIZES = {
 
 
 def start_ranks(cpu: bool):
-    """Joins the ranks that torchrun started, also if there is one. Returns (device, rank, world_size)."""
+    """
+    Joins the ranks that torchrun started; a single process also gets a process group. Returns (device, rank,
+    world_size).
+    """
     device, *_, backend = hardware.resolve_auto('cpu' if cpu else 'cuda', 'auto', 'auto', 'auto')
     rank, world_size = join_ranks(backend, 600)
     if world_size == 1:
@@ -45,7 +48,7 @@ def start_ranks(cpu: bool):
 
 
 def load_model(folder):
-    """Returns the module folder/model.py, loaded anew: two trainers may have different models."""
+    """Returns the module folder/model.py, loaded anew, because two trainers may have different models."""
     spec = importlib.util.spec_from_file_location(f'model_of_{folder}', ROOT / folder / 'model.py')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look it up
@@ -55,11 +58,11 @@ def load_model(folder):
 
 class Trainer:
     """
-    kind: ddp, zero1 or fsdp; in one process without torch.distributed, ddp is the bare model. shape: of GPTConfig.
-    device: this rank's. model: folder. compile: as the flag; 'blocks' under fsdp: the blocks only. fsdp: flags that
-    differ from their defaults. init: 'cpu' draws the weights as train.py does, 'gpu' on the device, 'fill' takes any
-    numbers, which is fast for billions. logits=False: the model returns none. options: of GPTConfig. peak_bytes and
-    others do not count what was allocated before.
+    kind: ddp, zero1 or fsdp; without a process group, ddp is the bare model. shape, options: arguments of GPTConfig.
+    device: this rank's. model: folder of model.py. compile: the flag, or 'blocks' with fsdp, which compiles only the
+    blocks. fsdp: flags that differ from their defaults. init: 'cpu' draws the weights as train.py does, 'gpu' draws
+    them on the device, 'fill' repeats random numbers, which is fast for billions of weights. logits=False: the model
+    returns no logits. Memory that was allocated before is not counted.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class Trainer:
             model = self.module.GPT(config)
         if init == 'fill':
             model.to_empty(device=self.device)
-            model.transformer.wte.weight = model.lm_head.weight  # to_empty() parts them
+            model.transformer.wte.weight = model.lm_head.weight  # to_empty() unties them
             fill(model.parameters())
         return model.to(self.device)
 
@@ -127,10 +130,7 @@ class Trainer:
         return model
 
     def set_optimizer(self, kind: str):
-        """
-        Makes a new optimizer: adamw, or that of ddp, zero1, fsdp; the weights stay. Without state, so the next step is
-        its first.
-        """
+        """Replaces the optimizer by a new one without state: plain AdamW (adamw), or that of ddp, zero1 or fsdp."""
         self.optimizer = self.step_guard = None
         collect()
         with redirect_stdout(None):
@@ -147,7 +147,7 @@ class Trainer:
         self.step_guard = StepGuard(self.device, self.scaler)
 
     def wrap(self):
-        """Compiles the model, puts DDP around it, and makes the micro-step; again after the parameters have moved."""
+        """Compiles the model, wraps it in DDP and builds the micro-step. Call it again after parameters have moved."""
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         self.model, self.micro_steps, micro_step = self.raw_model, None, MicroStep
@@ -170,7 +170,8 @@ class Trainer:
 
     def feed(self, next_batch):
         """
-        next_batch(trainer) returns (X, Y) on the device, int64 (batch_size, block_size). The first one is taken now.
+        Sets the source of batches: next_batch(trainer) returns (X, Y), int64 (batch_size, block_size), on the device.
+        It is called at once for the first batch.
         """
         self.next_batch, self.batch = next_batch, next_batch(self)
 
@@ -196,7 +197,7 @@ class Trainer:
 
     def clip_and_step(self):
         """
-        Clips the gradients to a norm of 1, which was self.grad_norm before, and steps the optimizer unless that is not
+        Stores the gradients' norm in self.grad_norm, clips them to a norm of 1, and steps the optimizer if the norm is
         finite.
         """
         if hasattr(self.optimizer, 'collect_gradients'):  # FSDP's
@@ -209,7 +210,7 @@ class Trainer:
         self.step_guard.step(self.optimizer, grad_norm)
 
     def timed_steps(self, micro_steps: int, steps: int) -> list[float]:
-        """Returns the seconds of each of a number of steps, whose losses are read, as where train.py logs."""
+        """Returns the seconds of each step. Each loss is read, which waits for the GPU, as train.py does when it logs."""
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
@@ -218,12 +219,13 @@ class Trainer:
         return seconds
 
     def tokens(self, micro_steps: int) -> int:
-        """Returns the tokens of one iteration, of all ranks."""
+        """Returns the number of tokens of one iteration over all ranks."""
         return self.batch_size * self.block_size * micro_steps * (dist.get_world_size() if dist.is_initialized() else 1)
 
     def warm_up(self, micro_steps: int, steps: int = 4):
         """
-        Compiles and captures. Returns seconds of the first step, and bytes at rest and at the peak (None on a CPU).
+        Runs steps that compile and capture. Returns the seconds of the first step, and the bytes at rest and at the
+        peak (None on a CPU).
         """
         started = time.perf_counter()
         self.step(1).item()
@@ -237,16 +239,14 @@ class Trainer:
         return first, memory(self.device) - self.base_bytes, memory(self.device, peak=True) - self.base_bytes
 
     def free(self):
-        """Drops everything."""
+        """Drops the model, the optimizer and everything else that holds memory."""
         self.__dict__.clear()
         collect()
 
 
 @torch.no_grad()
 def fill(parameters):
-    """
-    Fills them with the same million random numbers again and again: a CPU would draw billions of them for a minute.
-    """
+    """Fills the parameters with 2^20 random numbers over and over: drawing billions takes a CPU a minute."""
     for p in parameters:
         some = torch.randn(2**20, device=p.device) * 0.02
         for part in p.view(-1).split(2**20):
