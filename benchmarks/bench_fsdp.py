@@ -1,20 +1,20 @@
 """
-Measures FSDP on all GPUs of one machine. Its speed and memory next to the other trainers: bench_trainers.py.
+Measures FSDP on all GPUs of one machine. bench_trainers.py compares its speed and memory with the other trainers'.
 
-    python benchmarks/bench_fsdp.py variants --out=benchmarks/results/fsdp_variants.json  # each choice at 124M: 3 minutes
-    python benchmarks/bench_fsdp.py checkpoint --out=benchmarks/results/fsdp_checkpoint.json  # saves at 1.5B: 3 minutes
-    python benchmarks/bench_fsdp.py curves --out=benchmarks/results/fsdp_curves.json  # 200 steps on text: 2 minutes
+    python benchmarks/bench_fsdp.py variants --out=...                               # single choices at 124M: 3 minutes
+    python benchmarks/bench_fsdp.py checkpoint --out=...                             # saves at 1.5B: 3 minutes
+    python benchmarks/bench_fsdp.py curves --out=...                                 # 200 steps on text: 2 minutes
     python benchmarks/bench_fsdp.py largest --only=ddp,zero1,fsdp,fsdp+ac --out=...  # largest model: 6 to 7 minutes
-    python benchmarks/bench_fsdp.py largest --only=fsdp+ac+offload --out=...                   # 8 to 10 minutes
-    python benchmarks/bench_fsdp.py MODE --dry-run  # tiny, 2 processes, on a CPU
+    python benchmarks/bench_fsdp.py largest --only=fsdp+ac+offload --out=...         # 8 to 10 minutes
+    python benchmarks/bench_fsdp.py MODE --dry-run                                   # tiny, 2 processes, on a CPU
 
-On a single GPU it works too, in a group of one rank: FSDP without communication.
+On a single GPU, it runs in a group of one rank: FSDP without communication.
 
-It starts its own processes (torchrun), or runs in those that torchrun has started. A step is that of train.py
-(trainer.py), with its loss read after each; on a GPU with CUDA graphs in `variants` and `checkpoint` and without
-elsewhere. Memory is that of rank 0, as torch allocates it: at rest after a step, and the peak. rest_of_ideal: at rest,
-over 16 bytes for each of N parameters over k ranks, of which 4 are for gradients: DDP's buckets and CUDA graphs keep
-them, FSDP without graphs frees them.
+The script starts its own processes with torchrun, or runs in those that torchrun has started. A step is train.py's (see
+trainer.py), and its loss is read each time; `variants` and `checkpoint` use CUDA graphs on a GPU. Memory is what torch
+allocates on rank 0: at rest after a step, and at the peak. rest_of_ideal is the memory at rest divided by 16 bytes for
+each of N / k parameters, for k ranks. 4 of these bytes are for gradients: DDP's buckets and CUDA graphs keep them, FSDP
+without graphs frees them.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tables import cite, commit_of, gib, load, machine_of, markdown, number, per
 from trainer import SIZES, Trainer, batches_of, random_batch, start_ranks
 
 BATCHES = {'124M': (12, 1024), '1.5B': (8, 1024), 'tiny': (2, 32)}  # batch_size, block_size
-VARIANTS = {  # each changes one thing of the default
+VARIANTS = {  # each differs from the default in one option
     'default': {},
     'without CUDA graphs': dict(cuda_graph=False),
     'reshard after forward': dict(fsdp=dict(fsdp_reshard=True)),
@@ -51,13 +51,12 @@ VARIANTS = {  # each changes one thing of the default
     'AdamW over DTensors': dict(dtensor_adamw=True),
     'default again': {},
 }
-LARGEST = {  # trainer, flags, activation checkpointing, width, seconds for a try
+LARGEST = {  # name: (trainer, flags, activation checkpointing, width, seconds that a try may take)
     'ddp': ('ddp', {}, False, 6144, 150),
     'zero1': ('zero1', {}, False, 6144, 150),
     'fsdp': ('fsdp', dict(fsdp_reshard=True), False, 6144, 150),
     'fsdp+ac': ('fsdp', dict(fsdp_reshard=True), True, 6144, 150),
-    # torch rounds pinned tensors up to powers of two, which at 6144 would take 1.6 times their size; and pinning takes
-    # long
+    # torch rounds pinned tensors up to powers of two, at width 6144 to 1.6 times their size; pinning takes long
     'fsdp+ac+offload': ('fsdp', dict(fsdp_reshard=True, fsdp_cpu_offload=True), True, 8192, 300),
 }
 
@@ -92,7 +91,7 @@ def record(name, trainer, micro_steps, seconds, first, rest, peak):
 
 
 def make(size, device, dry_run, **options):
-    """Returns FSDP's trainer of a size, or of a tiny one, fed with random tokens."""
+    """Returns an FSDP Trainer of this size (dry_run: tiny), fed with random tokens."""
     size = 'tiny' if dry_run else size
     batch_size, block_size = BATCHES[size]
     options = dict(compile=not dry_run, cuda_graph=not dry_run) | options
@@ -104,7 +103,7 @@ def make(size, device, dry_run, **options):
 
 
 def variants(args, device, results):
-    """The speed and memory of each choice, at 124M."""
+    """Measures speed and memory of each variant at 124M."""
     for name in args.only.split(',') if args.only else VARIANTS:
         options = dict(VARIANTS[name])
         dtensor_adamw = options.pop('dtensor_adamw', False)
@@ -120,7 +119,7 @@ def variants(args, device, results):
 
 
 def checkpoint(args, device, results):
-    """How long a save at 1.5B holds up the training, and takes."""
+    """Measures how long a save at 1.5B takes, and for how long it delays training."""
     from sharded_saver import ShardedSaver, gather_full
 
     trainer = make('1.5B', device, args.dry_run, init='fill')
@@ -136,7 +135,7 @@ def checkpoint(args, device, results):
         before = trainer.timed_steps(micro_steps, 5)
         state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': micro_steps}
         saver.save(state, model, best=False, required=False)
-        during = []  # the steps of all ranks, as long as rank 0 saves
+        during = []  # seconds of the steps during the save; every rank steps as long as rank 0 saves
         saving = torch.ones(1, device=device)
         while saving.item():
             during += trainer.timed_steps(micro_steps, 1)
@@ -158,13 +157,13 @@ def checkpoint(args, device, results):
         shutil.rmtree(folder[0])
         results.append(dict(name='full', gather_seconds=gathered, seconds=time.perf_counter() - started, bytes=size))
     del model, optimizer, state, saver
-    trainer.free()  # NCCL would wait for its graphs
+    trainer.free()  # otherwise destroying the process group would wait for its CUDA graphs
 
 
 def curves(args, device, results):
     """
-    The loss curves of FSDP and DDP from the same seed on the same batches, and of DDP from other seeds, on Python's
-    sources.
+    Records loss curves on Python's sources: FSDP and DDP with the same seed on the same batches, and DDP with other
+    seeds.
     """
     text = b''.join(p.read_bytes() for p in sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py')))
     next_batch = batches_of(np.frombuffer(text, dtype=np.uint8))
@@ -196,8 +195,8 @@ def curves(args, device, results):
 
 def attempt(args, device, results):
     """
-    One try of `largest`: a model of that many layers, four steps, two of them timed. If it does not fit, args.out says
-    so.
+    Tries one model for `largest`: runs four steps and times two of them. If the model does not fit, writes an error to
+    args.out.
     """
     from errors import out_of_memory
 
@@ -215,17 +214,17 @@ def attempt(args, device, results):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        Path(args.out).write_text(json.dumps({'error': 'out of memory'}))  # by any rank: the others wait for it
+        Path(args.out).write_text(json.dumps({'error': 'out of memory'}))  # any rank may write it: the others hang
         os._exit(3)
 
 
 def largest(args, processes):
     """
-    For each trainer the largest model that trains, one sequence of 1024 tokens a GPU: models of width 6144 with more
-    and more layers (453M parameters each; with offload 8192 and 805M), every try in processes of its own, first where
-    two small ones say that the memory ends.
+    Finds, for each trainer, the largest model that trains with one sequence of 1024 tokens per GPU. Models have width
+    6144 and 453M parameters per layer; with offload, width 8192 and 805M. Every try has processes of its own. The first
+    large one is the size that two small models predict to fill the memory.
     """
-    attempts = {}  # {trainer: {number of layers: what was measured}}
+    attempts = {}  # {trainer: {number of layers: result of the try}}
     for name in args.only.split(',') if args.only else LARGEST:
         tried = attempts[name] = {}
 
@@ -239,7 +238,7 @@ def largest(args, processes):
                     flush=True,
                 )
             error = tried[layers].get('error')
-            if error not in (None, 'out of memory'):  # this says nothing about memory, and ends the search
+            if error not in (None, 'out of memory'):  # says nothing about memory, so the search ends
                 raise ChildProcessError
             return None if error else tried[layers]
 
@@ -250,8 +249,8 @@ def largest(args, processes):
 
 def best_of(attempts):
     """
-    The largest of each trainer that trains, with the number of layers that is too many; None where nothing larger was
-    tried.
+    Returns, for each trainer, the largest model that trained. smallest_that_does_not_fit: layers of the smallest larger
+    model that ran out of memory, or None if none was tried.
     """
     results = []
     for tried in attempts.values():
@@ -264,7 +263,8 @@ def best_of(attempts):
 
 def run_attempt(args, processes, name, layers):
     """
-    Returns what was measured, or {'error': 'out of memory'}, or another error, and prints the last lines of its stderr.
+    Runs one try in processes of its own. Returns its result, or {'error': text}; for an error other than 'out of
+    memory', prints the last lines of its stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, stderr = Path(folder, 'out.json'), Path(folder, 'stderr')
@@ -279,16 +279,15 @@ def run_attempt(args, processes, name, layers):
             result = json.loads(out.read_text())
             return result if 'error' in result else result['results'][0]
         lines = stderr.read_text(errors='replace').splitlines()
-        if run != 'timeout' and any(
-            'Signal 9 (SIGKILL) received' in line for line in lines
-        ):  # so Linux ends a process where CPU memory is full
+        # Linux kills a process when CPU memory is full
+        if run != 'timeout' and any('Signal 9 (SIGKILL) received' in line for line in lines):
             return {'error': 'out of memory'}
         print('\n'.join(lines[-30:]), file=sys.stderr, flush=True)
         return {'error': f'ended with {run}'}
 
 
 def search(args, name, fits, tried):
-    """Calls fits(layers) for the numbers of layers worth trying."""
+    """Calls fits(layers) for two small models and then near the number of layers that they predict to fit."""
     first, second = fits(4), fits(8)
     if args.dry_run:
         return
@@ -297,7 +296,7 @@ def search(args, name, fits, tried):
         total = torch.cuda.get_device_properties(0).total_memory * 0.96  # the rest is CUDA's and NCCL's
         slope = (second['peak_bytes'] - first['peak_bytes']) / 4
         guess = 4 + int((total - first['peak_bytes']) / slope)
-        if 'offload' in name:  # bounded by the CPU's memory: parameters and gradients, pinned, and AdamW's two
+        if 'offload' in name:  # bounded by CPU memory: pinned parameters and gradients, and AdamW's moments
             guess = int(0.9 * cpu_memory() / (17 * (second['parameters'] - first['parameters']) / 4))
     step = max(1, guess // (16 if 'offload' in name else 25))  # tries with offload take minutes
     tries = 0
@@ -309,7 +308,7 @@ def search(args, name, fits, tried):
 
 
 def cpu_memory():
-    """Bytes of the machine, or of the container if that has fewer."""
+    """Returns the bytes of memory of the machine, or of the container if its limit is lower."""
     limit = Path('/sys/fs/cgroup/memory.max')
     limit = limit.read_text().strip() if limit.exists() else 'max'
     total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
@@ -317,7 +316,7 @@ def cpu_memory():
 
 
 def launch(processes, arguments, timeout, stderr=None):
-    """Runs this file under torchrun with the arguments. Returns the exit status, or 'timeout'."""
+    """Runs this file under torchrun with these arguments. Returns the exit status, or 'timeout' (in seconds)."""
     env = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes))} | os.environ
     run = subprocess.Popen(torchrun(processes, __file__, *arguments), env=env, stderr=stderr)
     try:
@@ -325,7 +324,7 @@ def launch(processes, arguments, timeout, stderr=None):
     except subprocess.TimeoutExpired:
         return 'timeout'
     finally:
-        # if it has not ended, torchrun ends the ranks, which are in sessions of their own and would keep GPU memory
+        # after a timeout, lets torchrun end the ranks, which would otherwise keep GPU memory
         run.terminate()
         run.wait()
 
@@ -340,13 +339,13 @@ def report_of(args, results, processes, **more):
 
 
 def write(args, results, processes, **more):
-    """Writes the results so far to the file args.out."""
+    """Writes the results so far to args.out, if given."""
     if args.out:
         write_json(args.out, report_of(args, results, processes, **more))
 
 
 def keep(args, results):
-    """Writes the results so far, so that a call that is cut short leaves them."""
+    """Writes the results so far on rank 0, so that they survive if the benchmark is killed."""
     if dist.get_rank() == 0:
         write(args, results, dist.get_world_size())
 
@@ -363,7 +362,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('mode', choices=['variants', 'checkpoint', 'curves', 'largest'])
     parser.add_argument('--out', default='', help='JSON file')
-    parser.add_argument('--only', default='', help='variants, or trainers of largest, with commas between')
+    parser.add_argument('--only', default='', help='comma-separated variants, or trainers for largest')
     parser.add_argument('--tmp', default=None, help='folder for the checkpoints of mode checkpoint')
     parser.add_argument('--attempt', default='', help=argparse.SUPPRESS)
     parser.add_argument('--dry-run', action='store_true')
@@ -375,7 +374,7 @@ def main():
     if not processes:
         sys.exit('bench_fsdp.py: needs a CUDA GPU; --dry-run tries it without')
     if 'RANK' not in os.environ:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it has started ends, too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exits through `finally`, which ends torchrun
     if args.mode == 'largest' and not args.attempt:
         show(args, report_of(args, largest(args, processes), processes))
         return
@@ -387,7 +386,7 @@ def main():
     keep(args, results)
     if rank == 0 and not args.attempt:
         show(args, report_of(args, results, world_size))
-    dist.barrier()  # gloo may abort where a peer is gone
+    dist.barrier()  # gloo may abort if a peer has already left
     dist.destroy_process_group()
 
 
@@ -418,13 +417,14 @@ def fsdp_checkpoint(report):
         seconds = [usual, save['stall_seconds'], during[0], statistics.median(during[1:] or during)]
         rows.append((its['micro_steps'], *(f'{s:.2f}' for s in seconds), f'{save["seconds"]:.0f}', f'**{lost:.2f}**'))
     header = ['micro-steps', 'a step, s', 'copying', 'the step after that', 'each step until all is on the disk']
-    text = f'{full["gather_seconds"]:.1f} s to collect {gib(full["bytes"])} GiB on rank 0, {full["seconds"]:.1f} s to the end'
-    return f'{markdown([*header, "until then", "lost in all"], rows)}\n\n`full`: {text}, without fsync.'
+    text = f'{full["gather_seconds"]:.1f} s to collect {gib(full["bytes"])} GiB on rank 0'
+    text += f', {full["seconds"]:.1f} s to the end, without fsync.'
+    return f'{markdown([*header, "until then", "lost in all"], rows)}\n\n`full`: {text}'
 
 
 @table('fsdp_largest_*', together=True)
 def fsdp_largest(reports):
-    """The largest model that trains, by machine."""
+    """The largest model that trains with each trainer, by machine."""
     names = {
         'ddp': 'DDP',
         'zero1': 'ZeRO-1',
@@ -452,14 +452,15 @@ def fsdp_largest(reports):
 
 @number
 def largest_model(machine, trainer):
-    """Billions of parameters of the largest model that trains; machine as in the file's name: h200x4."""
+    """Billions of parameters of the largest model that trains; machine: as in the file's name, such as h200x4."""
     return f'{load(f"fsdp_largest_{trainer}_{machine}")["results"][0]["parameters"] / 1e9:.1f}'
 
 
 @number
 def fsdp_curve(what):
     """
-    Means over the second half of the curves: those of ddp or fsdp, their difference, or how far DDP's seeds are apart.
+    The mean loss over the second half of the curves. what: ddp or fsdp (each curve's), difference (of the two trainers
+    at the same seed), or seeds (the largest difference between DDP's seeds).
     """
     summary = load('fsdp_curves_h100x4')['results'][-1]
     means = {

@@ -1,17 +1,19 @@
 """
-The Triton kernels other than LayerNorm, one by one on one GPU: PyTorch's eager functions, torch.compile, Liger where it
-has the same, and ours.
+Measures the Triton kernels except LayerNorm, one by one on one GPU: PyTorch's eager functions, torch.compile, Liger's
+kernel if it has one, and ours.
 
-    python benchmarks/bench_kernels.py --out=benchmarks/results/kernels.json                # about 2 minutes on an H100
-    TRITON_INTERPRET=1 python benchmarks/bench_kernels.py --dry-run --out=/tmp/kernels.json  # tiny, on a CPU: only that it runs
+    python benchmarks/bench_kernels.py --out=benchmarks/results/kernels.json    # about 2 minutes on an H100
+    TRITON_INTERPRET=1 python benchmarks/bench_kernels.py --dry-run --out=/tmp/kernels.json  # tiny, on a CPU
 
-Timed like LayerNorm, by bench_layer_norm.py: CUDA-graph replays over rotating inputs, percentages of the bandwidth of a
-large copy; those with a loss, which take long, and in which Liger waits for the GPU, without a graph. Bytes count what
-must be moved if nothing is read twice. Sizes are those of a micro-step of 12 x 1024 tokens of GPT-2 124M, bfloat16
-autocast. `loss` is the kernel alone, logits given, with their gradient; `head + loss` includes its three matmuls, and
-its row has peak memory. `linear` is a matmul with its two backward ones, the weight's gradient added to weight.grad; in
-the captured graph ours rounds the weight in its first call alone, as in an iteration of micro-steps, the others in
-each.
+Sizes are those of a micro-step of 12 x 1024 tokens of GPT-2 124M under bfloat16 autocast. Times are CUDA-graph replays
+over rotating inputs, as in bench_layer_norm.py. Cases with a loss are launched without a graph: they take long, and
+Liger waits for the GPU in them. Percentages are of the bandwidth of a large copy, and count bytes as if nothing were
+read twice.
+
+`loss` is the loss kernel alone, from logits to their gradient. `head + loss` includes the three matmuls of the output
+layer and states peak memory. `linear` is a forward matmul and its two backward matmuls, which add the weight's gradient
+to weight.grad; in the captured graph, ours rounds the weight only in the first call, as in an iteration of micro-steps,
+and the others round it in each call.
 """
 
 import argparse
@@ -89,7 +91,7 @@ def loss_kernel(M, V):
     def eager(logits):
         return torch.autograd.grad(F.cross_entropy(logits.float(), targets), logits)
 
-    def liger(logits):  # writes the gradient over the logits, too
+    def liger(logits):  # overwrites the logits with their gradient, as ours does
         return torch.autograd.grad(LigerCrossEntropyFunction.apply(logits, targets, None)[0], logits)
 
     compiled = torch.compile(lambda logits: F.cross_entropy(logits.float(), targets), dynamic=False)
@@ -182,7 +184,9 @@ def cases(tiny):
 
 
 def launched_us(calls, repeats=20):
-    """Median and (smallest, largest) microseconds of one call, from repeats of all of them, launched one by one."""
+    """
+    Returns the median and (smallest, largest) microseconds of one call, from several repeats of launching all calls.
+    """
     for call in calls:
         call()
     start, stop = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
@@ -197,10 +201,10 @@ def launched_us(calls, repeats=20):
 
 
 def measure(each, roof, gpu):
-    """The row of one case: {implementation: us, and what else there is to say}."""
+    """Returns the row of one case: {implementation: dict of us and further results}."""
     arguments = [each['make']()]
     size = sum(t.numel() * t.element_size() for t in arguments[0])
-    while (gpu and len(arguments) * size < 400e6) or len(arguments) < 2:  # enough to overflow any cache
+    while (gpu and len(arguments) * size < 400e6) or len(arguments) < 2:  # more than any cache holds
         arguments.append(each['make']())
     row = dict(name=each['name'], bytes_moved=each['bytes_moved'])
     for name, function in each['functions'].items():
@@ -241,7 +245,7 @@ def main():
     global device
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
-    parser.add_argument('--only', default='', help='part of the names of the cases to measure')
+    parser.add_argument('--only', default='', help='measure only cases whose name contains this')
     parser.add_argument('--dry-run', action='store_true', help='tiny sizes on a CPU')
     args = parser.parse_args()
     gpu = not args.dry_run

@@ -1,15 +1,14 @@
 """
-LayerNorm alone on one GPU: eager, torch.compile, Liger (if importable) and ours in Triton, against the bandwidth of a
-copy.
+Measures LayerNorm alone on one GPU: eager, torch.compile, Liger (if installed) and ours in Triton, relative to the
+bandwidth of a copy.
 
-    python benchmarks/bench_layer_norm.py --out=benchmarks/results/layer_norm.json  # the table; about 2 minutes on an H100
+    python benchmarks/bench_layer_norm.py --out=benchmarks/results/layer_norm.json  # about 2 minutes on an H100
     python benchmarks/bench_layer_norm.py --tune --out=tune.json  # tries launch configurations; about 2 minutes
     TRITON_INTERPRET=1 python benchmarks/bench_layer_norm.py --dry-run --out=/tmp/layer_norm.json   # tiny, on a CPU
 
-Times are replays of a CUDA graph over rotating inputs, so neither launch gaps nor cache hits flatter anyone.
-Percentages are of the bandwidth of a 256 MiB device-to-device copy measured in the same run, counting a forward as 2
-passes over x and forward + backward as 5 (read x, write y; read x and dy, write dx). The roof is measured before and
-after; the larger one counts.
+Times are replays of a CUDA graph over rotating inputs, so they contain no gaps between launches and no cache hits.
+Percentages are of the bandwidth of a 256 MiB device-to-device copy, the larger of one before and one after. A forward
+counts as 2 passes over x (read x, write y), forward + backward as 5 (then read x and dy, write dx).
 """
 
 import argparse
@@ -42,11 +41,14 @@ mixes = [
     ('fp32', 'fp32', 'fp32'),
     ('bf16', 'fp32', 'bf16'),
     ('fp32', 'fp32', 'bf16'),
-]  # x, weight, y
+]  # dtypes of x, weight and y
 
 
 def graph_us(calls, replays=20):
-    """Median and (smallest, largest) microseconds of one call, from replays of a graph that makes all of them once."""
+    """
+    Returns the median and (smallest, largest) microseconds of one call, from replays of a CUDA graph that makes each
+    call once.
+    """
     if device == 'cpu':
         return wall_us(calls)
     side = torch.cuda.Stream()
@@ -71,7 +73,7 @@ def graph_us(calls, replays=20):
 
 
 def wall_us(calls):
-    """In place of graph_us on a CPU: says nothing about speed."""
+    """Replaces graph_us on a CPU, where it checks that everything runs and says nothing about speed."""
     us = []
     for call in calls:
         began = time.perf_counter()
@@ -89,7 +91,7 @@ def copy_gb_per_s():
 
 
 def inputs(M, N, x_dtype, w_dtype, y_dtype):
-    """Enough (x, dy) pairs to overflow any cache between two uses of the same one, and a weight and a bias."""
+    """Returns lists of x and of dy with more bytes than any cache holds, a weight and a bias."""
     copies = max(2, int(400e6 // (M * N * x_dtype.itemsize))) if device == 'cuda' else 2
     xs = [torch.randn(M, N, device=device, dtype=x_dtype, requires_grad=True) for _ in range(copies)]
     dys = [torch.randn(M, N, device=device, dtype=y_dtype) for _ in xs]
@@ -113,7 +115,7 @@ def implementations(y_dtype):
 
 
 def passes_gb(M, N, x, y):
-    """Bytes of a forward and of forward + backward, in GB: x and y once; then x, dy and dx once more."""
+    """Returns the GB moved by a forward (x, y) and by forward + backward (also x, dy, dx). x, y: bytes per element."""
     return M * N * (x + y) / 1e9, M * N * (x + y + x + y + x) / 1e9
 
 
@@ -121,7 +123,7 @@ def measure(mix, M, N, only):
     x_dtype, w_dtype, y_dtype = (dtypes[name] for name in mix)
     row = dict(x=mix[0], weight=mix[1], y=mix[2], M=M, N=N)
     xs, dys, w, b = inputs(M, N, x_dtype, w_dtype, y_dtype)
-    with torch.no_grad():  # the same bytes as a forward and nothing else: what a kernel this short can reach at all
+    with torch.no_grad():  # moves as many bytes as a forward: the limit for a kernel this short
         row['copy_us'] = graph_us([lambda x=x: torch.empty_like(x, dtype=y_dtype).copy_(x) for x in xs])
     torch._dynamo.reset()
     for name, f in implementations(y_dtype).items():
@@ -134,13 +136,13 @@ def measure(mix, M, N, only):
                 [lambda x=x, dy=dy: torch.autograd.grad(f(x, w, b), (x, w, b), dy) for x, dy in zip(xs, dys)]
             )
             row[name] = dict(forward_us=forward, both_us=both)
-        except Exception as error:  # eager CUDA refuses bfloat16 x with float32 weights
+        except Exception as error:  # PyTorch's eager LayerNorm does not take bfloat16 x with float32 weights
             row[name] = dict(error=first_line(error)[:100])
     return row
 
 
 def add_percentages(rows, roof):
-    """Adds to each row what its times are in percent of the copy bandwidth `roof`, in GB/s."""
+    """Adds to each row its bandwidths in percent of the copy's, `roof`, in GB/s."""
     for row in rows:
         gb = passes_gb(row['M'], row['N'], dtypes[row['x']].itemsize, dtypes[row['y']].itemsize)
         row['copy_percent'] = 100 * gb[0] / row['copy_us'][0] * 1e6 / roof
@@ -166,7 +168,7 @@ def layer_norm(report):
     return markdown([*header, '**ours fwd · both**', 'ours µs'], cells)
 
 
-# --tune: candidates, compiled in parallel first, then timed
+# --tune compiles the candidates in parallel and then times them
 
 reductions = [
     ours.Config(total // cols, cols, warps=warps, pdl=pdl)
@@ -179,14 +181,14 @@ reductions = [
 
 def candidates(N, itemsize, backward):
     vector = 32 * 16 // itemsize
-    for across in (1, 2, 4, 8, 16, 32):  # warps a row
+    for across in (1, 2, 4, 8, 16, 32):  # warps per row
         for chunk in {across * vector, across * vector // 2}:
             padded = -(-N // chunk) * chunk
             per_thread = padded // (32 * across)
             if not (16 // itemsize <= per_thread <= (56 if backward else 96 if N > 4096 else 64)):
                 continue
             if chunk < across * vector and padded > 0.95 * -(-N // (2 * chunk)) * 2 * chunk:
-                continue  # half as wide loads pay only where they pad less
+                continue  # loads of half the width are worth it only if they pad less
             for warps in {across, max(4, across), max(8, across)} if across < 4 else {across, max(8, across)}:
                 rows = warps // across
                 if backward:
@@ -199,12 +201,12 @@ def candidates(N, itemsize, backward):
 
 
 def occupancies(config, backward):
-    """Programs per multiprocessor worth trying."""
+    """Returns the numbers of programs per multiprocessor that are worth trying."""
     return tuple(k for k in (1, 2, 3, 4, 6, 8, 12, 16) if 8 <= k * config.warps <= 32) if backward else (0,)
 
 
 class override:
-    """with override(forward_config=config): every shape is launched with it."""
+    """Inside `with override(forward_config=config)`, that configuration is used for every shape."""
 
     def __init__(self, **configs):
         self.configs = configs
@@ -221,7 +223,7 @@ class override:
 
 
 def compile_one(job):
-    """In a process of its own: compiles a candidate into Triton's cache on disk. Returns what went wrong."""
+    """Compiles a candidate into Triton's cache on the disk, in a worker process. Returns an error text or None."""
     N, mix, configs = job
     x, w, y = (dtypes[name] for name in mix)
     X, W = torch.zeros(4096, N, device='cuda', dtype=x), torch.ones(N, device='cuda', dtype=w)
@@ -262,7 +264,7 @@ def tune(results, seconds, only, save):
     )
     summary = []
     for stage in (1, 2):
-        if stage == 2:  # the best three again with programmatic dependent launch, and the best with other reductions
+        if stage == 2:  # the best three with programmatic dependent launch, and the best with other reductions
             jobs = []
             for r in results:
                 top = [c for _, c in r['tried'][:3]]
@@ -313,10 +315,9 @@ def tune(results, seconds, only, save):
                             (us(reduce_config=c, **{name[True]: best}), c) for c in reductions if N in (768, 12288)
                         )
                     shown = r['tried'][:3] + r['pdl'][:1] + r.get('reduced', [])[:1]
-                    summary.append(
-                        f'{name[backward][:-7]:8s} {"/".join(mix[:2])} {M}x{N}: default {needed / r["default"] * 1e6:.0f}; '
-                        + '; '.join(f'{needed / t * 1e6:.0f} {tuple(map(int, c))}' for t, c in shown)
-                    )
+                    case = f'{name[backward][:-7]:8s} {"/".join(mix[:2])} {M}x{N}'
+                    found = '; '.join(f'{needed / t * 1e6:.0f} {tuple(map(int, c))}' for t, c in shown)
+                    summary.append(f'{case}: default {needed / r["default"] * 1e6:.0f}; {found}')
     return 'GB/s of (rows, chunk, warps, programs, resident, prefetch, registers, pdl)\n' + '\n'.join(summary)
 
 
@@ -325,9 +326,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
     parser.add_argument('--tune', action='store_true', help='try launch configurations instead of measuring the table')
-    parser.add_argument('--tune_seconds', type=float, default=240, help='stop trying after this long')
+    parser.add_argument(
+        '--tune_seconds', type=float, default=240, help='seconds after which no more candidates are tried'
+    )
     parser.add_argument('--tune_only', default='', help="regular expression of cases such as 'backward bf16 768'")
-    parser.add_argument('--mixes', default='0,1,2,3', help='which of the dtype combinations to measure')
+    parser.add_argument('--mixes', default='0,1,2,3', help='indices of the dtype combinations to measure')
     parser.add_argument(
         '--only', default='', help='comma-separated implementations to measure (eager,compiled,liger,ours); default all'
     )
@@ -349,7 +352,9 @@ def main():
     except PackageNotFoundError:
         report['versions']['liger'] = None
     rows = report['rows'] = []
-    save = lambda: write_json(args.out, report)  # after every row: one that is killed loses only the percentages
+    save = lambda: write_json(
+        args.out, report
+    )  # after every row, so that a run that is killed loses only the percentages
     if args.tune:
         text = tune(rows, args.tune_seconds, args.tune_only, save)
     else:

@@ -1,13 +1,13 @@
 """
-Measures the cost of TrainingLogger: per record at the start of a run and behind 1,000,000 records, and what a loop of 20 ms steps
-loses to it.
+Measures the cost of TrainingLogger: the time per record at the start of a run and after 1,000,000 records, and by how
+much it slows down steps of 20 ms.
 
     python benchmarks/bench_logger.py [--records 1000000] [--dir .]
-    python benchmarks/bench_logger.py --gpu  # instead: what training GPT-2 124M in steps of about 20 ms loses; needs a GPU, 1 minute
-    python benchmarks/bench_logger.py --dry-run        # few records; with --gpu too, tiny steps on a CPU
+    python benchmarks/bench_logger.py --gpu      # instead: steps of GPT-2 124M, about 20 ms each; one GPU, 1 minute
+    python benchmarks/bench_logger.py --dry-run  # few records; with --gpu, tiny steps on a CPU
 
-The tables in LOGGING_GUIDE.md are this program's output. About 5 minutes, 400 MB of disk in a temporary folder under
---dir.
+The tables in LOGGING_GUIDE.md are this program's output. It takes about 5 minutes, and 400 MB of disk in a temporary
+folder under --dir.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MATRICES = np.random.default_rng(0).random((2, 64, 64))
 
 
 def record(log, i):
-    """Seconds that the calling thread spends on one record."""
+    """Logs one record and returns the seconds that this took the calling thread."""
     start = time.perf_counter()
     log.iteration(
         i,
@@ -47,17 +47,14 @@ def record(log, i):
 
 
 def python(count):
-    """Holds the interpreter throughout."""
+    """Keeps the interpreter busy and holds its lock (GIL)."""
     total = 0
     for i in range(100 * count):
         total += i * i
 
 
 def products(count):
-    """
-    Lets go of the interpreter every few microseconds, as a training step does that launches kernels or computes on the
-    CPU.
-    """
+    """Multiplies matrices, which releases the GIL every few microseconds, as a training step does."""
     for _ in range(count):
         np.dot(*MATRICES)
 
@@ -65,18 +62,17 @@ def products(count):
 def row(name, seconds):
     micros = sorted(1e6 * each for each in seconds)
     median, low, high = (micros[len(micros) * percent // 100] for percent in (50, 5, 95))
-    print(
-        f'{name:<44} {len(micros):>9,} {median:>8.1f} {low:>8.1f} {high:>8.1f} {statistics.fmean(micros):>8.1f} {micros[-1] / 1e3:>9.1f}'
-    )
+    numbers = f'{median:>8.1f} {low:>8.1f} {high:>8.1f} {statistics.fmean(micros):>8.1f} {micros[-1] / 1e3:>9.1f}'
+    print(f'{name:<44} {len(micros):>9,} {numbers}')
 
 
 def loop(log, busy, busy_ms, steps):
     """
-    Steps of 20 ms, busy for the first busy_ms and asleep for the rest, as if waiting for a GPU. A random half of them
-    is logged. Prints what the call costs, and how much longer the busy part of a logged step is, the call included.
+    Runs steps of 20 ms that call busy() for busy_ms and sleep for the rest, as if they waited for a GPU. A random half
+    of the steps is logged. Prints the time of the call, and by how much it lengthens the busy part, call included.
     """
     count, best = 1, 0.0
-    while best < busy_ms / 1e3:  # the count that takes busy_ms when nothing is in the way
+    while best < busy_ms / 1e3:  # find the count that takes busy_ms without logging
         count = int(count * 1.2) + 1
         best = min(timed(busy, count) for _ in range(5))
     calls, parts = [], {True: [], False: []}
@@ -101,8 +97,8 @@ def timed(function, *args):
 
 def on_gpu(folder, steps, dry_run, batch_size=8):
     """
-    Training steps that end as train.py's do at --log_interval=1, each after a random one of: no record, a record that
-    is written at once, and one that is written when the GPU has its work, as in train.py. Prints how long they take.
+    Times training steps that end as train.py's do with --log_interval=1. Before each step comes one of three things,
+    drawn at random: no record, a record written at once, or a record written while the GPU works, as in train.py.
     """
     from trainer import SIZES, Trainer, hardware, random_batch
 
@@ -113,7 +109,7 @@ def on_gpu(folder, steps, dry_run, batch_size=8):
     log = TrainingLogger(folder, {'dataset': 'none'}, {'phase': 'benchmark'})
 
     def next_batch(trainer):
-        log.flush()  # when the GPU has its work
+        log.flush()  # the GPU's work has been launched
         return trainer.batch
 
     trainer.next_batch = next_batch
@@ -156,19 +152,18 @@ def on_gpu(folder, steps, dry_run, batch_size=8):
     for arm, times in list(seconds.items())[1:]:
         quarters = [statistics.quantiles(t, n=4) for t in (times, without)]
         lost = [1e6 * (a - b) for a, b in zip(*quarters)]
-        # standard error of a difference of medians, with deviations from the quartiles: a few steps of a shared machine
-        # take 4 times as long
+        # standard error of a difference of medians; the deviation comes from the quartiles, because on a shared machine
+        # a few steps take 4 times as long
         error = 1.25e6 * sum(((q[2] - q[0]) / 1.35) ** 2 / len(t) for q, t in zip(quarters, (times, without))) ** 0.5
         share = lost[1] / 1e6 / statistics.median(without)
-        print(
-            f'{arm}: longer at the quartiles by {lost[0]:.0f}, {lost[1]:.0f}, {lost[2]:.0f} us (+- {error:.0f}): {share:.2%} of a step'
-        )
+        quartiles = ', '.join(f'{us:.0f}' for us in lost)
+        print(f'{arm}: longer at the quartiles by {quartiles} us (+- {error:.0f}): {share:.2%} of a step')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument('--records', type=int, default=1_000_000)
-    parser.add_argument('--steps', type=int, default=1000, help='of each loop')
+    parser.add_argument('--steps', type=int, default=1000, help='steps of each loop')
     parser.add_argument('--gpu', action='store_true')
     parser.add_argument('--dir', default='.')
     parser.add_argument('--dry-run', action='store_true', help='few records, and tiny steps on a CPU')
@@ -177,9 +172,8 @@ def main():
         args.records, args.steps = 4000, 20
     with open('/proc/cpuinfo') as file:
         cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), platform.machine())
-    print(
-        f'{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Linux {platform.release()}, Python {platform.python_version()}'
-    )
+    system = f'Linux {platform.release()}, Python {platform.python_version()}'
+    print(f'{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {system}')
     print(
         f'{"microseconds per record":<44} {"records":>9} {"median":>8} {"5%":>8} {"95%":>8} {"mean":>8} {"max (ms)":>9}'
     )
@@ -199,16 +193,15 @@ def main():
         row('for scale: json.dumps and write of 4 numbers', plain)
         log.close('completed')
 
-        log = TrainingLogger(
-            folder, {'dataset': 'none'}, {'phase': 'benchmark'}
-        )  # one call at once after the other: each waits for the last
+        # without a pause between the calls, each waits for the one before
+        log = TrainingLogger(folder, {'dataset': 'none'}, {'phase': 'benchmark'})
         row('back to back: at the start', [record(log, i) for i in range(2000)])
         row(f'all up to record {args.records:,}', [record(log, i) for i in range(2000, args.records)])
-        row('behind them', [record(log, args.records + i) for i in range(2000)])
+        row('after them', [record(log, args.records + i) for i in range(2000)])
         log.wait()
         size, closing = os.path.getsize(log.path), timed(log.close, 'completed')
         print(
-            f'{size / 1e6:.0f} MB with its reserve, {os.path.getsize(log.path) / 1e6:.0f} MB closed in {closing:.2f} s: '
+            f'{size / 1e6:.0f} MB while open, {os.path.getsize(log.path) / 1e6:.0f} MB closed in {closing:.2f} s: '
             f'{os.path.getsize(log.path) / (args.records + 2000):.0f} bytes per record'
         )
 

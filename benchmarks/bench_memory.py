@@ -1,16 +1,18 @@
 """
-Reserved GPU memory of a training step, one process per configuration, on one GPU. plan.py is fitted on the result.
+Measures the reserved GPU memory of a training step on one GPU, in one process per configuration. plan.py is fitted on
+the result.
 
     python benchmarks/bench_memory.py --out=benchmarks/results/memory_h200.json --seconds=225
-    python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: checks the script, measures nothing
+    python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: only checks the script
 
-DDP's model and the Triton model run in nanoGPT/bench.py, without a process group: gradients have no buckets then. FSDP runs in a group of
-one rank (trainer.py): the shard is the whole model, and units are gathered as among many ranks. Each process runs four iterations
-of micro_steps micro-steps, random tokens, expandable segments as in train.py. With CUDA graphs the first two iterations launch kernels and
-the third captures, so the result states both peaks: reserved_launched before the first capture, and reserved over the whole process.
+DDP's model and the Triton model run in nanoGPT/bench.py without a process group, so gradients are not in buckets. FSDP
+runs in a group of one rank (trainer.py): the shard is the whole model, and units are gathered as among several ranks.
+Each process runs four iterations on random tokens, with expandable segments as in train.py. With CUDA graphs, the first
+two iterations launch kernels and the third captures. The result states both peaks: reserved_launched before the first
+capture, and reserved over the whole process.
 
-Several processes share the GPU, as many as fit: memory does not depend on that, and speed is not measured. A configuration for which no
-time is left is listed in `not_run`.
+As many processes as fit share the GPU: their memory does not depend on that, and speed is not measured. A configuration
+for which no time is left is listed in `not_run`.
 """
 
 import argparse
@@ -39,7 +41,7 @@ AC, EAGER = {'activation_checkpointing': True}, {'compile': False, 'cuda_graph':
 
 
 def configurations():
-    """(trainer, size, batch_size, block_size, options), the slowest to compile first."""
+    """Returns a list of (trainer, size, batch_size, block_size, options). Those that compile longest come first."""
     return [
         ('ddp', '1.5B', 4, 1024, LAUNCHED),
         ('ddp', '1.5B', 8, 1024, GRAPHS | AC),
@@ -112,7 +114,10 @@ def tiny():
 
 
 def memory_now():
-    """Bytes of this process as torch counts them: the peaks since the last reset, the present values, and failed first tries."""
+    """
+    Returns this process's memory as torch counts it, in bytes: peaks since the last reset, current values, and the
+    number of allocations that succeeded only after cached blocks had been freed.
+    """
     if not torch.cuda.is_available():
         return dict.fromkeys(('reserved', 'allocated', 'reserved_at_end', 'allocated_at_end', 'alloc_retries'))
     torch.cuda.synchronize()
@@ -126,7 +131,7 @@ def memory_now():
 
 
 def watch_capture(graph_class, seen):
-    """Makes graph_class write the peaks before its first capture into seen, and start new peaks there."""
+    """Makes graph_class store the peaks in the dict `seen` before its first capture, and reset them."""
     record = graph_class._capture
 
     def watched(self, *args):
@@ -157,14 +162,14 @@ def measure(trainer, size, batch_size, block_size, options, dry_run):
 
         build = model.GPT.__init__
 
-        def build_on_gpu(self, config):  # the CPU would draw billions of weights for a minute
+        def build_on_gpu(self, config):  # drawing billions of weights takes a CPU a minute
             with torch.device('cpu' if dry_run else 'cuda'):
                 build(self, config)
 
         model.GPT.__init__ = build_on_gpu
         watch_capture(cuda_graph.MicroStep, launched)
         sys.argv = [str(folder / 'bench.py'), *(f'--{key}={value}' for key, value in flags.items())]
-        # the result keeps the model alive until the memory has been read
+        # bound to a name, which keeps the model alive until its memory has been read
         kept = runpy.run_path(sys.argv[0])  # noqa: F841
     after = memory_now()
     result = {f'{key}_launched': launched[key] for key in ('reserved', 'allocated') if launched}
@@ -177,7 +182,7 @@ def measure(trainer, size, batch_size, block_size, options, dry_run):
 def measure_fsdp(size, batch_size, block_size, options, dry_run, launched):
     import torch.distributed as dist
 
-    import trainer as shared  # which finds the modules of FSDP
+    import trainer as shared  # adds FSDP's modules to the path
     from sharded_cuda_graph import ShardedMicroStep
 
     device, *_ = shared.hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
@@ -198,7 +203,7 @@ def measure_fsdp(size, batch_size, block_size, options, dry_run, launched):
 
 
 def estimate(trainer, size, batch_size, block_size, options):
-    """A rough upper bound in bytes, to decide how many processes fit on the GPU at a time."""
+    """Returns a rough upper bound in bytes, which decides how many processes share the GPU."""
     n_layer, _, n_embd = SIZES[size]
     parameters = 12 * n_layer * n_embd**2 + 50304 * n_embd
     kept = 10 if options.get('activation_checkpointing') else 60 if options.get('compile') is False else 46
@@ -206,7 +211,10 @@ def estimate(trainer, size, batch_size, block_size, options):
 
 
 def context_bytes():
-    """Bytes of GPU memory outside torch's allocator once matmuls and attention have run: CUDA's context and libraries."""
+    """
+    Returns the bytes of GPU memory that CUDA's context and libraries use outside torch's allocator, after a matmul and
+    attention.
+    """
     x = torch.randn(1024, 1024, device='cuda', dtype=torch.bfloat16)
     q = x.view(1, 8, 128, 1024)[..., :64].contiguous().requires_grad_()
     torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
@@ -227,7 +235,7 @@ def child(arguments):
 
 
 class Children:
-    """Processes of this file that run at the same time."""
+    """Processes that run this file, several at a time."""
 
     def __init__(self, folder):
         self.folder, self.running = Path(folder), {}
@@ -251,7 +259,7 @@ class Children:
         self.running[key] = (process, out, time.time())
 
     def finished(self):
-        """Yields (key, result, seconds) of each process that has ended; result is {'error': ...} where it failed."""
+        """Yields (key, result, seconds) for each process that has ended; result is {'error': lines} if it failed."""
         for key, (process, out, started) in list(self.running.items()):
             if process.poll() is None:
                 continue
@@ -271,7 +279,7 @@ class Children:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=False, default='', help='JSON file')
-    parser.add_argument('--seconds', type=float, default=225, help='no process lives longer than this after the start')
+    parser.add_argument('--seconds', type=float, default=225, help='kill processes that still run after this time')
     parser.add_argument('--at_a_time', type=int, default=8, help='processes that share the GPU')
     parser.add_argument('--dry-run', action='store_true')
     parser.add_argument('--child', default='', help=argparse.SUPPRESS)

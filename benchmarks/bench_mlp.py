@@ -1,21 +1,20 @@
 """
-Does GELU cost less inside a matmul? The MLP of a block between its matmuls, in ways that the Triton model could take,
+Measures whether GELU costs less inside a matmul: several ways to compute a block's MLP from its first matmul to GELU,
 on one GPU.
 
-    python benchmarks/bench_mlp.py --out=benchmarks/results/mlp.json                        # about 3 minutes on an H100
-    TRITON_INTERPRET=1 python benchmarks/bench_mlp.py --dry-run --out=/tmp/mlp.json  # tiny, on a CPU: checks the numbers
+    python benchmarks/bench_mlp.py --out=benchmarks/results/mlp.json    # about 3 minutes on an H100
+    TRITON_INTERPRET=1 python benchmarks/bench_mlp.py --dry-run --out=/tmp/mlp.json  # tiny, on a CPU: checks results
 
-Forward: x (M, C) -> pre = x @ w_fc.T (M, 4C), act = gelu(pre), both kept. Backward: dy (M, C) -> dpre = (dy @ w_proj) *
-gelu'(pre). The other matmuls are the same in all of them and left out. All bfloat16.
+Forward: pre = x @ w_fc.T (M, 4C) from x (M, C), and act = gelu(pre); both are kept. Backward: dpre = (dy @ w_proj) *
+gelu'(pre) from dy (M, C). The MLP's other matmuls are the same in every way and left out. Everything is bfloat16.
 
-separate:  cuBLAS, then kernels/gelu.py, as the Triton model has it.
-rows / n:  the same in n parts of the rows, so that GELU finds in L2 cache what the matmul has just written.
-fused:     a Triton matmul with GELU in its epilogue, at the fastest of some tile sizes; with it the same matmul without
-           GELU and cuBLAS's,
-           which say what the matmul itself loses to cuBLAS.
+separate:  cuBLAS, then kernels/gelu.py, as in the Triton model
+rows / n:  the same in n parts of the rows, so that GELU reads the matmul's result from L2 cache
+fused:     a Triton matmul with GELU in its epilogue, at the fastest of several tile sizes. The same matmul without
+           GELU, next to cuBLAS's, shows how much the matmul itself loses to cuBLAS.
 
-CUDA-graph replays, each way in turn, five times; medians. A way pays if it is faster at the sizes of GPT-2 124M and no
-slower at the others.
+Times are medians of CUDA-graph replays; the ways take turns, five times. A way is worth it if it is faster at the sizes
+of GPT-2 124M and no slower at the others.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from kernels.device import interpreted, jit, num_multiprocessors, tl
 from kernels.gelu import launch_elementwise, normal
 from tables import markdown, table, with_spread
 
-dtype = torch.float16 if interpreted else torch.bfloat16  # the interpreter multiplies the bits of bfloat16
+dtype = torch.float16 if interpreted else torch.bfloat16  # the interpreter cannot multiply bfloat16 matrices
 PLAIN, FORWARD, BACKWARD = 0, 1, 2
 
 
@@ -49,7 +48,7 @@ def matmul_gelu_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    GROUP: tl.constexpr,  # rows of tiles that are worked on together, so that they share columns of b in cache
+    GROUP: tl.constexpr,  # rows of tiles that are computed together, so that they share columns of b in cache
     MODE: tl.constexpr,
     B_ROWS: tl.constexpr,
 ):
@@ -80,7 +79,10 @@ def matmul_gelu_kernel(
 
 
 def fused(a, b, pre, out, mode, tiles):
-    """tiles: (BM, BN, BK, warps, stages, programs a multiprocessor; 0: one program a tile)."""
+    """
+    Writes the result to out and returns it. tiles: (BM, BN, BK, warps, stages, programs per multiprocessor); with 0
+    programs, each tile has a program of its own.
+    """
     bm, bn, bk, warps, stages, programs = tiles
     (M, K), N, b_rows = a.shape, out.shape[1], mode == FORWARD or (mode == PLAIN and b.shape[1] == a.shape[1])
     describe = TensorDescriptor.from_tensor
@@ -118,9 +120,8 @@ def forward_in_rows(x, w, pre, act, parts):
 
 
 def backward_in_rows(dy, w, pre, dpre, parts):
-    product = torch.empty(
-        -(-len(dy) // parts), dpre.shape[1], dtype=dtype, device=dy.device
-    )  # the same for all parts: it stays in cache
+    # all parts use the same memory, which therefore stays in cache
+    product = torch.empty(-(-len(dy) // parts), dpre.shape[1], dtype=dtype, device=dy.device)
     for rows in row_slices(len(dy), parts):
         part = torch.mm(dy[rows], w, out=product[: len(dy[rows])])
         launch_elementwise(gelu_kernels.backward_kernel, part, pre[rows], dpre[rows])
@@ -149,7 +150,7 @@ def measure(M, C, args, row):
     ways['backward', 'cuBLAS without GELU'] = lambda: torch.mm(dy, w_proj, out=dpre)
     for tiles in [(16, 16, 16, 4, 2, 0), (16, 32, 16, 4, 2, 1)] if args.dry_run else all_tiles:
         for direction, a, b, mode in (('forward', x, w_fc, FORWARD), ('backward', dy, w_proj, BACKWARD)):
-            # each with a result of its own, so that one that writes nothing cannot pass
+            # fill the results with NaN, so that a kernel that writes nothing fails the check
             out, kept = (
                 torch.full_like(act, float('nan')),
                 pre if mode == BACKWARD else torch.full_like(pre, float('nan')),
@@ -160,8 +161,8 @@ def measure(M, C, args, row):
                     ('out', out, expected['act' if mode == FORWARD else 'dpre']),
                     ('pre', kept, expected['pre']),
                 ):
-                    apart = (got.float() - want.float()).norm() / want.float().norm()
-                    assert apart < 4e-3, f'{name} is {apart:.1e} apart'  # bfloat16 rounds by up to 4e-3 of a value
+                    error = (got.float() - want.float()).norm() / want.float().norm()
+                    assert error < 4e-3, f'{name}: relative error {error:.1e}'  # bfloat16 rounds by up to 4e-3
             except Exception as error:  # too much shared memory for this GPU, for instance
                 if args.dry_run:
                     raise
@@ -180,7 +181,7 @@ def measure(M, C, args, row):
         return print(f'{M} x {C}: {len(ways)} ways run')
     for direction, a, b in (('forward', x, w_fc), ('backward', dy, w_proj)):
         once = {key: time_us(way) for key, way in ways.items() if key[0] == direction and key[1].startswith('fused')}
-        for key in sorted(once, key=once.get)[2:]:  # only the two fastest are measured again
+        for key in sorted(once, key=once.get)[2:]:  # measure only the two fastest again
             del ways[key]
         for tiles in [tuple(map(int, key[1][7:-1].split(', '))) for key in ways if key in once]:
             ways[direction, f'Triton without GELU {tiles}'] = lambda a=a, b=b, tiles=tiles: fused(

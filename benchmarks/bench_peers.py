@@ -1,19 +1,20 @@
 """
-Our trainers against upstream nanoGPT, and llm.c if you have it, on one GPU: each as its user starts it, in turns, on
-the same tokens.
+Compares our trainers with upstream nanoGPT and, if you have it, llm.c on one GPU. Every program is started as its users
+start it, in turns, on the same tokens.
 
     git clone https://github.com/karpathy/nanoGPT ~/nanoGPT
-    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --out=benchmarks/results/peers.json  # about 12 minutes on an H200
-    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --llmc=$HOME/llm.c/train_gpt2cu --out=...  # llm.c built with cuDNN
+    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --out=...      # about 12 minutes on an H200
+    python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --llmc=$HOME/llm.c/train_gpt2cu --out=...
     python benchmarks/bench_peers.py --nanogpt=... --only='upstream;Triton' --rounds=1 --out=...
 
 Each round starts every program once, as a process of its own: GPT-2 124M in bfloat16, --micro_steps of --batch_size x
-1024 tokens in an iteration, an evaluation before the first. A program's time of an iteration is the median of its last
---timed iterations, as it prints them. A ratio is the quotient of the medians over the rounds, with its spread over
-the rounds. Memory is the GPU's, by nvidia-smi, less what was in use before the program started. Upstream and our
-programs draw the same batches, so their first evaluations should agree; llm.c reads the validation tokens in order, so
-its loss is another. llm.c keeps its weights in bfloat16 with a float32 copy, and its gradients and its residual stream
-in bfloat16.
+1024 tokens per iteration, and an evaluation before the first iteration. A program's time is the median of the last
+--timed iterations that it prints. A ratio is the quotient of the medians over the rounds, with its spread over the
+rounds. Memory is the GPU's by nvidia-smi, minus the memory in use before the program started.
+
+Build llm.c with cuDNN. Upstream and our programs draw the same batches, so their first evaluations should agree. llm.c
+reads the validation tokens in order, so its first loss differs. It keeps weights in bfloat16 with a float32 copy, and
+gradients and the residual stream in bfloat16.
 """
 
 import argparse
@@ -39,7 +40,7 @@ LLMC_EVALUATION = re.compile(r'^val loss ([\d.]+)', re.MULTILINE)
 
 
 def nanogpt_flags(args):
-    """Flags that upstream's train.py and ours both have."""
+    """Returns flags that upstream's train.py and ours share."""
     return [
         f'--dataset={args.data}',
         f'--out_dir={args.scratch}/out',
@@ -60,7 +61,8 @@ TINY = ['--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=32']
 
 def write_shard(source, target):
     """
-    llm.c's format of the tokens of a train.bin or val.bin: 256 int32, of which three are used, then the uint16 tokens.
+    Converts a train.bin or val.bin to llm.c's format: a header of 256 int32, of which three are used, and the tokens
+    as uint16.
     """
     tokens = np.fromfile(source, np.uint16)
     header = np.zeros(256, np.int32)
@@ -71,7 +73,7 @@ def write_shard(source, target):
 
 
 def programs(args):
-    """{name: (command, folder to run it in)}"""
+    """Returns {name: (command, folder to run it in)}."""
     ours = lambda folder, *more: (
         [sys.executable, str(ROOT / folder / 'train.py'), *nanogpt_flags(args), *more],
         ROOT / folder,
@@ -116,7 +118,8 @@ def gpu_bytes_in_use():
 
 def run(command, folder):
     """
-    (what the program prints, the most bytes of GPU memory in use meanwhile or None). Ends the benchmark if it fails.
+    Runs a program. Returns (its output, the most bytes of GPU memory that it used, or None without a GPU). Ends the
+    benchmark if the program fails.
     """
     before, most, done = gpu_bytes_in_use(), [0], threading.Event()
 
@@ -139,7 +142,7 @@ def run(command, folder):
 
 
 def measured(text, timed):
-    """Returns the ms of a program's last iterations, and the losses of its first evaluation, from its output."""
+    """Returns a dict of the last `timed` iterations' ms and the first evaluation's losses in a program's output."""
     ms = [float(found) for found in ITERATION.findall(text)][-timed:]
     evaluation, llmc = EVALUATION.search(text), LLMC_EVALUATION.search(text)
     if len(ms) < timed or not (evaluation or llmc):
@@ -150,7 +153,7 @@ def measured(text, timed):
 
 @table('peers_*')
 def peers(report):
-    """Medians over the rounds, and ratios to upstream and to llm.c, whose spread is over the rounds."""
+    """Medians over the rounds, and ratios to upstream and to llm.c with their spread over the rounds."""
     rows, order = report['rows'], list(dict.fromkeys(row['name'] for row in report['rows']))
     tokens = report['batch_size'] * report['micro_steps'] * report.get('block_size', BLOCK_SIZE)
     speeds = {name: [tokens / statistics.median(r['ms']) * 1e3 for r in rows if r['name'] == name] for name in order}
@@ -180,11 +183,15 @@ def main():
     parser.add_argument('--batch_size', type=int, default=12)
     parser.add_argument('--micro_steps', type=int, default=8)
     parser.add_argument('--iterations', type=int, default=45)
-    parser.add_argument('--timed', type=int, default=25, help='iterations, the last ones, that count')
+    parser.add_argument('--timed', type=int, default=25, help='number of last iterations that count')
     parser.add_argument('--eval_iters', type=int, default=20)
     parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--only', default='', help='semicolon-separated parts of the names of programs')
-    parser.add_argument('--dry-run', action='store_true', help='tiny models on the CPU: only that everything runs')
+    parser.add_argument(
+        '--only', default='', help='only programs whose names contain one of these parts, separated by semicolons'
+    )
+    parser.add_argument(
+        '--dry-run', action='store_true', help='tiny models on the CPU: only checks that everything runs'
+    )
     args = parser.parse_args()
     args.data, args.nanogpt = args.data.resolve(), args.nanogpt.resolve()
     for path in (args.nanogpt / 'train.py', args.data / 'train.bin', args.data / 'val.bin', *filter(None, [args.llmc])):

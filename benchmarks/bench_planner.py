@@ -1,12 +1,14 @@
 """
-Fits plan.py's efficiencies on the measured rows, and says how far its predictions are from rows that the fit did not see.
+Fits plan.py's efficiencies to the measured rows, and reports the errors of its predictions for rows that the fit did
+not see.
 
     python benchmarks/bench_planner.py --fit       # writes planner/efficiencies.json
     python benchmarks/bench_planner.py --predict=benchmarks/results/planner_8gpus.json
-    python benchmarks/bench_planner.py             # writes results/planner_error.json and .png, and the tables in docs/planner.md
+    python benchmarks/bench_planner.py  # writes results/planner_error.json and .png, and the tables in docs/planner.md
 
-Needs numpy and matplotlib, no GPU; a few seconds. In turn each configuration (a shape, batch, trainer and its options, on any kind and
-number of GPUs and micro-steps) is left out, everything is fitted on the others, and the rows left out are predicted.
+Needs numpy and matplotlib but no GPU, and takes seconds. A configuration is a shape, a batch, a trainer and its
+options, on any kind and number of GPUs and with any number of micro-steps. Each configuration in turn is left out,
+everything is fitted to the others, and its rows are predicted.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from planner.gpus import GIB, GPUS
 from planner.run import Run
 
 RESULTS = ROOT / 'benchmarks' / 'results'
-# fitted; the others of Efficiencies stay at their defaults
+# the fields of Efficiencies that are fitted; the others keep their defaults
 EFFICIENCIES = (
     'matmul',
     'narrow',
@@ -49,13 +51,14 @@ EFFICIENCIES = (
     'launch_reduce',
 )
 ALLOCATOR = ('rounding', 'stale_logits', 'pool_compiled', 'pool_kernels')
-PULL = 0.1  # how much a squared change of an efficiency's logarithm costs, against squared relative errors
+PULL = 0.1  # weight of a squared change of an efficiency's logarithm, relative to squared relative errors
 
 
 def fit(predict, start, names, rows, steps=12):
     """
-    Values of names near those in start with which predict(row, values), log(predicted / measured), is small: Gauss-Newton on the
-    logarithms. The pull towards start, which is what a profile of one run says, keeps apart what the rows cannot tell apart.
+    Returns {name: value} that minimizes predict(row, values), the log of predicted / measured, over the rows, by
+    Gauss-Newton on the logarithms of the values. start: initial values, from a profile of one run. A pull towards them
+    determines values that the rows alone do not.
     """
     x = origin = np.log([start[name] for name in names])
 
@@ -85,22 +88,28 @@ def memory_error(row, values):
 
 
 def full(row):
-    """Whether the run had little memory left, so that torch gave blocks back and took them anew in each iteration."""
+    """Returns whether the run had so little memory left that torch freed and reallocated blocks in each iteration."""
     return bool(row.allocated) and row.allocated > 0.94 * row.run.gpu.memory_bytes
 
 
 def fits_speed(row):
-    """Searches for the largest model time two steps, and a full GPU is slow for another reason: they test, they do not fit."""
+    """
+    Returns whether the fit uses the row's speed. It leaves out searches for the largest model, which time two steps,
+    and runs slowed down by a full GPU.
+    """
     return row.tokens_per_sec and row.kind != 'largest' and not (full(row) and row.run.compiled and not row.run.kernels)
 
 
 def configuration(row):
-    """What is left out together."""
+    """Returns a key of the rows that are left out together."""
     return replace(row.run, micro_steps=1, gpu=None, gpus=1)
 
 
 def leave_one_out(rows, error, start, names, fitting=lambda row: True):
-    """[(row, relative error)] of every row, each predicted by a fit on all rows of other configurations."""
+    """
+    Returns (row, relative error) for every row, predicted by a fit to the rows of all other configurations. fitting:
+    whether the fit uses a row.
+    """
     whole = fit(error, start, names, [row for row in rows if fitting(row)])
     result, folds = [], defaultdict(list)
     for row in rows:
@@ -114,9 +123,11 @@ def leave_one_out(rows, error, start, names, fitting=lambda row: True):
 
 def eleuther(run):
     """
-    Bytes per GPU by EleutherAI's calculator: cookbook, calc/calc_transformer_mem.py at 069ae2e, mixed precision, its defaults elsewhere.
-    Embedding and output layer count twice; 2 bytes for a weight, 4 for a gradient, 12 for Adam, each divided by the GPUs from ZeRO stages
-    3, 2 and 1 on; activations (34 + 5 a s / h) s b h for each layer, 34 with checkpointing; buffers of 5e8 (and stage 3: 1e9) elements.
+    Returns the bytes per GPU that EleutherAI's calculator predicts (cookbook, calc/calc_transformer_mem.py at 069ae2e)
+    for mixed precision, with its defaults elsewhere. It counts embedding and output layer separately; 2 bytes per
+    weight, 4 per gradient and 12 for Adam, each divided by the number of GPUs from ZeRO stage 3, 2 and 1 on;
+    activations of (34 + 5 a s / h) s b h per layer, or 34 s b h with checkpointing; and buffers of 5e8 elements (stage
+    3: 1e9 more).
     """
     h, layers, tokens = run.n_embd, run.n_layer, run.tokens
     n = 2 * run.vocab_size * h + run.block_size * h + layers * (8 * h + 12 * h * h) + 2 * h
@@ -187,7 +198,7 @@ def by_class(rows, limit):
 
 
 def external_checks():
-    """Published runs of others against what plan.py says of train.py with their flags."""
+    """Compares plan.py's predictions for train.py with published runs of others with the same flags."""
     h100, h200 = GPUS['h100'], GPUS['h200']
     small = Run(h100, 8, 12, 12, 768, batch_size=64, block_size=1024, micro_steps=1)
     checks = []
@@ -230,7 +241,7 @@ def external_checks():
 
 
 def largest_checks():
-    """The largest models and batches that trained, against the most that plan.py says fit."""
+    """Compares the largest models and batches that trained with the largest that fit according to plan.py."""
 
     def most(run, key):
         few, many = 0, 4096
@@ -312,7 +323,7 @@ def scatter(report, path):
 
 
 def tables(report):
-    """Markdown for docs/planner.md, {name: lines}."""
+    """Returns {name: lines}, the Markdown tables of docs/planner.md."""
     result = {}
     for key, limit in (('memory', '5%'), ('speed', '7%')):
         lines = [
@@ -335,22 +346,19 @@ def tables(report):
             continue
         unit, form, name = (1, ',.0f', 'tokens/s') if speed_row else (GIB, '.2f', 'GiB')
         numbers = [f'{row[k] / unit:{form}}' for k in ('measured', 'predicted')]
-        lines.append(
-            f'| {name} | {row["gpus"]} | {row["model"]} | {row["batch"]} | {row["trainer"]} | {numbers[0]} | {numbers[1]} | {row["error"]:+.0%} |'
-        )
+        cells = [name, *(row[key] for key in ('gpus', 'model', 'batch', 'trainer')), *numbers, f'{row["error"]:+.0%}']
+        lines.append(f'| {" | ".join(cells)} |')
     result['outside'] = lines
     lines = ['| limit | trained | plan.py | difference |', '| --- | --- | --- | --- |']
     for check in report['largest']:
         form = '.1f' if check['unit'].startswith('billion') else '.0f'
-        lines.append(
-            f'| {check["what"]}, {check["unit"]} | {check["trained"]:{form}} | {check["predicted"]:{form}} | {check["error"]:+.1%} |'
-        )
+        numbers = f'{check["trained"]:{form}} | {check["predicted"]:{form}} | {check["error"]:+.1%}'
+        lines.append(f'| {check["what"]}, {check["unit"]} | {numbers} |')
     result['largest'] = lines
     lines = ['| run | published | plan.py |', '| --- | --- | --- |']
     for check in report['external']:
-        lines.append(
-            f'| {check["what"]} | {check["published_hours"]:.2f} h ({check["source"]}) | {check["predicted_hours"]:.2f} h |'
-        )
+        published = f'{check["published_hours"]:.2f} h ({check["source"]})'
+        lines.append(f'| {check["what"]} | {published} | {check["predicted_hours"]:.2f} h |')
     result['external'] = lines
     lines = ['| efficiency | before the fit | fitted |', '| --- | --- | --- |']
     fitted, before = report['fitted'], report['before']
@@ -360,7 +368,7 @@ def tables(report):
 
 
 def predictions():
-    """What plan.py says of 8 GPUs of one machine, before any such run: to be compared with a measurement."""
+    """Returns plan.py's predictions for 8 GPUs of one machine, made before any such run, to compare with one."""
     found = []
     for kind in ('h100', 'h200'):
         for size, batch_size in (('124M', 12), ('1.5B', 8)):
@@ -392,7 +400,7 @@ def put_tables(report, path=ROOT / 'docs' / 'planner.md'):
 
 
 def fit_all(rows):
-    """{'efficiencies': ..., 'allocator': ...}, rounded to what the rows can tell."""
+    """Returns {'efficiencies': {...}, 'allocator': {...}}, fitted to all rows and rounded to four digits."""
     timed, reserved = [row for row in rows if fits_speed(row)], [row for row in rows if row.reserved]
     found = fit(speed_error, asdict(speed.Efficiencies()), EFFICIENCIES, timed)
     stale = fit(memory_error, asdict(memory.Allocator()), ALLOCATOR, reserved)

@@ -1,13 +1,13 @@
 """
-Measures the reference trainer beyond its model: on a GPU the data loader (bench.py on real against random tokens) and
-the whole of train.py at GPT-2 124M; on a CPU train.py against a minimal loop over the same model
+Measures what the reference trainer costs besides its model. On a GPU, at GPT-2 124M: bench.py with tokens from the data
+set, bench.py with random tokens, and train.py. On a CPU: train.py against a minimal loop over the same model
 (tests/minimal_loop.py).
 
     python nanoGPT/data/python_gpt2/prepare.py
     python benchmarks/bench_reference.py --out=benchmarks/results/reference.json
     python benchmarks/bench_reference.py --dry-run                                  # tiny, on a CPU
 
-Variants alternate, so that a machine that changes its speed changes it for all. Prints a table, writes JSON.
+The variants alternate, so that a change of the machine's speed affects all of them. Prints a table and writes JSON.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NANOGPT = ROOT / 'nanoGPT'
 
 
 def run(script, *flags):
-    """stdout of `python script flags`."""
+    """Returns the stdout of `python script flags`."""
     command = [sys.executable, str(script), *flags]
     result = subprocess.run(
         command,
@@ -45,8 +45,8 @@ def run(script, *flags):
 
 def train_ms(skip, *flags):
     """
-    Median, minimum and maximum of the step times that train.py prints, in ms, without the first `skip`, and its peak
-    memory in bytes.
+    Returns the median, minimum and maximum of the step times that train.py prints, in ms, without the first `skip`, and
+    its peak memory in bytes.
     """
     with tempfile.TemporaryDirectory() as out:
         text = run(NANOGPT / 'train.py', f'--out_dir={out}', '--log_interval=1', *flags)
@@ -61,7 +61,7 @@ def train_ms(skip, *flags):
 
 
 def bench_ms(*flags):
-    """Median step time that bench.py prints, in ms."""
+    """Returns the median step time in ms that bench.py prints."""
     return float(re.search(r'time per iteration: ([\d.]+)ms', run(NANOGPT / 'bench.py', *flags))[1])
 
 
@@ -111,7 +111,7 @@ def on_gpu(repeats, dry, dataset='python_gpt2'):
 
 
 def on_cpu(repeats):
-    """The model of `make demo`, on data/python_char, in one process."""
+    """Measures the model of `make demo` on data/python_char in one process."""
     data = NANOGPT / 'data' / 'python_char'
     shape = dict(
         n_layer=4,
@@ -162,9 +162,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', help='JSON file to write')
     parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument(
-        '--dry-run', action='store_true', help='the GPU benchmark at a tiny size on the CPU, to try the script'
-    )
+    parser.add_argument('--dry-run', action='store_true', help='run the GPU benchmark at a tiny size on the CPU')
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     if args.dry_run:
@@ -199,7 +197,7 @@ def reference(reports):
 
 @number
 def loop_speed():
-    """The speed of train.py on a CPU over that of a minimal loop: the median of the pairs of runs, and their range."""
+    """The speed of train.py on a CPU relative to a minimal loop's: median and range over the pairs of runs."""
     median, least, most = summary(load('reference_cpu')['summary']['ratios'])
     return f'{median:.2f} ({least:.2f} to {most:.2f})'
 

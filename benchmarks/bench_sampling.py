@@ -2,8 +2,8 @@
 Measures how much faster sampling is with the key-value cache: model.generate, the cache, and the cache with its decode
 steps replayed as a CUDA graph. The model has random weights.
 
-    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json  # 4 min., one core
-    python benchmarks/bench_sampling.py --tokens=1000 --out=sampling_h200.json    # 1 minute on a GPU
+    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=...    # 4 minutes on one core
+    python benchmarks/bench_sampling.py --tokens=1000 --out=...                            # 1 minute on a GPU
 
 The ways are timed in turns, and a ratio is the quotient of two medians of one run. Times include prefill and capture.
 """

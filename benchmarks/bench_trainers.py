@@ -1,25 +1,24 @@
 """
-Speed and memory of the trainers as they are: the train.py of every folder on this machine, by itself and on all GPUs.
+Measures speed and memory of the trainers: runs the train.py of every folder on this machine, on one and on all GPUs.
 
-    python benchmarks/bench_trainers.py --out=FILE                       # everything this machine can do; make bench
+    python benchmarks/bench_trainers.py --out=FILE                       # everything this machine can run; make bench
     python benchmarks/bench_trainers.py --nproc=4 --sizes=1.5B --trainers=ddp,fsdp,zero1 --minutes=9 --out=FILE
-    python benchmarks/bench_trainers.py --onto=FILE --out=FILE ...  # adds to the runs in FILE, which are of such a machine
-    python benchmarks/bench_trainers.py --plan                           # says what would run, and about how long
+    python benchmarks/bench_trainers.py --onto=FILE --out=FILE ...       # adds to the runs of an equal machine in FILE
+    python benchmarks/bench_trainers.py --plan                           # prints what would run, and about how long
     python benchmarks/bench_trainers.py --device=cpu                     # a tiny model, 1 and 2 processes: 3 minutes
     python benchmarks/bench_trainers.py --dry-run                        # one such run, of FSDP: 20 seconds
 
-For each number of processes one torchrun group is started, and in it the trainers run one after the other in the same
-processes, so that PyTorch is imported and the GPU set up once. A run is train.py itself, on random tokens, with its
-flags; its speeds are those of its JSON log. This script executes train.py in a namespace of its own making and adds
-three things (class Probe): between iterations it sets gradient_accumulation_steps, so that one run measures all numbers
-of micro-steps; after an optimizer step it counts the bytes of parameters, gradients and optimizer state, and asks the
-allocator for the sum; and it draws the initial weights on the GPU (--init=cpu: as train.py does, which takes a minute
-at 1.5B).
+For each number of processes, the script starts one torchrun group in which the trainers run one after the other in the
+same processes, so that PyTorch is imported and the GPU set up only once. A run executes train.py itself on random
+tokens; its speeds come from its JSON log. The class Probe adds three things. Between iterations it sets
+gradient_accumulation_steps, so that one run measures every number of micro-steps. After an optimizer step it counts the
+bytes of parameters, gradients and optimizer state, and reads the allocator's total. And it draws the initial weights on
+the GPU; with --init=cpu they are drawn as in train.py, which takes a minute at 1.5B.
 
 The runs of a size come in rounds (A B C, A B C), so that no trainer has the warmer GPU. A result is the median over the
-intervals of all rounds, with the smallest and the largest. Compiled code is kept in a folder that is empty at first, so
-a run's time to the first step says how many graphs it found there. Results are written after every run: a run that is
-cut off loses only itself.
+intervals of all rounds, with the smallest and the largest. Compiled code is cached in a folder that is empty at first;
+the number of graphs found there explains a run's time to the first step. Results are written after every run, so an
+interrupted benchmark loses only its last run.
 """
 
 import argparse
@@ -43,7 +42,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import GIB, ROOT, facts, first_line, spread, torchrun, write_json
+from common import ROOT, facts, first_line, spread, torchrun, write_json
 from tables import NAMES, SHAPES, gib, load, markdown, number, percent, table, times, with_spread
 
 TRITON, LAUNCHED = '--model_dir=../phase2_triton', '--cuda_graph=False'
@@ -56,18 +55,18 @@ TRAINERS = {  # name: (folder of train.py, flags)
     'fsdp+triton': ('phase3_fsdp', [TRITON]),
     'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}']),
     'fsdp+one_unit': ('phase3_fsdp', ['--fsdp_min_num_params=1000000000000']),
-    # by default train.py records CUDA graphs; these go kernel by kernel
+    # without CUDA graphs, which train.py uses by default
     'fsdp+launched': ('phase3_fsdp', [LAUNCHED]),
     'ddp+launched': ('nanoGPT', [LAUNCHED]),
     'zero1+launched': ('phase1_zero1', [LAUNCHED]),
     'triton+launched': ('phase2_triton', [LAUNCHED]),
 }
-# a single process shards nothing: ZeRO-1 and FSDP hand over to the reference
+# in a single process, ZeRO-1 and FSDP shard nothing and run the reference
 DEFAULT = {
     'one': ['ddp', 'triton', 'ddp+launched', 'triton+launched'],
     'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton', 'ddp+launched'],
 }
-# shape; iterations in an interval of the log; intervals that count; seconds of a run: the first, later ones
+# size: (shape, iterations per interval of the log, intervals that count, seconds of (the first run, later runs))
 SIZES = {
     '124M': (dict(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024), 10, 5, (60, 25)),
     '350M': (dict(n_layer=24, n_head=16, n_embd=1024, batch_size=12, block_size=1024), 6, 4, (90, 40)),
@@ -82,14 +81,14 @@ class Enough(Exception):
 
 class Probe:
     """
-    Watches one run of train.py on every rank, through the calls that all trainers make: RunReport when everything is
-    built and after each logged iteration, and StepGuard at each optimizer step. train: the namespace in which train.py
-    runs.
+    Measures one run of train.py on every rank. It replaces classes that all trainers call: RunReport, which is created
+    when everything is built and called after each logged iteration, and StepGuard, which makes each optimizer step.
+    train: the namespace in which train.py runs.
     """
 
     def __init__(self, run, train):
         self.run, self.train, self.cuda = run, train, run['device'] == 'cuda'
-        # each number of micro-steps begins with intervals of warm-up
+        # the first intervals of each number of micro-steps are warm-up
         self.interval, self.warmup, self.intervals = run['interval'], run['warmup'], run['warmup'] + run['intervals']
         self.steps, self.blocks = 0, []
         self.results = {'blocks': self.blocks}
@@ -106,7 +105,7 @@ class Probe:
         import run_report
         import step_guard
 
-        if TRITON in self.run['flags']:  # this comes from there, and everything else from the trainer's folder
+        if TRITON in self.run['flags']:  # the model comes from there, everything else from the trainer's folder
             sys.path.insert(0, str(ROOT / 'phase2_triton'))
             import model
 
@@ -141,7 +140,7 @@ class Probe:
             build = model.GPT.__init__
 
             def build_on_gpu(self, config):
-                meta = torch.get_default_device().type == 'meta'  # FSDP builds without memory
+                meta = torch.get_default_device().type == 'meta'  # FSDP builds the model without memory
                 with nullcontext() if meta else torch.device('cuda', torch.cuda.current_device()):
                     build(self, config)
 
@@ -158,7 +157,7 @@ class Probe:
                 sharding.initialize = initialize_on_gpu
 
     def after_step(self, optimizer):
-        """In the last iteration of a warm-up: gradients are still there, and so is AdamW's state."""
+        """Counts bytes in the last iteration of a warm-up, when gradients and AdamW's state exist."""
         if self.steps and self.steps % (self.interval * self.intervals) == self.interval * self.warmup:
             parameters = [p for group in optimizer.param_groups for p in group['params']]
             gradients = [p.grad for p in parameters if p.grad is not None]
@@ -169,9 +168,8 @@ class Probe:
                 'gradients': own_bytes(gradients, self.run['device']),
                 'optimizer': own_bytes(state, self.run['device']),
             }
-            memory['rest'] = (
-                torch.cuda.memory_allocated() - self.run['base_bytes'] if self.cuda else None
-            )  # as the allocator counts
+            # the allocator's total
+            memory['rest'] = torch.cuda.memory_allocated() - self.run['base_bytes'] if self.cuda else None
             self.memory = memory
         self.steps += 1
 
@@ -188,9 +186,8 @@ class Probe:
             self.end_block(block, report)
             if block == len(self.run['micro_steps']):
                 return
-        # The peak is counted after the warm-up; but the memory of CUDA graphs shows while they are captured: at the start
-        # or, under DDP, in the last part of the first warm-up, when DDP has its last buckets. So without DDP the peak
-        # includes the warm-up, which is the same steps without graphs.
+        # The peak is counted after the warm-up. With CUDA graphs it must include the capture, which happens at the
+        # start or, under DDP, late in the first warm-up, when DDP has its final buckets.
         captured, ddp = train['cuda_graph'], isinstance(train['model'], DDP)
         begins = 0 if captured and (block or not ddp) else self.interval * (self.warmup - captured)
         if self.cuda and place in (0, begins):
@@ -204,7 +201,7 @@ class Probe:
 
     def end_block(self, block, report):
         """
-        Keeps what was measured of one number of micro-steps; after the last one, ends the run unless it is to save.
+        Stores the results of one number of micro-steps. After the last one, ends the run unless it saves a checkpoint.
         """
         results = {
             'micro_steps': self.run['micro_steps'][block - 1],
@@ -224,10 +221,7 @@ class Probe:
                 raise Enough
 
     def collect(self, log):
-        """
-        All is measured: on every rank the numbers of bytes become those of the rank with most, on rank 0 the log's
-        speeds join them.
-        """
+        """Replaces all bytes by the largest of any rank and, on rank 0, adds the speeds from the log."""
         everyone = [self.blocks]
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()
@@ -244,23 +238,23 @@ class Probe:
                     iterations[i * length + n * self.interval] for n in range(self.warmup + 1, self.intervals + 1)
                 ]
                 block.update({key: [record[key] for record in counted] for key in ('tokens_per_sec', 'time_ms', 'mfu')})
-            if self.run['save']:  # which may fail
+            if self.run['save']:  # the save may fail
                 write_json(Path(self.run['out_dir'], 'measured.json'), self.results)
 
 
 def own_bytes(tensors, device_type):
-    """Bytes of the tensors that are on the device; weights that two layers share count once."""
+    """Returns the bytes of the tensors that are on the device. A weight that two layers share counts once."""
     return sum({t.data_ptr(): t.nbytes for t in tensors if t.device.type == device_type and t.numel()}.values())
 
 
 def clean_up(path):
-    """Undoes what a run of train.py has changed in this process."""
+    """Undoes the changes that a run of train.py made to this process."""
     sys.stdout, sys.stderr, sys.excepthook, sys.path[:] = sys.__stdout__, sys.__stderr__, sys.__excepthook__, path
     for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signal_number, signal.SIG_DFL)
     for name, module in list(sys.modules.items()):
         file = getattr(module, '__file__', None) or ''
-        # kernels/ imports nothing of the trainers, and its compiled kernels may stay
+        # keep kernels/ and its compiled kernels: it imports nothing of the trainers
         if (
             file.startswith(str(ROOT))
             and '/benchmarks/' not in file
@@ -278,10 +272,7 @@ def clean_up(path):
 
 
 def run_trainer(run):
-    """
-    One run of train.py, on every rank. Returns what was measured, on rank 0; the numbers of bytes are those of the rank
-    with most.
-    """
+    """Runs train.py once, on every rank. Returns the results, which are complete on rank 0."""
     path, argv = list(sys.path), sys.argv
     folder = ROOT / run['folder']
     sys.path[0] = str(folder)
@@ -299,23 +290,21 @@ def run_trainer(run):
             probe.install()
             exec(compile(Path(sys.argv[0]).read_text(), sys.argv[0], 'exec'), train)
     except Enough as enough:
-        enough.__traceback__ = None  # it holds train.py's variables
+        enough.__traceback__ = None  # it keeps train.py's variables alive
     train.clear()
     results = probe.results
     if run['save']:
-        results['save_seconds'] = probe.closed - probe.ended  # from the last iteration to the end
+        results['save_seconds'] = probe.closed - probe.ended  # from the last iteration to the end of the run
     results['base_bytes'] = run['base_bytes']
-    gc.collect()  # DDP, before its process group
+    gc.collect()  # frees DDP before its process group
     if dist.is_initialized():
-        dist.barrier()  # one of them may still be saving
+        dist.barrier()  # a rank may still be saving
         dist.destroy_process_group()
     counters = torch._dynamo.utils.counters
     results['graphs'] = counters['stats']['unique_graphs']
     results['graphs_from_cache'] = counters['inductor']['fxgraph_cache_hit']
-    telling = ('using', 'wrapping', 'units', 'each rank', 'compil')
-    results['said'] = [
-        line for line in printed.getvalue().splitlines() if any(word in line.lower() for word in telling)
-    ]
+    words = ('using', 'wrapping', 'units', 'each rank', 'compil')
+    results['said'] = [line for line in printed.getvalue().splitlines() if any(word in line.lower() for word in words)]
     log = results.pop('log')
     if run['save'] and int(os.environ['RANK']) == 0:
         results['checkpoint'] = {
@@ -328,18 +317,17 @@ def run_trainer(run):
 
 
 def work(spec_file):
-    """Runs the list of runs, one after the other, on every rank of the torchrun group."""
+    """Runs a list of runs, one after the other, on every rank of the torchrun group."""
     spec = json.loads(Path(spec_file).read_text())
     rank = int(os.environ['RANK'])
-    sys.path.insert(0, str(ROOT / 'nanoGPT'))  # the place of the trainer's folder
+    sys.path.insert(0, str(ROOT / 'nanoGPT'))  # run_trainer() replaces it by the trainer's folder
     if spec['device'] == 'cpu':
         torch.set_num_threads(1)
     else:
         import hardware
 
-        hardware.resolve_auto(
-            'cuda', 'auto', 'auto', 'auto'
-        )  # this rank's GPU, and its memory as train.py sets it up, before anything asks for some
+        # selects this rank's GPU and sets up its allocator as train.py does, before the first allocation
+        hardware.resolve_auto('cuda', 'auto', 'auto', 'auto')
         clean_up(list(sys.path))
     store = dist.PrefixStore(
         'bench', dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
@@ -350,7 +338,7 @@ def work(spec_file):
             expected = took.get((run['trainer'], run['size']), run['expected_seconds'])
             go = time.time() + expected < spec['deadline']
             if not go:
-                print(f'left out, for lack of time: {run["name"]} ({expected:.0f} s)', flush=True)
+                print(f'no time left for {run["name"]} ({expected:.0f} s)', flush=True)
             Path(spec['folder'], 'running').write_text(str(i))
             store.set(f'go {i}', str(int(go)))
         if store.get(f'go {i}') == b'0':
@@ -361,7 +349,7 @@ def work(spec_file):
         try:
             results = run_trainer(run)
         except BaseException as error:
-            # the other ranks wait for this one: all end, and the rest of the list gets processes of its own
+            # the other ranks wait for this one, so all end; new processes run the rest of the list
             Path(spec['folder'], f'error_{rank}').write_text(f'{type(error).__name__}: {first_line(error)}')
             if not isinstance(error, torch.OutOfMemoryError):
                 sys.stdout = sys.__stdout__
@@ -371,14 +359,14 @@ def work(spec_file):
         took[run['trainer'], run['size']] = seconds
         if rank == 0:
             add(spec, run, {**results, 'seconds': seconds})
-            if not run['save']:  # else the next one resumes from there
+            if not run['save']:  # otherwise the next run resumes from there
                 shutil.rmtree(run['out_dir'], ignore_errors=True)
     sys.stdout.flush()
-    os._exit(0)  # as leave_ranks() in distributed.py
+    os._exit(0)  # for the reason given in distributed.leave_ranks()
 
 
 def add(spec, run, results):
-    """Adds a run to the file of results, and its line to what is printed."""
+    """Adds a run to the file of results, and prints its line."""
     report = json.loads(Path(spec['out']).read_text())
     kept = ('trainer', 'size', 'processes', 'round', 'batch_size', 'block_size', 'init', 'resume')
     report['runs'].append({'session': len(report['sessions']) - 1, **{key: run[key] for key in kept}, **results})
@@ -392,7 +380,7 @@ def add(spec, run, results):
             line += f', {block["micro_steps"]} x: {statistics.median(block["tokens_per_sec"]):11,.0f} tokens/s'
             if block['rest'] is not None:
                 parts = sum(block[key] for key in ('parameters', 'gradients', 'optimizer'))
-                line += f' {block["rest"] / GIB:.2f} GiB at rest (tensors {parts / GIB:.2f}), peak {block["peak"] / GIB:.2f}'
+                line += f' {gib(block["rest"])} GiB at rest (tensors {gib(parts)}), peak {gib(block["peak"])}'
         if 'save_seconds' in results:
             line += f', saved in {results["save_seconds"]:.1f} s'
         if 'save_error' in results:
@@ -401,7 +389,7 @@ def add(spec, run, results):
 
 
 def rows_of(runs):
-    """One row for each trainer, size, number of processes and of micro-steps: what all of its runs say together."""
+    """Returns one row for each trainer, size, number of processes and number of micro-steps, over all of its runs."""
     rows, loads = {}, {}
     for run in runs:
         cell = run['trainer'], run['size'], run['processes']
@@ -450,7 +438,7 @@ def rows_of(runs):
     return result
 
 
-# the tables; a row is what rows_of() makes of the runs
+# the tables, whose rows come from rows_of()
 
 
 def in_order(rows):
@@ -470,8 +458,8 @@ def one_of_each(rows):
 
 def base_of(row, rows):
     """
-    Returns DDP's row for the same work: without CUDA graphs for a trainer without them, otherwise as it is by default,
-    or the one that was measured; None if neither was.
+    Returns DDP's row for the same work, preferably with CUDA graphs if the trainer uses them and without if not; None
+    if DDP was not measured.
     """
     same = ('size', 'processes', 'micro_steps')
     found = {r['trainer']: r for r in rows if 'error' not in r and all(r[key] == row[key] for key in same)}
@@ -480,7 +468,7 @@ def base_of(row, rows):
 
 
 def against_ddp(row, rows):
-    """Returns the row's speed in percent of DDP's; '' for DDP itself, or where there is none."""
+    """Returns the row's speed in percent of DDP's; '' for DDP itself, and if DDP was not measured."""
     base = base_of(row, rows)
     if base is None or base is row:
         return ''
@@ -570,7 +558,7 @@ def trainers_checkpoint(report):
 
 
 def in_short(report):
-    """DDP in tokens/s by model and micro-steps, the others in percent of it; and memory in GiB."""
+    """Returns a table: DDP's tokens/s by model and micro-steps, the others in percent of DDP, and memory in GiB."""
     rows = [
         row
         for row in in_order(report['rows'])
@@ -614,7 +602,7 @@ def triton_of_ddp(report):
 
 @table('trainers_cpu')
 def trainers_cpu(report):
-    """Bytes per parameter in the tensors. Tokens per second of a CPU say nothing, so speeds are ratios."""
+    """Bytes per parameter. Speeds are ratios, because a CPU's tokens per second say nothing."""
     rows, cells = in_order(report['rows']), []
     for row in rows:
         n, k = row['parameters'], row['processes']
@@ -622,7 +610,7 @@ def trainers_cpu(report):
             continue
         parts = [row['memory_bytes'][key] / n for key in ('parameters', 'gradients', 'optimizer')]
         expected = {'zero1': 8 + 8 / k, 'fsdp': 16 / k, 'hybrid': 16 / (k // 2)}.get(row['trainer'].split('+')[0], 16)
-        base = base_of(row, rows) if k == 2 else None  # more processes than cores take turns
+        base = base_of(row, rows) if k == 2 else None  # no speed with more processes than cores
         speed = times(row['tokens_per_sec'], base['tokens_per_sec']) if base else ''
         numbers = [f'{part:.2f}' for part in (*parts, sum(parts))]
         cells.append((k, NAMES[row['trainer']], *numbers, f'{expected:g}', speed))
@@ -631,7 +619,7 @@ def trainers_cpu(report):
 
 
 def row_of(file, trainer, size, micro_steps=None):
-    """Returns the row of a trainer in a result file; without micro_steps, the one with the most."""
+    """Returns a trainer's row in a result file; without micro_steps, the row with the most micro-steps."""
     rows = [
         r for r in in_order(load(file)['rows']) if 'error' not in r and (r['trainer'], r['size']) == (trainer, size)
     ]
@@ -646,13 +634,13 @@ def of_ddp(file, trainer, size, micro_steps):
 
 @number
 def trainer_memory(file, trainer, size, key, digits=1):
-    """GiB of a trainer; key: of its memory_bytes, such as rest or peak."""
+    """Memory of a trainer in GiB. key: a key of its memory_bytes, such as rest or peak."""
     return gib(row_of(file, trainer, size)['memory_bytes'][key], int(digits))
 
 
 @number
 def trainer_bytes(file, trainer, size):
-    """Bytes per parameter of parameters, gradients and AdamW's state, on the rank with most."""
+    """Bytes per parameter of parameters, gradients and AdamW's state, on the rank that has most."""
     row = row_of(file, trainer, size)
     return (
         f'{sum(row["memory_bytes"][key] for key in ("parameters", "gradients", "optimizer")) / row["parameters"]:.2f}'
@@ -661,8 +649,8 @@ def trainer_bytes(file, trainer, size):
 
 def make_data(folder, vocab_size):
     """
-    A data set of random tokens: below 50257 for GPT-2's vocabulary (without meta.pkl a model gets that, padded), else
-    below vocab_size.
+    Makes a data set of random tokens below vocab_size. None: GPT-2's 50257, without a meta.pkl, so that the model gets
+    the default vocabulary.
     """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -673,7 +661,7 @@ def make_data(folder, vocab_size):
 
 
 def plan(args, processes, folder):
-    """The runs on so many processes, in their order: those that matter most come first."""
+    """Returns the runs on this number of processes, the most important first."""
     runs = []
     names = args.trainers or DEFAULT['one' if processes == 1 else 'several']
     for size in args.sizes:
@@ -682,9 +670,8 @@ def plan(args, processes, folder):
         for i in range(args.rounds):
             for name in names:
                 script, flags = TRAINERS[name]
-                warmup = (
-                    -(-12 // interval) if args.device == 'cuda' and processes > 1 else 1
-                )  # under DDP graphs are recorded in the 12th iteration
+                # under DDP, CUDA graphs are captured in the 12th iteration
+                warmup = -(-12 // interval) if args.device == 'cuda' and processes > 1 else 1
                 last = interval * (intervals + warmup) * len(micro_steps)
                 alone = processes == 1 and script in ('phase1_zero1', 'phase3_fsdp')
                 if alone or (args.device == 'cpu' and LAUNCHED in flags) or (name == 'hybrid' and processes < 4):
@@ -722,7 +709,7 @@ def plan(args, processes, folder):
                     f'--max_iters={last}',
                 ]
                 runs.append(run | {'flags': flags + own})
-                if save:  # and load it again
+                if save:  # also resume from it
                     own = [
                         f'--gradient_accumulation_steps={processes}',
                         '--log_interval=1',
@@ -751,24 +738,26 @@ def integers(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='', help='JSON file of results')
-    parser.add_argument('--onto', default='', help='a JSON file of results to go on from')
+    parser.add_argument('--onto', default='', help='a JSON file of results to add to')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=['cuda', 'cpu'])
     parser.add_argument(
         '--nproc',
         type=integers,
         default=[],
-        help='numbers of processes, such as 1,4 (default: all GPUs, and 1; on a CPU 2 and 1)',
+        help='numbers of processes, such as 1,4 (default: all GPUs, then 1; on a CPU 2 and 1)',
     )
     parser.add_argument(
-        '--sizes', type=words, default=[], help=f'of {",".join(SIZES)} (default: 124M,1.5B,350M; on a CPU tiny)'
+        '--sizes', type=words, default=[], help=f'any of {",".join(SIZES)} (default: 124M,1.5B,350M; on a CPU tiny)'
     )
-    parser.add_argument('--trainers', type=words, default=[], help=f'of {",".join(TRAINERS)}')
-    parser.add_argument('--micro_steps', type=integers, default=[], help='of each process (default: 5,1)')
+    parser.add_argument('--trainers', type=words, default=[], help=f'any of {",".join(TRAINERS)}')
+    parser.add_argument('--micro_steps', type=integers, default=[], help='micro-steps per process (default: 5,1)')
     parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument(
-        '--save', action='store_true', help='also save a checkpoint, and resume from it, in the first round'
+        '--save', action='store_true', help='in the first round, also save a checkpoint and resume from it'
     )
-    parser.add_argument('--cold', action='store_true', help='each first round compiles everything itself')
+    parser.add_argument(
+        '--cold', action='store_true', help='in the first round, each trainer starts with an empty compile cache'
+    )
     parser.add_argument('--init', default='gpu', choices=['gpu', 'cpu'], help='where the initial weights are drawn')
     parser.add_argument(
         '--flag',
@@ -777,10 +766,8 @@ def main():
         metavar='--KEY=VALUE',
         help='a further flag of train.py (write --flag=--key=value)',
     )
-    parser.add_argument(
-        '--minutes', type=float, default=0, help='start no run that would not end within so many minutes'
-    )
-    parser.add_argument('--plan', action='store_true', help='say what would run, and about how long')
+    parser.add_argument('--minutes', type=float, default=0, help='start no run that would end after this many minutes')
+    parser.add_argument('--plan', action='store_true', help='print what would run, and about how long')
     parser.add_argument('--dry-run', action='store_true', help='a single run of FSDP, tiny, on a CPU')
     parser.add_argument('--worker', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -799,22 +786,23 @@ def main():
     session = facts(cpu=args.device == 'cpu') | {'init': args.init, 'flag': args.flag}
     if report['sessions']:
         last = {'init': 'gpu', 'flag': []} | report['sessions'][-1]
-        for key in ('device', 'versions', 'init', 'flag'):  # runs with another one would share its rows
+        for key in ('device', 'versions', 'init', 'flag'):  # a row must not mix runs that differ in these
             if last[key] != session[key]:
                 sys.exit(
-                    f'bench_trainers.py: --onto={args.onto} has runs with {key} {last[key]}, here it is {session[key]}: use a file of its own'
+                    f'bench_trainers.py: --onto={args.onto} has runs with {key} {last[key]}, here it is '
+                    f'{session[key]}: run without --onto'
                 )
     report['sessions'].append(session)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes, with what may be many GiB
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exits through `with`, which removes the folder
     with tempfile.TemporaryDirectory(prefix='bench-', ignore_cleanup_errors=True) as folder:
         measure(args, numbers, report, Path(folder))
 
 
 def measure(args, numbers, report, folder):
-    """Everything, by way of files in the folder."""
+    """Runs everything in torchrun groups, which exchange files with this process in the folder."""
     runs = {n: plan(args, n, folder) for n in numbers}
     expected = sum(run['expected_seconds'] for its in runs.values() for run in its)
-    limit = f', of which {args.minutes:g} will be used' * bool(args.minutes)
+    limit = f', limited to {args.minutes:g}' * bool(args.minutes)
     print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}', flush=True)
     if args.plan:
         print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4} s' for its in runs.values() for run in its))
@@ -841,21 +829,19 @@ def measure(args, numbers, report, folder):
                 if group.wait() == 0:
                     break
             finally:
-                group.terminate()  # does nothing if it has ended; else torchrun ends its ranks
+                group.terminate()  # if it still runs, torchrun ends its ranks
                 group.wait()
             failed = todo[int((folder / 'running').read_text())]
-            files = sorted(
-                folder.glob('error_*'), key=lambda file: file.stat().st_mtime_ns
-            )  # the first is why the others have ended
+            # the first error is the cause of the others
+            files = sorted(folder.glob('error_*'), key=lambda file: file.stat().st_mtime_ns)
             errors = sorted((file.read_text() for file in files), key=lambda text: 'OutOfMemory' not in text)
             error, measured = errors[0] if errors else 'a process ended', Path(failed['out_dir'], 'measured.json')
-            saving = failed['save'] and measured.exists()  # only that has failed
+            saving = failed['save'] and measured.exists()  # the measurements are complete, only the save failed
             add(spec, failed, json.loads(measured.read_text()) | {'save_error': error} if saving else {'error': error})
             shutil.rmtree(failed['out_dir'], ignore_errors=True)
             rest, same = todo[todo.index(failed) + 1 :], (failed['trainer'], failed['size'])
-            todo = [
-                run for run in rest if (run['trainer'], run['size']) != same or (saving and not run['resume'])
-            ]  # it would fail again
+            # leave out runs that would fail again
+            todo = [run for run in rest if (run['trainer'], run['size']) != same or (saving and not run['resume'])]
     report = json.loads(Path(out).read_text())
     print('\n' + '\n\n'.join(text for text in (speeds(report), memory_parts(report), checkpoints(report)) if text))
 

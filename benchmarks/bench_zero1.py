@@ -1,16 +1,15 @@
 """
-ZeRO-1 against DDP on all GPUs of one machine, in one run: speed, memory, saves, loss curves.
+Compares ZeRO-1 with DDP on all GPUs of one machine, in one run: speed, memory, saves, loss curves.
 
-    python benchmarks/bench_zero1.py --out=benchmarks/results/zero1.json  # speed, memory: 4 to 5 minutes on 4 H200
-    python benchmarks/bench_zero1.py --sizes=124M --curves=200 --profile --out=...  # 200 steps on real text, and where the
-                                                                                      # time goes: 3 minutes
-    python benchmarks/bench_zero1.py --plot=curves.png --out=FILE                     # draws the curves in FILE
-    python benchmarks/bench_zero1.py --dry-run                                        # tiny, 2 processes, on a CPU
+    python benchmarks/bench_zero1.py --out=benchmarks/results/zero1.json  # speed and memory: 4 to 5 minutes on 4 H200s
+    python benchmarks/bench_zero1.py --sizes=124M --curves=200 --profile --out=...  # also curves and a profile
+    python benchmarks/bench_zero1.py --plot=curves.png --out=FILE                   # draws the curves in FILE
+    python benchmarks/bench_zero1.py --dry-run                                      # tiny, 2 processes, on a CPU
 
-It starts its own processes (torchrun). Both trainers use the same model under the same DDP and torch.compile; only the
-optimizer is exchanged, back and forth, so that neither gets the warmer GPU. The steps are those of train.py
---cuda_graph=False (trainer.py), with the loss read after each. Memory is that of the rank with most, without what the
-CUDA driver and NCCL take.
+The script starts its own processes with torchrun. Both trainers use the same model under the same DDP and
+torch.compile. Only the optimizer is exchanged, back and forth, so that neither trainer has the warmer GPU. A step is
+that of train.py --cuda_graph=False (see trainer.py), and its loss is read each time. Memory is torch's, on the rank
+that has most.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from tables import gib, load, markdown, number, percent, table
 from trainer import SIZES as SHAPES
 from trainer import Trainer, batches_of, hardware, start_ranks
 
-# batch size, block size; per number of micro-steps: steps in a round, rounds
+# size: ((batch size, block size), {micro-steps: (steps in a round, rounds)})
 SIZES = {
     '124M': ((12, 1024), {1: (30, 4), 10: (6, 4)}),
     '1.5B': ((8, 1024), {1: (8, 4), 10: (3, 2)}),
@@ -44,14 +43,17 @@ SIZES = {
 
 
 class Unguarded:
-    """Stands in for StepGuard: ZeroRedundancyOptimizer does not pass on its found_inf."""
+    """Replaces StepGuard, whose found_inf ZeroRedundancyOptimizer does not pass on."""
 
     def step(self, optimizer, grad_norm):
         optimizer.step()
 
 
 def exchange_optimizer(trainer, variant):
-    """Gives the trainer a new optimizer: ddp, zero1, or bucket_view, ZeroRedundancyOptimizer with that option."""
+    """
+    Gives the trainer a new optimizer. variant: ddp, zero1, or bucket_view for PyTorch's ZeroRedundancyOptimizer with
+    parameters_as_bucket_view.
+    """
     if variant != 'bucket_view':
         return trainer.set_optimizer(variant)
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -69,7 +71,7 @@ def start_data(trainer, seed):
 
 
 def most(x):
-    """The largest of the ranks' numbers."""
+    """Returns the largest x of all ranks, over the CPU; also a barrier."""
     x = torch.tensor(float(x), dtype=torch.float64)
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x.item()
@@ -81,18 +83,18 @@ def state_bytes(optimizer):
 
 
 def measure(trainer, variant, micro_steps, steps):
-    """Milliseconds of each step, and bytes, of a fresh optimizer."""
+    """Returns the milliseconds of each step with a new optimizer, and a dict of bytes."""
     exchange_optimizer(trainer, variant)
     trainer.timed_steps(micro_steps, 2 if micro_steps == 1 else 1)
     reset_peak(trainer.device)
-    most(0)  # all ranks are here; over the CPU
+    most(0)  # waits for all ranks
     times = [1000 * seconds for seconds in trainer.timed_steps(micro_steps, steps)]
     result = {'peak_bytes': most(memory(trainer.device, peak=True)), 'at_rest_bytes': most(memory(trainer.device))}
     return times, result | {'optimizer_state_bytes': most(state_bytes(trainer.optimizer))}
 
 
 def speed(trainer, size, left, log):
-    """Rounds of the two optimizers in the order A B B A, at each number of micro-steps."""
+    """Measures both optimizers in rounds, in the order A B B A, at each number of micro-steps."""
     results = {}
     world_size = dist.get_world_size()
     n = trainer.parameters
@@ -100,7 +102,7 @@ def speed(trainer, size, left, log):
         times, medians, facts = {'ddp': [], 'zero1': []}, {'ddp': [], 'zero1': []}, {}
         for i in range(rounds):
             if i > 0 and left() < 15:
-                log(f'{size}, {micro_steps} micro-steps: {i} of {rounds} rounds, for lack of time')
+                log(f'{size}, {micro_steps} micro-steps: no time for more than {i} of {rounds} rounds')
                 break
             for variant in ('ddp', 'zero1') if i % 2 == 0 else ('zero1', 'ddp'):
                 t, facts[variant] = measure(trainer, variant, micro_steps, steps)
@@ -121,22 +123,24 @@ def speed(trainer, size, left, log):
         row['saved_bytes'] = row['ddp']['at_rest_bytes'] - row['zero1']['at_rest_bytes']
         row['saved_bytes_expected'] = 8 * n * (1 - 1 / world_size)
         results[micro_steps] = row
-        log(
-            f'{size}, {micro_steps} micro-steps: DDP {row["ddp"]["tokens_per_sec"]:,.0f}, ZeRO-1 {row["zero1"]["tokens_per_sec"]:,.0f} tokens/s: '
-            f'{row["zero1_of_ddp"]:.2%} (by round {", ".join(f"{r:.2%}" for r in row["zero1_of_ddp_by_round"])})'
-        )
+        speeds = f'DDP {row["ddp"]["tokens_per_sec"]:,.0f}, ZeRO-1 {row["zero1"]["tokens_per_sec"]:,.0f} tokens/s'
+        by_round = ', '.join(f'{ratio:.2%}' for ratio in row['zero1_of_ddp_by_round'])
+        log(f'{size}, {micro_steps} micro-steps: {speeds}: {row["zero1_of_ddp"]:.2%} (by round {by_round})')
     return results
 
 
 def save(trainer, log):
-    """Returns seconds and GPU memory of collecting a checkpoint, and the peak of training; nothing is written."""
+    """
+    Measures collecting a checkpoint, without writing it. Returns its seconds and peak memory, and training's peak, in
+    bytes.
+    """
     trainer.set_optimizer('zero1')
     trainer.timed_steps(1, 2)
     reset_peak(trainer.device)
     trainer.timed_steps(1, 1)
     training = most(memory(trainer.device, peak=True))
     reset_peak(trainer.device)
-    most(0)  # all ranks are here; over the CPU
+    most(0)  # waits for all ranks
     started = time.perf_counter()
     state = trainer.optimizer.state_dict()
     model = {k: v.cpu() for k, v in trainer.raw_model.state_dict().items()} if dist.get_rank() == 0 else None
@@ -146,17 +150,16 @@ def save(trainer, log):
         'training_peak_bytes': training,
         'seconds': most(seconds),
     }
-    log(
-        f'save: {result["seconds"]:.1f} s, peak {result["peak_bytes"] / 2**30:.2f} GiB; training {training / 2**30:.2f} GiB'
-    )
+    peaks = f'peak {gib(result["peak_bytes"])} GiB; training {gib(training)} GiB'
+    log(f'save: {result["seconds"]:.1f} s, {peaks}')
     del state, model
     return result
 
 
 def curves(trainer, start, steps, log):
     """
-    The same steps from the weights `start`: DDP twice (its noise from run to run), ZeRO-1, and DDP on other data (from
-    seed to seed).
+    Runs the same steps from the weights `start` with DDP, ZeRO-1, DDP again (noise between runs), and DDP on other data
+    (noise between seeds). Returns {name: losses}.
     """
     results = {}
     for name, variant, seed in (
@@ -182,7 +185,7 @@ def curves(trainer, start, steps, log):
 
 def parts(trainer, log):
     """
-    Milliseconds of the optimizer step's parts, and of other ways to exchange the updated pieces that were considered.
+    Returns the milliseconds of each part of the optimizer step, and of alternative ways to exchange the updated pieces.
     """
     results = {}
 
@@ -190,7 +193,7 @@ def parts(trainer, log):
         for i in range(repeat + 3):
             if i == 3:
                 hardware.now(trainer.device)
-                most(0)  # all ranks are here; over the CPU
+                most(0)  # waits for all ranks
                 started = hardware.now(trainer.device)
             function()
         results[name] = (hardware.now(trainer.device) - started) / repeat * 1000
@@ -251,16 +254,16 @@ KINDS = (
 
 
 def profile(trainer, variant, micro_steps, log):
-    """Kernel time by kind, gaps between kernels, and numbers of graphs and kernels, per step."""
+    """Returns kernel time by kind, gaps between kernels, and numbers of graphs and kernels, per step."""
     exchange_optimizer(trainer, variant)
     if variant == 'bucket_view':
-        trainer.wrap()  # it has moved the parameters
+        trainer.wrap()  # the optimizer has moved the parameters
     trainer.timed_steps(micro_steps, 3)
-    graphs = torch._dynamo.utils.counters['aot_autograd']['total']  # that torch.compile made since wrap()
+    graphs = torch._dynamo.utils.counters['aot_autograd']['total']  # compiled since wrap()
     cuda = trainer.device != 'cpu'
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     steps = 3
-    most(0)  # all ranks are here; over the CPU
+    most(0)  # waits for all ranks
     with torch.profiler.profile(activities=activities[-1:]) as prof:
         started = time.perf_counter()
         trainer.timed_steps(micro_steps, steps)
@@ -289,14 +292,14 @@ def profile(trainer, variant, micro_steps, log):
     }
     parts = ', '.join(f'{kind} {ms:.2f} ({counts[kind]:.0f})' for kind, ms in times.most_common())
     log(
-        f'profile of {variant}, {micro_steps} micro-steps, graphs {graphs}: {wall:.2f} ms, gaps {result["gaps_ms"]:.2f}, '
-        f'exposed nccl {result["exposed_nccl_ms"]:.2f}; ms (kernels) {parts}'
+        f'profile of {variant}, {micro_steps} micro-steps, graphs {graphs}: {wall:.2f} ms, '
+        f'gaps {result["gaps_ms"]:.2f}, exposed nccl {result["exposed_nccl_ms"]:.2f}; ms (kernels) {parts}'
     )
     return result
 
 
 def covered(events):
-    """Microseconds in which at least one of the events runs."""
+    """Returns the microseconds during which at least one of the events runs."""
     total, end = 0.0, 0.0
     for _, a, b in sorted(events, key=lambda e: e[1]):
         total += max(0.0, b - max(a, end))
@@ -313,21 +316,17 @@ def longest(events, steps, count=25):
 
 
 def read_tokens():
-    """
-    GPT-2 tokens of data/python_gpt2 if they are there; else the bytes of Python's standard library: real text either
-    way.
-    """
+    """Returns (tokens, name): GPT-2 tokens of data/python_gpt2, or else the bytes of Python's standard library."""
     path = ROOT / 'nanoGPT' / 'data' / 'python_gpt2' / 'train.bin'
     if path.exists():
         return np.memmap(path, dtype=np.uint16, mode='r'), 'python_gpt2'
     files = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
-    return np.frombuffer(b''.join(f.read_bytes() for f in files), dtype=np.uint8).astype(
-        np.uint16
-    ), "bytes of Python's standard library"
+    text = np.frombuffer(b''.join(f.read_bytes() for f in files), dtype=np.uint8)
+    return text.astype(np.uint16), "bytes of Python's standard library"
 
 
 def plot(report, path):
-    """Draws the loss curves of a report, and how far each is from DDP's."""
+    """Draws the loss curves of a report, and their differences from DDP's."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -346,7 +345,7 @@ def plot(report, path):
         color, line, width = styles[name]
         upper.plot(losses, color=color, linestyle=line, linewidth=width, label=labels[name])
         if name != 'ddp':
-            # nothing on a logarithmic axis where the curves are equal
+            # a logarithmic axis cannot show a difference of 0
             difference = [abs(a - b) or math.nan for a, b in zip(losses, curves['ddp'])]
             equal = sum(a == b for a, b in zip(losses, curves['ddp']))
             label = f'{labels[name]} (equal in {equal} of {len(losses)} steps)'
@@ -400,13 +399,13 @@ def main(args):
         start_data(trainer, 0)
         t = time.perf_counter()
         trainer.timed_steps(1, 1)
-        trainer.timed_steps(2, 1)  # compiles what accumulation adds
+        trainer.timed_steps(2, 1)  # compiles the micro-steps that accumulate
         log(f'{size}: compiled and warm in {time.perf_counter() - t:.0f} s')
         return trainer, start
 
     for size in args.sizes:
         if left() < 60:
-            log(f'{size} left out, for lack of time')
+            log(f'{size}: left out, no time left')
             continue
         trainer, start = make(size)
         report.setdefault('speed', {})[size] = speed(trainer, size, left, log)
@@ -465,8 +464,9 @@ def zero1_parts(report):
         'step: all-gather in place': 'all-gather in place',
         'instead: one all-gather of a buffer': 'instead: one all-gather of a buffer, with copies',
         'instead: an all-gather for each parameter': 'instead: an all-gather for each parameter',
-        "instead: ZeroRedundancyOptimizer's broadcasts": 'instead: a broadcast for each piece, as ZeroRedundancyOptimizer does',
     }
+    broadcasts = "instead: ZeroRedundancyOptimizer's broadcasts"
+    names[broadcasts] = 'instead: a broadcast for each piece, as ZeroRedundancyOptimizer does'
     parts = report['parts_ms']
     rows = [(text, *(f'{its[name]:.2f}' for its in parts.values())) for name, text in names.items()]
     return markdown(['the optimizer step, ms', *parts], rows)
@@ -478,7 +478,7 @@ def of_first_micro_steps(size):
 
 @number
 def zero1_saved(size, key):
-    """GiB that ZeRO-1 saves at rest; key: saved_bytes (measured) or saved_bytes_expected (computed)."""
+    """GiB that ZeRO-1 saves at rest. key: saved_bytes (measured) or saved_bytes_expected (computed)."""
     return gib(of_first_micro_steps(size)[key])
 
 
@@ -506,7 +506,7 @@ def zero1_save(size, key):
 
 @number
 def zero1_curve(what, *name):
-    """apart: the largest distance of a loss curve from DDP's; last: the mean of its last ten losses."""
+    """what: apart, the curve's largest difference from DDP's; or last, the mean of its last ten losses."""
     curves = load('zero1_124M_curves_h200x4')['curves']
     losses = curves[' '.join(name)]
     if what == 'last':
@@ -522,7 +522,7 @@ if __name__ == '__main__':
     parser.add_argument(
         '--profile', action='store_true', help='kernels and gaps, for both and for parameters_as_bucket_view'
     )
-    parser.add_argument('--time_limit', type=float, default=270, help='seconds after which nothing new is begun')
+    parser.add_argument('--time_limit', type=float, default=270, help='seconds after which no new measurement starts')
     parser.add_argument('--nproc', type=int, default=0, help='GPUs (default: all)')
     parser.add_argument('--compile', type=lambda s: s.lower() == 'true', default=True)
     parser.add_argument('--plot', default='', help='image to draw from --out, instead of measuring')

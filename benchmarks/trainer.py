@@ -210,7 +210,7 @@ class Trainer:
         self.step_guard.step(self.optimizer, grad_norm)
 
     def timed_steps(self, micro_steps: int, steps: int) -> list[float]:
-        """Returns the seconds of each step. Each loss is read, which waits for the GPU, as train.py does when it logs."""
+        """Returns the seconds of each step. Each loss is read, which waits for the GPU, as when train.py logs."""
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
