@@ -1,6 +1,6 @@
 # make demo: trains, samples and draws on this machine.  make test: proves that it works.  Each first installs what it
 # needs into .venv.  make test-full: adds the rest of the long tables.  make soak: two minutes of random faults.
-# make bench: measures the trainers on this machine.  make documents: puts the results into the documents.
+# make bench: measures the trainers on this machine.  make documents: puts code and results into the documents.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -56,6 +56,7 @@ bench: $(VENV)/installed
 
 documents: $(VENV)/installed
 	$(BIN)/python docs/embed_diffs.py
+	$(BIN)/python docs/pictures/triton_pictures.py
 	$(BIN)/python benchmarks/report.py
 
 # copies the files that a phase does not change; a test compares them

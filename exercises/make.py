@@ -1,6 +1,6 @@
 """
-Makes the folder of an exercise: a copy of the repository in which the core of one technique is blank. Fill it in; tests that
-exist already grade it. The repository itself is the solution.
+Makes the folder of an exercise: a copy of the repository in which the core of one technique is blank. The repository's
+tests grade your solution, and the repository itself is a solution.
 
     python exercises/make.py             # lists the exercises
     python exercises/make.py zero1       # writes out-exercises/zero1, and says what to edit and how to grade it
@@ -19,19 +19,19 @@ NOT_COPIED = shutil.ignore_patterns(
 
 @dataclass(frozen=True)
 class Blank:
-    """The lines of a file from the one that starts with `first` to the next one that starts with `last`, indentation aside."""
+    """Lines of a file, from one that starts (after indentation) with `first` to the next that starts with `last`."""
 
     first: str
     last: str
-    task: str  # takes their place as a comment
+    task: str  # the comment that replaces them
 
 
 @dataclass(frozen=True)
 class Exercise:
     title: str
-    file: str  # the one to edit
+    file: str  # to edit
     blanks: tuple[Blank, ...]
-    grade: str  # arguments of pytest
+    grade: str  # arguments of pytest that grade it
 
 
 EXERCISES = {
@@ -42,21 +42,22 @@ EXERCISES = {
             Blank(
                 'flat = param.detach().view(-1)',
                 'return [Piece(',
-                'Return the pieces of param in order: world_size equal ones, whose size is a multiple of ALIGN, and one\n'
-                'more for the elements left. A parameter with fewer than 2 dimensions is one piece. A shard must be a view\n'
-                "of the parameter's memory.",
+                'Return the pieces of param in order: world_size equal ones, whose size is a multiple of ALIGN, and\n'
+                'one more for the remaining elements. A parameter with fewer than 2 dimensions is one piece. A shard\n'
+                "must be a view of the parameter's memory.",
             ),
             Blank(
                 'if self.in_place:',
                 '_copy(*self.received)',
-                'AdamW has updated the pieces of this rank. First all-gather each (whole, own) of self.in_place, in place.\n'
-                'Then the rest: _copy() what is sent into the buffer, all-gather its rows, _copy() what is received.',
+                'AdamW has updated the pieces of this rank. First all-gather each (whole, own) of self.in_place, in\n'
+                'place. Then the rest: _copy() the sent tensors into the buffer, all-gather its rows, and _copy() the\n'
+                'received tensors.',
             ),
             Blank(
                 'grad = piece.param.grad',
                 'piece.shard.grad = None if grad is None',
-                "AdamW reads piece.shard.grad. Make it this piece's part of the gradient of piece.param, without a copy;\n"
-                'None where there is no gradient.',
+                "AdamW reads piece.shard.grad. Make it this piece's part of the gradient of piece.param, without a\n"
+                'copy, or None if there is no gradient.',
             ),
         ),
         'tests/test_zero1.py',
@@ -68,27 +69,28 @@ EXERCISES = {
             Blank(
                 'rows = -(-p.shape[0]',
                 'return full[start',
-                'Return the rows of `full` that this rank keeps of p, as torch.chunk would cut them along dimension 0. The last\n'
-                'dimension of p.device_mesh counts the ranks that share one copy. Some ranks may have fewer rows, or none.',
+                'Return the rows of `full` that this rank keeps of p, as torch.chunk would cut them along dimension\n'
+                '0. The last dimension of p.device_mesh counts the ranks that share one copy. Some ranks may have\n'
+                'fewer rows, or none.',
             ),
             Blank(
                 'options = dict(',
                 'model.lm_head.register_forward_hook(',
-                'Make `options`, the keyword arguments of fully_shard: the mesh; parameters gathered in the dtype `half`, but\n'
-                'gradients reduced in float32 (`half` is None for float32); shards on the CPU if cpu_offload. The loss needs\n'
-                'the logits in float32: cast what model.lm_head returns.',
+                'Make `options`, the keyword arguments of fully_shard: the mesh; parameters gathered in the dtype\n'
+                '`half`, but gradients reduced in float32 (`half` is None for float32); shards on the CPU if\n'
+                'cpu_offload. The loss needs the logits in float32: cast the output of model.lm_head.',
             ),
             Blank(
                 'for unit in units:',
                 'fully_shard(model, **options)',
-                'Call fully_shard on each unit, with reshard_after_forward. Then on what is left: which module has the\n'
-                'embeddings, the last norm and the head, and why must they be one unit?',
+                'Call fully_shard on each unit, with reshard_after_forward. Then call it on the module that has the\n'
+                'embeddings, the last norm and the head: which one is it, and why must these be one unit?',
             ),
             Blank(
                 'square = torch.nn.utils.get_total_norm(',
                 'torch.nn.utils.clip_grads_with_norm_(',
                 'Compute `norm`, a 0-dim tensor: the norm of all gradients, of which this rank has the shards\n'
-                '[shard.grad for shard in self.shards]. Scale these so that it becomes at most max_norm.',
+                '[shard.grad for shard in self.shards]. Scale the shards so that the norm becomes at most max_norm.',
             ),
         ),
         'tests/test_fsdp.py -k "same_losses or weights_at_the_start or loss_is_in_float32"',
@@ -100,16 +102,17 @@ EXERCISES = {
             Blank(
                 'bell = tl.exp2(',
                 'below = tl.where(x < 0',
-                'Compute `below`, the normal distribution function of x, and `bell` = exp(-x**2 / 2), in float32. If EXACT, use\n'
-                "tl.math.erf. Otherwise use the formula in this file's docstring, with z = |x| / sqrt(2): a1 to a5 are 0.254829592,\n"
-                '-0.284496736, 1.421413741, -1.453152027, 1.061405429, and p is 0.3275911. Where x < 0, below(x) = 1 - below(-x).',
+                'Compute `below`, the normal distribution function of x, and `bell` = exp(-x**2 / 2), in float32. If\n'
+                "EXACT, use tl.math.erf. Otherwise use the formula in this file's docstring, with z = |x| / sqrt(2):\n"
+                'a1 to a5 are 0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429, and p is 0.3275911.\n'
+                'For x < 0, below(x) = 1 - below(-x).',
             ),
             Blank(
                 'at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64',
                 'tl.store(y_ptr + at, (x * below)',
-                'Each program computes BLOCK elements. Compute their offsets as a vector (in int64: size may pass 2**31). Load x as\n'
-                'float32, with a mask for offsets that reach size. Multiply it by Phi(x), which is the first result of sigmoid() if\n'
-                'TANH, else of normal(). Store the product in the dtype of y.',
+                'Each program computes BLOCK elements. Compute their offsets as a vector (in int64: size may exceed\n'
+                '2**31). Load x as float32, with a mask for offsets of size or more. Multiply it by Phi(x), which is\n'
+                'the first result of sigmoid() if TANH, else of normal(). Store the product in the dtype of y.',
             ),
             Blank(
                 'tl.store(dx_ptr + at, (dy * (below',
@@ -136,7 +139,7 @@ def blanked(text: str, blank: Blank) -> str:
 
 
 def make(name: str, folder: Path) -> Exercise:
-    """Writes the exercise into a new folder. Raises FileExistsError if there is one: it may hold somebody's solution."""
+    """Writes the exercise into a new folder. Raises FileExistsError if it exists: it may hold somebody's solution."""
     exercise = EXERCISES[name]
     shutil.copytree(ROOT, folder, symlinks=True, ignore=NOT_COPIED)
     text = (ROOT / exercise.file).read_text()

@@ -1,4 +1,4 @@
-"""The chapters show the diffs as they are, pictures that can be drawn, and exercises that the tests grade."""
+"""The chapters show today's diffs, code and numbers; their pictures can be drawn; tests grade the exercises."""
 
 import importlib
 import shutil
@@ -11,6 +11,7 @@ from conftest import ROOT
 sys.path += [str(ROOT), *(str(ROOT / name) for name in ('docs', 'docs/pictures', 'exercises'))]
 import embed_diffs
 import make
+import triton_pictures
 from planner import memory
 from planner.gpus import GPUS
 from planner.run import Run
@@ -24,17 +25,21 @@ GRADERS = {  # a program that grades the exercise, its arguments, its number of 
 
 
 @pytest.mark.parametrize('chapter', embed_diffs.CHAPTERS)
-def test_a_chapter_shows_the_whole_diff(chapter):
-    shown = ''.join(embed_diffs.BLOCK.findall((ROOT / chapter).read_text()))
-    assert embed_diffs.hunks_of(shown) == embed_diffs.diff_of(chapter), 'python docs/embed_diffs.py'
+def test_a_chapter_shows_the_files(chapter):
+    text = (ROOT / chapter).read_text()
+    assert embed_diffs.updated(chapter, text) == text, 'run: python docs/embed_diffs.py'
 
 
-def test_embedding_replaces_hunks_and_notices_a_new_one():
+def test_embedding_replaces_hunks_and_functions_and_notices_a_new_hunk():
     text = 'One\n```diff\n@@ a\n-1\n@@ b\n+2\n```\nTwo\n```diff\n@@ c\n```\n'
     new = ['@@ d\n', '@@ e\n', '@@ f\n+3\n']
-    assert embed_diffs.rewrite(text, new) == 'One\n```diff\n@@ d\n@@ e\n```\nTwo\n```diff\n@@ f\n+3\n```\n'
+    assert embed_diffs.with_hunks(text, new) == 'One\n```diff\n@@ d\n@@ e\n```\nTwo\n```diff\n@@ f\n+3\n```\n'
     with pytest.raises(ValueError, match='4 hunks, the blocks have 3'):
-        embed_diffs.rewrite(text, [*new, '@@ g\n'])
+        embed_diffs.with_hunks(text, [*new, '@@ g\n'])
+    triton = 'phase2_triton/IMPLEMENTATION.md'
+    text = (ROOT / triton).read_text()
+    changed = text.replace('tl.load(x_ptr', 'tl.load(y_ptr', 1)
+    assert changed != text == embed_diffs.updated(triton, changed)
 
 
 @pytest.mark.parametrize('name', PICTURES)
@@ -43,6 +48,12 @@ def test_a_picture_is_drawn_and_small(name, tmp_path):
     importlib.import_module(name).draw(tmp_path / f'{name}.svg')
     for path in (tmp_path / f'{name}.svg', ROOT / 'docs/pictures' / f'{name}.svg'):
         assert 1000 < path.stat().st_size < 200_000
+
+
+def test_pictures_of_the_triton_chapter_show_the_result_files():
+    assert triton_pictures.outdated() == [], 'run: python docs/pictures/triton_pictures.py'
+    for name in triton_pictures.PICTURES:
+        assert (triton_pictures.HERE / name).stat().st_size < 200_000
 
 
 def test_derived_activations_are_the_planners_and_the_measured_peak():

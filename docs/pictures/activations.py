@@ -1,8 +1,8 @@
 """
-Where the memory of one micro-step is, GPT-2 124M on one GPU: derived tensor by tensor (planner/memory.py), next to the peak that
-was measured (benchmarks/results/memory_h200.json).
+Draws where the memory of a micro-step is, for GPT-2 124M on one GPU: derived tensor by tensor (planner/memory.py), next
+to the measured peak (benchmarks/results/memory_h200.json).
 
-    python docs/pictures/activations.py       # writes docs/pictures/activations.svg, prints the table of docs/activations.md
+    python docs/pictures/activations.py    # writes activations.svg, prints the table of docs/activations.md
 """
 
 import json
@@ -16,7 +16,9 @@ PARAMETERS = 124_373_760
 
 
 def parts(sequences, workspace=0.063 * GIB):
-    """Returns {part: bytes} of DDP's compiled model on one GPU in the second micro-step, as docs/activations.md derives them."""
+    """
+    Returns {part: bytes} of DDP's compiled model in the second micro-step on one GPU; docs/activations.md derives it.
+    """
     tokens = sequences * CONTEXT
     return {
         'weights, gradients,\nAdamW': 16 * PARAMETERS,

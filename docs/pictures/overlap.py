@@ -1,5 +1,6 @@
 """
-Communication that overlaps computation, as recorded by record.py on two CPU processes: DDP's backward, FSDP's forward.
+Draws how communication overlaps computation in DDP's backward and FSDP's forward, recorded by record.py on two CPU
+processes.
 
     python docs/pictures/overlap.py       # writes docs/pictures/overlap.svg from overlap.json
 """

@@ -1,6 +1,6 @@
 """
-Records what step_memory.py and overlap.py draw: one training step of DDP, ZeRO-1 and FSDP on two CPU processes (gloo), as
-torch.profiler sees it. Nothing here is a measurement of speed.
+Records the data of step_memory.py and overlap.py with torch.profiler: one training step of DDP, ZeRO-1 and FSDP on two
+CPU processes (gloo). Nothing here measures speed.
 
     python docs/pictures/record.py memory         # writes docs/pictures/step_memory.json
     python docs/pictures/record.py overlap        # writes docs/pictures/overlap.json
@@ -30,14 +30,17 @@ from zero1 import Zero1Optimizer
 
 WORLD_SIZE, STEPS = 2, 3
 MODEL = dict(n_layer=8, n_head=4, block_size=256, vocab_size=8192, bias=False)
-SIZES = {'memory': (256, 4), 'overlap': (512, 1)}  # n_embd, batch_size; wide with few tokens: messages take a while
+SIZES = {
+    'memory': (256, 4),
+    'overlap': (512, 1),
+}  # n_embd, batch_size; few tokens and a wide model make communication long
 FSDP_FLAGS = dict(
     device='cpu', dtype='float32', compile=False, fsdp_cpu_offload=False, fsdp_shard_size=0, fsdp_min_num_params=1
 )
 
 
 def build(kind, trainer, bucket_mb=25):
-    """Returns (model, the wrapped model, optimizer, tokens). bucket_mb: of DDP's gradients; 25 is PyTorch's default."""
+    """Returns (model, wrapped model, optimizer, tokens). bucket_mb: size of DDP's buckets; PyTorch's default is 25."""
     torch.manual_seed(1)
     n_embd, batch_size = SIZES[kind]
     tokens = torch.randint(MODEL['vocab_size'], (batch_size, MODEL['block_size'] + 1))
@@ -53,7 +56,7 @@ def build(kind, trainer, bucket_mb=25):
 
 
 def step(model, optimizer, tokens):
-    """One iteration of one micro-step."""
+    """Runs one iteration with one micro-step."""
     with record_function('forward'):
         loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1]
     with record_function('backward'):
@@ -66,7 +69,7 @@ def step(model, optimizer, tokens):
 
 
 def events_of(prof):
-    """The events of a trace, in the order of time."""
+    """Returns the events of a trace in order of time."""
     with tempfile.TemporaryDirectory() as folder:
         prof.export_chrome_trace(f'{folder}/trace.json')
         with open(f'{folder}/trace.json') as f:
@@ -74,8 +77,11 @@ def events_of(prof):
 
 
 def memory(rank, trainer):
-    """The CPU memory that torch has allocated, over the last step: {phase: [start, end]} and [time, bytes], in ms and bytes."""
-    # from the first allocation on: the profiler counts only what it has seen
+    """
+    Returns the CPU memory that torch has allocated during the last step: phases {name: [start, end]} in ms, and a curve
+    of [ms, bytes].
+    """
+    # profile from the first allocation on: the profiler does not count earlier ones
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         model, wrapped, optimizer, tokens = build('memory', trainer)
         if trainer == 'fsdp':
@@ -98,7 +104,7 @@ def memory(rank, trainer):
 
 
 def thin(curve, parts=240):
-    """The largest and the smallest value of each part of the curve's time, in their order."""
+    """Returns the largest and the smallest value of each part of the curve's time, in order of time."""
     width = curve[-1][0] / parts
     kept = []
     for part in range(parts + 1):
@@ -109,13 +115,13 @@ def thin(curve, parts=240):
 
 
 def overlap(rank, trainer):
-    """What the last step computes, and when its messages are on their way: lists of [name, start, end] in ms."""
-    model, wrapped, optimizer, tokens = build(
-        'overlap', trainer, bucket_mb=16
-    )  # a small model would fill two of the usual ones
+    """Returns the last step's computation and communication as events [name, start, end] in ms."""
+    # smaller buckets than usual, of which this model would fill only two
+    model, wrapped, optimizer, tokens = build('overlap', trainer, bucket_mb=16)
     if trainer == 'fsdp':
         set_last_micro_step(model, True)
-        # on GPUs a stream of its own makes gathers asynchronous, and the CPU's lead starts them early. A CPU needs both said
+        # on GPUs, gathers are asynchronous in a stream of their own, and start early because the CPU runs ahead; on a
+        # CPU, both must be requested
         blocks = list(model.transformer.h)
         for unit, following in zip([model, *blocks], [*blocks, None]):
             unit._set_unshard_async_op(True)

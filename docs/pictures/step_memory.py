@@ -1,5 +1,5 @@
 """
-Memory over one training step under DDP, ZeRO-1 and FSDP, as recorded by record.py on two CPU processes.
+Draws memory over one training step of DDP, ZeRO-1 and FSDP, recorded by record.py on two CPU processes.
 
     python docs/pictures/step_memory.py       # writes docs/pictures/step_memory.svg from step_memory.json
 """

@@ -1,4 +1,4 @@
-"""Colours and sizes that all pictures share. The colours are those of Okabe and Ito, which colour-blind readers can tell apart."""
+"""Colours and sizes of all pictures. The colours are Okabe and Ito's, which colour-blind readers can tell apart."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ plt.rcParams.update(
         'font.size': 13,
         'axes.spines.top': False,
         'axes.spines.right': False,
-        'svg.hashsalt': 'chapters',  # the same file each time
+        'svg.hashsalt': 'chapters',  # makes the file reproducible
         'svg.fonttype': 'path',  # looks the same on machines without the font
         'figure.constrained_layout.use': True,
     }

@@ -4,7 +4,8 @@ Draws the pictures of phase2_triton/IMPLEMENTATION.md from benchmarks/results/: 
 
     python docs/pictures/triton_pictures.py
 
-Each SVG file contains a digest of the numbers it shows; tests/test_triton_chapter.py compares it with the result files.
+Each SVG file contains a digest of the numbers that it shows, which tests/test_chapters.py compares with the result
+files.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f'{name}.json').read_text())
 
 
-# ---- where the time of a micro-step goes
+# where the time of a micro-step goes
 
 PARTS = {  # part: (words in names of its kernels, colour); a kernel belongs to the first part that matches
     'matmuls': (('nvjet', 'splitKreduce'), GREY),
@@ -36,7 +37,7 @@ PARTS = {  # part: (words in names of its kernels, colour); a kernel belongs to 
 
 
 def step_numbers() -> dict[str, float]:
-    """Milliseconds of each part of the compiled reference's micro-step, and `idle`, in which no kernel runs."""
+    """Returns the milliseconds of each part of the compiled reference's micro-step; `idle` is without kernels."""
     row = next(row for row in load('phase2_profile_h200')['rows'] if row['name'] == 'reference, compiled')
     parts = dict.fromkeys(PARTS, 0.0)
     for us, _, kernel in row['kernels']:
@@ -65,22 +66,28 @@ def draw_step(plt, parts):
     return figure
 
 
-# ---- the roofline
+# the roofline
 
-# operations of an element, forward + backward, counted in the kernels: each addition, multiplication, comparison,
-# division, exponential or erf. A wrong count moves a dot along the slope and leaves its distance from the roof as it is.
+# operations per element, forward + backward, counted in the kernels: each addition, multiplication, comparison,
+# division, exponential or erf. A wrong count would move a dot along the slope, not away from it.
 OPERATIONS = {'GELU': 41, 'residual + LayerNorm': 24, 'LayerNorm': 22, 'loss': 10}
-PEAK = 989.4e12  # of bfloat16 matmuls, H100 and H200: nanoGPT/hardware.py
+PEAK = 989.4e12  # FLOP/s of bfloat16 matmuls on H100 and H200: nanoGPT/hardware.py
 
 
 def matmul_bytes(M: int, out: int, inner: int) -> int:
-    """Bytes that x @ w.T and its two gradients read and write: 2 per number, and 4 + 4 to add to a float32 gradient."""
+    """
+    Returns the bytes that x @ w.T and its two gradients read and write: 2 per number, and 4 + 4 to add to a float32
+    gradient.
+    """
     x, w, y = M * inner, out * inner, M * out
     return 2 * ((x + w + y) + (y + w + x) + (y + x)) + 8 * w
 
 
 def roofline_numbers() -> dict:
-    """For the dots (label, GPU, operations per byte, operations per second with PyTorch's kernels and with ours)."""
+    """
+    Returns `dots`, each (label, GPU, operations per byte, operations per second with PyTorch's kernels and with ours),
+    and `bandwidth` in bytes per second by GPU.
+    """
     report, dots = load('kernels_h200'), []
     for name in ('GELU 12288 x 3072 bf16', 'residual + LayerNorm 12288 x 768 fp32 + bf16', 'loss 12288 x 50304'):
         row = next(row for row in report['rows'] if row['name'] == name)
@@ -112,7 +119,7 @@ def draw_roofline(plt, numbers):
         axes.plot([0.04, ridge, 2000], [0.04 * bandwidth, PEAK, PEAK], style, color=DARK, lw=1.5, label=label)
     axes.text(1900, PEAK * 1.12, 'bfloat16 tensor cores: 989 TFLOP/s', ha='right')
     colours = dict(zip([label for label, *_ in numbers['dots']], (ORANGE, BLUE, RED, '#777777', '#777777', SKY)))
-    places = {  # of the text, where it is not below and right of the dot
+    places = {  # positions of labels that are not below and right of their dots
         'matmul 768 → 2304': (60, -32, 'right'),
         'matmul 3072 → 768': (60, -50, 'right'),
         'residual + LayerNorm': (-8, 7, 'right'),
@@ -135,7 +142,7 @@ def draw_roofline(plt, numbers):
     return figure
 
 
-# ---- the ladder
+# the ladder
 
 H100_RUNGS = {  # rows of phase2_ladder_h100.json after `reference, compiled`
     'cuda_graph, PyTorch only': 'CUDA graphs\ninstead of compile',
@@ -159,7 +166,7 @@ H200_RUNGS = {  # rows of phase2_changes_h200.json
 
 
 def ladder_numbers() -> dict:
-    """{GPU: [(rung, milliseconds of an iteration)]}, medians, from the compiled reference on."""
+    """Returns {GPU: [(rung, median milliseconds of an iteration)]}, from the compiled reference on."""
     panels = {}
     for gpu, name, rungs in (('H100', 'phase2_ladder_h100', H100_RUNGS), ('H200', 'phase2_changes_h200', H200_RUNGS)):
         rows = {row['name']: row for row in load(name)['rows']}
@@ -202,8 +209,13 @@ PICTURES = {
 
 
 def digest(numbers: object) -> str:
-    """A digest of the numbers and of this file, which an up-to-date picture contains."""
+    """Returns a digest of the numbers and of this file, which an up-to-date picture contains."""
     return hashlib.sha256(json.dumps(numbers).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+
+
+def outdated() -> list[str]:
+    """Returns the names of the pictures whose numbers are not those of the result files."""
+    return [name for name, (collect, _) in PICTURES.items() if digest(collect()) not in (HERE / name).read_text()]
 
 
 def main():

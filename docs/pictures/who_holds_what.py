@@ -1,5 +1,5 @@
 """
-Who holds what at rest: bytes per parameter on each of four ranks, under DDP and ZeRO stages 1, 2 and 3.
+Draws who holds what at rest: bytes per parameter on each of four ranks, under DDP and ZeRO stages 1, 2 and 3.
 
     python docs/pictures/who_holds_what.py       # writes docs/pictures/who_holds_what.svg
 """
@@ -8,12 +8,7 @@ from style import FOLDER, GRADIENTS, GREY, MOMENTS, WEIGHTS, plt, save
 
 RANKS = 4
 STATE = [('weight', 4, WEIGHTS), ('gradient', 4, GRADIENTS), ("AdamW's moments", 8, MOMENTS)]  # bytes, float32
-SCHEMES = [
-    ('DDP', 0),
-    ('ZeRO-1', 1),
-    ('ZeRO-2', 2),
-    ('ZeRO-3 (FSDP)', 3),
-]  # how many of them are sharded, from the last
+SCHEMES = [('DDP', 0), ('ZeRO-1', 1), ('ZeRO-2', 2), ('ZeRO-3 (FSDP)', 3)]  # how many, from the last, are sharded
 
 
 def draw(path=FOLDER / 'who_holds_what.svg'):
