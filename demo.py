@@ -1,6 +1,7 @@
 """
-`make demo`: prepares the embedded data set, trains a small GPT, samples from it, then trains 60 iterations with each technique and
-compares them in one picture and one table. It uses all GPUs. Two processes share a single GPU; without a GPU, two run on the CPU.
+`make demo`: prepares the embedded data set, trains a small GPT and samples from it. Then it trains 60 iterations with
+each technique and compares them in one picture and one table. It uses all GPUs. If there is only one GPU, two processes
+share it; without a GPU, two processes run on the CPU.
 """
 
 import argparse
@@ -35,7 +36,7 @@ TECHNIQUES = {  # name: (folder of the trainer, further flags)
     'ZeRO-1 + Triton': ('phase1_zero1', [TRITON]),
     'FSDP + Triton': ('phase3_fsdp', [TRITON, EACH_BLOCK]),
 }
-# seconds that each part takes: measured on 2 cores of a server CPU, and guessed for GPUs
+# seconds of each part: measured on 2 cores of a server CPU, and guessed for GPUs
 SECONDS = {
     'cpu': dict(data=3, train=140, sample=10, draw=6, short=20),
     'cuda': dict(data=3, train=60, sample=10, draw=6, short=25),
@@ -44,29 +45,32 @@ LETTERS = {'parameters': 'P', 'gradients': 'G', 'optimizer': 'O'}  # a letter fo
 
 
 class Demo:
-    """parts: [(what it does, the seconds it should take)]. Each run() is the next part."""
+    """
+    Runs the parts of the demo, one for each call of run(), and estimates the time left. parts: [(title, expected
+    seconds)].
+    """
 
     def __init__(self, parts):
         self.parts, self.next = parts, 0
-        self.spent = self.planned = 0.0  # seconds of the parts done: as they took, and as planned
+        self.spent = self.planned = 0.0  # seconds of the finished parts, measured and expected
 
     def print_plan(self):
-        for number, (what, seconds) in enumerate(self.parts, 1):
-            print(f'{number:>4}. {what:<62} {duration(seconds):>6}')
+        for number, (title, seconds) in enumerate(self.parts, 1):
+            print(f'{number:>4}. {title:<62} {duration(seconds):>6}')
         print(f'About {duration(self.left())}, if the machine has nothing else to do.', flush=True)
 
     def left(self, done=0.0):
-        """Returns the seconds until the end, when a fraction `done` of the next part is done."""
-        slower = (self.spent + 20) / (self.planned + 20)  # than planned; a short part says little
+        """Returns the expected seconds until the end, when a fraction `done` of the next part is finished."""
+        slower = (self.spent + 20) / (self.planned + 20)  # than expected; the 20 s dampen the effect of short parts
         return slower * (sum(seconds for _, seconds in self.parts[self.next :]) - done * self.parts[self.next][1])
 
     def run(self, *command, iterations=0, **env):
         """
-        Runs Python with these arguments where the user sees it, and returns what it printed. On a terminal, the lines of its
-        iterations replace each other and end with the time left in all. If it fails, the demo ends with its status.
+        Runs Python with these arguments, shows its output and returns it. On a terminal, the lines of its iterations
+        replace each other and end with the time left in all. If it fails, the demo exits with its status.
         """
-        what, seconds = self.parts[self.next]
-        print(f'\n{self.next + 1} of {len(self.parts)}: {what} (about {duration(self.left())} left in all)')
+        title, seconds = self.parts[self.next]
+        print(f'\n{self.next + 1} of {len(self.parts)}: {title} (about {duration(self.left())} left in all)')
         print(f'$ {python()} {" ".join(quote(str(part)) for part in command)}', flush=True)
         started, printed = time.monotonic(), []
         env = dict(os.environ, PYTHONUNBUFFERED='1', **env)
@@ -84,7 +88,7 @@ class Demo:
 
 
 def show(line, left=None):
-    """Prints a line of a part. left: the seconds left in all, for a line that on a terminal gives way to the next one."""
+    """Prints a line of output. left: seconds left in all, for a line that the next one replaces on a terminal."""
     if not sys.stdout.isatty():
         print(line, end='', flush=True)
     elif left is None:
@@ -104,8 +108,8 @@ def newest_log(folder):
 
 def table(rows, parameters, peaks):
     """
-    Yields the lines of the table. rows: {technique: its row of run_logs.summarize()}. parameters: how many the model has.
-    peaks: whether to show peak memory.
+    Yields the lines of the table. rows: {technique: its row from run_logs.summarize()}. parameters: their number in the
+    model. peaks: whether to show peak memory.
     """
     peak_title = f'{"peak":>12}' if peaks else ''
     yield f'{"":<16}{"val loss":>9}{"tokens/s":>10}{peak_title}{"state":>10}   bytes per parameter'
@@ -123,15 +127,13 @@ def table(rows, parameters, peaks):
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    sys.stdout.reconfigure(
-        errors='backslashreplace'
-    )  # escapes what the terminal cannot show in the name of this folder
+    sys.stdout.reconfigure(errors='backslashreplace')  # the name of this folder may not be printable
     import torch
 
     gpus = torch.cuda.device_count()
     if gpus:
         processes, device = max(2, gpus), []
-        where = f'{gpus} GPUs' if gpus > 1 else 'a GPU that two processes share'
+        where = f'{gpus} GPUs' if gpus > 1 else 'one GPU, shared by two processes'
         techniques, seconds = list(TECHNIQUES), SECONDS['cuda']
     else:
         processes, device, where = 2, ['--device=cpu'], 'two processes on the CPU'
@@ -150,10 +152,11 @@ def main():
     if not gpus:
         print('It leaves out the Triton kernels, which need a GPU.')
     if gpus == 1:
-        print('ZeRO-1 and FSDP share state out among processes. Two on one GPU show the savings, but not the speed.')
+        print('ZeRO-1 and FSDP divide state among processes. Two processes on one GPU show how much memory that saves,')
+        print('but not how fast it is.')
     demo.print_plan()
 
-    threads = str(max(1, (os.cpu_count() or 1) // processes))  # with more, processes take turns
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     ranks = [f'--gradient_accumulation_steps={processes}', f'--batch_size={max(1, 16 // processes)}', *device]
     if gpus == 1:
@@ -183,29 +186,30 @@ def main():
 
     rows = dict(zip(techniques, summarize(load_runs(logs)), strict=True))
     print(f"""
-The same {SHORT} iterations with each technique ({where}). State is what each process keeps from step to step,
-with one letter for each byte per parameter: P for parameters, G for gradients, O for the optimizer.
+The same {SHORT} iterations with each technique ({where}). State is the memory that each process keeps from step
+to step, with one letter for each byte per parameter: P for parameters, G for gradients, O for the optimizer.
 """)
     for line in table(rows, rows['DDP']['state_bytes']['parameters'] / 4, peaks=bool(gpus)):
         print(line)
     if gpus:
-        print('Peak is the most that the tensors of one process took on its GPU.')
-    print('The speed of such a small model says little; benchmarks/README.md has real ones.')
+        print("Peak is the largest memory of one process's tensors on its GPU.")
+    print('The speed of such a small model says little; see benchmarks/README.md.')
 
-    entropy = pickle.loads((DATA / 'meta.pkl').read_bytes())['unigram_entropy']  # just written by us
+    entropy = pickle.loads((DATA / 'meta.pkl').read_bytes())['unigram_entropy']  # prepare.py has just written it
     val_loss = json.loads(log.read_text())['summary']['best_val_loss']
+    resume = [CONFIG, f'--out_dir={OUT}', '--init_from=resume', '--max_iters=4000']
     print(f"""
 The GPT learnt from the sources of Python's standard library, one character at a time. Its best validation loss is
-{val_loss:.3f} nats per character; knowing only how frequent each character is would give {entropy:.3f}.
+{val_loss:.3f} nats per character. A model that knows only how frequent each character is would reach {entropy:.3f}.
 
   checkpoints   {OUT / 'ckpt.pt'} (latest), {OUT / 'ckpt_best.pt'} (best)
   log           {log}
   picture       {log.with_name(log.stem + '_analysis.png')}
   comparison    {comparison}
   more samples  {python_command(NANOGPT / 'sample.py', f'--out_dir={OUT}', '--start=class ')}
-  train on      {python_command(NANOGPT / 'train.py', CONFIG, f'--out_dir={OUT}', '--init_from=resume', '--max_iters=4000')}""")
+  train longer  {python_command(NANOGPT / 'train.py', *resume)}""")
     if not val_loss < 0.75 * entropy:
-        sys.exit('the validation loss is not clearly below that: something is wrong')
+        sys.exit(f'the validation loss is not clearly below {entropy:.3f}: something is wrong')
 
 
 if __name__ == '__main__':

@@ -55,12 +55,12 @@ def print_help():
 
 
 def parse():
-    """Returns (config, given, train.py's own arguments). Raises UserError, like train.py."""
+    """Returns (config, flags_set, train.py's own arguments). Raises UserError, like train.py."""
     own = {name: default for name, (default, _) in FLAGS.items()}
     kernels = options.kernel_flags()
     namespace = {'__file__': os.path.join(ROOT, 'nanoGPT', 'train.py'), **options.train_flags(), **kernels, **own}
     with redirect_stdout(sys.stderr):  # notes about flags must not mix with --json
-        config, given = configure(namespace)
+        config, flags_set = configure(namespace)
     arguments = [arg for arg in sys.argv[1:] if arg[2:].split('=')[0] not in own or not arg.startswith('--')]
     if config['largest'] not in ('', 'model', 'batch'):
         raise UserError(f"largest is '{config['largest']}', but it can be model or batch")
@@ -71,16 +71,16 @@ def parse():
             raise UserError(f'{flag}={config[flag]}, but it must be at least 0')
     if not config['network'] > 0:
         raise UserError(f'network={config["network"]}, but it must be more than 0')
-    return config, given, arguments
+    return config, flags_set, arguments
 
 
 def main():
     if {'--help', '-h'} & set(sys.argv[1:]):
         return print_help()
-    config, given, arguments = parse()
+    config, flags_set, arguments = parse()
     gpu, gpus, network = find_gpu(config['gpu']), config['gpus'], config['network'] * 1e9
     found = plan.make_plan(config, gpu, gpus, network, measured.all_rows())
-    asked = config['trainer'] or options.asked_for(config, given)
+    asked = config['trainer'] or options.asked_for(config, flags_set)
     if asked and asked not in found:
         raise UserError(f'trainer={asked} needs 4 GPUs or more, in two equal groups or more; gpus is {gpus}')
     tokens = config['tokens'] or config['max_iters'] * next(iter(found.values())).run.tokens_per_iter

@@ -29,24 +29,24 @@ from distributed import check_environment, join_ranks, leave_ranks, mean_over_ra
 from encoding import download, get_encoding
 from errors import UserError
 from evaluation import bits_per_byte, mean_bytes_per_token, mean_loss
-from progress import progress
+from progress import show_progress
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # folder of the checkpoint
-ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
-dataset = ''  # data set to evaluate on; empty: the data set of the training
+ckpt = 'ckpt.pt'  # ckpt.pt: the latest; ckpt_best.pt: the one with the lowest validation loss
+dataset = ''  # data set to evaluate on; empty: the one that the model was trained on
 val_tokens = 0  # evaluate on this many tokens from the start of the validation split; 0: on all
-hellaswag = False  # answer the HellaSwag questions too?
-input = ''  # file hellaswag_val.jsonl, for machines without a network; empty: download it; needs hellaswag
-hellaswag_style = 'harness'  # score as lm-evaluation-harness does, or as llm.c does; needs hellaswag
+hellaswag = False  # also answer the HellaSwag questions
+input = ''  # path of hellaswag_val.jsonl, for machines without a network; empty: download it; needs hellaswag
+hellaswag_style = 'harness'  # score as lm-evaluation-harness (harness) or as llm.c (llm.c); needs hellaswag
 limit = 0  # answer only this many questions; 0: all; needs hellaswag
-batch_size = 16  # sequences computed at a time, on every rank
-model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this folder's
-backend = 'auto'  # nccl or gloo
+batch_size = 16  # sequences computed at a time, on each rank
+model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: the folder of evaluate.py
+backend = 'auto'  # nccl or gloo; auto: nccl on CUDA GPUs
 dist_timeout = 600  # seconds that a rank waits for the others before it ends the run
-device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best on this machine
-dtype = 'auto'  # float32, bfloat16 or float16
-config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+device = 'auto'  # cpu, cuda, cuda:1 or mps; auto: the best on this machine
+dtype = 'auto'  # float32, bfloat16 or float16; auto: the best on this machine
+config, flags_set = configure(globals())  # overrides from the command line and config files; see --help
 # -----------------------------------------------------------------------------
 
 # Zellers et al. 2019, arxiv.org/abs/1905.07830
@@ -134,7 +134,7 @@ def log_likelihoods(model, rows):
     block_size, found = model.config.block_size, [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # batches of similar lengths need little padding
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for batch in progress(batches, 'HellaSwag'):
+    for batch in show_progress(batches, 'HellaSwag'):
         width = min(len(rows[batch[0]][0]) - 1, block_size)
         X, Y = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), -1)
         for x, y, i in zip(X, Y, batch):
@@ -222,13 +222,13 @@ from model import GPT, GPTConfig
 path = find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt)
 checkpoint = load_checkpoint(path)
 args = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
-options = saved_options(checkpoint, {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}, given)
+options = saved_options(checkpoint, {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}, flags_set)
 model = GPT(GPTConfig(**{**args, 'dropout': 0.0, **options})).eval()
 load_model(model, checkpoint)
 model.to(device)
 dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
 manifest = checkpoint.get('resume', {}).get('data')
-meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in given, manifest)
+meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in flags_set, manifest)
 if not dataset and not hellaswag:
     raise UserError(f'{path} does not record its training data: name a data set with --dataset')
 
@@ -237,7 +237,7 @@ data = None
 try:
     data = open_dataset(dataset, args['block_size'], splits=('val',)) if dataset else None
 except UserError as error:
-    if not hellaswag or 'dataset' in given:
+    if not hellaswag or 'dataset' in flags_set:
         raise
     print(f'note: HellaSwag only, because {error}')
 if data:

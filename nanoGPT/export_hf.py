@@ -29,13 +29,13 @@ from shell import pip_install
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # folder of the checkpoint
-ckpt = 'ckpt.pt'  # its name: ckpt.pt is the latest, ckpt_best.pt the one with the lowest validation loss
+ckpt = 'ckpt.pt'  # ckpt.pt: the latest; ckpt_best.pt: the one with the lowest validation loss
 hf_dir = ''  # folder to write; it must not exist yet
 dtype = 'float32'  # dtype of the exported weights: float32 or bfloat16
-crop_vocab = True  # drop the tokens that pad the vocabulary (50304 to GPT-2's 50257)?
-dataset = ''  # data set whose encoding to use; empty: the data set of the training
-shard_bytes = 5_000_000_000  # larger weights are split into several files
-config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+crop_vocab = True  # drop the tokens that pad the vocabulary (50304 to GPT-2's 50257)
+dataset = ''  # data set whose encoding to use; empty: the one that the model was trained on
+shard_bytes = 5_000_000_000  # size above which the weights are split into several files
+config, flags_set = configure(globals())  # overrides from the command line and config files; see --help
 # -----------------------------------------------------------------------------
 
 TOLERANCE = 1e-4  # for logits; a tenth of it, times the largest logit, is added, because float32 errors scale with size
@@ -179,15 +179,15 @@ for package in ('safetensors', 'transformers'):
 path = find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt)
 checkpoint = load_checkpoint(path)
 args = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
-options = saved_options(checkpoint, {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}, given)
+options = saved_options(checkpoint, {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}, flags_set)
 model = GPT(GPTConfig(**{**args, **options})).eval()
 load_model(model, checkpoint)
 dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
 try:
-    meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in given, checkpoint.get('resume', {}).get('data'))
+    meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in flags_set, checkpoint.get('resume', {}).get('data'))
     no_tokenizer = ''
 except UserError as error:
-    if 'dataset' in given:
+    if 'dataset' in flags_set:
         raise
     meta, no_tokenizer = {'vocab_size': args['vocab_size']}, str(error)
 vocab_size = min(args['vocab_size'], meta.get('vocab_size', 50257)) if crop_vocab else args['vocab_size']

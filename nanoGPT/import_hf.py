@@ -22,10 +22,10 @@ from shell import pip_install
 
 # -----------------------------------------------------------------------------
 hf_dir = ''  # folder with config.json and model.safetensors, or a model's name on the Hugging Face Hub
-out_dir = 'out'  # folder of the checkpoint
+out_dir = 'out'  # folder for the checkpoint
 gelu = 'auto'  # erf or tanh; auto: as in config.json
-check_tokenizer = True  # refuse a model with GPT-2's vocabulary size but another tokenizer?
-config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+check_tokenizer = True  # refuse a model with GPT-2's vocabulary size but another tokenizer
+config, flags_set = configure(globals())  # overrides from the command line and config files; see --help
 # -----------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import torch
 from distributed import mean_over_ranks
 from encoding import get_encoding
 from errors import UserError
-from progress import progress
+from progress import show_progress
 from token_files import TokenFiles, inputs_and_targets
 
 
@@ -60,7 +60,7 @@ def mean_loss(
     losses, counts = [], []
     batches = range(0, tokens.rows, batch_size * world_size)  # the first row over all ranks
     batches = [row for row in batches if _predictions_before(tokens, row) < predictions]
-    for batch in progress(batches, 'evaluating val'):
+    for batch in show_progress(batches, 'evaluating val'):
         if stop_requested and stop_requested():
             model.train(training)
             return None

@@ -14,11 +14,11 @@ from distributed import same_on_all_ranks
 from errors import UserError
 
 
-def resume_model_args(checkpoint: dict, model_args: dict, given: set[str]) -> dict:
+def resume_model_args(checkpoint: dict, model_args: dict, flags_set: set[str]) -> dict:
     """
-    Returns model_args with the architecture of the checkpoint. given: the names of the flags that the user set. Raises
-    UserError if one of them asks for another architecture, except for a smaller block_size, to which the model is
-    cropped.
+    Returns model_args with the architecture of the checkpoint. flags_set: the names of the flags that the user set.
+    Raises UserError if one of them asks for another architecture, except for a smaller block_size, to which the model
+    is cropped.
     """
     saved = checkpoint['model_args']
     lacking = [k for k in ARCHITECTURE if k not in saved]
@@ -31,13 +31,13 @@ def resume_model_args(checkpoint: dict, model_args: dict, given: set[str]) -> di
             f'{sizes[0]:,}: give the data set that it was trained on with --dataset'
         )
     block_sizes = model_args['block_size'], saved['block_size']
-    if block_sizes[0] != block_sizes[1] and not ('block_size' in given and block_sizes[0] < block_sizes[1]):
+    if block_sizes[0] != block_sizes[1] and not ('block_size' in flags_set and block_sizes[0] < block_sizes[1]):
         raise UserError(
             f'the checkpoint was trained with block_size={block_sizes[1]}, but here it is {block_sizes[0]}: give '
             f'--block_size={block_sizes[1]}, or a smaller one, to which the model will be cropped'
         )
     for k in ARCHITECTURE:
-        if k in given and model_args[k] != saved[k] and k != 'block_size':
+        if k in flags_set and model_args[k] != saved[k] and k != 'block_size':
             raise UserError(
                 f'the checkpoint was trained with {k}={saved[k]}, but the command asks for {k}={model_args[k]}: leave '
                 'it out, or train from scratch with another --out_dir'
@@ -161,21 +161,21 @@ class Resume:
     def read(self, path: str) -> dict:
         return load_checkpoint(path, to_resume=True)
 
-    def model_args(self, model_args: dict, given: set) -> dict:
+    def model_args(self, model_args: dict, flags_set: set) -> dict:
         """
         Returns the checkpoint's architecture. Raises UserError if it contradicts the data or a flag that the user set.
         """
         if not self.path:
             return model_args
-        model_args = resume_model_args(self.checkpoint, model_args, given)
+        model_args = resume_model_args(self.checkpoint, model_args, flags_set)
         check_same_data(self.saved_data, self.data)
         return model_args
 
-    def model_options(self, options: dict, given: set) -> dict:
+    def model_options(self, options: dict, flags_set: set) -> dict:
         """
-        Returns options, the model's own flags, with the checkpoint's GELU. Raises UserError if a given flag differs.
+        Returns options, the model's own flags, with the checkpoint's GELU. Raises UserError if flags_set contradicts.
         """
-        return saved_options(self.checkpoint, options, given) if self.path else options
+        return saved_options(self.checkpoint, options, flags_set) if self.path else options
 
     def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Loads weights, AdamW's state and the float16 loss scale. Raises UserError if they do not fit."""

@@ -20,25 +20,25 @@ from token_files import inputs_and_targets
 # -----------------------------------------------------------------------------
 batch_size = 12  # sequences per micro-step
 block_size = 1024  # tokens per sequence
-n_layer = 12  # blocks
-n_head = 12  # attention heads in each
+n_layer = 12  # transformer blocks
+n_head = 12  # attention heads per block
 n_embd = 768  # width of the residual stream
-bias = False  # biases in Linear and LayerNorm layers?
-dropout = 0.0  # 0 for determinism
-gradient_accumulation_steps = 1  # micro-steps (forward and backward of one batch) per iteration
+bias = False  # biases in Linear and LayerNorm layers
+dropout = 0.0  # probability; 0 for determinism
+gradient_accumulation_steps = 1  # micro-steps (forward and backward of a batch) per iteration
 real_data = True  # batches of a data set; False: the same random tokens each time
-dataset = 'openwebtext'  # name in data/, folder, or quoted pattern of shards; needs real_data
+dataset = 'openwebtext'  # name in data/, path of a folder, or quoted glob pattern of token shards; needs real_data
 seed = 1337  # seed of the random numbers
-model_dir = ''  # folder of the model.py to time, such as ../phase2_triton; empty: this folder's
-device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best on this machine
-dtype = 'auto'  # float32, bfloat16 or float16
-compile = 'auto'  # use torch.compile?
-cuda_graph = 'auto'  # capture forward and backward as CUDA graphs and replay them?
-peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: the value in hardware.py
+model_dir = ''  # folder of the model.py to time, such as ../phase2_triton; empty: the folder of bench.py
+device = 'auto'  # cpu, cuda, cuda:1 or mps; auto: the best on this machine
+dtype = 'auto'  # float32, bfloat16 or float16; auto: the best on this machine
+compile = 'auto'  # use torch.compile; auto: on CUDA GPUs
+cuda_graph = 'auto'  # replay forward and backward as CUDA graphs; auto: where possible
+peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: from the table in hardware.py
 warmup = 10  # iterations before the timed ones
 steps = 20  # timed iterations
 profile = False  # write a trace of 5 iterations to ./bench_log, for TensorBoard or chrome://tracing
-config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+config, flags_set = configure(globals())  # overrides from the command line and config files; see --help
 # -----------------------------------------------------------------------------
 
 device, dtype, compile, _ = hardware.resolve_auto(device, dtype, compile, backend='auto')

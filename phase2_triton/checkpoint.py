@@ -234,16 +234,16 @@ def _about_folder(path):
     return f'{path} is a folder, not a checkpoint file. {about}'
 
 
-def saved_options(checkpoint: dict, options: dict, given: set) -> dict:
+def saved_options(checkpoint: dict, options: dict, flags_set: set) -> dict:
     """
     Returns `options`, the fields of GPTConfig that are flags, with the GELU of the checkpoint, which unlike the others
     belongs to the weights. nanoGPT's own checkpoints do not record it; they use the erf form. Raises UserError if the
-    flag is in `given` and asks for another form.
+    user has set the flag (flags_set) to another form.
     """
     if 'gelu' not in options:  # the user's own model.py
         return options
     saved = checkpoint.get('config', {}).get('gelu', 'erf')
-    if 'gelu' in given and options['gelu'] != saved:
+    if 'gelu' in flags_set and options['gelu'] != saved:
         raise UserError(
             f'the checkpoint was trained with gelu={saved}, but the command asks for '
             f'gelu={options["gelu"]}: leave the flag out'

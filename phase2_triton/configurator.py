@@ -58,9 +58,9 @@ NAMES = ('device', 'dtype', 'backend')  # never True or False, unlike the other 
 
 def configure(namespace: dict) -> tuple[dict, set[str]]:
     """
-    Overrides the flags in namespace, a script's globals(), from sys.argv. Returns (config, given): all flags with their
-    values, and the names of the flags that the command line or a config file set. Under torchrun, silences all ranks
-    but rank 0. Prints notes about flags without an effect. Raises UserError for anything wrong.
+    Overrides the flags in namespace, a script's globals(), from sys.argv. Returns (config, flags_set): all flags with
+    their values, and the names of the flags that the command line or a config file set. Under torchrun, silences all
+    ranks but rank 0. Prints notes about flags without an effect. Raises UserError for anything wrong.
     """
     silence_other_ranks()
     script = namespace['__file__']
@@ -70,7 +70,7 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
         [arg.split('=', 1)[1] for arg in sys.argv[1:] if arg.startswith('--model_dir=')]
         or [defaults.get('model_dir', '')]
     )[-1]
-    config, given = dict(defaults), set()
+    config, flags_set = dict(defaults), set()
     config['model_dir'] = find_model_dir(model_dir, script)
     options = {k: v for k, v in model_options(config['model_dir'], script).items() if k not in config}
     config.update(options)
@@ -86,19 +86,19 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
                 raise UserError(f'{arg} needs a value: {arg}=...')
             if key != 'model_dir':
                 config[key] = convert(key, text if equals else 'true', defaults[key], arg)
-            given.add(key)
+            flags_set.add(key)
         else:
             for key, value in run_config_file(arg, config, script).items():
                 check_name(key, defaults, f'{key} in {arg}', '; a helper variable needs an underscore: _' + key)
                 if key == 'model_dir' and value != config[key]:
                     raise UserError(f'{arg} sets model_dir, which works on the command line only: --model_dir={value}')
                 config[key] = convert(key, value, defaults[key], f'{key} = {value!r} in {arg}')
-                given.add(key)
+                flags_set.add(key)
     check_values(config, options)
-    for note in conflicts(config, given, defaults, help_texts(script, config['model_dir'], defaults)):
+    for note in conflicts(config, flags_set, defaults, help_texts(script, config['model_dir'], defaults)):
         print(f'note: {note}')
     namespace.update(config)
-    return config, given
+    return config, flags_set
 
 
 def check_name(key, known, where, hint=''):

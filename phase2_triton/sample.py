@@ -21,20 +21,20 @@ from kv_cache import generate
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
 out_dir = 'out'  # folder of the checkpoint; needs init_from=resume
-ckpt = 'ckpt.pt'  # its name: ckpt.pt (the latest) or ckpt_best.pt (lowest validation loss); needs init_from=resume
-dataset = ''  # data set whose encoding to use; empty: the data set of the training
-start = '\n'  # text to continue, such as "<|endoftext|>"; FILE:prompt.txt takes it from a file
-num_samples = 10  # number of samples to draw
+ckpt = 'ckpt.pt'  # ckpt.pt: the latest; ckpt_best.pt: the one with the lowest validation loss; needs init_from=resume
+dataset = ''  # data set whose encoding to use; empty: the one that the model was trained on
+start = '\n'  # text to continue, such as "<|endoftext|>"; FILE:prompt.txt reads it from a file
+num_samples = 10  # samples to draw
 max_new_tokens = 500  # tokens per sample
 temperature = 0.8  # 1.0: as trained; lower: safer; higher: wilder; 0.0: always the likeliest token
 top_k = 200  # draw only from this many of the likeliest tokens; needs temperature
 seed = 1337  # seed of the random numbers; needs temperature
-model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this folder's
-device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best on this machine
-dtype = 'auto'  # float32, bfloat16 or float16
-compile = False  # use torch.compile? unused with kv_cache
+model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: the folder of sample.py
+device = 'auto'  # cpu, cuda, cuda:1 or mps; auto: the best on this machine
+dtype = 'auto'  # float32, bfloat16 or float16; auto: the best on this machine
+compile = False  # use torch.compile; unused with kv_cache
 kv_cache = True  # draw all samples as a batch, with a key-value cache; False: one after another, slowly
-config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+config, flags_set = configure(globals())  # overrides from the command line and config files; see --help
 # -----------------------------------------------------------------------------
 
 device, dtype, compile, _ = hardware.resolve_auto(device, dtype, compile, backend='auto')
@@ -50,7 +50,7 @@ data_manifest = None
 model_options = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}
 if init_from == 'resume':
     checkpoint = load_checkpoint(find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt))
-    model_options = saved_options(checkpoint, model_options, given)
+    model_options = saved_options(checkpoint, model_options, flags_set)
     known = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
     model = GPT(GPTConfig(**{**known, 'dropout': 0.0, **model_options}))
     load_model(model, checkpoint)
@@ -66,7 +66,7 @@ if compile and not kv_cache:
     model.compile()
 
 # text to tokens and back, as in the data set that the model was trained on
-meta = meta_of_model(dataset, model.config.vocab_size, 'dataset' in given, data_manifest)
+meta = meta_of_model(dataset, model.config.vocab_size, 'dataset' in flags_set, data_manifest)
 encoding = get_encoding(meta)
 if start.startswith('FILE:'):
     try:

@@ -29,7 +29,7 @@ from encoding import check_encoding
 from errors import UserError
 from evaluation import FirstTokens
 from out_dir import make_out_dir
-from progress import progress
+from progress import show_progress
 from resume import Resume, rank_state
 from run_facts import run_facts
 from run_report import RunReport
@@ -42,54 +42,54 @@ from token_files import inputs_and_targets
 # -----------------------------------------------------------------------------
 # default config values designed to train a GPT-2 (124M) on OpenWebText; each is a flag
 # I/O
-out_dir = 'out'  # folder of checkpoints and logs
+out_dir = 'out'  # folder for checkpoints and logs
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between printed lines and log records
-eval_iters = 200  # batches of each split in an evaluation, on every rank
-val_tokens = 0  # N: the validation loss is the mean over exactly the first N tokens; 0: over eval_iters random batches
-eval_only = False  # evaluate once and end
-always_save_checkpoint = True  # save after each evaluation, not only after the best so far
+eval_iters = 200  # batches per split in an evaluation, on each rank
+val_tokens = 0  # validation loss over exactly the first N tokens; 0: over eval_iters random batches
+eval_only = False  # evaluate once, then stop
+always_save_checkpoint = True  # save after every evaluation; False: only if the validation loss is the lowest so far
 init_from = 'scratch'  # scratch, resume, auto (resume if there is a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl
 json_log = True  # write out_dir/run_*.json, for visualize_training.py
 # trackers
-tracker = ''  # wandb, trackio or tensorboard: log losses there too
-wandb_log = False  # the same as tracker=wandb
-wandb_project = 'owt'  # its project; needs wandb_log or tracker
-wandb_run_name = 'gpt2'  # its name for this run; needs wandb_log or tracker
+tracker = ''  # also log to wandb, trackio or tensorboard
+wandb_log = False  # same as tracker=wandb
+wandb_project = 'owt'  # project name in the tracker; needs wandb_log or tracker
+wandb_run_name = 'gpt2'  # run name in the tracker; needs wandb_log or tracker
 # data
-dataset = 'openwebtext'  # name in data/, folder, or quoted pattern of token shards
+dataset = 'openwebtext'  # name in data/, path of a folder, or quoted glob pattern of token shards
 data_order = 'random'  # random windows, or sequential: every token once per epoch
-gradient_accumulation_steps = 5 * 8  # micro-steps of one iteration, shared out among the ranks
-batch_size = 12  # sequences in a micro-step
-block_size = 1024  # tokens in a sequence
+gradient_accumulation_steps = 5 * 8  # micro-steps (forward and backward of a batch) per iteration, on all ranks
+batch_size = 12  # sequences per micro-step
+block_size = 1024  # tokens per sequence
 # model
-model_dir = ''  # folder of the model.py to train, such as ../phase2_triton; empty: this one
-n_layer = 12  # blocks
-n_head = 12  # attention heads in each
+model_dir = ''  # folder of the model.py to train, such as ../phase2_triton; empty: the folder of train.py
+n_layer = 12  # transformer blocks
+n_head = 12  # attention heads per block
 n_embd = 768  # width of the residual stream
-dropout = 0.0  # 0 is good for pretraining; for finetuning try 0.1 and more
-bias = False  # biases in Linear and LayerNorm layers?
+dropout = 0.0  # probability; 0 for pretraining, 0.1 or more for finetuning
+bias = False  # biases in Linear and LayerNorm layers
 # adamw optimizer
-learning_rate = 6e-4  # after the warmup, before it decays
-max_iters = 600000  # number of the last iteration
-weight_decay = 1e-1  # of matrices
-beta1 = 0.9  # decay of the gradient's mean
-beta2 = 0.95  # decay of the gradient's square
-grad_clip = 1.0  # clip gradients at this norm; 0.0: do not
+learning_rate = 6e-4  # the highest, at the end of the warmup
+max_iters = 600000  # number of the last iteration, counted from 0
+weight_decay = 1e-1  # for matrices and embeddings; biases and LayerNorms have none
+beta1 = 0.9  # decay rate of the mean of gradients
+beta2 = 0.95  # decay rate of the mean of squared gradients
+grad_clip = 1.0  # highest gradient norm; 0.0: no clipping
 # learning rate decay settings
-decay_lr = True  # warmup, then a cosine; False: learning_rate throughout
-warmup_iters = 2000  # iterations of linear warmup; needs decay_lr
-lr_decay_iters = 600000  # iteration at which the cosine ends; about max_iters (Hoffmann et al. 2022); needs decay_lr
-min_lr = 6e-5  # learning rate from there on; about learning_rate / 10; needs decay_lr
-# system; auto is the best that this machine has
-backend = 'auto'  # nccl or gloo
-dist_timeout = 600  # seconds that a rank waits for the others, whose machine may be gone, before it ends the run
-device = 'auto'  # cpu, cuda, cuda:1, mps
-dtype = 'auto'  # float32, bfloat16 or float16; the last with a gradient scaler
-compile = 'auto'  # use torch.compile?
-cuda_graph = 'auto'  # capture forward and backward as CUDA graphs and replay them?
-peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: what hardware.py knows of it
-config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
+decay_lr = True  # linear warmup, then cosine decay; False: constant learning rate
+warmup_iters = 2000  # iterations of warmup; needs decay_lr
+lr_decay_iters = 600000  # iteration at which the decay ends; about max_iters (Hoffmann et al. 2022); needs decay_lr
+min_lr = 6e-5  # learning rate after the decay; about learning_rate / 10; needs decay_lr
+# system
+backend = 'auto'  # nccl or gloo; auto: nccl on CUDA GPUs
+dist_timeout = 600  # seconds that a rank waits for the others before it ends the run
+device = 'auto'  # cpu, cuda, cuda:1 or mps; auto: the best on this machine
+dtype = 'auto'  # float32, bfloat16 or float16 (with a gradient scaler); auto: the best on this machine
+compile = 'auto'  # use torch.compile; auto: on CUDA GPUs
+cuda_graph = 'auto'  # replay forward and backward as CUDA graphs; auto: where possible
+peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: from the table in hardware.py
+config, flags_set = configure(globals())  # overrides from the command line and config files; see --help
 # -----------------------------------------------------------------------------
 
 # decisions first: every 'auto' becomes what this machine and out_dir call for, and the ranks find each other
@@ -131,8 +131,8 @@ if init_from.startswith('gpt2'):
     model_args = {k: getattr(model.config, k) for k in model_args}
 else:
     print(f'Resuming training from {resume.path}' if resume.path else 'Initializing a new model from scratch')
-    model_args = resume.model_args(model_args, given)
-    model_options = resume.model_options(model_options, given)
+    model_args = resume.model_args(model_args, flags_set)
+    model_options = resume.model_options(model_options, flags_set)
     model = GPT(GPTConfig(**model_args, **model_options))
 if block_size > model.config.block_size:
     raise UserError(f'block_size={block_size}, but the model from {init_from} takes at most {model.config.block_size}')
@@ -191,7 +191,7 @@ def estimate_loss():
     model.eval()
     for split in ['train'] if val_tokens else ['train', 'val']:
         losses = torch.zeros(eval_iters, device=device)
-        for k in progress(range(eval_iters), f'evaluating {split}'):
+        for k in show_progress(range(eval_iters), f'evaluating {split}'):
             if stop_signal.requested():
                 return None
             X, Y = get_batch(data.splits[split].sample(batch_size, vocab_size))

@@ -89,7 +89,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, as in GPT-2; False is slightly better and faster
-    gelu: str = 'erf'  # or tanh, as in OpenAI's GPT-2; stored in a checkpoint's config, not in its model_args
+    gelu: str = 'erf'  # erf, or tanh as in OpenAI's GPT-2; stored in a checkpoint's config, not in its model_args
     # the fields below change how the model is computed: they are flags of every script and not part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
 

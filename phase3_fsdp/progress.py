@@ -8,7 +8,7 @@ from run_report import duration
 SILENT_S, INTERVAL_S = 3.0, 0.5
 
 
-def progress(items, name: str):
+def show_progress(items, name: str):
     """Yields the items of a sized iterable. After 3 s, shows on a terminal how many are done and the time left."""
     started = shown = time.monotonic()
     terminal, drawn = sys.stdout.isatty(), False

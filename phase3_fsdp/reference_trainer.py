@@ -15,9 +15,9 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 REFERENCE = os.path.join(FOLDER, 'train_ddp.py')
 
 
-def hand_over_if_unsharded(config: dict, given: set) -> None:
+def hand_over_if_unsharded(config: dict, flags_set: set) -> None:
     """
-    With one process, or with use_fsdp=False, runs train_ddp.py with those flags in `given` that it knows, and then
+    With one process, or with use_fsdp=False, runs train_ddp.py with those flags in flags_set that it knows, and then
     exits. Otherwise returns. Raises UserError for ckpt_format=sharded, which needs shards.
     """
     sharded = config['use_fsdp'] and torchrun_env.number('WORLD_SIZE', 1) > 1
@@ -29,7 +29,7 @@ def hand_over_if_unsharded(config: dict, given: set) -> None:
         return
     print(f'not using FSDP: {"there is one process" if config["use_fsdp"] else "use_fsdp=False"}')
     own = assigned_names(os.path.join(FOLDER, 'train.py')) - assigned_names(REFERENCE)
-    sys.argv = [REFERENCE, *(f'--{key}={config[key]}' for key in config if key in given and key not in own)]
+    sys.argv = [REFERENCE, *(f'--{key}={config[key]}' for key in config if key in flags_set and key not in own)]
     runpy.run_path(REFERENCE, run_name='__main__')
     sys.exit()
 

@@ -146,7 +146,7 @@ def make_runs(config: dict, gpu: GPU, gpus: int) -> dict[str, Run]:
     return {name: run for name, run in runs.items() if run}
 
 
-def asked_for(config: dict, given: set) -> str:
+def asked_for(config: dict, flags_set: set) -> str:
     """Returns the name of the trainer that the flags select, or '' if they select none."""
     kernels = Path(config['model_dir'] or '.').name == 'phase2_triton'
     sharding = {
@@ -155,8 +155,8 @@ def asked_for(config: dict, given: set) -> str:
         'use_fsdp': 'fsdp',
         'use_zero1': 'zero1',
     }
-    name = next((trainer for flag, trainer in sharding.items() if flag in given and config[flag]), '')
-    if not name and any(flag.startswith('fsdp_') for flag in given):
+    name = next((trainer for flag, trainer in sharding.items() if flag in flags_set and config[flag]), '')
+    if not name and any(flag.startswith('fsdp_') for flag in flags_set):
         name = 'fsdp'
     if not kernels:
         return name

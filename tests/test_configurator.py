@@ -28,9 +28,9 @@ def script(tmp_path, monkeypatch):
         namespace = {'__file__': str(tmp_path / 'script.py'), '__doc__': 'A script.'}
         exec(source, namespace)
         monkeypatch.setattr(sys, 'argv', ['script.py', *args])
-        config, given = configure(namespace)
+        config, flags_set = configure(namespace)
         assert all(namespace[k] == v for k, v in config.items())
-        return config, given
+        return config, flags_set
 
     return run
 
@@ -58,9 +58,9 @@ def script(tmp_path, monkeypatch):
     ],
 )
 def test_values_have_the_type_of_their_default(script, argument, value):
-    config, given = script(argument)
+    config, flags_set = script(argument)
     key = argument[2:].split('=')[0]
-    assert config[key] == value and type(config[key]) is type(value) and given == {key}
+    assert config[key] == value and type(config[key]) is type(value) and flags_set == {key}
 
 
 @pytest.mark.parametrize(
@@ -93,16 +93,16 @@ def test_config_files_and_flags_apply_from_left_to_right(script, tmp_path):
         'import math\nmax_iters = 10 * max_iters\n_helper = 3\nlearning_rate = 1\ndef f(): pass\n'
     )
     assert script('--max_iters=5', 'a.py')[0]['max_iters'] == 50
-    config, given = script('a.py', '--max_iters=5')
-    assert config['max_iters'] == 5 and config['learning_rate'] == 1.0 and given == {'max_iters', 'learning_rate'}
+    config, flags_set = script('a.py', '--max_iters=5')
+    assert config['max_iters'] == 5 and config['learning_rate'] == 1.0 and flags_set == {'max_iters', 'learning_rate'}
 
 
 def test_only_what_a_config_file_assigns_is_given(script, tmp_path):
     # with the byte order mark that Windows writes
     text = '\ufeffdef f():\n    max_iters = 1\n[max_iters for max_iters in (2, 3)]\nout_dir = __file__\n'
     (tmp_path / 'a.py').write_text(text, encoding='utf-8')
-    config, given = script('a.py')
-    assert given == {'out_dir'} and config['max_iters'] == 100 and config['out_dir'] == str(tmp_path / 'a.py')
+    config, flags_set = script('a.py')
+    assert flags_set == {'out_dir'} and config['max_iters'] == 100 and config['out_dir'] == str(tmp_path / 'a.py')
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_our_config_files_hold_known_flags_only(path, monkeypatch):
     script = (ROOT / 'phase3_fsdp' if path.name.startswith('gpt3') else NANOGPT) / 'train.py'  # those are for FSDP
     namespace = {'__file__': str(script)}
     source = script.read_text()
-    exec(source[source.index('out_dir = ') : source.index('config, given = configure')], namespace)
+    exec(source[source.index('out_dir = ') : source.index('config, flags_set = configure')], namespace)
     monkeypatch.setattr(sys, 'argv', ['train.py', str(path)])
-    config, given = configure(namespace)
-    assert given
+    config, flags_set = configure(namespace)
+    assert flags_set
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_a_config_file_without_an_effect(script, tmp_path, text, message):
 
 def test_helper_variables_of_a_config_file(script, tmp_path):
     (tmp_path / 'a.py').write_text('_days = 2\nfor _i in range(3):\n    max_iters = _i * _days\n')
-    config, given = script('a.py')
-    assert config['max_iters'] == 4 and given == {'max_iters'}
+    config, flags_set = script('a.py')
+    assert config['max_iters'] == 4 and flags_set == {'max_iters'}
 
 
 def test_a_flag_that_needs_another_is_noted(script, capsys):
@@ -260,7 +260,7 @@ def test_flags_of_train_that_contradict_each_other(monkeypatch, capsys, flags, n
     """notes: a piece of each printed note, none if the flags agree; a str is the message of an error."""
     namespace = {'__file__': str(NANOGPT / 'train.py')}
     source = (NANOGPT / 'train.py').read_text()
-    exec(source[source.index('out_dir = ') : source.index('config, given = configure')], namespace)
+    exec(source[source.index('out_dir = ') : source.index('config, flags_set = configure')], namespace)
     monkeypatch.setattr(sys, 'argv', ['train.py', *TRAIN_FLAGS, *flags])
     if isinstance(notes, str):
         with pytest.raises(UserError, match=notes):
@@ -274,7 +274,7 @@ def test_flags_of_train_that_contradict_each_other(monkeypatch, capsys, flags, n
 def test_defaults_do_not_contradict_each_other(monkeypatch, capsys):
     namespace = {'__file__': str(NANOGPT / 'train.py')}
     source = (NANOGPT / 'train.py').read_text()
-    exec(source[source.index('out_dir = ') : source.index('config, given = configure')], namespace)
+    exec(source[source.index('out_dir = ') : source.index('config, flags_set = configure')], namespace)
     monkeypatch.setattr(sys, 'argv', ['train.py'])
     assert configure(namespace)[1] == set() and capsys.readouterr().out == ''
 

@@ -53,7 +53,7 @@ def flags_of(script):
     text = script.read_text()
     names = set(re.findall(r"add_argument\(\s*'(--[\w-]+)'", text)) | {'--help'}
     names |= {f'--{name}' for name in re.findall(r"^    '(\w+)': \(.*'\),$", text, re.M)}  # plan.py's
-    top, configured, _ = text.partition('\nconfig, given = configure(globals())')
+    top, configured, _ = text.partition('\nconfig, flags_set = configure(globals())')
     if configured:
         names |= {f'--{node.targets[0].id}' for node in ast.parse(top).body if isinstance(node, ast.Assign)}
         names |= {

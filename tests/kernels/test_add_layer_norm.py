@@ -115,7 +115,7 @@ def test_strides_of_x_branch_and_gradients(layout):
     (_, _, w, b), _ = residuals(1, N)
     x, branch, dtotal, dy = (unusual() for _ in range(4))
     got = run(add_layer_norm, [x.requires_grad_(), branch.requires_grad_(), w, b], [dtotal, dy])
-    # the truth of a constant row is its rounding, and both round alike only where the same is summed: y is tested by bound(), on the rest
+    # rows of 'expanded columns' are constant: their y is rounding error only, which bound() compares with PyTorch's
     compare([leaf(x.contiguous()), leaf(branch.contiguous()), w, b], [dtotal, dy], layout, got)
 
 
