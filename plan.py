@@ -31,7 +31,7 @@ from shell import python_command
 FLAGS = {  # name: (default, help)
     'gpu': ('h100', f'kind of GPU: {", ".join(GPUS)}'),
     'gpus': (1, 'number of GPUs on all machines together'),
-    'trainer': ('', f'trainer to plan: {", ".join(options.NAMES)}'),
+    'trainer': ('', f'trainer to plan: {", ".join(options.NAMES)}, or a folder such as phase3_fsdp'),
     'tokens': (0.0, 'tokens to train on, for hours and cost; 0: max_iters iterations'),
     'price': (0.0, 'price per GPU and hour, for the cost'),
     'network': (50.0, 'GB/s per GPU between machines, one direction; 50 is 400 Gb/s'),
@@ -64,7 +64,7 @@ def parse():
     arguments = [arg for arg in sys.argv[1:] if arg[2:].split('=')[0] not in own or not arg.startswith('--')]
     if config['largest'] not in ('', 'model', 'batch'):
         raise UserError(f"largest is '{config['largest']}', but it can be model or batch")
-    if config['trainer'] and config['trainer'] not in options.NAMES:
+    if config['trainer'] not in ('', *options.NAMES, *options.FOLDERS.values()):
         raise UserError(f"trainer is '{config['trainer']}', but it can be {', '.join(options.NAMES)}")
     for flag in ('tokens', 'price'):
         if not config[flag] >= 0:
@@ -80,7 +80,7 @@ def main():
     config, flags_set, arguments = parse()
     gpu, gpus, network = find_gpu(config['gpu']), config['gpus'], config['network'] * 1e9
     found = plan.make_plan(config, gpu, gpus, network, measured.all_rows())
-    asked = config['trainer'] or options.asked_for(config, flags_set)
+    asked = options.asked_for(config, flags_set)
     if asked and asked not in found:
         raise UserError(f'trainer={asked} needs 4 GPUs or more, in two equal groups or more; gpus is {gpus}')
     tokens = config['tokens'] or config['max_iters'] * next(iter(found.values())).run.tokens_per_iter

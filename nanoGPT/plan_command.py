@@ -3,22 +3,16 @@
 import os
 import shlex
 
-TRAINERS = {'phase1_zero1': 'zero1', 'phase2_triton': 'triton', 'phase3_fsdp': 'fsdp'}  # any other folder: ddp
-
 
 def plan_command(argv: list[str], world_size: int, device_name: str) -> str | None:
     """
     Returns the shell command that plans this run, or None if there is no plan.py. argv: sys.argv; device_name:
-    PyTorch's name of the GPU. The trainer follows from the script's folder and --model_dir.
+    PyTorch's name of the GPU. plan.py finds the trainer from the script's folder and --model_dir.
     """
     folder = os.path.dirname(os.path.realpath(argv[0]))
     script = os.path.join(os.path.dirname(folder), 'plan.py')
     if not os.path.isfile(script):  # the folder was copied elsewhere
         return None
-    trainer = TRAINERS.get(os.path.basename(folder), 'ddp')
-    models = [arg.split('=', 1)[1] for arg in argv[1:] if arg.startswith('--model_dir=')]
-    if models and os.path.basename(os.path.normpath(models[-1])) == 'phase2_triton':
-        trainer = 'triton' if trainer in ('ddp', 'triton') else f'{trainer}+triton'
     words = ['python', os.path.relpath(script), *argv[1:]]
-    words += [f'--trainer={trainer}', f'--gpu={device_name}', f'--gpus={world_size}']
+    words += [f'--trainer={os.path.basename(folder)}', f'--gpu={device_name}', f'--gpus={world_size}']
     return shlex.join(words)

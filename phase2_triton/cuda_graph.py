@@ -4,8 +4,7 @@ the CPU launches about 500 kernels per micro-step, too slowly for a fast GPU.
 
 A replay repeats the captured kernels on the captured addresses, so everything it reads and writes must keep its
 address. The batch is copied into the graphs' own tensors. Gradients stay where the first graph allocated them, or under
-DDP in its buckets (for FSDP see sharded_cuda_graph.py in phase3_fsdp/). Source: docs.pytorch.org, CUDA semantics, "CUDA
-Graphs".
+DDP in its buckets. Source: docs.pytorch.org, CUDA semantics, "CUDA Graphs".
 """
 
 import gc

@@ -26,6 +26,15 @@ NAMES = (
 )
 
 
+FOLDERS = {
+    'ddp': 'nanoGPT',
+    'zero1': 'phase1_zero1',
+    'triton': 'phase2_triton',
+    'fsdp': 'phase3_fsdp',
+    'hybrid': 'phase3_fsdp',
+}
+
+
 def flags_of(path) -> dict:
     """Returns {flag: default} of a train.py: the plain values that it assigns above configure(). Does not run it."""
     flags = {}
@@ -147,7 +156,12 @@ def make_runs(config: dict, gpu: GPU, gpus: int) -> dict[str, Run]:
 
 
 def asked_for(config: dict, flags_set: set) -> str:
-    """Returns the name of the trainer that the flags select, or '' if they select none."""
+    """
+    Returns the name of the trainer that config selects, or '' if it selects none: by config['trainer'], a name or the
+    folder of a train.py, or by train.py's flags, which are more specific than a folder.
+    """
+    if config['trainer'] in NAMES:
+        return config['trainer']
     kernels = Path(config['model_dir'] or '.').name == 'phase2_triton'
     sharding = {
         'fsdp_shard_size': 'hybrid',
@@ -158,18 +172,10 @@ def asked_for(config: dict, flags_set: set) -> str:
     name = next((trainer for flag, trainer in sharding.items() if flag in flags_set and config[flag]), '')
     if not name and any(flag.startswith('fsdp_') for flag in flags_set):
         name = 'fsdp'
+    name = name or next((trainer for trainer, folder in FOLDERS.items() if folder == config['trainer']), '')
     if not kernels:
         return name
-    return f'{name}+triton' if f'{name}+triton' in NAMES else name or 'triton'
-
-
-FOLDERS = {
-    'ddp': 'nanoGPT',
-    'zero1': 'phase1_zero1',
-    'triton': 'phase2_triton',
-    'fsdp': 'phase3_fsdp',
-    'hybrid': 'phase3_fsdp',
-}
+    return f'{name}+triton' if f'{name}+triton' in NAMES else 'triton' if name in ('', 'ddp') else name
 
 
 def command(name: str, run: Run, arguments: list[str]) -> str:

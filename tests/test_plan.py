@@ -189,7 +189,12 @@ def test_flags_ask_for_a_trainer():
     assert run_plan(*big).returncode == 0  # some trainer does
     assert run_plan(*big, '--use_zero1=True').returncode == 1
     assert run_plan(*big, '--use_fsdp=True', '--activation_checkpointing=True').returncode == 0
-    assert options.asked_for({'model_dir': '../phase2_triton', 'use_fsdp': True}, {'use_fsdp'}) == 'fsdp+triton'
+    config = {'model_dir': '', 'use_fsdp': True, 'fsdp_shard_size': 2, 'trainer': ''}
+    kernels = config | {'model_dir': '../phase2_triton'}
+    assert options.asked_for(kernels, {'use_fsdp'}) == 'fsdp+triton'
+    assert options.asked_for(kernels | {'trainer': 'nanoGPT'}, set()) == 'triton'
+    assert options.asked_for(config | {'trainer': 'phase1_zero1'}, set()) == 'zero1'
+    assert options.asked_for(config | {'trainer': 'phase3_fsdp'}, {'fsdp_shard_size'}) == 'hybrid'
 
 
 @pytest.mark.parametrize('what', ['model', 'batch'])
@@ -242,7 +247,7 @@ def test_out_of_memory_ends_with_a_command_that_runs(tmp_path):
         '--model_dir=../phase2_triton',
     ]
     command = plan_command(argv, 8, 'NVIDIA H100 80GB HBM3')
-    assert '--trainer=fsdp+triton' in command and '--gpus=8' in command
+    assert '--trainer=phase3_fsdp' in command and '--gpus=8' in command
     run = subprocess.run(command.replace('python', sys.executable, 1), shell=True, capture_output=True, text=True)
     assert run.returncode == 1 and 'fsdp+triton does not fit on 8 × h100' in run.stdout, run.stderr
     (tmp_path / 'alone').mkdir()
