@@ -36,12 +36,8 @@ torch._functorch.config.donated_buffer = False  # the graph calls one backward s
 device = 'cuda'  # 'cpu' with --dry-run
 shapes = [(12 * 1024, 768), (32 * 1024, 768), (16 * 1024, 1600), (16 * 1024, 4096), (4 * 1024, 12288)]
 dtypes = {'bf16': torch.bfloat16, 'fp32': torch.float32}
-mixes = [
-    ('bf16', 'bf16', 'bf16'),
-    ('fp32', 'fp32', 'fp32'),
-    ('bf16', 'fp32', 'bf16'),
-    ('fp32', 'fp32', 'bf16'),
-]  # dtypes of x, weight and y
+# dtypes of x, weight and y
+mixes = [('bf16', 'bf16', 'bf16'), ('fp32', 'fp32', 'fp32'), ('bf16', 'fp32', 'bf16'), ('fp32', 'fp32', 'bf16')]
 
 
 def graph_us(calls, replays=20):
@@ -352,9 +348,8 @@ def main():
     except PackageNotFoundError:
         report['versions']['liger'] = None
     rows = report['rows'] = []
-    save = lambda: write_json(
-        args.out, report
-    )  # after every row, so that a run that is killed loses only the percentages
+    # after every row, so that a run that is killed loses only the percentages
+    save = lambda: write_json(args.out, report)
     if args.tune:
         text = tune(rows, args.tune_seconds, args.tune_only, save)
     else:

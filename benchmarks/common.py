@@ -16,11 +16,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
 GIB = 2**30
+# as the user set it: hardware.resolve_auto() adds to it
 MEMORY_SETUP = [
     f'{name}={value}'
     for name, value in os.environ.items()
     if name.startswith('PYTORCH') and name.endswith('ALLOC_CONF')
-]  # as the user set it: hardware.resolve_auto() adds to it
+]
 
 
 def output_of(*command):

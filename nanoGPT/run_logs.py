@@ -147,9 +147,8 @@ class Run:
         state = self.run.get('state_bytes')
         state = state if isinstance(state, dict) else {}
         self.state_bytes = {part: positive(state.get(part)) or 0 for part in STATE}  # of each rank
-        times = np.nan_to_num(
-            self.iterations['time_ms']
-        )  # of one step each; the steps between two records took about as long
+        # a record has the time of one step; the steps since the record before took about as long
+        times = np.nan_to_num(self.iterations['time_ms'])
         self.seconds = (
             np.cumsum(times * np.diff(self.iterations['iter'], prepend=self.iterations['iter'][:1] - 1)) / 1e3
         )

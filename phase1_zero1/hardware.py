@@ -1,4 +1,4 @@
-"""Knows this machine: the best device, dtype, compile and backend, peak FLOP/s, clock and memory."""
+"""Facts about this machine: the best device, dtype, compile and backend, peak FLOP/s, clock and memory."""
 
 import inspect
 import os
@@ -16,9 +16,8 @@ try:
     import resource
 except ImportError:
     raise UserError(
-        'this Python has no module `resource`. If it is one for Windows, use a Python in WSL (Windows Subsystem for '
-        'Linux) '
-        'instead: training needs files and signals as Linux and macOS have them'
+        'this Python has no module `resource`. If it is a Python for Windows, use one in WSL (Windows Subsystem for '
+        'Linux): training needs files and signals as Linux and macOS have them'
     ) from None
 
 
@@ -58,14 +57,10 @@ def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
     if device_type == 'mps' and not (mps and mps.is_available()):
         raise UserError('device=mps, but torch sees no Apple GPU here; leave the flag out or use --device=cpu')
 
-    if dtype == 'auto':
-        dtype = (
-            'float32'
-            if device_type != 'cuda'
-            else 'bfloat16'
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else 'float16'
-        )
+    if dtype == 'auto' and device_type == 'cuda':
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    elif dtype == 'auto':
+        dtype = 'float32'
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f"dtype is '{dtype}', but it can be float32, bfloat16 or float16")
 

@@ -1,6 +1,6 @@
 """
-Turns a picture of visualize_training.py into one self-contained HTML page: the same panels, to zoom into and to point
-at.
+Turns a picture of visualize_training.py into one self-contained HTML page with the same panels, which can be zoomed and
+show values under the pointer.
 
     page(draw(runs))     # a str; needs the package plotly, whose JavaScript (5 MB) the page contains
 """
@@ -33,7 +33,7 @@ def page(figure) -> str:
     from plotly.offline import get_plotlyjs
 
     axes = {ax.get_label(): ax for ax in figure.axes}
-    right = axes.pop('mfu', None)  # the second y axis of the throughput's panel
+    right = axes.pop('mfu', None)  # the second y axis of the throughput panel
     sections = []
     for name, ax in axes.items():
         if not ax.axison:
@@ -44,7 +44,9 @@ def page(figure) -> str:
         title = html.escape(ax.get_title(loc='left'))
         sections.append(f'<section{" class=wide" * wide}><h2>{title}</h2>{body}</section>')
     narrow = sum(not section.startswith('<section class=wide') for section in sections)
-    style = STYLE.replace('NARROW', '34' if narrow % 3 == 1 else '24')  # two columns where three would leave one alone
+    style = STYLE.replace(
+        'NARROW', '34' if narrow % 3 == 1 else '24'
+    )  # two columns if three would leave one panel alone
     title = encodable(html.escape(' '.join(figure.get_suptitle().split())))
     return (
         f'<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>'
@@ -59,7 +61,7 @@ def encodable(text):
 
 
 def facts_table(ax):
-    """The texts of the panel of facts are names and values in turn."""
+    """Returns the panel of facts as a table. Its texts are names and values in turn."""
     words = [text.get_text() for text in ax.texts]
     rows = zip(words[::2], words[1::2])
     return (
@@ -145,7 +147,7 @@ def scatter(go, ax, line, yaxis='y'):
 
 
 def add_bars(chart, go, ax):
-    """Adds the horizontal bars of a panel, stacked or not, and the words on and behind them."""
+    """Adds the horizontal bars of a panel, stacked or not, and the texts on and next to them."""
     for bar in ax.patches:
         color = to_hex(bar.get_edgecolor() if bar.get_hatch() else bar.get_facecolor())
         chart.add_bar(
@@ -159,7 +161,7 @@ def add_bars(chart, go, ax):
         )
     for text in ax.texts:
         x, y = text.get_position()
-        box = dict(bgcolor='white', borderpad=1) if text.get_ha() == 'center' else {}  # letters on the bars
+        box = dict(bgcolor='white', borderpad=1) if text.get_ha() == 'center' else {}  # a letter on a bar
         chart.add_annotation(x=x, y=y, text=html.escape(text.get_text()), showarrow=False, xanchor=text.get_ha(), **box)
     names = [html.escape(name) for name in ax.get_figure().run_names]
     chart.update_yaxes(

@@ -47,13 +47,8 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = (
     '#777777',
 )
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
-DASHES = (
-    (5, 3),
-    (1.5, 1.5),
-    (6, 2, 1.5, 2),
-    (9, 3),
-    (3, 2, 1, 2, 1, 2),
-)  # for all curves but the first, so that equal curves stay visible
+# dashes of all curves but the first, so that equal curves stay visible
+DASHES = ((5, 3), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3), (3, 2, 1, 2, 1, 2))
 MARKERS = 'osD^vP'
 STYLE = {
     'font.size': 13,
@@ -84,19 +79,18 @@ BARS = {
     'peak_memory_bytes': ('Peak memory', 'GiB on rank 0'),
     'final_val_loss': ('Final validation loss', 'nats/token'),
 }
-HATCHES = {'parameters': '', 'gradients': '///', 'optimizer': '...'}  # of the parts of state_bytes
+HATCHES = {'parameters': '', 'gradients': '///', 'optimizer': '...'}  # for the parts of state_bytes
 
 
 def smoothed(values, records):
     """
-    Returns the triangular mean over about `records` values around each value, NaNs left out. The window narrows at the
+    Returns the triangular mean over about `records` values around each value, without NaNs. The window narrows at the
     start, where a loss falls fast, and the result ends with the last value.
     """
     index, half = np.arange(len(values)), min(len(values), records // 3)
     end = np.max(index[np.isfinite(values)], initial=-1)
-    for _ in range(
-        2 if records >= 3 else 0
-    ):  # a box twice is a triangle, and two of 2/3 of the width are as wide as one
+    # two boxes of 2/3 of the width make a triangle of the full width
+    for _ in range(2 if records >= 3 else 0):
         known = np.isfinite(values)
         total, count = _window_sums(np.where(known, values, 0), half), _window_sums(known, half)
         values = np.where((count > 0) & (index <= end), total / np.maximum(count, 1), math.nan)
@@ -113,7 +107,7 @@ def _window_sums(values, half):
     blocks = np.pad(values, (0, width + -len(values) % width)).reshape(-1, width)
     head, tail = np.cumsum(blocks, axis=1).ravel(), np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1].ravel()
     sums = tail[start] + np.where(start % width, head[start + width - 1], 0)
-    sums[:half] = head[: 2 * min(half, len(values)) : 2]  # at the start as few on the right as on the left
+    sums[:half] = head[: 2 * min(half, len(values)) : 2]  # at the start, as few on the right as on the left
     return sums
 
 
@@ -229,8 +223,8 @@ def draw(runs, x='iter', smooth=None, metrics=None, title=None, figure=None):
 
 def bars_of(runs):
     """
-    Returns the keys of BARS that say something about these runs. Logs from before state_bytes have none; and a run on a
-    CPU has the whole process as its peak memory, most of which is Python and PyTorch.
+    Returns the keys of BARS that are meaningful for these runs. Older logs have no state_bytes, and the peak memory of
+    a run on a CPU is that of the whole process, mostly Python and PyTorch.
     """
     state = any(any(run.state_bytes.values()) for run in runs)
     on_cpus = state and all(run.run.get('device') == 'cpu' for run in runs)
@@ -248,13 +242,15 @@ def _curves(ax, runs, key, axis, smooth):
         if longest > 2 * size or size == 1
     )
     for i, run in enumerate(runs):
-        width = 2 + 3 * (len(runs) - 1 - i) / max(3, len(runs) - 1)  # equal curves lie on each other, and all are seen
+        width = 2 + 3 * (len(runs) - 1 - i) / max(
+            3, len(runs) - 1
+        )  # narrower on top: equal curves stay visible
         look = {
             'color': COLORS[i % len(COLORS)],
             'ls': (0, DASHES[(i - 1) % len(DASHES)]) if i else '-',
             'lw': width,
-            'label': ' ' * run.label.startswith('_')
-            + clip(run.label, 42 if len(runs) > 5 else 80),  # _ would keep it out of the legend
+            # matplotlib leaves labels that start with _ out of the legend
+            'label': ' ' * run.label.startswith('_') + clip(run.label, 42 if len(runs) > 5 else 80),
         }
 
         def place(iters, run=run):
@@ -277,7 +273,7 @@ def _curves(ax, runs, key, axis, smooth):
             ax.plot(*thin(x, smooth_y), **look)
             losses += [np.percentile(known, 0.2), np.nanmin(smooth_y), min(np.nanmax(smooth_y), _highest(known))]
         elif several:
-            ax.plot([], [], **look)  # a run without values is in the legend all the same
+            ax.plot([], [], **look)  # puts a run without values into the legend
         if key == 'loss':
             losses += _events(ax, run, place, i if several else None)
     xlabel = {'iter': 'iteration', 'tokens': 'training tokens', 'time': f'{unit} of training steps'}[axis]
@@ -297,7 +293,7 @@ def _curves(ax, runs, key, axis, smooth):
 
 
 def _highest(losses):
-    """Returns the highest loss to show: a diverging loss leaves the picture at the top."""
+    """Returns the highest loss to show; a diverging loss leaves the picture at the top."""
     return 1.3 * max(losses[0], np.median(losses))
 
 
@@ -316,9 +312,8 @@ def _frame(ax, key, xlabel, losses, reach, wide):
     elif key in ('time_ms', 'grad_norm') and values.max() > 10 * np.median(values) and values.min() > 0:
         ax.set_yscale('log')
         ax.yaxis.set_minor_formatter('')
-        ax.set_ylim(
-            values.min() / 1.3, values.max() * (values.max() / values.min()) ** (0.1 if wide else 0.45)
-        )  # room for the legend
+        # room for the legend
+        ax.set_ylim(values.min() / 1.3, values.max() * (values.max() / values.min()) ** (0.1 if wide else 0.45))
     elif key != 'loss':
         ax.set_ylim(0, (1.4 if key == 'time_ms' else 1.1) * values.max() or 1)
     places = np.concatenate([reach, *(line.get_xdata() for line in ax.lines)])
@@ -338,11 +333,8 @@ def _events(ax, run, place, i):
     """
     iters, val = run.evaluations['iter'], run.evaluations['val_loss']
     known, lost = np.isfinite(val), np.isnan(run.iterations['loss'])
-    edge = {
-        'ls': 'none',
-        'mew': 2,
-        'transform': ax.get_xaxis_transform(),
-    }  # y runs from 0 at the bottom to 1 at the top
+    # y runs from 0 at the bottom to 1 at the top
+    edge = {'ls': 'none', 'mew': 2, 'transform': ax.get_xaxis_transform()}
     if i is None:
         color, marker, size = VERMILLION, 'o', 5 if known.sum() < 100 else 2
         look = {'lw': 1.2, 'label': 'validation'}
@@ -502,7 +494,7 @@ def _bars(ax, runs, key, table, named):
         ax.text((value if known else 0) + 0.02 * widest, i, text if known else 'not recorded', va='center', fontsize=12)
     ax.set_title(title)
     ax.set_xlabel(unit)
-    ax.set_xlim(0, 1.65 * widest)  # room for the numbers behind the bars
+    ax.set_xlim(0, 1.65 * widest)  # room for the numbers next to the bars
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.xaxis.set_major_formatter(FuncFormatter(tick))
     ax.grid(False, axis='y')
@@ -531,12 +523,12 @@ def parse_args(argv):
         '--x',
         choices=('iter', 'tokens', 'time'),
         default='iter',
-        help='the horizontal axis; time is that of the training steps',
+        help='the horizontal axis; time: seconds of training steps',
     )
     parser.add_argument(
         '--metrics',
         metavar='A,B',
-        help=f'panels to draw, of {",".join(TITLES)}; default: all, or for several runs the loss',
+        help=f'panels to draw, any of {",".join(TITLES)}; default: all, or for several runs the loss',
     )
     parser.add_argument('--title', help='title of the picture')
     parser.add_argument('--json', action='store_true', help='print the summary table as JSON')
@@ -562,7 +554,7 @@ def parse_args(argv):
 
 @contextmanager
 def replaced(path):
-    """Yields the name of a temporary file that then replaces path: whoever watches the file never sees half of it."""
+    """Yields the name of a temporary file that then replaces path, so that other programs never read half of it."""
     stem, ending = os.path.splitext(path)
     temporary = f'{stem}.tmp{os.getpid()}{ending}'
     try:
@@ -585,9 +577,8 @@ def report(table):
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError):  # a stream of a notebook
-            stream.reconfigure(
-                errors='backslashreplace'
-            )  # escapes names that the terminal's encoding has no characters for
+            # names may have characters that the terminal's encoding lacks
+            stream.reconfigure(errors='backslashreplace')
     args = parse_args(argv)
     figure = None
     try:
@@ -619,7 +610,7 @@ def main(argv=None):
             try:
                 with replaced(output) as temporary:
                     picture.savefig(temporary, dpi=100)
-            except ValueError as error:  # a format that matplotlib does not have
+            except ValueError as error:  # an unknown format
                 raise LogError(f'{output}: {error}') from error
             if args.html:
                 with replaced(args.html) as temporary, open(temporary, 'w', encoding='utf-8') as file:

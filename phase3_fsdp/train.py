@@ -103,7 +103,7 @@ peak_tflops = 0.0  # peak TFLOP/s of the device, for mfu; 0: from the table in h
 config, flags_set = configure(globals())  # overrides from the command line and config files; see --help
 # -----------------------------------------------------------------------------
 
-# decisions first: every 'auto' becomes what this machine and out_dir call for, and the ranks find each other
+# resolve every 'auto' for this machine and out_dir, and join the ranks
 hand_over_if_unsharded(config, flags_set)  # with one process or use_fsdp=False, runs the reference trainer and exits
 rank, world_size = setup(config, find_checkpoint, cpu_offload=fsdp_cpu_offload)
 globals().update(config)
@@ -119,14 +119,14 @@ print(f'tokens per iteration will be: {tokens_per_iter:,}')
 torch.manual_seed(1337 + rank)
 ctx = nullcontext()  # instead of autocast, FSDP gathers the weights in dtype; the shards stay float32
 
-# data: files of token ids, and which windows of them come next
+# data: the token files, and the order in which windows of them are drawn
 data = open_dataset(dataset, block_size)
 resume = ShardedResume(find_checkpoint(out_dir) if init_from == 'resume' else None, data)  # None: nothing to resume
 iter_num = resume.iter_num
 best_val_loss = previous_best = resume.best_val_loss  # after and before the latest evaluation
 order = training_order(data.train, config, rank, world_size, resume.order)
 first_tokens = FirstTokens(data, config)  # for val_tokens
-stop_signal = StopSignal(data)  # from here on, SIGTERM, Ctrl-C and a fault in the data save a checkpoint first
+stop_signal = StopSignal(data)  # from here on, SIGTERM, Ctrl-C or a fault in the data saves a checkpoint first
 
 # model
 if model_dir:
@@ -170,7 +170,7 @@ step_guard = StepGuard(device, scaler)  # skips steps whose gradient is not fini
 resume.load(model, optimizer, scaler)
 
 
-# a batch from windows of tokens, int64 (batch_size, block_size + 1)
+# turns windows of tokens, int64 (batch_size, block_size + 1), into a batch on the device
 def get_batch(windows):
     x, y = inputs_and_targets(windows)  # y is x, one token later
     if device_type == 'cuda':
@@ -279,9 +279,9 @@ while True:
                 report.evaluation(iter_num, losses, lr)
                 previous_best, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
                 best = best_val_loss < previous_best
-                # a resumed state is on the disk already, but perhaps not as the best
-                worth_it = best or (always_save_checkpoint and iter_num > first_iter)
-                if worth_it and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
+                # a resumed state is already on the disk, but perhaps not as the best
+                worth_saving = best or (always_save_checkpoint and iter_num > first_iter)
+                if worth_saving and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                     if not save_checkpoint(best, required=False):
                         best_val_loss = previous_best  # ckpt_best.pt still is the previous one
     if done and iter_num > first_iter and step_guard.worth_saving(model, lambda: micro_step(X, Y)):

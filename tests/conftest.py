@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 from launcher import Launcher
 
-# train.py's flags for a model so small that a step takes a millisecond
+# flags of train.py for a model so small that a step takes a millisecond
 TINY = [
     '--dataset=letters',
     '--n_layer=2',
@@ -106,10 +106,9 @@ def log_of(out_dir):
 
 
 def assert_same(a, b, but=(), path=''):
-    """Returns whether two values are equal in every type and bit, except for the keys `but` of any dict."""
-    assert type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict)), (
-        path
-    )  # an OrderedDict may stand for a dict
+    """Asserts that two values are equal in every type and bit, except for the keys `but` of any dict."""
+    # an OrderedDict may replace a dict
+    assert type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict)), path
     if isinstance(a, dict):
         assert [k for k in a if k not in but] == [k for k in b if k not in but], path
         for k in a:

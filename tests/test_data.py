@@ -122,9 +122,8 @@ def test_python_char(prepare, small_stdlib, capsys):
     decode = encoding.get_encoding(meta).decode
     texts = [decode(train.tolist()), decode(val.tolist())]
     assert 'SKIPPED' not in texts[0] + texts[1]
-    assert (
-        '# Lwis\nif x:\n        y = 1\n' in texts[0] + texts[1]
-    )  # the few other characters are dropped, tabs become blanks
+    # the few other characters are dropped, tabs become blanks
+    assert '# Lwis\nif x:\n        y = 1\n' in texts[0] + texts[1]
     assert sorted(''.join(texts)) == sorted(''.join(prepare_common.stdlib_sources()))  # every module, once
     assert 0.05 < len(val) / (len(train) + len(val)) < 0.2
     # the entropy to which the demo compares its loss, computed another way
@@ -259,9 +258,8 @@ def test_shakespeare_without_network(prepare, copy, monkeypatch, answer, reason)
     assert f'put it at\n  {copy / "data/shakespeare_char/input.txt"}\n' in str(error.value) and '--input FILE' in str(
         error.value
     )
-    assert [path.name for path in (copy / 'data/shakespeare_char').iterdir()] == [
-        'prepare.py'
-    ]  # nothing half-written remains
+    # nothing half-written remains
+    assert [path.name for path in (copy / 'data/shakespeare_char').iterdir()] == ['prepare.py']
 
 
 # text
@@ -300,9 +298,8 @@ def test_text_documents(prepare, tmp_path):
     for i, text in enumerate(documents[80:]):
         ((tmp_path / 'elsewhere' if i % 2 else folder.parent) / f'{i}.txt').write_text(text)
     (folder / 'ignored.md').write_text('ignored')
-    train, val, _ = read(
-        prepare('text', tmp_path / 'corpus', folder / 'a.jsonl', '--field', 'body')
-    )  # a.jsonl counts once
+    # a.jsonl is read only once
+    train, val, _ = read(prepare('text', tmp_path / 'corpus', folder / 'a.jsonl', '--field', 'body'))
     bpe = encoding.gpt2_encoding()
     found = [
         [bpe.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == ENDOFTEXT) + 1)]
@@ -329,9 +326,8 @@ def test_text_char_and_byte(prepare, tmp_path):
 
 
 def test_text_uint32(prepare, tmp_path, capsys):
-    text = (
-        ''.join(chr(i) for i in range(32, 0x12000) if not 0xD800 <= i < 0xE000) * 2
-    )  # more characters than uint16 has
+    # more characters than uint16 has
+    text = ''.join(chr(i) for i in range(32, 0x12000) if not 0xD800 <= i < 0xE000) * 2
     (tmp_path / 'cjk.jsonl').write_text(json.dumps({'text': text}))
     train, val, meta = read(
         prepare('text', tmp_path / 'cjk.jsonl', '--encoding', 'char', '--out', tmp_path / 'out') and tmp_path / 'out'
@@ -423,10 +419,8 @@ def test_kill_at_any_moment(tmp_path):
     Killed at its k-th change of the folder, a preparation leaves the old data set, the new one, or a clear error; never
     a mixture.
     """
-    old, new = (
-        ([1] * 50, [2] * 20, {'vocab_size': 10}),
-        ([3] * 50, [4] * 20, None),
-    )  # equal sizes: only the contents tell them apart
+    # equal sizes: only the contents tell them apart
+    old, new = (([1] * 50, [2] * 20, {'vocab_size': 10}), ([3] * 50, [4] * 20, None))
     for before, after in ((old, new), (new, old)):
         outcomes = []
         for k in range(9):
@@ -506,9 +500,8 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
 
 def test_find_data_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert dataset.find_data_dir('python_char') == str(
-        ROOT / 'nanoGPT/data/python_char'
-    )  # next to dataset.py, from any folder
+    # next to dataset.py, from any folder
+    assert dataset.find_data_dir('python_char') == str(ROOT / 'nanoGPT/data/python_char')
     (tmp_path / 'elsewhere').mkdir()
     assert dataset.find_data_dir(str(tmp_path / 'elsewhere')) == str(tmp_path / 'elsewhere')
     write(tmp_path / 'data/mine', [1], [1])
@@ -593,14 +586,12 @@ def test_missing_data_names_the_command(copy, monkeypatch):
 def test_encodings():
     gpt2 = encoding.get_encoding({})
     assert gpt2.encode('Hello world<|endoftext|>é') == [15496, 995, ENDOFTEXT, 2634]
-    assert (
-        gpt2.decode([15496, 995, 50257, 50303, 2634, 50256]) == 'Hello world\ufffd\ufffdé<|endoftext|>'
-    )  # a padded vocabulary
+    # a padded vocabulary
+    assert gpt2.decode([15496, 995, 50257, 50303, 2634, 50256]) == 'Hello world\ufffd\ufffdé<|endoftext|>'
     byte = encoding.get_encoding({'vocab_size': 256, 'encoding': 'byte'})
     assert byte.encode('é\n') == [195, 169, 10] and byte.decode([195, 169, 195, 10, 300]) == 'é\ufffd\n\ufffd'
-    char = encoding.get_encoding(
-        {'vocab_size': 2, 'stoi': {'a': 0, '\n': 1}, 'itos': {0: 'a', 1: '\n'}}
-    )  # upstream's keys only
+    # upstream's keys only
+    char = encoding.get_encoding({'vocab_size': 2, 'stoi': {'a': 0, '\n': 1}, 'itos': {0: 'a', 1: '\n'}})
     assert char.encode('a\na') == [0, 1, 0] and char.decode([1, 0, 7]) == '\na\ufffd'
     with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) is not among the 2"):
         char.encode('aé')

@@ -183,11 +183,8 @@ def test_a_bad_token_that_is_drawn_saves_first(launch, web):
     Iteration 4 would begin with row 32, which is drawn at the end of iteration 3. LOCAL_RANK=1 is a rank that does not
     scan.
     """
-    flags = [
-        *SEQUENTIAL,
-        '--eval_iters=1',
-        '--eval_interval=1000',
-    ]  # one batch of random windows, which does not meet the token
+    # one batch of random windows, which does not meet the token
+    flags = [*SEQUENTIAL, '--eval_iters=1', '--eval_interval=1000']
     launch(TRAIN, *flags, '--out_dir=whole')
     path = f'{web}/web_train_2.bin'
     before = spoil(path, 6 * 16 + 5, 99)  # shards 0 and 1 have 13 rows each

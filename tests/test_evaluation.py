@@ -129,9 +129,8 @@ def test_bytes_per_token_of_characters_and_bytes(tmp_path):
 
 def test_bytes_per_token_of_gpt2(tmp_path, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'tiktoken'))
-    data = with_meta(
-        tmp_path / 'gpt2', None, [50256, 15496, 995, 50256, 13, 50300]
-    )  # <|endoftext|>Hello world<|endoftext|>.
+    # <|endoftext|>Hello world<|endoftext|>.
+    data = with_meta(tmp_path / 'gpt2', None, [50256, 15496, 995, 50256, 13, 50300])
     assert evaluation.mean_bytes_per_token(data, 5) == (5 + 6 + 0 + 1 + 0) / 5
     assert evaluation.bits_per_byte(math.log(2) * 4, 2.0) == pytest.approx(2.0)
 

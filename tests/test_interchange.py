@@ -170,9 +170,8 @@ def assert_one_step_later(before, after, nproc):
     assert record['iter'] == before['iter_num']
     ranks = before.get('resume', {}).get('ranks', [])
     if len(ranks) == nproc:
-        assert record['loss'] == pytest.approx(
-            loss_on(before, ranks), rel=1e-6
-        )  # of float32 sums in other orders: 8 steps of 1.2e-7
+        # float32 sums in other orders: 8 steps of 1.2e-7
+        assert record['loss'] == pytest.approx(loss_on(before, ranks), rel=1e-6)
 
 
 @torch.no_grad()

@@ -13,11 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NANOGPT = ROOT / 'nanoGPT'
 PHASES = {path.name: path for path in ROOT.glob('phase*_*') if (path / 'train.py').exists()}
-CHANGES = {
-    'phase1_zero1': 'train.py',
-    'phase2_triton': 'model.py',
-    'phase3_fsdp': 'train.py',
-}  # the one file each phase changes
+# the one file each phase changes
+CHANGES = {'phase1_zero1': 'train.py', 'phase2_triton': 'model.py', 'phase3_fsdp': 'train.py'}
 
 
 def common_files():

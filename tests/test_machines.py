@@ -148,10 +148,8 @@ def test_one_machine_of_two_ranks_is_cut_off(launch, work, machines, phase):
         ('phase1_zero1', ['--model_dir=../phase2_triton']),
         ('phase2_triton', []),
         ('phase3_fsdp', ['--fsdp_min_num_params=1']),
-        (
-            'phase3_fsdp',
-            ['--fsdp_min_num_params=1', '--fsdp_shard_size=2'],
-        ),  # shards inside a machine, replicas between them
+        # shards inside a machine, replicas between them
+        ('phase3_fsdp', ['--fsdp_min_num_params=1', '--fsdp_shard_size=2']),
         ('phase3_fsdp', ['--fsdp_min_num_params=1', '--ckpt_format=sharded', '--model_dir=../phase2_triton']),
     ],
 )

@@ -20,7 +20,6 @@ from message_commands import commands_in, run_command
 from text_reader import TextReader, find_files, guess_encoding, read_text
 
 TEXT = 'Straße:\n\tnaïve  中文 😀\n\nend\n'
-PREPARE = ROOT / 'nanoGPT' / 'data' / 'text' / 'prepare.py'
 
 
 def documents(path, **options):
@@ -235,9 +234,8 @@ def test_an_encoding_is_found_behind_a_long_start(tmp_path):
         UserError, match='line 10: not UTF-8 text: byte 12 of the line is 0xf6. It looks like ISO-8859-1'
     ):
         documents(tmp_path / 'a.jsonl')
-    assert guess_encoding('Größe'.encode('cp1252') + b'\x81')[0].startswith(
-        'ISO-8859-1'
-    )  # iconv refuses it as WINDOWS-1252
+    # iconv refuses it as WINDOWS-1252
+    assert guess_encoding('Größe'.encode('cp1252') + b'\x81')[0].startswith('ISO-8859-1')
 
 
 def test_shakespeare_reads_like_text(tmp_path):

@@ -53,9 +53,8 @@ def test_lines_keep_upstreams_form(launch, work):
     )
     assert re.search(r'^saving checkpoint to out$', out, re.M)
     assert re.search(r'^device cpu, dtype float32, compile False, processes 1$', out, re.M)
-    assert (
-        'mfu n/a' in launch(TRAIN, *TINY, '--max_iters=6').stdout
-    )  # no peak is known of this CPU, and none is guessed
+    # the peak of this CPU is unknown and not guessed
+    assert 'mfu n/a' in launch(TRAIN, *TINY, '--max_iters=6').stdout
 
 
 def test_learns(launch, work):
@@ -384,9 +383,8 @@ def test_json_log(launch, work):
     assert record['mfu'] is None and record['peak_memory_bytes'] > 10**7
     launch(TRAIN, *TINY, '--json_log=False', '--out_dir=silent', '--max_iters=1')
     assert os.listdir('silent') == ['ckpt.pt']
-    launch(
-        TRAIN, *TINY, '--init_from=resume', '--json_log=False', '--max_iters=22'
-    )  # the chain continues after a run without a log
+    # the chain continues after a run without a log
+    launch(TRAIN, *TINY, '--init_from=resume', '--json_log=False', '--max_iters=22')
     assert load('out/ckpt.pt')['resume']['log'] == max(name for name in os.listdir('out') if name.endswith('.json'))
 
 
@@ -475,9 +473,8 @@ def test_graphs_on_two_gpus(launch, work, folder, options):
     assert log_of('graph')['config']['cuda_graph'] is True
     # the losses alone would hide a gradient of the wrong scale, which clipping and AdamW undo
     assert 0.9 < statistics.median(a / b for a, b in zip(*norms, strict=True)) < 1.1
-    assert (
-        len(ours) == 41 and ours[0] > 3.5 and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.02
-    )  # as above
+    # tolerance as in test_on_a_gpu
+    assert len(ours) == 41 and ours[0] > 3.5 and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.02
 
 
 @pytest.mark.gpu

@@ -122,9 +122,8 @@ def test_schema_and_values(tmp_path):
         summary['best_val_loss_iter'],
         summary['final_val_loss'],
     ) == (4.3, 3.3, 10, 3.3)
-    assert (
-        summary['time_ms_mean'] == 28.0 == pytest.approx(summary['time_ms_median'], rel=0.002)
-    )  # of the steps 5 to 11: 25, 26, ... 31 ms
+    # the median of steps 5 to 11: 25, 26, ... 31 ms
+    assert summary['time_ms_mean'] == 28.0 == pytest.approx(summary['time_ms_median'], rel=0.002)
     assert (
         summary['tokens_per_sec_mean'] == 1e5
         and summary['mfu_median'] == pytest.approx(0.3, rel=0.002)
@@ -290,9 +289,8 @@ def test_no_write_crosses_a_page_nor_grows_with_the_run(tmp_path, monkeypatch):
                 per_record.append(sum(size for _, size in writes))
     assert max(per_record[-1000:]) <= max(per_record[:1000]) + 16  # the numbers themselves get longer
     final = os.path.getsize(log.path)
-    assert (
-        copied < 6 * final
-    )  # by growing by half, each of the two lists copies at most 1 + 2/3 + 4/9 + ... = 3 times what is there in the end
+    # growing by half, each of the two lists copies at most 1 + 2/3 + 4/9 + ... = 3 times its final size
+    assert copied < 6 * final
     document = read(log)
     assert len(document['iterations']) == len(document['evaluations']) == 3000
     log.close('completed')
@@ -435,9 +433,8 @@ log.close('completed')
 """
 
 
-@pytest.mark.parametrize(
-    'before', ['', 'import errors']
-)  # train.py imports it first; its excepthook ends with os._exit
+# train.py imports it first; its excepthook ends with os._exit
+@pytest.mark.parametrize('before', ['', 'import errors'])
 @pytest.mark.parametrize(
     ('code', 'status'),
     [

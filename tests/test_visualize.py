@@ -249,9 +249,8 @@ def test_more_runs_than_colors_differ_all_the_same(tmp_path):
     runs = vis.load_runs([write_log(tmp_path / str(i), steps=12) for i in range(12)])
     lines = [each for each in axes_of(draw(runs))['loss'].lines if not each.get_label().startswith('_')]
     assert len(lines) == 12 == len({(each.get_color(), str(each._unscaled_dash_pattern)) for each in lines})
-    assert [each.get_linestyle() for each in lines] == ['-'] + [
-        '--'
-    ] * 11  # a solid one would cover those that it agrees with
+    # a solid curve would hide equal curves
+    assert [each.get_linestyle() for each in lines] == ['-'] + ['--'] * 11
 
 
 def test_labels_say_what_differs(tmp_path):
@@ -358,9 +357,8 @@ def test_resumed_chain_is_one_run(tmp_path):
     assert load_log(third)['iterations'][0]['iter'] == 100  # what there is
     Path(first).write_text('{"run": ')
     assert load_log(third)['iterations'][0]['iter'] == 100 and 'drawn without it' in Run(third).notes[0]
-    nameless = write_log(
-        tmp_path / 'other', start=100, resumed_from={'log': None, 'iter': 100}
-    )  # the checkpoint was one of upstream's
+    # the checkpoint was upstream's
+    nameless = write_log(tmp_path / 'other', start=100, resumed_from={'log': None, 'iter': 100})
     assert load_log(nameless)['segments'] == [nameless]
 
 
@@ -376,9 +374,8 @@ def test_a_resumed_run_has_speed_memory_and_tokens_of_its_own(tmp_path, capsys):
     assert row['peak_memory_bytes'] == 2**31
     assert run.x(np.array([0, 140, 141.0]), 'tokens').tolist() == [0, 140_000, 140_000 + 16384]
     assert '2026-01-01 00:00 UTC, resumed 1×' in texts(axes_of(draw([run]))['facts'])
-    assert (
-        main([str(first), second]) == 0 and 'continues from iteration 140' in capsys.readouterr().err
-    )  # 140 to 149 are not drawn
+    # 140 to 149 are not drawn
+    assert main([str(first), second]) == 0 and 'continues from iteration 140' in capsys.readouterr().err
 
 
 def test_axes_smoothing_and_metrics(tmp_path):
@@ -399,9 +396,8 @@ def test_axes_smoothing_and_metrics(tmp_path):
 def test_smoothing():
     values = np.array([5.0, 4, 3, 2, 1, 1, 1, math.nan, 1, 1])
     assert smoothed(values, 1)[:7].tolist() == values[:7].tolist() and math.isnan(smoothed(values, 1)[7])
-    assert smoothed(np.linspace(4, 1, 100), 20)[:80] == pytest.approx(
-        np.linspace(4, 1, 100)[:80]
-    )  # no lag behind a falling loss
+    # no lag behind a falling loss
+    assert smoothed(np.linspace(4, 1, 100), 20)[:80] == pytest.approx(np.linspace(4, 1, 100)[:80])
     assert np.isfinite(smoothed(values, 8)).all() and np.isnan(smoothed(np.full(20, math.nan), 8)).all()
     assert smoothed(np.full(50, 2.0), 9) == pytest.approx(np.full(50, 2.0))
     spike = np.where(np.arange(100) == 20, 1e18, 1.0)

@@ -118,9 +118,8 @@ def test_a_rank_that_dies_in_a_save_ends_the_run_and_leaves_the_last_checkpoint(
     assert run.returncode == -signal.SIGKILL
     assert run.stdout.count('saving checkpoint') == 1
     assert load('out/ckpt.pt')['iter_num'] == 10
-    assert (
-        len(losses(launch(ZERO1, *TINY, '--init_from=resume', nproc=2).stdout)) == 13
-    )  # iterations 10 to 20, evaluations at 10 and 20
+    # iterations 10 to 20, evaluations at 10 and 20
+    assert len(losses(launch(ZERO1, *TINY, '--init_from=resume', nproc=2).stdout)) == 13
 
 
 def test_sigterm_in_a_save(launch, work):

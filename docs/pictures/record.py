@@ -30,10 +30,8 @@ from zero1 import Zero1Optimizer
 
 WORLD_SIZE, STEPS = 2, 3
 MODEL = dict(n_layer=8, n_head=4, block_size=256, vocab_size=8192, bias=False)
-SIZES = {
-    'memory': (256, 4),
-    'overlap': (512, 1),
-}  # n_embd, batch_size; few tokens and a wide model make communication long
+# n_embd, batch_size; few tokens and a wide model make communication long
+SIZES = {'memory': (256, 4), 'overlap': (512, 1)}
 FSDP_FLAGS = dict(
     device='cpu', dtype='float32', compile=False, fsdp_cpu_offload=False, fsdp_shard_size=0, fsdp_min_num_params=1
 )

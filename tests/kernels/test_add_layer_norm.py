@@ -199,9 +199,8 @@ def test_sum_and_norm_with_another_eps_and_strided_parameters():
     base = torch.randn(192, 2, generator=torch.Generator().manual_seed(1)).to(device)
     leaves = [x, branch, base[::2, 0].detach().requires_grad_(), base[:96, 1].detach().requires_grad_()]
     theirs = run(lambda x, branch, w, b: (x + branch, F.layer_norm(x + branch, w.shape, w, b, 0.5)), leaves, grads)
-    torch.testing.assert_close(
-        run(add_layer_norm, leaves, grads, eps=0.5), theirs, rtol=1e-5, atol=1e-5
-    )  # float32 sums in another order
+    # float32 sums in another order differ
+    torch.testing.assert_close(run(add_layer_norm, leaves, grads, eps=0.5), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_sum_and_norm_have_the_same_bits_every_time():

@@ -30,11 +30,8 @@ def softmax_less_onehot(logits, targets, ignore_index=-1):
 
 
 vocabularies = [1, 2, 3, 65, 1000, 50257, 50304]
-chunkings = [
-    None,
-    Config(32, 4, 1, programs=2),
-    Config(128, 8, 4, programs=1),
-]  # None: as the model; the others make loops, and a masked rest, at any V
+# None: the configuration of the model; the others loop, with a masked remainder, at any V
+chunkings = [None, Config(32, 4, 1, programs=2), Config(128, 8, 4, programs=1)]
 
 
 @pytest.mark.parametrize('dtype', dtypes)
@@ -121,9 +118,8 @@ def test_foreign_memory_stays_as_it_is(V, config):
     losses = launch_cross_entropy(logits, targets, -1, True, config)
     assert losses.isnan().all()
     assert (memory[:room] == 7).all() and (memory[room + 4 * V :] == 7).all()
-    torch.testing.assert_close(
-        logits.sum(-1), torch.ones(4, device=device)
-    )  # softmax, of which no element was a target
+    # the softmax, without a target
+    torch.testing.assert_close(logits.sum(-1), torch.ones(4, device=device))
 
 
 def heads(M, V, C=64, dtype=f32, size=1.0, seed=0):

@@ -198,9 +198,8 @@ def test_parameters_with_strides():
             leaves = [x, *(t.detach().requires_grad_() for t in (w, b))]
             assert leaves[1].stride() == w.stride() != (1,)
             theirs = run(lambda x, w, b: F.layer_norm(x, w.shape, w, b), leaves, dy)
-            torch.testing.assert_close(
-                run(layer_norm, leaves, dy), theirs, rtol=1e-5, atol=1e-5
-            )  # float32 sums in another order
+            # float32 sums in another order differ
+            torch.testing.assert_close(run(layer_norm, leaves, dy), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('N', [768 if gpu else 96, 12289])
@@ -263,9 +262,8 @@ def test_output_dtypes():
     full = layer_norm(x, w, b)
     half = layer_norm(x, w, b, out_dtype=bf16)
     assert half.dtype == bf16
-    torch.testing.assert_close(
-        half.float(), full, rtol=8e-3, atol=0
-    )  # one rounding (interpreter: truncation) to 8 bits
+    # one rounding (interpreter: truncation) to 8 bits
+    torch.testing.assert_close(half.float(), full, rtol=8e-3, atol=0)
     dx, dw, _ = torch.autograd.grad(half, (x, w, b), dy.to(bf16))
     assert dx.dtype == dw.dtype == f32
     with torch.autocast(device, dtype=bf16):

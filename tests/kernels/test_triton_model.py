@@ -85,9 +85,8 @@ def test_gradients_of_micro_steps(dtype, options, capsys):
     theirs = accumulated(small(load_model('nanoGPT'), bias), dtype, scale=scale)
     ours = accumulated(small(load_model('phase2_triton'), **options), dtype, scale=scale)
     assert '\nusing Triton-accelerated LayerNorm' in capsys.readouterr().out
-    assert ours[0] == pytest.approx(
-        truth[0], rel=1e-6 if dtype == f32 else 3e-3
-    )  # 16 bits round logits of size 1 by up to 4e-3
+    # 16 bits round logits of size 1 by up to 4e-3
+    assert ours[0] == pytest.approx(truth[0], rel=1e-6 if dtype == f32 else 3e-3)
     # a residual stream of 16 bits is rounded at each addition, which the reference does not do
     assert_no_worse(ours[1], theirs[1], truth[1], dtype, factor=4.0 if options.get('half_residual') else 2.0)
 
@@ -103,9 +102,8 @@ def test_frozen_parameters(frozen):
     assert losses == full[0] and 0 < len(grads) < len(full[1])
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     for name, grad in grads.items():
-        torch.testing.assert_close(
-            grad, full[1][name], rtol=1e-5, atol=1e-8
-        )  # a frozen layer's matmuls are fused otherwise
+        # torch.compile fuses a frozen layer's matmuls differently
+        torch.testing.assert_close(grad, full[1][name], rtol=1e-5, atol=1e-8)
 
 
 def test_hooks_see_each_gradient_once_and_complete():
@@ -258,15 +256,13 @@ def test_wrapped(dtype, monkeypatch):
         results['FSDP2'] = accumulated(fully_shard(sharded, mesh=mesh), dtype, micro_steps=2)
         results['FSDP2'][1].update((name, grad.full_tensor()) for name, grad in results['FSDP2'][1].items())
     for wrapper, (losses, grads) in results.items():
-        assert losses == pytest.approx(expected[0], rel=1e-5 if dtype == f32 else 3e-3), (
-            wrapper
-        )  # 16 bits round logits of size 1 by up to 4e-3
+        # 16 bits round logits of size 1 by up to 4e-3
+        assert losses == pytest.approx(expected[0], rel=1e-5 if dtype == f32 else 3e-3), wrapper
         grads = {name.removeprefix('_orig_mod.').removeprefix('module.'): grad for name, grad in grads.items()}
         for name, grad in expected[1].items():
             error = (grads[name] - grad).norm() / grad.norm()
-            assert error < (1e-4 if dtype == f32 else 0.05), (
-                f'{wrapper}: {name}: {error:.1e}'
-            )  # bfloat16's rounding moves them by 1%
+            # bfloat16's rounding moves them by 1%
+            assert error < (1e-4 if dtype == f32 else 0.05), f'{wrapper}: {name}: {error:.1e}'
 
 
 def test_compiling_in_place_is_declined(capsys):
@@ -320,10 +316,8 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
                 optimizer.zero_grad(set_to_none=True)
         results.append((losses, grads))
         assert not recorded or len(step.graphs) == 2
-        for module in (
-            kernels.linear,
-            kernels.cross_entropy,
-        ):  # without graphs, without copies of weights that are kept
+        # without graphs, no rounded weights are kept
+        for module in (kernels.linear, kernels.cross_entropy):
             monkeypatch.setattr(module, 'rounded', lambda weight, dtype: weight.to(dtype))
     if gpu:
         torch.cuda.synchronize()

@@ -30,9 +30,8 @@ def start(backend='gloo'):
 
 def make_model(**changes):
     torch.manual_seed(1)
-    config = (
-        dict(n_layer=1, n_head=2, n_embd=48, block_size=16, vocab_size=67, bias=True) | changes
-    )  # 67 and 48 leave remainders
+    # 67 and 48 leave remainders
+    config = dict(n_layer=1, n_head=2, n_embd=48, block_size=16, vocab_size=67, bias=True) | changes
     with redirect_stdout(None):
         return GPT(GPTConfig(**config)).to(device)
 

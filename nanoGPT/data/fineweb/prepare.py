@@ -95,9 +95,8 @@ class HubReader(TextReader):
         for i in range(index, min(index + 2, len(self.paths))):  # the next file downloads while this one is encoded
             if i not in self.downloads:
                 self.downloads[i] = Future()
-                Thread(
-                    target=self._download, args=(i,), daemon=True
-                ).start()  # ends with the program, even if incomplete
+                # a daemon thread: ends with the program
+                Thread(target=self._download, args=(i,), daemon=True).start()
         try:
             return self.downloads[index].result()
         except Exception as error:
