@@ -36,10 +36,10 @@ TECHNIQUES = {  # name: (folder of the trainer, further flags)
     'ZeRO-1 + Triton': ('phase1_zero1', [TRITON]),
     'FSDP + Triton': ('phase3_fsdp', [TRITON, EACH_BLOCK]),
 }
-# seconds of each part: measured on 2 cores of a server CPU, and guessed for GPUs
+# seconds of each part: measured on 2 cores of a server CPU, and on an H200 of a busy machine
 SECONDS = {
     'cpu': dict(data=3, train=140, sample=10, draw=6, short=20),
-    'cuda': dict(data=3, train=60, sample=10, draw=6, short=25),
+    'cuda': dict(data=3, train=60, sample=10, draw=3, short=20),
 }
 LETTERS = {'parameters': 'P', 'gradients': 'G', 'optimizer': 'O'}  # a letter for each byte per parameter
 

@@ -242,9 +242,7 @@ def _curves(ax, runs, key, axis, smooth):
         if longest > 2 * size or size == 1
     )
     for i, run in enumerate(runs):
-        width = 2 + 3 * (len(runs) - 1 - i) / max(
-            3, len(runs) - 1
-        )  # narrower on top: equal curves stay visible
+        width = 2 + 3 * (len(runs) - 1 - i) / max(3, len(runs) - 1)  # narrower on top: equal curves stay visible
         look = {
             'color': COLORS[i % len(COLORS)],
             'ls': (0, DASHES[(i - 1) % len(DASHES)]) if i else '-',

@@ -93,13 +93,10 @@ def cublaslt():
 @cache
 def hush_cublaslt():
     """
-    Triggers, and suppresses, PyTorch's one warning that choosing a library is experimental: the thread that runs
-    backward could not suppress it.
+    Ignores PyTorch's warning that choosing a library is experimental. PyTorch issues it when a forward or backward of
+    an autograd function returns, so catch_warnings() inside cannot hold it back.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        with cublaslt():
-            pass
+    warnings.filterwarnings('ignore', 'torch.backends.cuda.preferred_blas_library is an experimental feature')
 
 
 def weight_gradient(weight, dy, x):
