@@ -17,7 +17,7 @@ import numpy as np
 # process
 DEAD_AFTER_S = 600
 LISTS = {'iterations': list, 'evaluations': list, 'checkpoints': list}
-METRICS = ('loss', 'lr', 'time_ms', 'tokens_per_sec', 'grad_norm', 'peak_memory_bytes')  # of a step
+METRICS = ('loss', 'lr', 'time_ms', 'tokens_per_sec', 'grad_norm', 'peak_memory_bytes')  # fields of a step
 STATE = ('parameters', 'gradients', 'optimizer')  # the parts of state_bytes
 COMPARED = (  # with the first of several runs
     'tokens_per_sec_median',
@@ -146,8 +146,8 @@ class Run:
         self.label = self._technique(phase, phase if model == '.' else model) or self.phase
         state = self.run.get('state_bytes')
         state = state if isinstance(state, dict) else {}
-        self.state_bytes = {part: positive(state.get(part)) or 0 for part in STATE}  # of each rank
-        # a record has the time of one step; the steps since the record before took about as long
+        self.state_bytes = {part: positive(state.get(part)) or 0 for part in STATE}  # per rank
+        # a record has the time of one step; assume that the steps since the previous record took as long
         times = np.nan_to_num(self.iterations['time_ms'])
         self.seconds = (
             np.cumsum(times * np.diff(self.iterations['iter'], prepend=self.iterations['iter'][:1] - 1)) / 1e3

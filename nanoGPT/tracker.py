@@ -58,7 +58,7 @@ class Tracker:
 
     def __init__(self, config: dict, enabled: bool = True):
         self.name = 'wandb' if config['wandb_log'] else config.get('tracker', '')
-        self.queue = None  # of records, then None as the end mark; self.queue is None if there is no tracker
+        self.queue = None  # holds records, then None as the end mark; self.queue is None if there is no tracker
         self.warned = False
         if self.name and self.name not in TRACKERS:
             raise UserError(f"tracker is '{self.name}', but it can be {', '.join(TRACKERS)} or empty")

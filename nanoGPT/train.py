@@ -250,7 +250,7 @@ def save_checkpoint(best, required):
 # training loop
 X, Y = resume.next_batch(rank, world_size, config) or get_batch(order.next(vocab_size))
 peak_flops = hardware.peak_flops(device, dtype, peak_tflops)
-first_iter = iter_num  # of this process
+first_iter = iter_num  # where this process starts
 timer = StepTimer(device, iter_num)
 while True:
     resume_point = rank_state(device, X, Y)  # a checkpoint of this iteration continues from here

@@ -65,7 +65,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, branch=None):
-        # what a branch computes is added to the residual stream x by the LayerNorm after it, in one kernel
+        # the LayerNorm after a branch adds its result to the residual stream x, in the same kernel
         x, y = self.ln_1(x, branch)
         x, y = self.ln_2(x, self.attn(y))
         return x, self.mlp(y)

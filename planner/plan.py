@@ -36,12 +36,12 @@ class Estimate:
 
     @property
     def fits(self):
-        """Whether the run can train on this GPU, if need be after torch has freed stale blocks."""
+        """True if the run can train on this GPU, even if torch must free stale blocks first."""
         return self.memory_low + self.context_bytes <= self.run.gpu.memory_bytes
 
     @property
     def tight(self):
-        """Whether it fits only if torch frees stale blocks, which costs speed."""
+        """True if it fits only because torch frees stale blocks, which costs speed."""
         return self.fits and self.memory_bytes['total'] + self.context_bytes > self.run.gpu.memory_bytes
 
     @property

@@ -80,7 +80,7 @@ def test_a_changed_field_is_accepted_or_named(launch, run, folder, name):
     """
     found = changes(load('out/ckpt.pt'))
     numbers = representatives(found, READERS)
-    if name == 'sample':  # which checks nothing else
+    if name == 'sample':  # sample.py checks no other fields
         numbers = [n for n in numbers if found[n][0][0] not in ('optimizer', 'resume')]
     numbers = numbers[FOLDERS.index(folder) :: 6]
     script, flags = SCRIPTS[name]
@@ -226,7 +226,7 @@ def test_the_best_checkpoint_has_its_own_storage(run):
                 patch.delattr(os, 'copy_file_range')
             result = write_checkpoint({'iter_num': 2}, 'made/anew', best=True, required=True)
         assert result['best'] and result['bytes'] == os.path.getsize('made/anew/ckpt.pt')
-        with open('made/anew/ckpt.pt', 'wb') as f:  # what cp does
+        with open('made/anew/ckpt.pt', 'wb') as f:  # as cp does
             f.write(b'another')
         assert load('made/anew/ckpt_best.pt') == {'iter_num': 2}
     assert sorted(os.listdir('made/anew')) == ['ckpt.pt', 'ckpt_best.pt']

@@ -76,7 +76,7 @@ def test_values_have_the_type_of_their_default(script, argument, value):
         (['--eval_only=maybe'], 'eval_only is true or false'),
         (['--max_iters'], 'needs a value: --max_iters=...'),
         (['missing.py'], 'missing.py: no such config file'),
-        (['--n_layer=3'], 'no flag n_layer'),  # of this script's model, but architecture: the script has no such flag
+        (['--n_layer=3'], 'no flag n_layer'),  # a field of the model, but architecture: this script has no such flag
         (['--model_dir=nowhere'], 'there is no nowhere/model.py'),
         (['--max_iters=99999999999999999999'], 'max_iters is a whole number below 2**63'),
         (['--rows=-1'], 'rows=-1, but it must be at least 0'),  # a number of the model's own

@@ -16,7 +16,7 @@ from test_shards import headerless, shard, write
 from token_files import inputs_and_targets
 
 TRAIN = NANOGPT / 'train.py'
-LENGTHS = [50, 5, 33, 8, 2, 1]  # of the training shards; with block_size 8, one of them ends with a whole row
+LENGTHS = [50, 5, 33, 8, 2, 1]  # tokens in each training shard; with block_size 8, one of them ends with a whole row
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ MADE = re.compile(
     r'^\.\w+$|^(/|out|OUT_DIR|FILE|FOLDER|YOUR|run_|\.\.\._|ckpt|iter_|__RANK|\.venv|data/<)'
     r'|\.(bin|pkl|distcp|jsonl|parquet)$'
 )
-ELSEWHERE = ('torch/', 'input.txt', 'slurm.conf', 'torch.')  # of other projects
+ELSEWHERE = ('torch/', 'input.txt', 'slurm.conf', 'torch.')  # names from other projects
 SCRIPTS = [ROOT / 'plan.py', *(path for folder in (*FOLDERS, 'benchmarks') for path in (ROOT / folder).rglob('*.py'))]
 
 

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from test_shards import headerless, shard, write
 
 TRAIN = NANOGPT / 'train.py'
-LENGTHS = [100, 7, 1, 60]  # of the validation shards: 99 + 6 + 0 + 59 predictions
+LENGTHS = [100, 7, 1, 60]  # tokens in each validation shard: 99 + 6 + 0 + 59 predictions
 
 
 @pytest.fixture

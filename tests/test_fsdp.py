@@ -249,7 +249,7 @@ def test_mistakes_end_with_one_message(launch, work):
     os.remove('out/ckpt.pt')
     assert 'iter 1:' in launch(FSDP, *TINY, '--max_iters=1', '--out_dir=out').stdout  # nothing is to be resumed
     os.remove('out/ckpt.pt')
-    os.rename('out/ckpt_sharded_before', 'out/ckpt_sharded')  # where the new run has put it
+    os.rename('out/ckpt_sharded_before', 'out/ckpt_sharded')  # undoes the rename by the new run
     assert 'trained with n_embd=32, but the command asks for n_embd=64' in message(RESUME, '--n_embd=64')
     rest = load(f'{folder}/unsharded.pt')
     torch.save({**rest, 'model_args': {**rest['model_args'], 'bias': True}}, f'{folder}/unsharded.pt')

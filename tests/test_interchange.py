@@ -161,7 +161,7 @@ def assert_one_step_later(before, after, nproc):
     )
     assert list(after) == ['model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'resume']
     expected = {**before, 'optimizer': {**before['optimizer'], 'state': state}, 'iter_num': before['iter_num'] + 1}
-    own = ('config', 'resume', 'lr', 'betas')  # of the run that wrote it
+    own = ('config', 'resume', 'lr', 'betas')  # belong to the run that wrote the file
     assert_same(after, expected, but=own)
     assert after['model']['lm_head.weight'].data_ptr() == after['model']['transformer.wte.weight'].data_ptr()
     assert len(after['resume']['ranks']) == nproc
@@ -184,7 +184,7 @@ def loss_on(checkpoint, ranks):
 
 @pytest.fixture
 def sample(launch, launch_interpreted, start):
-    """sample(folder, out_dir): 8 characters by that folder's sample.py. Phase 2's uses Triton's kernels."""
+    """sample(folder, out_dir) returns 8 characters from that folder's sample.py; phase2_triton's uses the kernels."""
 
     def sample(folder, out_dir):
         flags = ['--start=0', '--num_samples=1', '--max_new_tokens=8', '--top_k=5', '--device=cpu']
@@ -201,7 +201,7 @@ def sample(launch, launch_interpreted, start):
 
 
 def test_through_every_kind_once(walk, sample, start):
-    """And the weights, which are still the same, sample the same text, by one folder's sample.py after the other."""
+    """The weights, which are still the same, give the same text with each folder's sample.py."""
     expected, folders = sample('nanoGPT', start / 'start'), itertools.cycle(FOLDERS)
 
     def visit(kind):

@@ -32,7 +32,7 @@ class Machine:
 
     def torchrun(self, log, script, *flags, nproc=1):
         rendezvous = ['--rdzv_backend=c10d', '--rdzv_id=test', '--rdzv_endpoint=10.77.0.1:29500']
-        # both have one host name, which stands for 127.0.0.1: so torchrun is told which of them is 10.77.0.1, and gloo
+        # both have the same host name, which means 127.0.0.1, so tell torchrun which of them is 10.77.0.1, and gloo
         # which interface to use
         rendezvous += [f'--rdzv_conf=is_host={1 - self.number}', f'--local_addr={self.address}']
         options = ['--nnodes=2', f'--nproc_per_node={nproc}', *rendezvous]

@@ -81,7 +81,7 @@ def test_forward_equals_a_plain_implementation():
     """
     torch.manual_seed(0)
     model = GPT(GPTConfig(**TINY, bias=True)).eval()
-    for p in model.parameters():  # so that no weight is 1 or 0, which would hide a missing one
+    for p in model.parameters():  # a weight of 1 or 0 could hide that it is missing
         p.data += 0.1 * torch.randn_like(p)
     w = {k: v.double() for k, v in model.state_dict().items()}
     idx = torch.randint(40, (3, 16))

@@ -151,7 +151,7 @@ def test_same_numbers_with_triton(train, trainer, nproc, more, iterations):
     assert re.search(r'^using Triton-accelerated LayerNorm', run.stdout, re.M) and 'not using Triton' not in run.stdout
     reference = train('nanoGPT', 'reference', nproc, iterations)
     assert_agree(run, reference)
-    if trainer != 'phase3_fsdp':  # which differs in some bit anyway
+    if trainer != 'phase3_fsdp':  # FSDP differs in some bits anyway
         assert deviations(run, reference)['weights'] > 0, 'F.layer_norm, not the kernels'
     if iterations == ITERATIONS and (trainer == 'phase1_zero1' or nproc == 1) and trainer != 'nanoGPT':
         assert_agree(run, train('nanoGPT', 'triton', nproc, iterations), exactly=True)
@@ -168,7 +168,7 @@ def test_triton_model_compiled_under_fsdp(train, checkpointing):
 
 
 def machine():
-    """What the last bits of a loss depend on."""
+    """Returns the facts that the last bits of a loss depend on."""
     cpu = (
         re.search(r'^model name\s*: (.*)$', Path('/proc/cpuinfo').read_text(), re.M)
         if platform.system() == 'Linux'

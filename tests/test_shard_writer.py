@@ -154,7 +154,7 @@ def test_killed_at_any_moment_and_resumed_twice(corpus, tmp_path, monkeypatch, a
                     os._exit(1)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (9 if kill is not None else 0)
             for path in out.glob('*.bin'):
-                assert path.read_bytes() == whole[path.name]  # what has its name is complete
+                assert path.read_bytes() == whole[path.name]  # a file with its final name is complete
         assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 
 
@@ -191,7 +191,7 @@ def test_other_data_is_not_mixed_in(corpus, tmp_path):
         with prepare_common.DatasetWriter(out):
             pass
     text = (folder / 'c.txt').read_text()
-    (folder / 'c.txt').write_text(text.replace('line 399', 'line 999'))  # of the same size
+    (folder / 'c.txt').write_text(text.replace('line 399', 'line 999'))  # the same size
     with pytest.raises(UserError, match='contents was'):
         write(name='text', shard_tokens=500)
     (folder / 'c.txt').write_text(text)

@@ -97,7 +97,7 @@ def test_resume_elsewhere_goes_on_with_new_data(launch, work):
     firsts = [float(re.search(r'iter 10: loss (\S+?),', run.stdout)[1]) for run in runs]
     assert len(set(firsts)) == 3  # the exact one and two new data orders
     assert ['a new data order' in run.stdout for run in runs] == [False, True, True]
-    assert max(firsts) - min(firsts) < 0.5  # of one and the same model, which began at 3.7
+    assert max(firsts) - min(firsts) < 0.5  # the same model, whose loss began at 3.7
     saved = load('two/ckpt.pt')
     assert saved['iter_num'] == 21 and len(saved['resume']['ranks']) == 2
     assert launch(TRAIN, *TINY, '--init_from=resume', '--out_dir=two', '--max_iters=24').stdout.count('\niter ') == 4
@@ -243,7 +243,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(launch, 
         log = json.load(
             open(max((f'out/{name}' for name in os.listdir('out') if name.endswith('.json')), key=os.path.getmtime))
         )
-        assert log['iterations'][-1]['skipped_steps'] == 5  # of the step that ended it
+        assert log['iterations'][-1]['skipped_steps'] == 5  # the step that ended the run
         # a run that ends by itself right after it broke must not save either
         run = launch(
             TRAIN,

@@ -354,7 +354,7 @@ def test_resumed_chain_is_one_run(tmp_path):
     assert [run.path for run in runs] == [third] and 'resumed 2×' in texts(axes_of(draw(runs))['facts'])
     assert overlaps(draw(runs)) == []
     os.unlink(first)
-    assert load_log(third)['iterations'][0]['iter'] == 100  # what there is
+    assert load_log(third)['iterations'][0]['iter'] == 100  # the records that are left
     Path(first).write_text('{"run": ')
     assert load_log(third)['iterations'][0]['iter'] == 100 and 'drawn without it' in Run(third).notes[0]
     # the checkpoint was upstream's
@@ -692,7 +692,7 @@ def test_600_000_records_within_1_gib_without_a_display(tmp_path):
     """The time, under 10 s on an idle machine, is printed but not asserted: tests run on busy ones, too."""
     path = tmp_path / 'run_big.json'
     before, behind = Path(write_log(tmp_path, steps=0)).read_text().split('"iterations": []')
-    rest = [  # of a record, as long as real ones are
+    rest = [  # the other fields of a record, as long as in a real log
         f'"loss": {3.1 + 1 / (i + 1)}, "lr": 0.0006, "time_ms": {20 + i % 7 / 3}, '
         f'"tokens_per_sec": {24576 / 7}, "mfu": {i % 9 / 13}, '
         '"grad_norm": 0.5432, "peak_memory_bytes": 41234567890}'

@@ -77,7 +77,7 @@ def test_shards_are_even(launch, capsys):
     for name, (even, whole, in_place) in rows.items():
         assert even <= 1.05, name
         assert in_place > 0.998, name
-    assert rows['124M 8'][1] > 2.4  # what whole tensors would give
+    assert rows['124M 8'][1] > 2.4  # the share of the fullest rank if tensors were not cut
 
 
 def test_leaves_the_compiled_graphs_as_they_are(launch):

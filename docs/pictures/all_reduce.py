@@ -6,8 +6,8 @@ All-reduce = reduce-scatter + all-gather, in numbers: four ranks, four elements 
 
 from style import BLUE, FOLDER, GREEN, GREY, ORANGE, RED, plt, save
 
-GRADIENTS = [[1, 2, 3, 4], [5, 1, 0, 2], [2, 2, 6, 1], [0, 4, 2, 7]]  # of each rank
-COLOURS = [BLUE, ORANGE, GREEN, RED]  # of the rank that owns an element
+GRADIENTS = [[1, 2, 3, 4], [5, 1, 0, 2], [2, 2, 6, 1], [0, 4, 2, 7]]  # one row per rank
+COLOURS = [BLUE, ORANGE, GREEN, RED]  # for the rank that owns an element
 
 
 def draw(path=FOLDER / 'all_reduce.svg'):

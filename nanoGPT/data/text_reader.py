@@ -130,7 +130,7 @@ class TextReader:
             first = next(pieces, '')
             yield os.path.getsize(path) if first else 0, itertools.chain([first], pieces)
             return
-        parts, rest = [], ''  # of the unfinished document; rest may end within a separator
+        parts, rest = [], ''  # the unfinished document; rest may end within a separator
         for piece in read_pieces(path, update):
             *complete, rest = (rest + piece).split(self.separator)
             for text in complete:

@@ -49,7 +49,7 @@ def compare(leaves, grads, what='', got=None, out_dtype=None):
     truths, true_grads = run(
         lambda x, branch, w, b: (x + branch, F.layer_norm(x + branch, w.shape, w, b)), exact, [t.to(f64) for t in grads]
     )
-    # what adds up, and may cancel, in the gradient of x
+    # the terms that add up, and may cancel, in the gradient of x
     rstd = (truths[0].var(-1, unbiased=False, keepdim=True) + 1e-5).rsqrt()
     terms = grads[0].to(f64).abs() + (grads[1].to(f64) * exact[2] * rstd).detach().abs()
     assert ours[0].is_contiguous() and ours[1].is_contiguous()

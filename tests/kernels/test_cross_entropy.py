@@ -151,7 +151,7 @@ def compare_heads(x, w, targets, what='', dloss=1.0, **options):
         for a, leaves in ((loss, (x, w)), (theirs, (x, w)), (truth, (x64, w64)))
     )
     bound(f'{what} loss', loss.detach(), truth.detach(), theirs.detach())
-    # what is subtracted: the target's row of the weight, and each x at its target's row
+    # the subtracted terms: the target's row of the weight, and each x at its target's row
     taken = (targets >= 0)[:, None] / (targets >= 0).sum() * dloss
     dx_terms = w64.detach()[targets.clamp(min=0)] * taken
     dw_terms = torch.zeros_like(w64).index_add_(0, targets.clamp(min=0), x64.detach().abs() * taken)
@@ -166,7 +166,7 @@ def compare_heads(x, w, targets, what='', dloss=1.0, **options):
 @pytest.mark.parametrize('V', vocabularies)
 def test_linear_cross_entropy_of_every_vocabulary(V, dtype):
     for M in (1, 7, many) if gpu or V in (65, 1000) else (7,):
-        # of larger logits the rounding, by which both err, is seen in the mean of many rows only
+        # with larger logits, only the mean over many rows shows the rounding that both results have
         for size in (1.0, 20.0) if M == many else (1.0,):
             compare_heads(*heads(M, V, 768 if gpu else 32, dtype, size), f'{M} x {V}, size {size}')
 

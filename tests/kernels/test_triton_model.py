@@ -28,7 +28,7 @@ def load_model(folder):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    answers.clear()  # so that it is said again
+    answers.clear()  # so that the message is printed again
     return module
 
 
