@@ -119,7 +119,8 @@ class ShardedSaver:
         copies = {name: as_dtensor(p, self.copies[name]) for name, p in tensors.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        prepare(self.folder) if dist.get_rank() == 0 else None
+        if dist.get_rank() == 0:
+            prepare(self.folder)
         dist.all_reduce(torch.zeros(1))  # rank 0 has prepared the folder
         future = self.executor.submit(write_sharded, copies, rest, self.folder, best, self.group)
         self.running = future, checkpoint['iter_num'], required, started, time.time() - started

@@ -615,11 +615,17 @@ def main(argv=None):
                     file.write(page(picture))
             if not args.follow or all(run.status != 'running' for run in runs):
                 break
-            pyplot.pause(args.follow) if args.show else time.sleep(args.follow)
+            if args.show:
+                pyplot.pause(args.follow)
+            else:
+                time.sleep(args.follow)
         for note in [note for run in runs for note in run.notes]:
             print(f'visualize_training: {note}', file=sys.stderr)
         table = summarize(runs)
-        print(json.dumps(table, indent=2)) if args.json else report(table)
+        if args.json:
+            print(json.dumps(table, indent=2))
+        else:
+            report(table)
         for written in (output, *([args.html] if args.html else [])):
             print(f'wrote {written}', file=sys.stderr if args.json else sys.stdout)
         if args.show:
