@@ -103,13 +103,13 @@ def test_weights_at_the_start_are_the_references_to_the_bit(launch):
 
 
 @pytest.mark.parametrize('nproc', [2, pytest.param(4, marks=pytest.mark.full)])
-def test_recorded_micro_steps(launch, nproc):
+def test_captured_micro_steps(launch, nproc):
     """
     An iteration replayed as (fake) CUDA graphs equals the eager iteration in every bit: with one and with several
     micro-steps, after an evaluation, released and captured again, with all units kept and with each freed, and with
     hybrid sharding on 4 ranks. More micro-steps than were captured are an error.
     """
-    out = launch(PROGRAMS / 'fsdp_recorded_micro_steps.py', FSDP.parent, nproc=nproc).stdout
+    out = launch(PROGRAMS / 'fsdp_captured_micro_steps.py', FSDP.parent, nproc=nproc).stdout
     assert out.endswith('equal\n')
 
 

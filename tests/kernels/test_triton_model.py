@@ -279,7 +279,7 @@ def test_compiling_in_place_is_declined(capsys):
     'folder, losses_of_one_backward',
     [('nanoGPT', 1), ('phase2_triton', 1), pytest.param('phase2_triton', 2, marks=[] if gpu else pytest.mark.full)],
 )
-def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
+def test_captured_micro_steps(folder, losses_of_one_backward, monkeypatch):
     """
     Replayed CUDA graphs create gradients and add to them as plain micro-steps would, with weights that the optimizer
     has changed since. So does a plain micro-step after them, like the last one under DDP. Without a GPU, the graphs are
@@ -294,7 +294,7 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
         fake_cuda_graph.install(monkeypatch)
         monkeypatch.setattr(cuda_graph, 'WARMUP', 1)
     results = []
-    for recorded in (True, False):
+    for captured in (True, False):
         model = small(load_model(folder), n_layer=1)
         optimizer, losses = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), device), []
 
@@ -304,10 +304,10 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
             loss.backward()
             return loss.detach()
 
-        step = cuda_graph.MicroStep(micro_step, model, capture=recorded)
+        step = cuda_graph.MicroStep(micro_step, model, capture=captured)
         with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
             for i, count in enumerate((2, 2, 2, 2, 3, 1) if gpu else (2, 2, 2, 3)):
-                if recorded and i == 2:
+                if captured and i == 2:
                     step.release()  # as for an evaluation
                     assert not any(hasattr(p, 'rounded') for p in model.parameters())
                 losses += [(micro_step if k == 2 else step)(x, y).item() for k, (x, y) in enumerate(batches(count))]
@@ -315,7 +315,7 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         results.append((losses, grads))
-        assert not recorded or len(step.graphs) == 2
+        assert not captured or len(step.graphs) == 2
         # without graphs, no rounded weights are kept
         for module in (kernels.linear, kernels.cross_entropy):
             monkeypatch.setattr(module, 'rounded', lambda weight, dtype: weight.to(dtype))
@@ -329,7 +329,7 @@ def test_recorded_micro_steps(folder, losses_of_one_backward, monkeypatch):
         assert results[0][0] == results[1][0] and all(map(torch.equal, results[0][1], results[1][1]))
 
 
-def test_too_little_memory_for_a_recording(monkeypatch):
+def test_too_little_memory_for_a_capture(monkeypatch):
     """The error says that memory ran out, not that an operation cannot be captured."""
     import cuda_graph
 
@@ -441,7 +441,7 @@ class OneOfTwoRanks(torch.distributed.ProcessGroup):
         pytest.param('phase2_triton', 3, marks=[] if gpu else pytest.mark.full),
     ],
 )
-def test_recorded_under_ddp(folder, micro_steps, monkeypatch):
+def test_captured_under_ddp(folder, micro_steps, monkeypatch):
     """
     All micro-steps are captured, even the last, in which DDP communicates. Gradients are then in DDP's buckets, as
     without graphs. After the first iteration, DDP orders its buckets anew, which communicates and waits for the GPU: no

@@ -1,6 +1,6 @@
 """
 Compares FSDP's micro-steps replayed as (fake) CUDA graphs with eager micro-steps. Rank 0 prints 'equal' if they agree
-in every bit. `fsdp_recorded_micro_steps.py FOLDER` of phase3_fsdp.
+in every bit. `fsdp_captured_micro_steps.py FOLDER` of phase3_fsdp.
 """
 
 import os
@@ -35,7 +35,7 @@ mean_over_ranks, limits = sharded_cuda_graph.mean_over_ranks, []
 sharded_cuda_graph.mean_over_ranks = lambda x: limits.append(1) or mean_over_ranks(x)
 
 
-def train(recorded, **flags):
+def train(captured, **flags):
     torch.manual_seed(0)
     with OnMeta() as recipe:
         model = GPT(GPTConfig(vocab_size=40, n_layer=2, n_head=2, n_embd=32, block_size=16))
@@ -50,14 +50,14 @@ def train(recorded, **flags):
         loss.backward()
         return loss.detach()
 
-    graph = sharded_cuda_graph.ShardedMicroStep(step, model, capture=recorded)
+    graph = sharded_cuda_graph.ShardedMicroStep(step, model, capture=captured)
     torch.manual_seed(dist.get_rank())
     for i, count in enumerate((3, 3, 3, 4, 1, 1, 3, 2)):
         if i == 3:
             with torch.no_grad():
                 model(torch.zeros(1, 8, dtype=torch.long))
             reshard(model)
-        if i == 6 and recorded:
+        if i == 6 and captured:
             graph.release()
         for k in range(count):
             set_last_micro_step(model, k == count - 1)
@@ -67,10 +67,10 @@ def train(recorded, **flags):
         numbers.append(optimizer.clip_grad_norm_(1.0).item())
         optimizer.step()
         optimizer.zero_grad()
-    assert len(forwards) == (13 if recorded else 20)  # 2 x 3 of warm-up; 3 captured, 1, and 3 again
-    assert len(limits) == (4 if recorded else 0)  # before a capture that waits for a replay
+    assert len(forwards) == (13 if captured else 20)  # 2 x 3 of warm-up; 3 captured, 1, and 3 again
+    assert len(limits) == (4 if captured else 0)  # before a capture that waits for a replay
     limits.clear()
-    if recorded:
+    if captured:
         graph.release()
         with pytest.raises(RuntimeError, match='more micro-steps than were captured'):
             for last in (False, True, False, False):
