@@ -270,8 +270,8 @@ while True:
                 previous_best, best_val_loss = best_val_loss, min(best_val_loss, losses['val'])
                 best = best_val_loss < previous_best
                 # a resumed state is already on the disk, but perhaps not as the best
-                worth_saving = best or (always_save_checkpoint and iter_num > first_iter)
-                if worth_saving and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
+                save_now = best or (always_save_checkpoint and iter_num > first_iter)
+                if save_now and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
                     if not save_checkpoint(best, required=False):
                         best_val_loss = previous_best  # ckpt_best.pt still is the previous one
     if done and iter_num > first_iter and step_guard.worth_saving(model, lambda: micro_step(X, Y)):
