@@ -39,7 +39,7 @@ TECHNIQUES = {  # name: (folder of the trainer, further flags)
 # seconds of each part: measured on 2 cores of a server CPU, and on an H200 of a busy machine
 SECONDS = {
     'cpu': dict(data=3, train=140, sample=10, draw=6, short=20),
-    'cuda': dict(data=3, train=60, sample=10, draw=3, short=20),
+    'cuda': dict(data=3, train=70, sample=10, draw=3, short=20),
 }
 LETTERS = {'parameters': 'P', 'gradients': 'G', 'optimizer': 'O'}  # a letter for each byte per parameter
 
