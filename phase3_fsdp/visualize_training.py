@@ -76,7 +76,7 @@ TITLES = {
 BARS = {
     'tokens_per_sec_median': ('Throughput', 'median tokens/s'),
     'state_bytes_total': ('Memory from step to step', 'on each rank'),
-    'peak_memory_bytes': ('Peak memory', 'GiB on rank 0'),
+    'peak_memory_bytes': ('Peak memory', 'on rank 0'),
     'final_val_loss': ('Final validation loss', 'nats/token'),
 }
 HATCHES = {'parameters': '', 'gradients': '///', 'optimizer': '...'}  # for the parts of state_bytes
@@ -466,11 +466,12 @@ def _state(run):
 
 
 def _bars(ax, runs, key, table, named):
-    title, unit = BARS[key]
-    scale = 2**30 if key == 'peak_memory_bytes' else 1
-    if key == 'state_bytes_total':
+    (title, unit), scale = BARS[key], 1
+    if key in ('state_bytes_total', 'peak_memory_bytes'):
         scale, name = binary_unit(max(row[key] or 0 for row in table))
-        unit = f'{name} {unit}\nparameters (P), gradients (G), optimizer (O)'
+        unit = f'{name} {unit}'
+    if key == 'state_bytes_total':
+        unit += '\nparameters (P), gradients (G), optimizer (O)'
     values = [math.nan if row[key] is None else row[key] / scale for row in table]
     widest = max(np.nan_to_num(values)) or 1
     for i, (value, row) in enumerate(zip(values, table)):
