@@ -96,7 +96,8 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
                 given.add(key)
     check_values(config, options)
     for note in conflicts(config, given, defaults, help_texts(script, config['model_dir'], defaults)):
-        print(f'note: {note}')
+        if '_noted' not in namespace:  # by the script that hands over to this one
+            print(f'note: {note}')
     namespace.update(config)
     return config, given
 
