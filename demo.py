@@ -22,6 +22,7 @@ CONFIG = NANOGPT / 'config' / 'train_python_char.py'
 OUT = ROOT / 'out-demo'
 ITERATIONS, SHORT = 1000, 60
 
+import errors  # noqa: F401  reports a missing package
 from run_logs import load_runs, summarize
 from shell import python, python_command, quote
 
@@ -90,7 +91,7 @@ def show(line, left=None):
     elif left is None:
         print(f'\r\033[K{line}', end='', flush=True)
     else:
-        line = f'{line.rstrip().rsplit(", ", 1)[0]}; {duration(left)} left in all'
+        line = f'{line.split(", mfu")[0].rstrip()}; {duration(left)} left in all'
         print(f'\r\033[K{line[: shutil.get_terminal_size().columns - 1]}', end='', flush=True)
 
 
@@ -165,7 +166,8 @@ def main():
     long = ['--log_interval=5', f'--max_iters={ITERATIONS}', f'--lr_decay_iters={ITERATIONS}']
     demo.run(*alone, *long, f'--out_dir={OUT}', iterations=ITERATIONS, OMP_NUM_THREADS=threads)
     sample = ['--ckpt=ckpt_best.pt', '--start=def ', '--num_samples=2', '--max_new_tokens=400', *device]
-    demo.run(NANOGPT / 'sample.py', f'--out_dir={OUT}', *sample)
+    # threads that wait for each other on a busy CPU would make so small a model 20 times as slow
+    demo.run(NANOGPT / 'sample.py', f'--out_dir={OUT}', *sample, OMP_NUM_THREADS='1')
     log = newest_log(OUT)
     demo.run(NANOGPT / 'visualize_training.py', log)
 
