@@ -13,11 +13,12 @@ import argparse
 import os
 import sys
 
-import numpy as np
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  # data/ and the trainer's folder
-from errors import UserError, first_line
+from errors import UserError, first_line  # isort: skip  first: it also reports a missing package
+
+import numpy as np
+
 from prepare_common import ENDOFTEXT, DatasetWriter, gpt2_encode, gpt2_encoding
 from shell import pip_install, python_command
 
