@@ -112,19 +112,20 @@ def test_lines_of_iterations_replace_each_other_on_a_terminal():
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import demo
 demo.show('step 0: train loss 4\\n')
-demo.show('iter 1: loss 4.0, 1 s left\\n', 100)
-demo.show('iter 2: loss 3.9, 1 s left\\n', 99)
+demo.show('iter 1: loss 4.0, time 9ms, mfu n/a, 99 tokens/s, 1 s left\\n', 100)
+demo.show('iter 2: loss 3.9, time 9ms, mfu n/a, 99 tokens/s, 1 s left\\n', 99)
 demo.show('end\\n')
 """
     _, written = on_terminal(sys.executable, '-c', code, lines=24)
     assert written.endswith(
-        '\r\033[Kiter 1: loss 4.0; 2 min left in all\r\033[Kiter 2: loss 3.9; 2 min left in all\r\033[Kend\r\n'
+        '\r\033[Kiter 1: loss 4.0, time 9ms; 2 min left in all\r\033[Kiter 2: loss 3.9, time 9ms; 2 min left in all'
+        '\r\033[Kend\r\n'
     )
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [
         'step 0: train loss 4',
-        'iter 1: loss 4.0, 1 s left',
-        'iter 2: loss 3.9, 1 s left',
+        'iter 1: loss 4.0, time 9ms, mfu n/a, 99 tokens/s, 1 s left',
+        'iter 2: loss 3.9, time 9ms, mfu n/a, 99 tokens/s, 1 s left',
         'end',
     ]
 
