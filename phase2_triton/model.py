@@ -84,9 +84,7 @@ class GPTConfig:
     # the fields below change how the model is computed: they are flags of every script and not part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
     use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
-    half_residual: bool = (
-        False  # keep the residual stream in the 16-bit dtype too: faster, a bit less exact; needs use_triton
-    )
+    half_residual: bool = False  # keep the residual stream in the 16-bit dtype: faster, less exact; needs use_triton
     loss_rows: int = 0  # tokens whose logits exist at a time in training: less memory, slower; 0: all; needs use_triton
 
 

@@ -284,6 +284,7 @@ def test_what_a_flag_needs_exists(folder, name):
         [sys.executable, ROOT / folder / f'{name}.py', '--help'], capture_output=True, text=True, check=True
     ).stdout
     flags = set(re.findall(r'^  --(\w+)=', out, re.M))
+    assert re.findall(r'^  --\S+$', out, re.M) == []  # without a help text
     needed = re.findall(r'\b(?:needs|unused with) (\w+)(?:=\w+)?(?: or (\w+))?$', out, re.M)
     assert needed and {other for pair in needed for other in pair if other} <= flags
 
