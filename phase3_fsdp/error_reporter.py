@@ -169,8 +169,9 @@ def _claim_report():
 
 def _tell_torchrun(message):
     """Writes the message where torchrun's own report of the failure, which comes last, shows it as the cause."""
+    timestamp = int(time.time()) - 1  # earlier than the failures that follow
     with suppress(OSError, KeyError), open(os.environ['TORCHELASTIC_ERROR_FILE'], 'x') as f:
-        json.dump({'message': message, 'timestamp': int(time.time()) - 1}, f)  # earlier than the failures that follow
+        json.dump({'message': {'message': message, 'extraInfo': {'timestamp': timestamp}}}, f)
 
 
 def _stdout_has_no_reader():
