@@ -147,7 +147,7 @@ def main():
             ('compare these in a picture', seconds['draw']),
         ]
     )
-    print(f'The demo runs on {where}.')
+    print(f'The demo uses {where}.')
     if not gpus:
         print('It leaves out the Triton kernels, which need a GPU.')
     if gpus == 1:
@@ -171,7 +171,8 @@ def main():
     log = newest_log(OUT)
     demo.run(NANOGPT / 'visualize_training.py', log)
 
-    short = [f'--max_iters={SHORT}', f'--eval_interval={SHORT}', '--lr_decay_iters=1000', '--warmup_iters=10']
+    short = [f'--max_iters={SHORT}', f'--eval_interval={SHORT}', '--warmup_iters=10']
+    short += [f'--lr_decay_iters={SHORT}', '--min_lr=3e-3']  # the config's learning_rate, from the warmup on
     short += ['--eval_iters=5', '--log_interval=5', '--compile=False']
     logs = []
     for name in techniques:
