@@ -91,8 +91,8 @@ def _explain(error, trace, place, alone):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in NEEDED_PACKAGES:
         return (
-            f'{sys.executable} lacks the package {error.name}. Activate the environment that has it (in the repository '
-            f'. .venv/bin/activate), or install it: {pip_install(error.name)}'
+            f'{sys.executable} lacks the package {error.name}. Activate the environment that has it, as with '
+            f'". .venv/bin/activate" in the repository, or install it: {pip_install(error.name)}'
         )
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
         return f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'
