@@ -20,7 +20,7 @@ COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing PyTorch, Triton, NumPy, tiktoken and matplotlib into $(VENV), with $(if $(UV),uv,pip)."
 	@echo "The download may take minutes."
-	@[ -x $(BIN)/python ] || $(MAKE_VENV) $(VENV)
+	@[ -x $(BIN)/python ] || $(MAKE_VENV) $(VENV) || { rm -rf $(VENV); exit 1; }
 	@$(BIN)/python -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: Python 3.11 or newer is needed, but \
 $(VENV) has ' + sys.version.split()[0] + ': rm -r $(VENV), then name another: make PYTHON=python3.12')"
 	@$(PIP) -c constraints.txt -e .

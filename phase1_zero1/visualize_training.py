@@ -544,7 +544,7 @@ def parse_args(argv):
     parser.add_argument(
         '--metrics',
         metavar='A,B',
-        help=f'panels to draw, of {",".join(TITLES)}; default: all, or for several runs the loss',
+        help=f'panels to draw, of {", ".join(TITLES)}; default: all, or for several runs the loss',
     )
     parser.add_argument('--title', help='title of the picture')
     parser.add_argument('--json', action='store_true', help='print the summary table as JSON')
