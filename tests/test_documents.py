@@ -200,7 +200,7 @@ def why_not(words):
         return 'two machines: tests/test_machines.py'
     if '--cuda_graph' in words:
         return 'a GPU'
-    if re.search(r'(shakespeare|shakespeare_char|openwebtext)/prepare', name):
+    if re.search(r'(shakespeare|shakespeare_char|openwebtext|fineweb)/prepare|out-gpt2', name):
         return 'a network'
     script = Path(words[at]).name
     if script == 'sharded_checkpoint.py':
