@@ -206,7 +206,7 @@ The GPT learnt from the sources of Python's standard library, one character at a
   picture       {log.with_name(log.stem + '_analysis.png')}
   comparison    {comparison}
   more samples  {python_command(NANOGPT / 'sample.py', f'--out_dir={OUT}', '--start=class ')}
-  train on      {python_command(NANOGPT / 'train.py', CONFIG, f'--out_dir={OUT}', '--init_from=resume', '--max_iters=4000')}""")
+  train on      {python_command(NANOGPT / 'train.py', CONFIG, f'--out_dir={OUT}', '--init_from=resume')}""")
     if not val_loss < 0.75 * entropy:
         sys.exit('the validation loss is not clearly below that: something is wrong')
 
