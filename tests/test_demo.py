@@ -225,3 +225,14 @@ def test_demo(monkeypatch, capfd, tmp_path):
     printed = capfd.readouterr().out
     assert re.search(r'^DDP .* PPPPGGGGOOOOOOOO 16\.0$', printed, re.M) or 'GPUs' in printed
     assert (tmp_path / 'out' / 'comparison.png').exists()
+
+
+def test_several_processes_on_a_mac_use_the_cpu(monkeypatch):
+    """gloo sends no tensors of Apple's GPUs."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert hardware.resolve_auto('auto', 'auto', False, 'auto')[0] == 'mps'
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert hardware.resolve_auto('auto', 'auto', False, 'auto')[0] == 'cpu'
+    with pytest.raises(UserError, match='one process only'):
+        hardware.resolve_auto('mps', 'auto', False, 'auto')
