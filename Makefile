@@ -1,13 +1,13 @@
 # make demo: trains, samples and draws on this machine.  make test: proves that it works.  Each first installs what it
 # needs into .venv.  make test-full: adds the rest of the long tables.  make soak: two minutes of random faults.
 # make bench: measures the trainers on this machine.  make documents: puts code and results into the documents.
-PYTHON ?= python3
+# PYTHON: the one to use, 3.11 or newer; by default python3, or with uv any that it finds
 VENV := .venv
 BIN := $(VENV)/bin
 # uv where it is installed, else pip
 UV := $(shell command -v uv)
-MAKE_VENV := $(if $(UV),uv venv --quiet --python $(PYTHON),$(PYTHON) -m venv)
-PIP := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/pip install --quiet --disable-pip-version-check)
+MAKE_VENV := $(if $(UV),uv venv --quiet --python '$(or $(PYTHON),>=3.11)',$(or $(PYTHON),python3) -m venv)
+PIP := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
 # `make sync` copies every file of nanoGPT/ except these: the two that phases change, and tools for checkpoints
 NOT_COPIED := model.py train.py evaluate.py export_hf.py import_hf.py hf_format.py
@@ -20,8 +20,9 @@ COMMON := $(filter-out $(NOT_COPIED),$(notdir $(wildcard nanoGPT/*.py))) config
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing PyTorch, Triton, NumPy, tiktoken and matplotlib into $(VENV), with $(if $(UV),uv,pip)."
 	@echo "The download may take minutes."
-	@rm -rf $(VENV)
-	@$(MAKE_VENV) $(VENV)
+	@[ -x $(BIN)/python ] || $(MAKE_VENV) $(VENV) || { rm -rf $(VENV); exit 1; }
+	@$(BIN)/python -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: Python 3.11 or newer is needed, but \
+$(VENV) has ' + sys.version.split()[0] + ': rm -r $(VENV), then name another: make PYTHON=python3.12')"
 	@$(PIP) -c constraints.txt -e .
 	@du -sh $(VENV)
 	@touch $@

@@ -23,6 +23,7 @@ CONFIG = NANOGPT / 'config' / 'train_python_char.py'
 OUT = ROOT / 'out-demo'
 ITERATIONS, SHORT = 1000, 60
 
+import errors  # noqa: F401  reports a missing package
 from run_logs import load_runs, summarize
 from shell import python, python_command, quote
 
@@ -94,7 +95,7 @@ def show(line, left=None):
     elif left is None:
         print(f'\r\033[K{line}', end='', flush=True)
     else:
-        line = f'{line.rstrip().rsplit(", ", 1)[0]}; {duration(left)} left in all'
+        line = f'{line.split(", mfu")[0].rstrip()}; {duration(left)} left in all'
         print(f'\r\033[K{line[: shutil.get_terminal_size().columns - 1]}', end='', flush=True)
 
 
@@ -148,7 +149,7 @@ def main():
             ('compare these in a picture', seconds['draw']),
         ]
     )
-    print(f'The demo runs on {where}.')
+    print(f'The demo uses {where}.')
     if not gpus:
         print('It leaves out the Triton kernels, which need a GPU.')
     if gpus == 1:
@@ -168,11 +169,13 @@ def main():
     long = ['--log_interval=5', f'--max_iters={ITERATIONS}', f'--lr_decay_iters={ITERATIONS}']
     demo.run(*alone, *long, f'--out_dir={OUT}', iterations=ITERATIONS, OMP_NUM_THREADS=threads)
     sample = ['--ckpt=ckpt_best.pt', '--start=def ', '--num_samples=2', '--max_new_tokens=400', *device]
-    demo.run(NANOGPT / 'sample.py', f'--out_dir={OUT}', *sample)
+    # threads that wait for each other on a busy CPU would make so small a model 20 times as slow
+    demo.run(NANOGPT / 'sample.py', f'--out_dir={OUT}', *sample, OMP_NUM_THREADS='1')
     log = newest_log(OUT)
     demo.run(NANOGPT / 'visualize_training.py', log)
 
-    short = [f'--max_iters={SHORT}', f'--eval_interval={SHORT}', '--lr_decay_iters=1000', '--warmup_iters=10']
+    short = [f'--max_iters={SHORT}', f'--eval_interval={SHORT}', '--warmup_iters=10']
+    short += [f'--lr_decay_iters={SHORT}', '--min_lr=3e-3']  # the config's learning_rate, from the warmup on
     short += ['--eval_iters=5', '--log_interval=5', '--compile=False']
     logs = []
     for name in techniques:
@@ -197,7 +200,7 @@ to step, with one letter for each byte per parameter: P for parameters, G for gr
 
     entropy = pickle.loads((DATA / 'meta.pkl').read_bytes())['unigram_entropy']  # prepare.py has just written it
     val_loss = json.loads(log.read_text())['summary']['best_val_loss']
-    resume = [CONFIG, f'--out_dir={OUT}', '--init_from=resume', '--max_iters=4000']
+    resume = [CONFIG, f'--out_dir={OUT}', '--init_from=resume']
     print(f"""
 The GPT learnt from the sources of Python's standard library, one character at a time. Its best validation loss is
 {val_loss:.3f} nats per character. A model that knows only how frequent each character is would reach {entropy:.3f}.

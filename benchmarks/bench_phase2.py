@@ -594,6 +594,14 @@ def measured(reports):
     return markdown([*header, 'peak, GiB', 'result file'], rows)
 
 
+@number
+def against_compiled(file, *name):
+    """The speed of a variant over that of the compiled reference in the same turns."""
+    report = load(file)
+    row = changes(report)[' '.join(name)]
+    return times(speed_of(row, report, row['ms']), speed_of(row, report, row['ms_reference']))
+
+
 def ladder_in_short():
     """Returns {short name: thousands of tokens/s} on one H100."""
     rows = changes(load('phase2_ladder_h100'))

@@ -535,5 +535,7 @@ if __name__ == '__main__':
         sys.exit()
     if 'RANK' not in os.environ:
         nproc = args.nproc or (2 if args.dry_run else torch.cuda.device_count())
+        if not nproc:
+            sys.exit('bench_zero1.py: needs a CUDA GPU; --dry-run tries it without')
         sys.exit(subprocess.call(torchrun(nproc, __file__, *sys.argv[1:])))
     main(args)

@@ -13,6 +13,8 @@ $ python dataset.py fineweb10B
 A user's mistake raises a UserError that says which file is wrong, why, and what to do.
 """
 
+from errors import UserError  # isort: skip  first: it also reports a missing package
+
 import difflib
 import glob
 import os
@@ -24,7 +26,6 @@ import torch.distributed as dist
 
 from data_identity import check_same_encoding, make_manifest, without_fingerprints
 from encoding import encoding_fingerprint, get_encoding
-from errors import UserError
 from shell import python_command, quote
 from token_files import TokenFiles, recognize
 

@@ -1,9 +1,15 @@
 """
 UserError, for the user's mistakes. Raise it anywhere, on any rank: importing this module makes error_reporter.py print
-one message from one rank, without a traceback, and exit with status 2.
+one message from one rank, without a traceback, and exit with status 2. Scripts import it first, so that a Python that
+is too old or lacks a package is one message too.
 """
 
 import re
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    print(f'error: this needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}', file=sys.stderr)
+    sys.exit(2)
 
 # messages of CUDA, cuBLAS, PyTorch and NumPy about exhausted memory
 OUT_OF_MEMORY = re.compile(

@@ -9,6 +9,8 @@ $ torchrun --standalone --nproc_per_node=4 evaluate.py --out_dir=out --hellaswag
 The results are printed and written to OUT/ckpt_evaluation.json. For other benchmarks, see docs/huggingface.md.
 """
 
+from errors import UserError  # isort: skip  first: it also reports a missing package
+
 import hashlib
 import json
 import math
@@ -27,7 +29,6 @@ from configurator import configure
 from dataset import meta_of_model, open_dataset
 from distributed import check_environment, join_ranks, leave_ranks, mean_over_ranks
 from encoding import download, get_encoding
-from errors import UserError
 from evaluation import bits_per_byte, mean_bytes_per_token, mean_loss
 from progress import show_progress
 

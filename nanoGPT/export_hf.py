@@ -8,6 +8,8 @@ Before the folder appears, a fresh process loads it with AutoModelForCausalLM an
 compared with those of our model and encoding.
 """
 
+from errors import UserError  # isort: skip  first: it also reports a missing package
+
 import importlib.util
 import json
 import os
@@ -23,7 +25,6 @@ from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_optio
 from configurator import configure
 from dataset import meta_of_model
 from encoding import get_encoding
-from errors import UserError
 from model import GPT, GPTConfig
 from shell import pip_install
 

@@ -6,6 +6,8 @@ $ python import_hf.py --hf_dir=gpt2 --out_dir=out-gpt2                  # a name
 $ python train.py --init_from=resume --out_dir=out-gpt2 --bias=True --dataset=... --learning_rate=3e-5 --decay_lr=False
 """
 
+from errors import UserError, first_line  # isort: skip  first: it also reports a missing package
+
 import os
 import re
 from contextlib import redirect_stdout
@@ -15,7 +17,6 @@ import torch
 import hf_format
 from checkpoint import write_checkpoint
 from configurator import configure
-from errors import UserError, first_line
 from model import GPT, GPTConfig
 from out_dir import make_out_dir
 from shell import pip_install

@@ -5,6 +5,8 @@ $ python bench.py --batch_size=12 --compile=True
 $ python bench.py --real_data=False --profile=True
 """
 
+import errors  # isort: skip  # noqa: F401  first: it reports a missing package
+
 import os
 import statistics
 import sys

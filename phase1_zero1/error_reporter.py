@@ -7,11 +7,13 @@ claims the right to report through torchrun's key-value store, so a mistake that
 torchrun then ends the remaining ranks.
 """
 
+import json
 import os
 import re
 import select
 import socket
 import sys
+import time
 import traceback
 from contextlib import suppress
 
@@ -22,6 +24,7 @@ from output import print_error
 from plan_command import plan_command
 from shell import pip_install
 
+NEEDED_PACKAGES = ('torch', 'numpy', 'matplotlib')
 OPTIONAL_PACKAGES = (
     'wandb',
     'trackio',
@@ -52,10 +55,10 @@ def report(kind, error, trace):
     """
     alone = torchrun_env.number('WORLD_SIZE', 1) <= 1
     if issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        if not alone:
-            os._exit(130)  # skip the interpreter's teardown, as below
-        return
+        if alone:
+            print_error('interrupted')
+            return
+        os._exit(130)  # skip the interpreter's teardown, as below; torchrun reports the interrupt
     if issubclass(kind, BrokenPipeError) and _stdout_has_no_reader():  # as in `train.py --help | head`
         os._exit(141)
 
@@ -65,6 +68,7 @@ def report(kind, error, trace):
     if message:
         if may_report:
             print_error(f'error: {message}')
+            _tell_torchrun(message)
     elif may_report and not alone and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
         reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # drop the C++ source line
         print_error(
@@ -85,6 +89,11 @@ def _explain(error, trace, place, alone):
     """Returns the message about a user's mistake or a known failure of the machine, None for any other error."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in NEEDED_PACKAGES:
+        return (
+            f'{sys.executable} lacks the package {error.name}. Activate the environment that has it, as with '
+            f'". .venv/bin/activate" in the repository, or install it: {pip_install(error.name)}'
+        )
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
         return f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'
     if isinstance(error, OSError) and 'huggingface.co' in str(error):  # transformers could not fetch a model
@@ -156,6 +165,13 @@ def _claim_report():
         return store.add(f'speaker/{torchrun_env.launch_id}', 1) == 1
     except Exception:
         return torchrun_env.number('LOCAL_RANK', 0) == 0
+
+
+def _tell_torchrun(message):
+    """Writes the message where torchrun's own report of the failure, which comes last, shows it as the cause."""
+    timestamp = int(time.time()) - 1  # earlier than the failures that follow
+    with suppress(OSError, KeyError), open(os.environ['TORCHELASTIC_ERROR_FILE'], 'x') as f:
+        json.dump({'message': {'message': message, 'extraInfo': {'timestamp': timestamp}}}, f)
 
 
 def _stdout_has_no_reader():

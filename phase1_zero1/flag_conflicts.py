@@ -3,7 +3,7 @@ Refuses flags that contradict each other, and prints notes about flags without a
 user set.
 
 A flag that works only together with another flag says so at the end of its help text: `needs use_fsdp`, `needs
-wandb_log or tracker`, `needs init_from=resume`, or, for the opposite, `unused with val_tokens`.
+init_from=resume`, or, for the opposite, `unused with val_tokens`.
 """
 
 import math
@@ -27,13 +27,12 @@ def unused_flags(config, flags_set, defaults, help_texts):
     """Returns a note for each condition under which flags in flags_set have no effect."""
     unused = {}  # {condition: flags}
     for key in (key for key in config if key in flags_set and config[key] != defaults[key]):
-        match = re.search(r'\b(needs|unused with) (\w+)(?:=(\w+))?(?: or (\w+))?$', help_texts.get(key, ''))
-        if match and set(match.group(2, 4)) - {None} <= config.keys():
-            word, first, value, second = match.groups()
-            holds = str(config[first]) == value if value else bool(config[first] or (second and config[second]))
+        match = re.search(r'\b(needs|unused with) (\w+)(?:=(\w+))?$', help_texts.get(key, ''))
+        if match and match[2] in config:
+            word, other, value = match.groups()
+            holds = str(config[other]) == value if value else bool(config[other])
             if holds == (word == 'unused with'):
-                others = [f'{other}={config[other]!r}' for other in (first, second) if other]
-                unused.setdefault(' and '.join(others), []).append(key)
+                unused.setdefault(f'{other}={config[other]!r}', []).append(key)
     return [f'{", ".join(keys)}: no effect with {condition}' for condition, keys in unused.items()]
 
 

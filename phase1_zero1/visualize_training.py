@@ -13,6 +13,8 @@ run_..._comparison_analysis.png. A run that was resumed is drawn with its predec
 message, if there is nothing to draw.
 """
 
+import errors  # isort: skip  # noqa: F401  first: it reports a missing package
+
 import argparse
 import functools
 import json
@@ -50,6 +52,7 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
 # dashes of all curves but the first, so that equal curves stay visible
 DASHES = ((5, 3), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3), (3, 2, 1, 2, 1, 2))
 MARKERS = 'osD^vP'
+MOST_NAMES = 20  # runs in a legend
 STYLE = {
     'font.size': 13,
     'axes.titlesize': 14,
@@ -280,10 +283,15 @@ def _curves(ax, runs, key, axis, smooth):
     if key == 'tokens_per_sec' and not several and np.isfinite(runs[0].iterations['mfu']).any():
         _utilization(ax, x, runs[0].iterations['mfu'], smooth)
     handles, labels = ax.get_legend_handles_labels()
-    if several and key == 'loss' and any(len(run.evaluations['iter']) for run in runs):
-        handles.append(Line2D([], [], color=GREY, marker='o', mfc='white', ls='none'))
-        labels.append('validation')
-    if several or (handles and key in ('loss', 'time_ms')):
+    if several and key == 'loss':
+        for word, marker, there in (
+            ('validation', 'o', any(len(run.evaluations['iter']) for run in runs)),
+            ('loss not finite', 'x', any(np.isnan(run.iterations['loss']).any() for run in runs)),
+        ):
+            handles += [Line2D([], [], color=GREY, marker=marker, mfc='white', ls='none')] * there
+            labels += [word] * there
+    # a longer legend would cover the curves, and the bars name the runs in the same colours
+    if len(runs) <= MOST_NAMES and (several or (handles and key in ('loss', 'time_ms'))):
         columns, small = 2 if len(labels) > 6 else 1, key == 'time_ms' and not several
         ax.legend(
             handles, labels, loc='upper right' if small else 'best', ncols=columns, markerscale=1.6 if small else 1
@@ -499,7 +507,7 @@ def _bars(ax, runs, key, table, named):
     ax.grid(False, axis='y')
     ax.set_yticks(range(len(runs)), ax.get_figure().run_names if named else [''] * len(runs))
     ax.tick_params(axis='y', length=0)
-    ax.invert_yaxis()
+    ax.set_ylim(len(runs) - 0.4, -0.6)  # the first run at the top
 
 
 def parse_args(argv):
@@ -527,7 +535,7 @@ def parse_args(argv):
     parser.add_argument(
         '--metrics',
         metavar='A,B',
-        help=f'panels to draw, any of {",".join(TITLES)}; default: all, or for several runs the loss',
+        help=f'panels to draw, any of {", ".join(TITLES)}; default: all, or for several runs the loss',
     )
     parser.add_argument('--title', help='title of the picture')
     parser.add_argument('--json', action='store_true', help='print the summary table as JSON')
@@ -559,6 +567,8 @@ def replaced(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f'{path} cannot be written: {error.strerror}') from error
     finally:
         with suppress(OSError):
             os.unlink(temporary)
@@ -632,7 +642,7 @@ def main(argv=None):
         if args.show:
             pyplot.show()
     except KeyboardInterrupt:
-        pass
+        return 0 if args.follow else 130
     except (LogError, OSError, ImportError) as error:
         print(f'visualize_training: {error}', file=sys.stderr)
         return 2

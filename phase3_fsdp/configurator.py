@@ -9,6 +9,7 @@ too. Such a flag, if a number, must not be negative.
 
 import ast
 import difflib
+import glob
 import os
 import re
 import sys
@@ -96,7 +97,8 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
                 flags_set.add(key)
     check_values(config, options)
     for note in conflicts(config, flags_set, defaults, help_texts(script, config['model_dir'], defaults)):
-        print(f'note: {note}')
+        if '_noted' not in namespace:  # else the script that hands over to this one has printed them
+            print(f'note: {note}')
     namespace.update(config)
     return config, flags_set
 
@@ -162,9 +164,13 @@ def run_config_file(path, config, script):
     Returns {name: value} for the names that the config file assigns. The file sees the flags' current values as
     variables. Raises UserError if the file is missing, fails, or assigns nothing.
     """
-    found = [p for p in (path, os.path.join(os.path.dirname(os.path.realpath(script)), path)) if os.path.isfile(p)]
+    own = os.path.dirname(os.path.realpath(script))
+    found = [p for p in (path, os.path.join(own, path)) if os.path.isfile(p)]
     if not found:
-        raise UserError(f'{path}: no such config file (flags are written --key=value)')
+        names = glob.glob('config/*.py', root_dir=own)
+        near = difflib.get_close_matches(os.path.join('config', os.path.basename(path)), names, n=1, cutoff=0.8)
+        hint = f'; did you mean {near[0]}?' if near else ''
+        raise UserError(f'{path}: no such config file{hint} (flags are written --key=value)')
     variables = {**config, '__file__': os.path.abspath(found[0])}
     try:
         with open(found[0], encoding='utf-8-sig') as f:

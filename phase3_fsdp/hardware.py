@@ -28,8 +28,10 @@ def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
     allocator. Raises UserError for a value that is unknown or unsupported on this machine.
     """
     mps = getattr(torch.backends, 'mps', None)
+    several = torchrun_env.number('WORLD_SIZE', 1) > 1
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if mps and mps.is_available() else 'cpu'
+        apple = mps and mps.is_available() and not several  # gloo sends no tensors of Apple's GPUs
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if apple else 'cpu'
     device_type = str(device).split(':')[0]
     if not re.fullmatch(r'cuda(:\d+)?|mps|cpu(:0)?', str(device)):
         raise UserError(f"device is '{device}', but it can be cuda, cuda:N, mps or cpu")
@@ -56,6 +58,8 @@ def resolve_auto(device, dtype, compile, backend) -> tuple[str, str, bool, str]:
         torch.cuda.set_device(device if ':' in device else 'cuda:0')
     if device_type == 'mps' and not (mps and mps.is_available()):
         raise UserError('device=mps, but torch sees no Apple GPU here; leave the flag out or use --device=cpu')
+    if device_type == 'mps' and several:
+        raise UserError('device=mps works with one process only; leave the flag out or use --device=cpu')
 
     if dtype == 'auto' and device_type == 'cuda':
         dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'

@@ -30,7 +30,7 @@ def hand_over_if_unsharded(config: dict, flags_set: set) -> None:
     print(f'not using FSDP: {"there is one process" if config["use_fsdp"] else "use_fsdp=False"}')
     own = assigned_names(os.path.join(FOLDER, 'train.py')) - assigned_names(REFERENCE)
     sys.argv = [REFERENCE, *(f'--{key}={config[key]}' for key in config if key in flags_set and key not in own)]
-    runpy.run_path(REFERENCE, run_name='__main__')
+    runpy.run_path(REFERENCE, {'_noted': True}, '__main__')  # configure() has printed its notes
     sys.exit()
 
 

@@ -5,6 +5,8 @@ $ python sample.py --out_dir=out-python-char --start="def "
 $ python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"
 """
 
+from errors import UserError  # isort: skip  first: it also reports a missing package
+
 import os
 import sys
 
@@ -15,7 +17,6 @@ from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_optio
 from configurator import configure
 from dataset import meta_of_model
 from encoding import get_encoding
-from errors import UserError
 from kv_cache import generate
 
 # -----------------------------------------------------------------------------

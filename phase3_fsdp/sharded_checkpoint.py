@@ -15,6 +15,8 @@ $ python sharded_checkpoint.py full OUT_DIR       # out_dir/ckpt.pt from out_dir
 $ python sharded_checkpoint.py sharded OUT_DIR    # and back
 """
 
+from errors import UserError, first_line  # isort: skip  first: it also reports a missing package
+
 import glob
 import os
 import pickle
@@ -34,7 +36,6 @@ import checkpoint as full_checkpoint
 from checkpoint import write_checkpoint
 from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
-from errors import UserError, first_line
 from out_dir import set_aside
 from shell import python_command, quote
 

@@ -11,6 +11,8 @@ $ torchrun --standalone --nproc_per_node=4 train.py
 $ torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_id=gpt --rdzv_endpoint=HOST:29500 train.py
 """
 
+from errors import UserError  # isort: skip  first: it also reports a missing package
+
 import math
 import sys
 from contextlib import nullcontext
@@ -24,7 +26,6 @@ from data_scan import scan_in_background
 from dataset import open_dataset
 from distributed import gather_from_ranks, leave_ranks, mean_over_ranks
 from encoding import check_encoding
-from errors import UserError
 from evaluation import FirstTokens
 from out_dir import make_out_dir
 from progress import show_progress

@@ -571,6 +571,7 @@ def test_open_dataset(tmp_path):
 
 def test_missing_data_names_the_command(copy, monkeypatch):
     monkeypatch.chdir(copy)
+    monkeypatch.setattr(dataset, 'HERE', str(copy))  # `make demo` may have prepared the data of this checkout
     os.mkdir('data/unknown')
     for name, command in (
         ('python_char', r'python data/python_char/prepare\.py$'),

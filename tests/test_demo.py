@@ -112,19 +112,20 @@ def test_lines_of_iterations_replace_each_other_on_a_terminal():
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import demo
 demo.show('step 0: train loss 4\\n')
-demo.show('iter 1: loss 4.0, 1 s left\\n', 100)
-demo.show('iter 2: loss 3.9, 1 s left\\n', 99)
+demo.show('iter 1: loss 4.0, time 9ms, mfu n/a, 99 tokens/s, 1 s left\\n', 100)
+demo.show('iter 2: loss 3.9, time 9ms, mfu n/a, 99 tokens/s, 1 s left\\n', 99)
 demo.show('end\\n')
 """
     _, written = on_terminal(sys.executable, '-c', code, lines=24)
     assert written.endswith(
-        '\r\033[Kiter 1: loss 4.0; 2 min left in all\r\033[Kiter 2: loss 3.9; 2 min left in all\r\033[Kend\r\n'
+        '\r\033[Kiter 1: loss 4.0, time 9ms; 2 min left in all\r\033[Kiter 2: loss 3.9, time 9ms; 2 min left in all'
+        '\r\033[Kend\r\n'
     )
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [
         'step 0: train loss 4',
-        'iter 1: loss 4.0, 1 s left',
-        'iter 2: loss 3.9, 1 s left',
+        'iter 1: loss 4.0, time 9ms, mfu n/a, 99 tokens/s, 1 s left',
+        'iter 2: loss 3.9, time 9ms, mfu n/a, 99 tokens/s, 1 s left',
         'end',
     ]
 
@@ -224,3 +225,14 @@ def test_demo(monkeypatch, capfd, tmp_path):
     printed = capfd.readouterr().out
     assert re.search(r'^DDP .* PPPPGGGGOOOOOOOO 16\.0$', printed, re.M) or 'GPUs' in printed
     assert (tmp_path / 'out' / 'comparison.png').exists()
+
+
+def test_several_processes_on_a_mac_use_the_cpu(monkeypatch):
+    """gloo sends no tensors of Apple's GPUs."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert hardware.resolve_auto('auto', 'auto', False, 'auto')[0] == 'mps'
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert hardware.resolve_auto('auto', 'auto', False, 'auto')[0] == 'cpu'
+    with pytest.raises(UserError, match='one process only'):
+        hardware.resolve_auto('mps', 'auto', False, 'auto')

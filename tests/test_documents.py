@@ -77,10 +77,10 @@ def code_of(text):
     lines, prose = [], []
     fenced = None
     for line in re.sub(r'\\\n\s*', '', text).splitlines():
-        if line.startswith('```'):
-            fenced = line[3:].strip() or 'text' if fenced is None else None
+        if line.lstrip().startswith('```'):  # also in a list
+            fenced = line.lstrip()[3:] or 'text' if fenced is None else None
         elif fenced is not None:
-            lines += [line.removeprefix('$ ')] if fenced in ('sh', 'text') else []
+            lines += [line.strip().removeprefix('$ ')] if fenced in ('sh', 'text') else []
         elif line.startswith('    ') and line.strip():
             lines.append(line.strip())
         else:
@@ -200,7 +200,7 @@ def why_not(words):
         return 'two machines: tests/test_machines.py'
     if '--cuda_graph' in words:
         return 'a GPU'
-    if re.search(r'(shakespeare|shakespeare_char|openwebtext)/prepare', name):
+    if re.search(r'(shakespeare|shakespeare_char|openwebtext|fineweb)/prepare|out-gpt2', name):
         return 'a network'
     script = Path(words[at]).name
     if script == 'sharded_checkpoint.py':

@@ -248,7 +248,27 @@ def test_mistake_on_one_rank_only_ends_all(work):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', TRAIN, *TINY]
     run = subprocess.run([*command, 'config.py'], capture_output=True, text=True, timeout=60)
     assert run.returncode == 1  # torchrun's own
-    assert run.stderr.count('error: ') == 1 and "no data set 'nowhere'" in run.stderr and 'exitcode  : 2' in run.stderr
+    assert run.stderr.count('error: ') == 1 and "error: there is no data set 'nowhere'" in run.stderr
+    # torchrun's own report, which comes last, has the message as its cause
+    assert 'exitcode  : 2' in run.stderr and "traceback : there is no data set 'nowhere'" in run.stderr
+
+
+@pytest.mark.parametrize(
+    'script, package',
+    [
+        ('nanoGPT/train.py', 'torch'),
+        ('phase3_fsdp/train.py', 'torch'),
+        ('nanoGPT/sample.py', 'torch'),
+        ('nanoGPT/visualize_training.py', 'matplotlib'),
+        ('nanoGPT/data/text/prepare.py', 'numpy'),
+        ('demo.py', 'numpy'),
+    ],
+)
+def test_without_the_packages(script, package):
+    """-S: as with a Python outside the environment."""
+    run = subprocess.run([sys.executable, '-S', ROOT / script], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith('error: ') and run.stderr.count('\n') == 1, run
+    assert f'lacks the package {package}. ' in run.stderr and '. .venv/bin/activate' in run.stderr
 
 
 def test_a_crash_of_one_rank_ends_all(launch, work):

@@ -549,11 +549,22 @@ def test_long_names_and_large_losses_stay_legible(tmp_path):
     figure = draw(vis.load_runs(paths), title='A title of many words ' * 12)
     assert overlaps(figure) == []
     axes = axes_of(figure)
-    assert len(axes['loss'].get_legend().get_texts()) == 9 and axes['loss'].get_window_extent().width > 900
+    # 8 runs, the mark of validation losses, and that of losses that are not finite
+    assert len(axes['loss'].get_legend().get_texts()) == 10 and axes['loss'].get_window_extent().width > 900
     assert axes['loss'].get_legend().get_window_extent().x0 > axes['loss'].get_window_extent().x0
     assert texts(axes['final_val_loss']).startswith('1e+30  baseline')
     one = draw([Run(paths[0])], title='A title of many words ' * 12)
     assert overlaps(one) == [] and 'bfloat16' in [text.get_text() for text in axes_of(one)['facts'].texts]
+
+
+def test_the_bars_name_many_runs(tmp_path):
+    """A legend of so many names would cover the curves."""
+    runs = vis.load_runs([write_log(tmp_path / str(i), steps=1) for i in range(vis.MOST_NAMES + 1)])
+    axes = axes_of(draw(runs))
+    assert axes['loss'].get_legend() is None
+    assert [label.get_text() for label in axes['tokens_per_sec_median'].get_yticklabels()] == [
+        run.label for run in runs
+    ]
 
 
 def test_time_and_last_iteration_of_a_run_without_iterations(tmp_path):

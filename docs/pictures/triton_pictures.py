@@ -116,12 +116,12 @@ def draw_roofline(plt, numbers):
         bandwidth = numbers['bandwidth'][gpu]
         ridge = PEAK / bandwidth
         label = f'{gpu}: {bandwidth / 1e12:.1f} TB/s'
-        axes.plot([0.04, ridge, 2000], [0.04 * bandwidth, PEAK, PEAK], style, color=DARK, lw=1.5, label=label)
+        axes.plot([0.01, ridge, 2000], [0.01 * bandwidth, PEAK, PEAK], style, color=DARK, lw=1.5, label=label)
     axes.text(1900, PEAK * 1.12, 'bfloat16 tensor cores: 989 TFLOP/s', ha='right')
     colours = dict(zip([label for label, *_ in numbers['dots']], (ORANGE, BLUE, RED, '#777777', '#777777', SKY)))
     places = {  # positions of labels that are not below and right of their dots
-        'matmul 768 → 2304': (60, -32, 'right'),
-        'matmul 3072 → 768': (60, -50, 'right'),
+        'matmul 768 → 2304': (60, -50, 'right'),
+        'matmul 3072 → 768': (60, -68, 'right'),
         'residual + LayerNorm': (-8, 7, 'right'),
     }
     for label, gpu, intensity, theirs, ours in numbers['dots']:
@@ -135,7 +135,7 @@ def draw_roofline(plt, numbers):
         axes.annotate(text, (intensity, ours), (right, up), textcoords='offset points', ha=side)
     axes.plot([], [], 'o', color='white', mec=DARK, mew=1.8, ms=8, label='PyTorch, eager')
     axes.plot([], [], 'o', color=DARK, ms=9, label='kernels/, with the share of the roof')
-    axes.set(xscale='log', yscale='log', xlim=(0.04, 2000), ylim=(1.5e11, 2e15))
+    axes.set(xscale='log', yscale='log', xlim=(0.01, 2000), ylim=(1.5e11, 2e15))
     axes.set(xlabel='operations per byte of memory traffic', ylabel='operations per second')
     axes.spines[['right', 'top']].set_visible(False)
     axes.legend(loc='lower right', frameon=False)

@@ -4,6 +4,8 @@ parallel with bounded memory, print the command that trains on the result, and r
 set.
 """
 
+from errors import UserError  # isort: skip  first: it also reports a missing package
+
 import argparse
 import hashlib
 import os
@@ -21,7 +23,6 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 from encoding import download, gpt2_encoding
-from errors import UserError
 from shell import python_command, quote_path, shortest_path
 from text_reader import clean, read_text
 

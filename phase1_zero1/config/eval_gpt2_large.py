@@ -5,4 +5,3 @@ eval_iters = 500  # many, for a good estimate
 eval_only = True
 wandb_log = False
 init_from = 'gpt2-large'
-n_layer, n_head, n_embd = 36, 20, 1280  # as in its weights

@@ -5,4 +5,3 @@ eval_iters = 500  # many, for a good estimate
 eval_only = True
 wandb_log = False
 init_from = 'gpt2-medium'
-n_layer, n_head, n_embd = 24, 16, 1024  # as in its weights

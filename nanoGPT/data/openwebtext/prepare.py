@@ -13,11 +13,12 @@ import argparse
 import os
 import sys
 
-import numpy as np
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  # data/ and the trainer's folder
-from errors import UserError, first_line
+from errors import UserError, first_line  # isort: skip  first: it also reports a missing package
+
+import numpy as np
+
 from prepare_common import ENDOFTEXT, DatasetWriter, gpt2_encode, gpt2_encoding
 from shell import pip_install, python_command
 
@@ -59,7 +60,7 @@ def prepare(dataset, out_dir, num_proc):
     import datasets
     from tqdm import tqdm
 
-    gpt2_encoding()  # report its errors first, and cache its files before many processes need them
+    gpt2_encoding()  # cache its files before many processes need them
     splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     ids = datasets.Sequence(datasets.Value('uint16'))  # a quarter of the default's disk space
     features = datasets.Features({'ids': ids, 'characters': datasets.Value('int64')})
@@ -93,4 +94,7 @@ if __name__ == '__main__':
     )
     parser.add_argument('--revision', help='its revision on the Hub')
     args = parser.parse_args()
+    gpt2_encoding()  # reports its errors before the download
+    if not os.path.exists(args.source):
+        print('OpenWebText takes hours and about 90 GB of disk. data/python_char needs no download.', flush=True)
     prepare(load(args.source, args.revision), HERE, args.num_proc)

@@ -23,13 +23,14 @@ import argparse
 import os
 import sys
 
-import numpy as np
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  # data/ and the trainer's folder
+from errors import UserError  # isort: skip  first: it also reports a missing package
+
+import numpy as np
+
 from prepare_common import (
     DatasetWriter,
-    UserError,
     char_encoder,
     char_meta,
     dtype_for,
