@@ -9,7 +9,9 @@ All integers are little-endian. The formats with a header are those of llm.c's d
 """
 
 import codecs
+import glob
 import os
+import stat
 import weakref
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -33,9 +35,12 @@ FOREIGN = (  # first bytes of other files, their kind, and advice
     (b'PK\x03\x04', 'a zip archive (a .npz, or a file of PyTorch), not a token file'),
     (b'PAR1', 'a Parquet file, which holds text. Prepare it with data/text/prepare.py'),
     (b'ARROW1', 'an Arrow file. Prepare its text with data/text/prepare.py'),
+    (b'\x80\x04\x95', 'a pickle. Write its ids without a header: numpy.array(ids, "uint16").tofile(...)'),
+    (b'\x80\x05\x95', 'a pickle. Write its ids without a header: numpy.array(ids, "uint16").tofile(...)'),
     (b'\x89HDF\r\n', 'an HDF5 file, not a token file'),
     (b'\x1f\x8b\x08', 'compressed with gzip. Decompress it first'),
     (b'\x28\xb5\x2f\xfd', 'compressed with zstd. Decompress it first'),
+    (b'BZh91AY&SY', 'compressed with bzip2. Decompress it first'),
     (b'\xfd7zXZ\0', 'compressed with xz. Decompress it first'),
 )
 
@@ -66,7 +71,9 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, advic
     if os.path.islink(path) and not os.path.exists(path):
         raise UserError(f'{path} is a link to {os.readlink(path)}, which does not exist')
     try:
-        with open(path if os.path.isfile(path) or os.path.isdir(path) else os.devnull, 'rb') as f:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise UserError(f'{path} is not a regular file')  # a pipe, which would block
+        with open(path, 'rb') as f:
             size = os.fstat(f.fileno()).st_size
             head = f.read(HEADER_BYTES)
             wide = _width_of_ids(f, size, np.dtype(dtype).itemsize)
@@ -80,9 +87,11 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, advic
     magic, version, count = (int.from_bytes(head[i : i + 4], 'little', signed=True) for i in (0, 4, 8))
     if magic in SHARDS:
         return _recognize_shard(path, size, magic, version, count)
+    if int.from_bytes(head[:4], 'big') in SHARDS:
+        raise UserError(f'{path} is a shard in big-endian byte order, but only little-endian shards are supported')
     if 20240101 <= magic <= 20241231 and size >= HEADER_BYTES:  # llm.c's magic numbers are dates
         kind = 'evaluation file (multiple-choice questions)' if magic == 20240522 else f'file with the magic {magic}'
-        pattern = quote(os.path.join(os.path.dirname(path), 'NAME_*.bin'))
+        pattern = quote(os.path.join(glob.escape(os.path.dirname(path)), 'NAME_*.bin'))
         raise UserError(
             f"{path} is llm.c's {kind}, not a token shard. Move it to another folder, or select the shards with a "
             f'pattern such as --dataset={pattern}'

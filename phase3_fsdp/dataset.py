@@ -121,14 +121,15 @@ def find_files(dataset: str) -> tuple[str, str, dict]:
     paths = {split: [] for split in SPLITS}
     for path in matches:
         split = _split_of(path)
-        if not split:
+        if not split or not path.endswith('.bin'):
             recognize(path)  # raises a more specific error for other kinds of files
+        if not split:
             raise UserError(f'{path} has neither train nor val in its name, so it is unclear to which split it belongs')
         paths[split].append(path)
     for split, other in (SPLITS, SPLITS[::-1]):
         if not paths[split]:
             start, file = os.path.split(pattern)
-            found = sorted(glob.glob(os.path.join(start, file.replace(other, split))))
+            found = _matches(os.path.join(start, file.replace(other, split)))
             paths[split] = [path for path in found if path.endswith('.bin') and _split_of(path) == split]
     return pattern, os.path.dirname(matches[0]) or '.', paths
 
@@ -141,15 +142,21 @@ def _match(dataset):
     candidates = _candidates(dataset)
     if not any(os.path.isdir(folder) for folder in candidates):
         for pattern in candidates:
-            matches = sorted(path for path in glob.glob(pattern) if not os.path.isdir(path))
+            matches = [path for path in _matches(pattern) if not os.path.isdir(path)]
             if matches:
                 return pattern, [path for path in matches if path.endswith('.bin')] or matches
     return '', []
 
 
+def _matches(pattern):
+    """Returns the file of this name, which may hold brackets, or else the sorted files that match the pattern."""
+    return [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
+
+
 def _candidates(name):
     name = os.path.expanduser(name)
-    return [os.path.join('data', name), os.path.join(HERE, 'data', name), name] if name else []
+    paths = (os.path.join(folder, name) for folder in ('data', os.path.join(HERE, 'data'), ''))
+    return list(dict.fromkeys(paths)) if name else []  # an absolute path is the same in all folders
 
 
 def _split_of(path):
@@ -180,21 +187,22 @@ def _files_in(folder):
 
 def _pattern(folder, shard):
     """Returns a pattern, quoted for a shell, that matches this shard and those named like it, in both splits."""
-    return quote(os.path.join(folder, re.sub('train|val|[0-9]+', '*', shard)))
+    return quote(os.path.join(glob.escape(folder), re.sub('train|val|[0-9]+', '*', glob.escape(shard))))
 
 
 def _missing(folder, split, paths):
     """Returns the message about a split without files. Raises UserError if the folder has files of another kind."""
-    there = next((path for other in SPLITS for path in paths[other]), None)
-    if there and os.path.basename(there) not in ('train.bin', 'val.bin'):
-        return (
-            f'there are no shards of the split {split}: {folder} has {os.path.basename(there)}, '
-            f'but no .bin file with {split} in its name'
-        )
+    there = next((os.path.basename(path) for other in SPLITS for path in paths[other]), None)
     if not there:
         for name in sorted(os.listdir(folder)):
             if name.endswith(('.bin', '.idx', '.npy')) and not name.startswith('.'):
                 recognize(os.path.join(folder, name))
+                there = name
+    if there and there not in ('train.bin', 'val.bin'):
+        return (
+            f'there are no shards of the split {split}: {folder} has {there}, but no .bin file with the word {split} '
+            'in its name'
+        )
     return f'{os.path.join(folder, f"{split}.bin")} does not exist. Prepare the data first: {prepare_command(folder)}'
 
 
@@ -299,6 +307,9 @@ def load_meta(data_dir: str) -> dict:
             raise ValueError(f'its vocab_size is {meta.get("vocab_size", "missing")!r}')
         if meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
             raise ValueError(f'its dtype is {meta["dtype"]!r}, not uint16 or uint32')
+        for field in (f'{split}_tokens' for split in SPLITS):
+            if type(meta.get(field, 0)) is not int:
+                raise ValueError(f'its {field} is {meta[field]!r}, not a whole number')
     except Exception as error:  # a corrupt pickle can raise nearly anything
         raise UserError(
             f'{path} is not a usable meta.pkl: {error}. Prepare the data again: {prepare_command(data_dir)}'

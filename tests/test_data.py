@@ -539,6 +539,8 @@ class Malicious:
         (pickle.dumps({'stoi': {}}), 'its vocab_size is .missing'),
         (pickle.dumps({'vocab_size': '65'}), "its vocab_size is '65'"),
         (pickle.dumps({'vocab_size': 5, 'dtype': 'float32'}), "its dtype is 'float32'"),
+        (pickle.dumps({'vocab_size': 5, 'val_tokens': '9'}), "its val_tokens is '9'"),
+        (pickle.dumps({'vocab_size': 5, 'train_tokens': None}), 'its train_tokens is None'),
     ],
 )
 def test_bad_meta(tmp_path, monkeypatch, content, message):

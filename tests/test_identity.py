@@ -137,6 +137,14 @@ def test_itos_may_be_a_list(tmp_path, itos, with_stoi):
     assert char.byte_lengths() == [1, 2, 1]
 
 
+@pytest.mark.parametrize('itos', [5, [0, 1], {0: b'a'}, {'0': 'a'}, {0: 'a', 'b': 'c'}, {0: ['a'], 1: {}}])
+def test_a_table_that_is_none_trains_but_decodes_nothing(itos):
+    odd = {'vocab_size': 2, 'itos': itos, 'stoi': 7}
+    assert encoding.encoding_fingerprint(odd) != encoding.encoding_fingerprint({**odd, 'stoi': 8})
+    with pytest.raises(UserError, match='unknown encoding'):
+        encoding.get_encoding(odd)
+
+
 def test_another_alphabet_is_refused(tmp_path):
     saved = {'encoding': encoding.encoding_fingerprint(meta('abc'))}
     data_identity.check_same_encoding(saved, meta('abc', as_list=True), 'set')
