@@ -17,7 +17,7 @@ ACCEPTED = 'the checkpoint does not record its training data (it is older, or fr
 
 
 def make_manifest(data) -> dict:
-    """Returns the manifest of a Dataset. Reads at most 1 MB of each file."""
+    """Returns the manifest of a Dataset. Reads at most 1 MB of each file. An unreadable file has no fingerprint."""
     return {
         'encoding': encoding_fingerprint(data.meta),
         **{split: [_describe(file) for file in tokens.files] for split, tokens in data.splits.items()},
@@ -27,8 +27,8 @@ def make_manifest(data) -> dict:
 def _describe(file):
     try:
         fingerprint = _fingerprint(file.path, file.bytes)
-    except OSError as e:
-        raise UserError(f'{file.path} cannot be read: {e.strerror}') from None
+    except OSError:  # deleted, for example; an open file can still be trained on, and its run must save
+        fingerprint = ''
     return {'file': os.path.basename(file.path), 'bytes': file.bytes, 'tokens': file.tokens, 'fingerprint': fingerprint}
 
 
@@ -102,7 +102,7 @@ def _first_difference(split, before, now):
             if old[field] != new[field]:
                 return f'{where} has {new[field]:,}{unit}, then {old[field]:,}'
         if old['fingerprint'] and old['fingerprint'] != new['fingerprint']:
-            return f'{where} has other contents (same size)'
+            return f'{where} has other contents (same size)' if new['fingerprint'] else f'{where} cannot be read'
     if len(before) != len(now):
         extra, more = (now, 'is new') if len(now) > len(before) else (before, 'is missing')
         return f'{split} file {extra[min(len(before), len(now))]["file"]} {more} ({len(now)} files, then {len(before)})'

@@ -54,20 +54,29 @@ class Dataset:
 
     def raise_problem(self) -> None:
         """Raises UserError on every rank if any rank has a problem. Collective."""
-        problems = [self.problem]
-        if dist.is_initialized():
-            problems *= dist.get_world_size()
-            dist.all_gather_object(problems, self.problem)
-        if any(problems):
-            raise UserError(next(filter(None, problems)))
+        for _, message in self._problems_of_all_ranks():
+            raise UserError(message)
+
+    def fingerprint(self) -> dict:
+        """Returns the manifest without regard to problems. Reads a part of each file, once."""
+        self._manifest = self._manifest or make_manifest(self)
+        return self._manifest
 
     def manifest(self) -> dict:
         """
-        Returns the manifest that check_same_data compares, a plain dict for the checkpoint. Reads a part of each file,
-        once. A file with a problem loses its fingerprint, so that the run can resume once the file is repaired.
+        Returns the manifest that check_same_data compares, a plain dict for the checkpoint. A file in which any rank
+        found a problem loses its fingerprint, so that the run can resume once the file is repaired. Collective.
         """
-        self._manifest = self._manifest or make_manifest(self)
-        return without_fingerprints(self._manifest, {os.path.basename(path) for path, _ in self.problems})
+        return without_fingerprints(
+            self.fingerprint(), {os.path.basename(path) for path, _ in self._problems_of_all_ranks()}
+        )
+
+    def _problems_of_all_ranks(self):
+        problems = [self.problems]
+        if dist.is_initialized():
+            problems *= dist.get_world_size()
+            dist.all_gather_object(problems, self.problems)
+        return [problem for one in problems for problem in one]
 
 
 def open_dataset(dataset: str, block_size: int, splits: tuple[str, ...] = SPLITS) -> Dataset:

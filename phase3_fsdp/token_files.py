@@ -11,6 +11,7 @@ All integers are little-endian. The formats with a header are those of llm.c's d
 import codecs
 import glob
 import os
+import resource
 import stat
 import weakref
 from bisect import bisect_right
@@ -25,7 +26,9 @@ from shell import quote
 
 HEADER_BYTES = 256 * 4
 SHARDS = {20240520: ('llm.c', 1, 'uint16'), 20240801: ('llm.c Llama 3', 7, 'uint32')}  # magic: name, version, dtype
-MAX_OPEN = 64  # files that one process keeps open for a split
+OPEN_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # ulimit -n: a save, a log and the ranks need files too
+# files that one process keeps open for a split
+MAX_OPEN = 64 if OPEN_LIMIT == resource.RLIM_INFINITY else max(1, min(64, OPEN_LIMIT // 8))
 NOT_DATA = 'not the data itself'
 FOREIGN = (  # first bytes of other files, their kind, and advice
     (b'version https://git-lfs.github.com/', f'a Git LFS pointer, {NOT_DATA}. Fetch it with: git lfs pull'),
@@ -231,14 +234,17 @@ class TokenFiles:
 
     def read(self, k: int, position: int, count: int) -> np.ndarray:
         """
-        Returns up to count tokens of file k from position on, in the file's dtype. Raises OSError if they are gone.
+        Returns up to count tokens of file k from position on, in the file's dtype. Raises UserError if they are gone.
         """
         file = self.files[k]
         count = min(count, file.tokens - position)
         width = file.dtype.itemsize
-        data = os.pread(self._descriptor(k), count * width, file.offset + position * width)
-        if len(data) != count * width:
-            raise OSError(f'it has become shorter than {file.bytes:,} bytes')
+        try:
+            data = os.pread(self._descriptor(k), count * width, file.offset + position * width)
+            if len(data) != count * width:
+                raise OSError(f'it has become shorter than {file.bytes:,} bytes')
+        except OSError as e:
+            raise UserError(unreadable(file.path, e)) from None
         return np.frombuffer(data, file.dtype)
 
     def _windows_at(self, places, vocab_size):
@@ -247,9 +253,8 @@ class TokenFiles:
         for row, (k, position) in zip(rows, places):
             try:
                 tokens = self.read(k, position, self.block_size + 1)
-            except OSError as e:
-                path = self.files[k].path
-                self.problems.append((path, f'{path} can no longer be read: {e.strerror or e}'))
+            except UserError as e:
+                self.problems.append((self.files[k].path, str(e)))
                 continue
             row[: len(tokens)] = tokens
         if rows.max() >= vocab_size:
@@ -275,6 +280,11 @@ class TokenFiles:
 def _close(descriptors):
     for descriptor in descriptors.values():
         os.close(descriptor)
+
+
+def unreadable(path, error):
+    """Returns the message about a file whose reading raised the OSError."""
+    return f'{path} can no longer be read: {error.strerror or error}'
 
 
 def outside_vocabulary(path, position, token, vocab_size):

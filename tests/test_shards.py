@@ -353,6 +353,18 @@ def test_open_files_are_bounded_and_opened_when_read(tmp_path, monkeypatch):
     assert opened() == 0
 
 
+def test_a_low_limit_of_open_files_leaves_room_for_a_save(launch, shards):
+    write(shards / 'data/web', {f'web_train_{i}.bin': shard([i] * 20) for i in range(100, 200)})
+    program = (
+        'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80)); import os; from dataset import '
+        'open_dataset; data = open_dataset("web", 4); data.train.sample(500, 500); data.val.sample(500, 500); '
+        'print(data.problem, len(os.listdir("/proc/self/fd")))'
+    )
+    (shards / 'low_limit.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT / "nanoGPT")!r}); {program}')
+    problem, files = launch(shards / 'low_limit.py').stdout.split()
+    assert problem == 'None' and int(files) < 40
+
+
 def test_a_token_outside_the_vocabulary_is_located_and_ignored(tmp_path):
     files = {f'x_train_{i}.bin': shard([1] * 30) for i in range(3)}
     files['x_train_1.bin'] = shard([1] * 17 + [40, 41] + [1] * 11)
