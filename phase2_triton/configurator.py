@@ -71,7 +71,7 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
         or [defaults.get('model_dir', '')]
     )[-1]
     config, given = dict(defaults), set()
-    config['model_dir'] = find_model_dir(model_dir, script)
+    config['model_dir'] = find_model_dir(os.path.expanduser(model_dir), script)
     options = {k: v for k, v in model_options(config['model_dir'], script).items() if k not in config}
     config.update(options)
     defaults.update(options)
@@ -121,7 +121,8 @@ def convert(key, value, default, where):
     text = str(value)
     if kind is str:
         as_bool = words.get(text.lower()) if default == 'auto' and key not in NAMES else None
-        return text if as_bool is None else as_bool
+        # a shell leaves the ~ in --out_dir=~/out to the program
+        return os.path.expanduser(text) if text.startswith('~/') else text if as_bool is None else as_bool
     if kind is bool:
         if text.lower() in words:
             return words[text.lower()]

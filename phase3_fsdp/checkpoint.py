@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from checkpoint_crc import DamagedFile, add_crc, check_archive
 from checkpoint_fields import check_fields, check_finite
-from errors import UserError, first_line
+from errors import UserError, first_line, reason
 from out_dir import is_checkpoint_folder, set_aside
 from shell import quote
 
@@ -49,7 +49,7 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
     """
     started = time.time()
     path, best_path = os.path.join(out_dir, name), os.path.join(out_dir, 'ckpt_best.pt')
-    temporary, copied = path + '.tmp', False
+    temporary, ours, copied = path + '.tmp', None, False
     try:
         os.makedirs(out_dir, exist_ok=True)  # it may have been deleted during the run
         set_aside(out_dir)
@@ -57,10 +57,14 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
             # left by a killed run; it may share storage with ckpt_best.pt if an old version linked the two
             os.remove(temporary)
         with open(temporary, 'wb+') as f:
+            ours = os.fstat(f.fileno())
             torch.save(checkpoint, f)
             add_crc(f)
+            size = f.tell()
             f.flush()
             os.fsync(f.fileno())  # the name must not change before the bytes are on disk
+        if not os.path.samestat(ours, os.stat(temporary)):
+            raise OSError(f'another run is writing {temporary}')
         if best:
             with suppress(OSError):
                 copied = _copy(temporary, best_path)
@@ -70,9 +74,10 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
         sync(out_dir)
     except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
         with suppress(OSError):
-            os.remove(temporary)  # half a checkpoint only takes space
+            if ours and os.path.samestat(ours, os.stat(temporary)):
+                os.remove(temporary)  # half a checkpoint only takes space
         earlier = 'the earlier one is untouched' if os.path.exists(path) else 'there is no earlier one'
-        problem = f'{path} could not be saved ({first_line(e)}); {earlier}'
+        problem = f'{path} could not be saved ({reason(e)}); {earlier}'
         if required:
             raise UserError(problem) from None
         print(f'WARNING: {problem}, and training continues', file=sys.stderr)
@@ -82,7 +87,7 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
             copied = _copy(path, best_path)  # again: the replaced file has freed its space
         except OSError as e:
             print(f'WARNING: {path} is saved, but not its copy {best_path} ({first_line(e)})', file=sys.stderr)
-    return {'path': path, 'bytes': os.path.getsize(path), 'seconds': time.time() - started, 'best': copied}
+    return {'path': path, 'bytes': size, 'seconds': time.time() - started, 'best': copied}
 
 
 def write_from_rank_0(checkpoint: dict | None, out_dir: str, best: bool, required: bool) -> dict:
@@ -153,7 +158,8 @@ def find_checkpoint(out_dir: str) -> str:
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
     for name in sorted(name for name in names if is_checkpoint_folder(out_dir, name)):
         folder = os.path.join(out_dir, name)
-        complete = any(entry.is_file() for entry in os.scandir(folder))  # its first save has finished
+        # names the checkpoint once its first save has finished; a user's own folder has no such file
+        complete = os.path.exists(os.path.join(folder, 'latest'))
         if complete and (not os.path.exists(path) or os.path.getmtime(folder) > os.path.getmtime(path)):
             path = folder
     return path

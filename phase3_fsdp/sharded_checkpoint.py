@@ -34,7 +34,7 @@ import checkpoint as full_checkpoint
 from checkpoint import write_checkpoint
 from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
-from errors import UserError, first_line
+from errors import UserError, reason
 from out_dir import set_aside
 from shell import python_command, quote
 
@@ -274,7 +274,7 @@ def first_cause(error):
     """
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return f'{type(error).__name__}: {first_line(error)}'
+    return f'{type(error).__name__}: {reason(error)}'
 
 
 def as_full(path):

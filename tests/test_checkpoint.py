@@ -273,6 +273,28 @@ def patched(folder, patch, script=TRAIN):
     return path
 
 
+def test_two_runs_that_save_at_once(run, capsys, monkeypatch):
+    """The second run replaces the temporary file of the first, which must not become a checkpoint half-written."""
+    save, before, best = torch.save, load('out/ckpt.pt'), load('out/ckpt_best.pt')['iter_num']
+
+    def interrupted_save(checkpoint, f):
+        save(checkpoint, f)
+        os.remove('out/ckpt.pt.tmp')
+        with open('out/ckpt.pt.tmp', 'wb') as other:
+            other.write(b'half')
+
+    monkeypatch.setattr(torch, 'save', interrupted_save)
+    assert write_checkpoint({**before, 'iter_num': 9}, 'out', best=True, required=False)['bytes'] is None
+    assert 'another run is writing out/ckpt.pt.tmp' in capsys.readouterr().err
+    assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'ckpt_best')] == [before['iter_num'], best]
+    assert open('out/ckpt.pt.tmp', 'rb').read() == b'half'
+
+
+def test_a_folder_of_the_users_is_no_checkpoint(launch, run):
+    shutil.copytree('out', 'out/ckpt_copy')
+    assert 'Resuming training from out/ckpt.pt' in launch(TRAIN, *RESUME, '--n_layer=1').stdout
+
+
 def test_a_folder_that_was_deleted_is_made_again(launch, run):
     script = patched(
         run,
