@@ -33,7 +33,7 @@ import data_scan
 from common import facts, write_json
 from data_order import SequentialOrder
 from dataset import open_dataset
-from tables import markdown, table
+from tables import load, markdown, number, table
 from token_files import inputs_and_targets
 
 BATCH_SIZE, BLOCK_SIZE, VOCAB_SIZE = 12, 1024, 50304
@@ -191,6 +191,14 @@ def data_speed(report):
         spread = f'{statistics.median(ratios):.4f} ({ratios[0]:.4f} to {ratios[-1]:.4f})'
         rows.append((name, f'{statistics.median(ms):.2f}', spread))
     return markdown(['batches from', 'step, ms', 'speed relative to one file (median and range of rounds)'], rows)
+
+
+@number
+def speed_from_shards(order):
+    """Speed of a step with batches from shards relative to one file: median and range of the rounds."""
+    ms = load('data_speed_h200')['step_ms']
+    ratios = [100 * a / b for a, b in zip(ms['one file, random'], ms[f'shards, {order}'], strict=True)]
+    return f'{statistics.median(ratios):.1f}% ({min(ratios):.1f}% to {max(ratios):.1f}%)'
 
 
 @table('data_cpu*')
