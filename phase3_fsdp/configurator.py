@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 
 from errors import UserError
 from flag_conflicts import conflicts
@@ -96,7 +97,8 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
                 given.add(key)
     check_values(config, options)
     for note in conflicts(config, given, defaults, help_texts(script, config['model_dir'], defaults)):
-        print(f'note: {note}')
+        with suppress(OSError):  # a full disk behind `> train.log` costs the note only
+            print(f'note: {note}')
     namespace.update(config)
     return config, given
 
