@@ -158,8 +158,8 @@ def find_checkpoint(out_dir: str) -> str:
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
     for name in sorted(name for name in names if is_checkpoint_folder(out_dir, name)):
         folder = os.path.join(out_dir, name)
-        # names the checkpoint once its first save has finished; a user's own folder has no such file
-        complete = os.path.exists(os.path.join(folder, 'latest'))
+        # a finished save has this name; a user's own folder has none
+        complete = any(entry.startswith('iter_') for entry in os.listdir(folder))
         if complete and (not os.path.exists(path) or os.path.getmtime(folder) > os.path.getmtime(path)):
             path = folder
     return path

@@ -48,12 +48,38 @@ which every trainer reads, run:
 
 
 def named_by(pointer: str, folder: str) -> str | None:
-    """Returns the path of the checkpoint that the file `pointer` in folder names, or None if there is no such file."""
+    """
+    Returns the path of the checkpoint that the file `pointer` in folder names, or None if there is no such file. Raises
+    UserError if the file is unreadable.
+    """
     try:
         with open(os.path.join(folder, pointer), errors='replace') as f:
             return os.path.join(folder, os.path.basename(f.read().strip()))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as e:
+        raise UserError(f'{os.path.join(folder, pointer)} cannot be read: {e.strerror}') from None
+
+
+def latest_in(folder: str) -> str | None:
+    """
+    Returns the path of the latest sharded checkpoint in folder, or None if there is none. If `latest` or the checkpoint
+    that it names is missing, as after a kill right before it was written or in a partial copy, returns the one of the
+    highest iteration, with a printed line.
+    """
+    named = named_by('latest', folder)
+    if named and os.path.exists(unsharded_file(named)):
+        return named
+    complete = [path for path in _all_in(folder) if os.path.exists(unsharded_file(path))]
+    if not complete:
+        return named
+    found = max(complete, key=os.path.basename)
+    print(f'{named or os.path.join(folder, "latest")} is missing, so {found} takes its place')
+    return found
+
+
+def _all_in(folder):
+    return glob.glob(os.path.join(glob.escape(folder), 'iter_*'))
 
 
 def find_checkpoint(out_dir: str) -> str:
@@ -61,12 +87,12 @@ def find_checkpoint(out_dir: str) -> str:
     Returns the path of the latest checkpoint in out_dir, a file or the folder of a sharded one: the one with the later
     iteration, or the newer of two with the same. Returns out_dir/ckpt.pt if there is none.
     """
-    full, pointer = full_checkpoint.find_file(out_dir), os.path.join(out_dir, FOLDER, 'latest')
-    sharded = named_by('latest', os.path.join(out_dir, FOLDER))
+    full, sharded = full_checkpoint.find_file(out_dir), latest_in(os.path.join(out_dir, FOLDER))
     if not sharded or not os.path.exists(full):
         return sharded or full
     # time alone is not enough: a copy of out_dir may have lost the files' times
-    newer = os.path.getmtime(full) >= os.path.getmtime(pointer)
+    pointer = os.path.join(out_dir, FOLDER, 'latest')
+    newer = not os.path.exists(pointer) or os.path.getmtime(full) >= os.path.getmtime(pointer)
     ours, theirs = _iteration(full), _iteration(unsharded_file(sharded))
     if newer and ours < theirs:
         reason = f'of an earlier iteration ({ours} of {theirs})' if ours >= 0 else 'unreadable'
@@ -175,7 +201,7 @@ def write_sharded(
         os.replace(os.path.join(folder, file + '.tmp'), os.path.join(folder, file))
     full_checkpoint.sync(folder)
     kept = {named_by('latest', folder), named_by('best', folder)}
-    for old in glob.glob(os.path.join(glob.escape(folder), 'iter_*')):
+    for old in _all_in(folder):
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
     return path, size, time.time()
@@ -300,7 +326,7 @@ def convert(to, out_dir):
     checkpoint of a later iteration.
     """
     folder, full = os.path.join(out_dir, FOLDER), os.path.join(out_dir, 'ckpt.pt')
-    latest = named_by('latest', folder)
+    latest = latest_in(folder)
     if latest and os.path.exists(full):
         found = [_iteration(full), _iteration(unsharded_file(latest))][:: 1 if to == 'sharded' else -1]
         if found[0] < found[1]:
