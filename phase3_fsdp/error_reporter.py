@@ -48,11 +48,13 @@ MISSING_TOOL = re.compile(r'C(\+\+)? compiler|C\+\+ compile error|ptxas|Python\.
 
 def report(kind, error, trace):
     """
-    Reports an error and ends this process, except after Ctrl-C in a single process. Arguments: see sys.excepthook.
+    Reports an error and ends this process, except after Ctrl-C in a single process, which Python then ends as that
+    signal does. Arguments: see sys.excepthook.
     """
     alone = torchrun_env.number('WORLD_SIZE', 1) <= 1
     if issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
+        frames = traceback.extract_tb(trace)
+        print_error('interrupted' + (f' in line {frames[-1].lineno} of {frames[-1].filename}' if frames else ''))
         if not alone:
             os._exit(130)  # skip the interpreter's teardown, as below
         return
