@@ -18,8 +18,8 @@ def make_out_dir(out_dir: str, init_from: str) -> None:
     try:
         out_dir.encode()  # torch opens only file names in UTF-8
         os.makedirs(out_dir, exist_ok=True)
-        if not os.access(out_dir, os.W_OK):
-            raise PermissionError('not writable')
+        if not os.access(out_dir, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError('not writable, or not readable')
     except (OSError, UnicodeEncodeError) as e:
         raise UserError(f'out_dir={out_dir} cannot be used: {e}') from None
     try:

@@ -152,10 +152,14 @@ def sync(path):
 def find_checkpoint(out_dir: str) -> str:
     """
     Returns the path of the latest checkpoint in out_dir: the file that find_file() returns, or a newer folder ckpt_*,
-    which only the trainer that wrote it can read. Returns out_dir/ckpt.pt if there is none.
+    which only the trainer that wrote it can read. Returns out_dir/ckpt.pt if there is none. Raises UserError if the
+    folder is unreadable.
     """
     path = find_file(out_dir)
-    names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
+    try:
+        names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
+    except OSError as e:  # otherwise a run with init_from=auto would start from scratch
+        raise UserError(f'out_dir={out_dir} cannot be read: {e.strerror}') from None
     for name in sorted(name for name in names if is_checkpoint_folder(out_dir, name)):
         folder = os.path.join(out_dir, name)
         # a finished save has this name; a user's own folder has none

@@ -2,9 +2,9 @@
 Reports the error that ends a script, from one rank, and exits. end_of_run.py calls it.
 
 A UserError becomes one message and exit status 2, and so do known failures of the machine (out of memory, a lost rank,
-a missing compiler). Any other error is a bug: one traceback and exit status 1. Under torchrun the first rank to fail
-claims the right to report through torchrun's key-value store, so a mistake that every rank notices is reported once.
-torchrun then ends the remaining ranks.
+a missing compiler, a file that cannot be read or written). Any other error is a bug: one traceback and exit status 1.
+Under torchrun the first rank to fail claims the right to report through torchrun's key-value store, so a mistake that
+every rank notices is reported once. torchrun then ends the remaining ranks.
 """
 
 import os
@@ -91,6 +91,9 @@ def _explain(error, trace, place, alone):
         return f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'
     if isinstance(error, OSError) and 'huggingface.co' in str(error):  # transformers could not fetch a model
         return f'the pretrained model could not be fetched: {first_line(error)}'
+    if isinstance(error, OSError) and error.filename:  # a folder without permission, a disk that fails
+        frame = traceback.extract_tb(trace)[-1]
+        return f'{error.filename}: {error.strerror} (in line {frame.lineno} of {frame.filename})'
     if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
         return f'{place} {_out_of_memory_message(out_of_memory(error), trace)}'
     if _is_compile_error(error):

@@ -279,9 +279,8 @@ def find_data_dir(name: str) -> str:
 def _known_data_sets():
     known = set()
     for root in ('data', os.path.join(HERE, 'data')):
-        for name in os.listdir(root) if os.path.isdir(root) else ():
-            if any(os.path.exists(os.path.join(root, name, file)) for file in ('prepare.py', 'train.bin')):
-                known.add(name)
+        for file in ('prepare.py', 'train.bin'):
+            known.update(os.path.basename(os.path.dirname(path)) for path in glob.glob(f'{glob.escape(root)}/*/{file}'))
     return sorted(known)
 
 
@@ -319,6 +318,8 @@ def load_meta(data_dir: str) -> dict:
         for field in (f'{split}_tokens' for split in SPLITS):
             if type(meta.get(field, 0)) is not int:
                 raise ValueError(f'its {field} is {meta[field]!r}, not a whole number')
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
     except Exception as error:  # a corrupt pickle can raise nearly anything
         raise UserError(
             f'{path} is not a usable meta.pkl: {error}. Prepare the data again: {prepare_command(data_dir)}'

@@ -369,6 +369,18 @@ def test_read_errors_are_named(launch, run, prepare, out_dir, message):
     assert ended.returncode == 2 and message in ended.stderr and acceptable(2, ended.stderr), ended.stderr
 
 
+def test_an_unreadable_folder_is_one_message(launch, run):
+    """With init_from=auto it must not start from scratch. root may read everything, so the system call is replaced."""
+    patch = (
+        'listdir = os.listdir\n'
+        'def denied(path):\n    if path == "out": raise PermissionError(13, "Permission denied", path)\n'
+        '    return listdir(path)\nos.listdir = denied'
+    )
+    for flags in (RESUME, ['--init_from=auto', '--n_layer=1']):
+        ended = launch(patched(run, patch), *flags, check=False)
+        assert ended.returncode == 2 and ended.stderr == 'error: out_dir=out cannot be read: Permission denied\n'
+
+
 def test_a_checkpoint_of_another_name(launch, run):
     ended = launch(SAMPLE, '--ckpt=ckpt_last.pt', check=False)
     assert 'the checkpoints there are ckpt.pt, ckpt_best.pt' in ended.stderr and ended.returncode == 2
