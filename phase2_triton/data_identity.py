@@ -32,6 +32,18 @@ def _describe(file):
     return {'file': os.path.basename(file.path), 'bytes': file.bytes, 'tokens': file.tokens, 'fingerprint': fingerprint}
 
 
+def in_both_splits(manifest: dict) -> str:
+    """Returns a warning about a validation file with the size and fingerprint of a training file, '' if none has."""
+    train = {(e['bytes'], e['fingerprint']): e['file'] for e in manifest.get('train', ()) if e['fingerprint']}
+    for entry in manifest.get('val', ()):
+        twin = train.get((entry['bytes'], entry['fingerprint']))
+        if twin:
+            return (
+                f'{twin} of train and {entry["file"]} of val have the same content: the validation loss is no measure'
+            )
+    return ''
+
+
 def without_fingerprints(manifest: dict, names: set[str]) -> dict:
     """Returns the manifest with empty fingerprints, which match any, for the files with these names."""
     blank = lambda entry: {**entry, 'fingerprint': ''} if entry['file'] in names else entry

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 
+from data_identity import in_both_splits
 from token_files import outside_vocabulary, unreadable
 
 CHUNK = 4 << 20  # bytes; all the memory that the thread needs
@@ -31,7 +32,9 @@ def scan_in_background(data, vocab_size: int) -> threading.Thread:
 
 
 def _scan(data, vocab_size):
-    data.fingerprint()  # now, before anything can replace the files
+    warning = in_both_splits(data.fingerprint())  # now, before anything can replace the files
+    if warning and os.environ.get('RANK', '0') == '0':
+        print(f'WARNING: {warning}', file=sys.stderr)
     files = [file for tokens in data.splits.values() for file in tokens.files if _can_exceed(file, vocab_size)]
     files.sort(key=lambda file: file.bytes)  # small files are checked before the first steps are done
     total, done, shown = sum(file.bytes for file in files), 0, time.monotonic()

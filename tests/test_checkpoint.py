@@ -274,7 +274,10 @@ def patched(folder, patch, script=TRAIN):
 
 
 def test_two_runs_that_save_at_once(run, capsys, monkeypatch):
-    """The second run replaces the temporary file of the first, which must not become a checkpoint half-written."""
+    """
+    Without locks, the second run replaces the temporary file of the first, which must not become a checkpoint
+    half-written.
+    """
     save, before, best = torch.save, load('out/ckpt.pt'), load('out/ckpt_best.pt')['iter_num']
 
     def interrupted_save(checkpoint, f):
@@ -288,6 +291,16 @@ def test_two_runs_that_save_at_once(run, capsys, monkeypatch):
     assert 'another run is writing out/ckpt.pt.tmp' in capsys.readouterr().err
     assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'ckpt_best')] == [before['iter_num'], best]
     assert open('out/ckpt.pt.tmp', 'rb').read() == b'half'
+
+
+def test_two_runs_in_one_folder_can_both_save(launch, run, tmp_path):
+    flags = [*TINY, '--out_dir=both', '--max_iters=60', '--eval_interval=1', '--eval_iters=1', '--lr_decay_iters=60']
+    with open(tmp_path / 'output', 'w') as output:
+        runs = [launch.start(TRAIN, *flags, stdout=output) for _ in range(2)]
+        assert [one.wait() for one in runs] == [0, 0]
+    text = (tmp_path / 'output').read_text()
+    assert 'WARNING: another run is using out_dir=both' in text and 'could not be saved' not in text
+    assert load('both/ckpt.pt')['iter_num'] == 61 and not glob.glob('both/*.tmp')
 
 
 def test_a_folder_of_the_users_is_no_checkpoint(launch, run):

@@ -79,6 +79,12 @@ def test_a_large_file_is_judged_by_samples_from_start_to_end(tmp_path, place):
     check(saved, folder, 'train file train.bin has other contents (same size)')
 
 
+def test_a_copy_in_both_splits_is_noticed(launch, work):
+    shutil.copy('data/letters/train.bin', 'data/letters/val.bin')
+    warning = 'WARNING: train.bin of train and val.bin of val have the same content'
+    assert launch(TRAIN, *TINY, '--max_iters=1').stderr.startswith(warning)
+
+
 def test_a_checkpoint_without_a_manifest_is_accepted(tmp_path, saved, capsys):
     check(None, tmp_path / 'set')
     assert 'does not record its training data' in capsys.readouterr().out
