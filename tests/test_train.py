@@ -287,7 +287,9 @@ def test_sigterm_saves_the_current_step(launch, work):
     assert_same_state(load('out/ckpt.pt'), load('straight/ckpt.pt'))
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP], ids=['Ctrl-C', 'closed terminal'])
+@pytest.mark.parametrize(
+    'number', [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=['Ctrl-C', 'closed terminal', 'time limit']
+)
 def test_signals_in_one_process_save_too(launch, work, number):
     run = launch.start(TRAIN, *TINY, '--max_iters=1000000', '--eval_interval=1000000')
     for line in run.stdout:
