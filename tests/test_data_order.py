@@ -3,6 +3,7 @@
 import glob
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -218,6 +219,15 @@ def test_data_that_is_deleted_while_it_is_read_costs_no_work(launch, work, nproc
     make_letters(work / 'copy')
     result = launch(TRAIN, *flags, '--max_iters=61', '--init_from=resume', '--dataset=copy/data/letters', nproc=nproc)
     assert 'new data order' not in result.stdout
+
+
+@pytest.mark.parametrize('flag', ['--eval_iters=1', '--val_tokens=300'])
+def test_an_evaluation_without_its_data_is_no_best_one(launch, work, flag):
+    flags = [*TINY, '--eval_interval=5', '--batch_size=32', '--eval_iters=1', flag]
+    result = launch(PROGRAMS / 'deleted_data.py', TRAIN, *flags, env={'CUT': '1'}, check=False)
+    assert result.returncode == 2 and 'val.bin can no longer be read' in result.stderr
+    assert 'step 0:' in result.stdout and 'step 5:' not in result.stdout
+    assert load('out/ckpt.pt')['iter_num'] == 5 and not os.path.exists('out/ckpt_best.pt')
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
