@@ -92,6 +92,11 @@ def test_a_damaged_position_is_refused(tokens, state):
         SequentialOrder(tokens, 4, state=state)
 
 
+def test_a_block_larger_than_all_data_needs_no_memory(tokens):
+    order = SequentialOrder(tokens, 1, state={'row': 2, 'block_size': 2**62})
+    assert order.next(1000)[0, 0] == 55  # the start of the third shard
+
+
 # in train.py
 
 SEQUENTIAL = [*TINY, '--data_order=sequential', '--dataset=web', '--dropout=0.1', '--eval_interval=4']
