@@ -142,11 +142,13 @@ def _copy(source, target):
 
 
 def sync(path):
-    """Flushes a file, or the names in a folder, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    with suppress(OSError):  # some file systems cannot sync a folder
-        os.fsync(fd)
-    os.close(fd)
+    """Flushes a file, or the names in a folder, to the disk, if that is possible."""
+    with suppress(OSError):  # the best checkpoint may be unreadable, and some file systems cannot sync a folder
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def find_checkpoint(out_dir: str) -> str:
