@@ -108,6 +108,11 @@ def check_same_encoding(saved: dict | None, meta: dict, name: str) -> None:
 
 
 def _first_difference(split, before, now):
+    if len(before) != len(now):
+        more, less, change = (now, before, 'is new') if len(now) > len(before) else (before, now, 'is missing')
+        known = {(entry['bytes'], entry['fingerprint']) for entry in less}
+        extra = next((entry for entry in more if (entry['bytes'], entry['fingerprint']) not in known), more[-1])
+        return f'{split} file {extra["file"]} {change} ({len(now)} files, then {len(before)})'
     for old, new in zip(before, now):
         where = f'{split} file {new["file"]}' + (f' (then {old["file"]})' if old['file'] != new['file'] else '')
         for field, unit in (('tokens', ' tokens'), ('bytes', ' bytes')):
@@ -115,7 +120,4 @@ def _first_difference(split, before, now):
                 return f'{where} has {new[field]:,}{unit}, then {old[field]:,}'
         if old['fingerprint'] and old['fingerprint'] != new['fingerprint']:
             return f'{where} has other contents (same size)' if new['fingerprint'] else f'{where} cannot be read'
-    if len(before) != len(now):
-        extra, more = (now, 'is new') if len(now) > len(before) else (before, 'is missing')
-        return f'{split} file {extra[min(len(before), len(now))]["file"]} {more} ({len(now)} files, then {len(before)})'
     return ''

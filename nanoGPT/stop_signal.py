@@ -24,9 +24,9 @@ class StopSignal:
 
     def _handle(self, number, frame):
         # one Ctrl-C arrives twice, from the terminal and from torchrun; a later one comes from an impatient user
-        if number == signal.SIGINT and self.received_at and time.time() - self.received_at > 2:
+        if number == signal.SIGINT and self.received_at and time.monotonic() - self.received_at > 2:
             raise KeyboardInterrupt
-        self.received_at = self.received_at or time.time()
+        self.received_at = self.received_at or time.monotonic()
 
     def requested(self) -> bool:
         """Returns True on every rank if any rank must stop. Collective on the CPU: it does not wait for the GPU."""

@@ -47,7 +47,7 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
     Returns a dict: path, bytes (None if the save failed), seconds, and best, whether ckpt_best.pt is this checkpoint.
     A save that fails, on a full disk for example, raises UserError if it is required and otherwise prints a warning.
     """
-    started = time.time()
+    started = time.monotonic()
     path, best_path = os.path.join(out_dir, name), os.path.join(out_dir, 'ckpt_best.pt')
     unfinished, ours, copied = temporary(path), None, False
     try:
@@ -81,13 +81,13 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
         if required:
             raise UserError(problem) from None
         print(f'WARNING: {problem}, and training continues', file=sys.stderr)
-        return {'path': path, 'bytes': None, 'seconds': time.time() - started, 'best': copied}
+        return {'path': path, 'bytes': None, 'seconds': time.monotonic() - started, 'best': copied}
     if best and not copied:
         try:
             copied = _copy(path, best_path)  # again: the replaced file has freed its space
         except OSError as e:
             print(f'WARNING: {path} is saved, but not its copy {best_path} ({first_line(e)})', file=sys.stderr)
-    return {'path': path, 'bytes': size, 'seconds': time.time() - started, 'best': copied}
+    return {'path': path, 'bytes': size, 'seconds': time.monotonic() - started, 'best': copied}
 
 
 def write_from_rank_0(checkpoint: dict | None, out_dir: str, best: bool, required: bool) -> dict:

@@ -180,7 +180,7 @@ def write_sharded(
         everyone = [None] * dist.get_world_size() if rank == 0 else None
         dist.gather_object(crcs, everyone, group=group)
     if rank != 0:
-        return None, None, time.time()
+        return None, None, time.monotonic()
     crcs = {name: crc for part in everyone for name, crc in part.items()}
     crcs['.metadata'] = crc32_of_chunks(os.path.join(saving, '.metadata'))
     with open(os.path.join(saving, UNSHARDED), 'wb+') as f:
@@ -204,7 +204,7 @@ def write_sharded(
     for old in _all_in(folder):
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
-    return path, size, time.time()
+    return path, size, time.monotonic()
 
 
 class SafeReader(dcp.FileSystemReader):
