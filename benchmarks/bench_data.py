@@ -7,6 +7,11 @@ resident memory.
 The shards are sparse files: they take no space on the disk, and reading one costs as much as reading a cached file. All
 ranks run at the same time, as processes of this machine. A batch is 12 x 1024 tokens. The last line gives the speed of
 the scan for tokens outside the vocabulary, and of the fingerprints. About 2 minutes on 2 cores.
+
+    python benchmarks/bench_data.py --gpu [--shards=100] [--mb=4] [--rounds=12] [--out=FILE.json]
+
+This times steps of GPT-2 124M on one GPU, whose batches come in turns from one file and from shards with the same
+tokens. A step is train.py's with one micro-step, of which the data takes the largest share. About a minute on an H200.
 """
 
 import argparse
@@ -28,10 +33,12 @@ import data_scan
 from common import facts, write_json
 from data_order import SequentialOrder
 from dataset import open_dataset
-from tables import markdown, table
+from tables import load, markdown, number, table
+from token_files import inputs_and_targets
 
 BATCH_SIZE, BLOCK_SIZE, VOCAB_SIZE = 12, 1024, 50304
 STEP_MS = 25  # a training step, for comparison
+STEPS = 20  # steps that are timed before the source of the batches changes
 
 
 def make_shards(folder, shards, mb):
@@ -93,18 +100,71 @@ def scan_and_fingerprint(folder):
     return {'manifest_ms': manifest_ms, 'scan_bytes_per_sec': total / seconds, 'scan_bytes_per_cpu_sec': total / cpu}
 
 
+def write_tokens(folder, shards, mb):
+    """Writes random tokens as one headerless file, in folder/one, and as shards, in folder/shards."""
+    rng, tokens = np.random.default_rng(0), mb * 10**6 // 2
+    header = np.zeros(256, '<i4')
+    header[:3] = 20240520, 1, tokens
+    for name in ('one', 'shards'):
+        (folder / name).mkdir()
+    for i in range(shards + 1):
+        split, ids = 'train' if i else 'val', rng.integers(0, 50257, tokens, dtype=np.uint16).tobytes()
+        with open(folder / 'one' / f'{split}.bin', 'ab') as f:
+            f.write(ids)
+        (folder / 'shards' / f'web_{split}_{i:06}.bin').write_bytes(header.tobytes() + ids)
+
+
+def time_steps(folder, rounds, device='cuda', size='124M'):
+    """
+    Returns {source: milliseconds of a step in each round, the median of STEPS}, for batches from one file at random,
+    and from shards at random and in order.
+    """
+    from trainer import SIZES, Trainer, to_device
+
+    one, shards = (open_dataset(str(folder / name), BLOCK_SIZE).train for name in ('one', 'shards'))
+    order = SequentialOrder(shards, BATCH_SIZE)
+    draws = {
+        'one file, random': lambda: one.sample(BATCH_SIZE, VOCAB_SIZE),
+        'shards, random': lambda: shards.sample(BATCH_SIZE, VOCAB_SIZE),
+        'shards, sequential': lambda: order.next(VOCAB_SIZE),
+    }
+    gpu, shape = device == 'cuda', {**SIZES[size], 'vocab_size': VOCAB_SIZE}
+    options = dict(batch_size=BATCH_SIZE, block_size=BLOCK_SIZE, compile=gpu, cuda_graph=gpu, init='gpu')
+    trainer = Trainer('ddp', shape, device, **options)
+    found = {name: [] for name in draws}
+    for i in range(rounds + 1):
+        for name, draw in draws.items():
+            trainer.feed(lambda _, draw=draw: tuple(to_device(x, device) for x in inputs_and_targets(draw())))
+            if i == 0:
+                trainer.warm_up(1)
+            else:
+                trainer.step(1).item()  # the step after a change is not measured
+                found[name].append(1000 * statistics.median(trainer.timed_steps(1, STEPS)))
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shards', type=int, default=100)
-    parser.add_argument('--mb', type=int, default=200)
+    parser.add_argument('--mb', type=int, help='size of each, by default 200, with --gpu 4')
     parser.add_argument('--ranks', type=int, default=8)
     parser.add_argument('--batches', type=int, default=10000)
     parser.add_argument('--dir', default='.')
     parser.add_argument('--out')
+    parser.add_argument('--gpu', action='store_true', help='time training steps instead')
+    parser.add_argument('--rounds', type=int, default=12)
     parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)  # folder, rank
     args = parser.parse_args()
     if args.worker:
         return print(json.dumps(read_batches(args.worker[0], int(args.worker[1]), args.ranks, args.batches)))
+    args.mb = args.mb or (4 if args.gpu else 200)
+    if args.gpu:
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            write_tokens(Path(folder), args.shards, args.mb)
+            report = {**facts(), 'shards': args.shards, 'mb': args.mb}
+            report['step_ms'] = time_steps(Path(folder), args.rounds)
+        print(data_speed(report))
+        return write_json(args.out, report) if args.out else None
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         make_shards(folder, args.shards, args.mb)
         command = [sys.executable, __file__, f'--ranks={args.ranks}', f'--batches={args.batches}', '--worker', folder]
@@ -119,7 +179,26 @@ def main():
         write_json(args.out, report)
 
 
-@table('data_*')
+@table('data_speed_*')
+def data_speed(report):
+    """Time of a step with batches from one file and from shards, and the ratio of each round to one file's."""
+    one, rows = report['step_ms']['one file, random'], []
+    for name, ms in report['step_ms'].items():
+        ratios = sorted(there / here for here, there in zip(ms, one, strict=True))
+        spread = f'{statistics.median(ratios):.4f} ({ratios[0]:.4f} to {ratios[-1]:.4f})'
+        rows.append((name, f'{statistics.median(ms):.2f}', spread))
+    return markdown(['batches from', 'step, ms', 'speed relative to one file (median and range of rounds)'], rows)
+
+
+@number
+def speed_from_shards(order):
+    """Speed of a step with batches from shards relative to one file: median and range of the rounds."""
+    ms = load('data_speed_h200')['step_ms']
+    ratios = [100 * a / b for a, b in zip(ms['one file, random'], ms[f'shards, {order}'], strict=True)]
+    return f'{statistics.median(ratios):.1f}% ({min(ratios):.1f}% to {max(ratios):.1f}%)'
+
+
+@table('data_cpu*')
 def data(report):
     """Times of opening the data set and reading batches, for one rank and for the slowest of several; scan speed."""
     rows = []

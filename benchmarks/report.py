@@ -37,6 +37,7 @@ WHAT = {  # beginning of a result file's name -> what it measures
     'attention': "attention's backward",
     'checks': 'verification commands',
     'data': 'batches from many shards',
+    'data_speed': 'steps with batches from shards',
     'fsdp_checkpoint': 'FSDP: saves',
     'fsdp_curves': 'FSDP: loss curves',
     'fsdp_largest': 'the largest model',

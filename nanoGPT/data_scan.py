@@ -10,12 +10,11 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
 
 import numpy as np
 
-from errors import UserError
-from token_files import outside_vocabulary
+from data_identity import in_both_splits
+from token_files import outside_vocabulary, unreadable
 
 CHUNK = 4 << 20  # bytes; all the memory that the thread needs
 SECONDS = 5  # between two progress lines
@@ -33,8 +32,9 @@ def scan_in_background(data, vocab_size: int) -> threading.Thread:
 
 
 def _scan(data, vocab_size):
-    with suppress(UserError):  # the first save raises it again
-        data.manifest()  # now, before anything can replace the files
+    warning = in_both_splits(data.fingerprint())  # now, before anything can replace the files
+    if warning and os.environ.get('RANK', '0') == '0':
+        print(f'WARNING: {warning}', file=sys.stderr)
     files = [file for tokens in data.splits.values() for file in tokens.files if _can_exceed(file, vocab_size)]
     files.sort(key=lambda file: file.bytes)  # small files are checked before the first steps are done
     total, done, shown = sum(file.bytes for file in files), 0, time.monotonic()
@@ -53,7 +53,7 @@ def _scan(data, vocab_size):
                     shown = time.monotonic()
                     print(f'checking the tokens: {done / 1e9:.1f} of {total / 1e9:.1f} GB', file=sys.stderr)
         except OSError as e:
-            data.problems.append((file.path, f'{file.path} can no longer be read: {e.strerror}'))
+            data.problems.append((file.path, unreadable(file.path, e)))
             return
 
 
@@ -64,7 +64,7 @@ def _can_exceed(file, vocab_size):
 def _chunks(file):
     """Yields the tokens of the file in chunks, which all reuse one buffer."""
     buffer = np.empty(CHUNK // file.dtype.itemsize, file.dtype)
-    with open(file.path, 'rb', buffering=0) as f:
+    with open(file.path, 'rb') as f:
         f.seek(file.offset)
-        while count := f.readinto(buffer):
-            yield buffer[: count // file.dtype.itemsize]
+        while count := f.readinto(buffer) // file.dtype.itemsize:
+            yield buffer[:count]

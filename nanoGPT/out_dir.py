@@ -9,6 +9,7 @@ import sys
 from errors import UserError
 
 unsaved_runs = set()  # folders where this process trains from scratch and has not saved yet
+shared = set()  # folders that another run used when this process started
 
 
 def make_out_dir(out_dir: str, init_from: str) -> None:
@@ -18,8 +19,8 @@ def make_out_dir(out_dir: str, init_from: str) -> None:
     try:
         out_dir.encode()  # torch opens only file names in UTF-8
         os.makedirs(out_dir, exist_ok=True)
-        if not os.access(out_dir, os.W_OK):
-            raise PermissionError('not writable')
+        if not os.access(out_dir, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError('not writable, or not readable')
     except (OSError, UnicodeEncodeError) as e:
         raise UserError(f'out_dir={out_dir} cannot be used: {e}') from None
     try:
@@ -31,6 +32,7 @@ def make_out_dir(out_dir: str, init_from: str) -> None:
             f"WARNING: another run is using out_dir={out_dir}: the two overwrite each other's checkpoints",
             file=sys.stderr,
         )
+        shared.add(os.path.abspath(out_dir))
     except (ImportError, OSError):
         pass  # this system or file system has no such locks
 
@@ -58,6 +60,15 @@ def set_aside(out_dir: str) -> None:
         os.rename(os.path.join(out_dir, name), os.path.join(out_dir, new))
         print(f'{os.path.join(out_dir, name)} belongs to another run: renamed to {new}')
     unsaved_runs.discard(os.path.abspath(out_dir))
+
+
+def temporary(path: str) -> str:
+    """
+    Returns the name under which a file for path is written. A killed run leaves at most one such file, which the next
+    one overwrites. Only of two runs in one folder, the second has names of its own.
+    """
+    own = f'.{os.getpid()}' if os.path.dirname(os.path.abspath(path)) in shared else ''
+    return f'{path}{own}.tmp'
 
 
 def is_checkpoint_folder(out_dir: str, name: str) -> bool:

@@ -56,8 +56,11 @@ def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) ->
     no_fit = 'training cannot continue from it, but sample.py can use its weights'
     if [g['params'] for g in saved['param_groups']] != [g['params'] for g in own['param_groups']]:
         raise UserError(f"the checkpoint's optimizer state does not fit its model: it has other parameters; {no_fit}")
+    # each step that overflows in float16 halves the loss scale; if all steps did, none was made, and AdamW has no state
+    scaler_state = checkpoint.get('resume', {}).get('scaler') or {}
+    no_step = not saved['state'] and scaler_state.get('scale') == 2.0 ** (16 - checkpoint['iter_num'])
     state = {}
-    for i, p in enumerate(params):
+    for i, p in enumerate(params if not no_step else ()):
         lacking = {'step', 'exp_avg', 'exp_avg_sq'} - saved['state'].get(i, {}).keys()
         if lacking:
             raise UserError(
@@ -78,8 +81,8 @@ def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) ->
             # clone a tensor that stays on the CPU, because loaded tensors are views of the file
             state[i][k] = v if p.is_cuda and v.numel() > 1 else v.clone()
     optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
-    if checkpoint.get('resume', {}).get('scaler'):  # empty unless it was written in float16
-        scaler.load_state_dict(checkpoint['resume']['scaler'])
+    if scaler_state:  # empty unless it was written in float16
+        scaler.load_state_dict(scaler_state)
 
 
 def rank_state(device: str, X: torch.Tensor, Y: torch.Tensor) -> dict:

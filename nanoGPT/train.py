@@ -203,7 +203,7 @@ def estimate_loss():
         exact = first_tokens.loss(model, ctx, stop_signal)
         out = None if exact is None else out | exact
     model.train()
-    return out
+    return None if stop_signal.requested() else out  # the last batch may have met a fault in the data
 
 
 # learning rate: linear warmup, then half a cosine down to min_lr

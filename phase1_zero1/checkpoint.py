@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from checkpoint_crc import DamagedFile, add_crc, check_archive
 from checkpoint_fields import check_fields, check_finite
-from errors import UserError, first_line
-from out_dir import is_checkpoint_folder, set_aside
+from errors import UserError, first_line, reason
+from out_dir import is_checkpoint_folder, set_aside, temporary
 from shell import quote
 
 # prefixes that torch.compile, DDP, FSDP and activation checkpointing add to parameter names
@@ -47,42 +47,47 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
     Returns a dict: path, bytes (None if the save failed), seconds, and best, whether ckpt_best.pt is this checkpoint.
     A save that fails, on a full disk for example, raises UserError if it is required and otherwise prints a warning.
     """
-    started = time.time()
+    started = time.monotonic()
     path, best_path = os.path.join(out_dir, name), os.path.join(out_dir, 'ckpt_best.pt')
-    temporary, copied = path + '.tmp', False
+    unfinished, ours, copied = temporary(path), None, False
     try:
         os.makedirs(out_dir, exist_ok=True)  # it may have been deleted during the run
         set_aside(out_dir)
         with suppress(FileNotFoundError):
             # left by a killed run; it may share storage with ckpt_best.pt if an old version linked the two
-            os.remove(temporary)
-        with open(temporary, 'wb+') as f:
+            os.remove(unfinished)
+        with open(unfinished, 'wb+') as f:
+            ours = os.fstat(f.fileno())
             torch.save(checkpoint, f)
             add_crc(f)
+            size = f.tell()
             f.flush()
             os.fsync(f.fileno())  # the name must not change before the bytes are on disk
+        if not os.path.samestat(ours, os.stat(unfinished)):  # where out_dir.py's lock does not work
+            raise OSError(f'another run is writing {unfinished}')
         if best:
             with suppress(OSError):
-                copied = _copy(temporary, best_path)
+                copied = _copy(unfinished, best_path)
         elif os.path.exists(best_path):
             sync(best_path)  # costs nothing if it is on the disk already
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
         sync(out_dir)
     except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
         with suppress(OSError):
-            os.remove(temporary)  # half a checkpoint only takes space
+            if ours and os.path.samestat(ours, os.stat(unfinished)):
+                os.remove(unfinished)  # half a checkpoint only takes space
         earlier = 'the earlier one is untouched' if os.path.exists(path) else 'there is no earlier one'
-        problem = f'{path} could not be saved ({first_line(e)}); {earlier}'
+        problem = f'{path} could not be saved ({reason(e)}); {earlier}'
         if required:
             raise UserError(problem) from None
         print(f'WARNING: {problem}, and training continues', file=sys.stderr)
-        return {'path': path, 'bytes': None, 'seconds': time.time() - started, 'best': copied}
+        return {'path': path, 'bytes': None, 'seconds': time.monotonic() - started, 'best': copied}
     if best and not copied:
         try:
             copied = _copy(path, best_path)  # again: the replaced file has freed its space
         except OSError as e:
             print(f'WARNING: {path} is saved, but not its copy {best_path} ({first_line(e)})', file=sys.stderr)
-    return {'path': path, 'bytes': os.path.getsize(path), 'seconds': time.time() - started, 'best': copied}
+    return {'path': path, 'bytes': size, 'seconds': time.monotonic() - started, 'best': copied}
 
 
 def write_from_rank_0(checkpoint: dict | None, out_dir: str, best: bool, required: bool) -> dict:
@@ -114,11 +119,11 @@ def write_from_rank_0(checkpoint: dict | None, out_dir: str, best: bool, require
 
 def _copy(source, target):
     """Copies source to target, which is replaced atomically. Returns True. Raises OSError."""
-    temporary = target + '.tmp'
+    unfinished = temporary(target)
     with suppress(FileNotFoundError):
-        os.remove(temporary)
+        os.remove(unfinished)
     try:
-        with open(source, 'rb') as a, open(temporary, 'wb') as b:
+        with open(source, 'rb') as a, open(unfinished, 'wb') as b:
             try:
                 # clones where the file system can, and otherwise copies inside the kernel
                 while os.copy_file_range(a.fileno(), b.fileno(), 2**30):
@@ -128,32 +133,39 @@ def _copy(source, target):
                 b.seek(0)
                 b.truncate()
                 shutil.copyfileobj(a, b, 2**24)
-        os.replace(temporary, target)
+        os.replace(unfinished, target)
     except OSError:
         with suppress(OSError):
-            os.remove(temporary)
+            os.remove(unfinished)
         raise
     return True
 
 
 def sync(path):
-    """Flushes a file, or the names in a folder, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    with suppress(OSError):  # some file systems cannot sync a folder
-        os.fsync(fd)
-    os.close(fd)
+    """Flushes a file, or the names in a folder, to the disk, if that is possible."""
+    with suppress(OSError):  # the best checkpoint may be unreadable, and some file systems cannot sync a folder
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def find_checkpoint(out_dir: str) -> str:
     """
     Returns the path of the latest checkpoint in out_dir: the file that find_file() returns, or a newer folder ckpt_*,
-    which only the trainer that wrote it can read. Returns out_dir/ckpt.pt if there is none.
+    which only the trainer that wrote it can read. Returns out_dir/ckpt.pt if there is none. Raises UserError if the
+    folder is unreadable.
     """
     path = find_file(out_dir)
-    names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
+    try:
+        names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
+    except OSError as e:  # otherwise a run with init_from=auto would start from scratch
+        raise UserError(f'out_dir={out_dir} cannot be read: {e.strerror}') from None
     for name in sorted(name for name in names if is_checkpoint_folder(out_dir, name)):
         folder = os.path.join(out_dir, name)
-        complete = any(entry.is_file() for entry in os.scandir(folder))  # its first save has finished
+        # a finished save has such a name; a user's own folder holds none
+        complete = glob.glob(os.path.join(glob.escape(folder), 'iter_*', '*'))
         if complete and (not os.path.exists(path) or os.path.getmtime(folder) > os.path.getmtime(path)):
             path = folder
     return path

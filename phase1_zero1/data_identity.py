@@ -17,7 +17,7 @@ ACCEPTED = 'the checkpoint does not record its training data (it is older, or fr
 
 
 def make_manifest(data) -> dict:
-    """Returns the manifest of a Dataset. Reads at most 1 MB of each file."""
+    """Returns the manifest of a Dataset. Reads at most 1 MB of each file. An unreadable file has no fingerprint."""
     return {
         'encoding': encoding_fingerprint(data.meta),
         **{split: [_describe(file) for file in tokens.files] for split, tokens in data.splits.items()},
@@ -27,9 +27,21 @@ def make_manifest(data) -> dict:
 def _describe(file):
     try:
         fingerprint = _fingerprint(file.path, file.bytes)
-    except OSError as e:
-        raise UserError(f'{file.path} cannot be read: {e.strerror}') from None
+    except OSError:  # deleted, for example; an open file can still be trained on, and its run must save
+        fingerprint = ''
     return {'file': os.path.basename(file.path), 'bytes': file.bytes, 'tokens': file.tokens, 'fingerprint': fingerprint}
+
+
+def in_both_splits(manifest: dict) -> str:
+    """Returns a warning about a validation file with the size and fingerprint of a training file, '' if none has."""
+    train = {(e['bytes'], e['fingerprint']): e['file'] for e in manifest.get('train', ()) if e['fingerprint']}
+    for entry in manifest.get('val', ()):
+        twin = train.get((entry['bytes'], entry['fingerprint']))
+        if twin:
+            return (
+                f'{twin} of train and {entry["file"]} of val have the same content: the validation loss is no measure'
+            )
+    return ''
 
 
 def without_fingerprints(manifest: dict, names: set[str]) -> dict:
@@ -96,14 +108,16 @@ def check_same_encoding(saved: dict | None, meta: dict, name: str) -> None:
 
 
 def _first_difference(split, before, now):
+    if len(before) != len(now):
+        more, less, change = (now, before, 'is new') if len(now) > len(before) else (before, now, 'is missing')
+        known = {(entry['bytes'], entry['fingerprint']) for entry in less}
+        extra = next((entry for entry in more if (entry['bytes'], entry['fingerprint']) not in known), more[-1])
+        return f'{split} file {extra["file"]} {change} ({len(now)} files, then {len(before)})'
     for old, new in zip(before, now):
         where = f'{split} file {new["file"]}' + (f' (then {old["file"]})' if old['file'] != new['file'] else '')
         for field, unit in (('tokens', ' tokens'), ('bytes', ' bytes')):
             if old[field] != new[field]:
                 return f'{where} has {new[field]:,}{unit}, then {old[field]:,}'
         if old['fingerprint'] and old['fingerprint'] != new['fingerprint']:
-            return f'{where} has other contents (same size)'
-    if len(before) != len(now):
-        extra, more = (now, 'is new') if len(now) > len(before) else (before, 'is missing')
-        return f'{split} file {extra[min(len(before), len(now))]["file"]} {more} ({len(now)} files, then {len(before)})'
+            return f'{where} has other contents (same size)' if new['fingerprint'] else f'{where} cannot be read'
     return ''

@@ -108,9 +108,8 @@ def get_encoding(meta: dict):
         raise UserError(
             "the data set holds Llama 3's tokens, which this project cannot encode or decode: there is no text"
         )
-    if isinstance(meta.get('itos'), (dict, list, tuple, str)):
-        itos = _by_id(meta['itos'])
-        stoi = meta.get('stoi')
+    itos, stoi = _by_id(meta.get('itos')), meta.get('stoi')
+    if itos and all(type(i) is int and isinstance(char, str) for i, char in itos.items()):
         return CharEncoding(stoi if isinstance(stoi, dict) else {char: i for i, char in itos.items()}, itos)
     raise UserError(
         f'meta.pkl describes an unknown encoding (its keys: {", ".join(map(str, meta))}): '
@@ -130,8 +129,10 @@ def encoding_fingerprint(meta: dict) -> str:
 
 
 def _by_id(table):
-    """Returns the table as a dict. It may also be a list or a string, indexed by id."""
-    return table if isinstance(table, dict) else dict(enumerate(table or ()))
+    """Returns the table as a dict. It may also be a list or a string, indexed by id. Anything else is one entry."""
+    if isinstance(table, dict):
+        return table
+    return dict(enumerate(table if isinstance(table, (list, tuple, str)) else [] if table is None else [table]))
 
 
 @functools.cache

@@ -33,6 +33,14 @@ def causes(error: BaseException | None):
         error = error.__cause__ or error.__context__
 
 
+def reason(error: BaseException) -> str:
+    """
+    Returns the first line about the OSError among `error` and its causes, or about `error`. torch's writer turns a full
+    disk into a RuntimeError about positions in the file.
+    """
+    return first_line(next((cause for cause in causes(error) if isinstance(cause, OSError)), error))
+
+
 def out_of_memory(error: BaseException) -> BaseException | None:
     """Returns the error among `error` and its causes that reports exhausted memory, or None."""
     for cause in causes(error):

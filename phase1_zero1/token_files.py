@@ -9,7 +9,10 @@ All integers are little-endian. The formats with a header are those of llm.c's d
 """
 
 import codecs
+import glob
 import os
+import resource
+import stat
 import weakref
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -23,7 +26,9 @@ from shell import quote
 
 HEADER_BYTES = 256 * 4
 SHARDS = {20240520: ('llm.c', 1, 'uint16'), 20240801: ('llm.c Llama 3', 7, 'uint32')}  # magic: name, version, dtype
-MAX_OPEN = 64  # files that one process keeps open for a split
+OPEN_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # ulimit -n: a save, a log and the ranks need files too
+# files that one process keeps open for a split
+MAX_OPEN = 64 if OPEN_LIMIT == resource.RLIM_INFINITY else max(1, min(64, OPEN_LIMIT // 8))
 NOT_DATA = 'not the data itself'
 FOREIGN = (  # first bytes of other files, their kind, and advice
     (b'version https://git-lfs.github.com/', f'a Git LFS pointer, {NOT_DATA}. Fetch it with: git lfs pull'),
@@ -33,9 +38,12 @@ FOREIGN = (  # first bytes of other files, their kind, and advice
     (b'PK\x03\x04', 'a zip archive (a .npz, or a file of PyTorch), not a token file'),
     (b'PAR1', 'a Parquet file, which holds text. Prepare it with data/text/prepare.py'),
     (b'ARROW1', 'an Arrow file. Prepare its text with data/text/prepare.py'),
+    (b'\x80\x04\x95', 'a pickle. Write its ids without a header: numpy.array(ids, "uint16").tofile(...)'),
+    (b'\x80\x05\x95', 'a pickle. Write its ids without a header: numpy.array(ids, "uint16").tofile(...)'),
     (b'\x89HDF\r\n', 'an HDF5 file, not a token file'),
     (b'\x1f\x8b\x08', 'compressed with gzip. Decompress it first'),
     (b'\x28\xb5\x2f\xfd', 'compressed with zstd. Decompress it first'),
+    (b'BZh91AY&SY', 'compressed with bzip2. Decompress it first'),
     (b'\xfd7zXZ\0', 'compressed with xz. Decompress it first'),
 )
 
@@ -66,7 +74,9 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, advic
     if os.path.islink(path) and not os.path.exists(path):
         raise UserError(f'{path} is a link to {os.readlink(path)}, which does not exist')
     try:
-        with open(path if os.path.isfile(path) or os.path.isdir(path) else os.devnull, 'rb') as f:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise UserError(f'{path} is not a regular file')  # a pipe, which would block
+        with open(path, 'rb') as f:
             size = os.fstat(f.fileno()).st_size
             head = f.read(HEADER_BYTES)
             wide = _width_of_ids(f, size, np.dtype(dtype).itemsize)
@@ -80,9 +90,11 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, advic
     magic, version, count = (int.from_bytes(head[i : i + 4], 'little', signed=True) for i in (0, 4, 8))
     if magic in SHARDS:
         return _recognize_shard(path, size, magic, version, count)
+    if int.from_bytes(head[:4], 'big') in SHARDS:
+        raise UserError(f'{path} is a shard in big-endian byte order, but only little-endian shards are supported')
     if 20240101 <= magic <= 20241231 and size >= HEADER_BYTES:  # llm.c's magic numbers are dates
         kind = 'evaluation file (multiple-choice questions)' if magic == 20240522 else f'file with the magic {magic}'
-        pattern = quote(os.path.join(os.path.dirname(path), 'NAME_*.bin'))
+        pattern = quote(os.path.join(glob.escape(os.path.dirname(path)), 'NAME_*.bin'))
         raise UserError(
             f"{path} is llm.c's {kind}, not a token shard. Move it to another folder, or select the shards with a "
             f'pattern such as --dataset={pattern}'
@@ -222,14 +234,17 @@ class TokenFiles:
 
     def read(self, k: int, position: int, count: int) -> np.ndarray:
         """
-        Returns up to count tokens of file k from position on, in the file's dtype. Raises OSError if they are gone.
+        Returns up to count tokens of file k from position on, in the file's dtype. Raises UserError if they are gone.
         """
         file = self.files[k]
         count = min(count, file.tokens - position)
         width = file.dtype.itemsize
-        data = os.pread(self._descriptor(k), count * width, file.offset + position * width)
-        if len(data) != count * width:
-            raise OSError(f'it has become shorter than {file.bytes:,} bytes')
+        try:
+            data = os.pread(self._descriptor(k), count * width, file.offset + position * width)
+            if len(data) != count * width:
+                raise OSError(f'it has become shorter than {file.bytes:,} bytes')
+        except OSError as e:
+            raise UserError(unreadable(file.path, e)) from None
         return np.frombuffer(data, file.dtype)
 
     def _windows_at(self, places, vocab_size):
@@ -238,9 +253,8 @@ class TokenFiles:
         for row, (k, position) in zip(rows, places):
             try:
                 tokens = self.read(k, position, self.block_size + 1)
-            except OSError as e:
-                path = self.files[k].path
-                self.problems.append((path, f'{path} can no longer be read: {e.strerror or e}'))
+            except UserError as e:
+                self.problems.append((self.files[k].path, str(e)))
                 continue
             row[: len(tokens)] = tokens
         if rows.max() >= vocab_size:
@@ -266,6 +280,11 @@ class TokenFiles:
 def _close(descriptors):
     for descriptor in descriptors.values():
         os.close(descriptor)
+
+
+def unreadable(path, error):
+    """Returns the message about a file whose reading raised the OSError."""
+    return f'{path} can no longer be read: {error.strerror or error}'
 
 
 def outside_vocabulary(path, position, token, vocab_size):

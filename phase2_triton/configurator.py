@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 
 from errors import UserError
 from flag_conflicts import conflicts
@@ -72,7 +73,7 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
         or [defaults.get('model_dir', '')]
     )[-1]
     config, flags_set = dict(defaults), set()
-    config['model_dir'] = find_model_dir(model_dir, script)
+    config['model_dir'] = find_model_dir(os.path.expanduser(model_dir), script)
     options = {k: v for k, v in model_options(config['model_dir'], script).items() if k not in config}
     config.update(options)
     defaults.update(options)
@@ -97,7 +98,9 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
                 flags_set.add(key)
     check_values(config, options)
     for note in conflicts(config, flags_set, defaults, help_texts(script, config['model_dir'], defaults)):
-        if '_noted' not in namespace:  # else the script that hands over to this one has printed them
+        if '_noted' in namespace:  # the script that hands over to this one has printed them
+            break
+        with suppress(OSError):  # a full disk behind `> train.log` costs the note only
             print(f'note: {note}')
     namespace.update(config)
     return config, flags_set
@@ -123,7 +126,8 @@ def convert(key, value, default, where):
     text = str(value)
     if kind is str:
         as_bool = words.get(text.lower()) if default == 'auto' and key not in NAMES else None
-        return text if as_bool is None else as_bool
+        # a shell leaves the ~ in --out_dir=~/out to the program
+        return os.path.expanduser(text) if text.startswith('~/') else text if as_bool is None else as_bool
     if kind is bool:
         if text.lower() in words:
             return words[text.lower()]

@@ -55,20 +55,29 @@ class Dataset:
 
     def raise_problem(self) -> None:
         """Raises UserError on every rank if any rank has a problem. Collective."""
-        problems = [self.problem]
-        if dist.is_initialized():
-            problems *= dist.get_world_size()
-            dist.all_gather_object(problems, self.problem)
-        if any(problems):
-            raise UserError(next(filter(None, problems)))
+        for _, message in self._problems_of_all_ranks():
+            raise UserError(message)
+
+    def fingerprint(self) -> dict:
+        """Returns the manifest without regard to problems. Reads a part of each file, once."""
+        self._manifest = self._manifest or make_manifest(self)
+        return self._manifest
 
     def manifest(self) -> dict:
         """
-        Returns the manifest that check_same_data compares, a plain dict for the checkpoint. Reads a part of each file,
-        once. A file with a problem loses its fingerprint, so that the run can resume once the file is repaired.
+        Returns the manifest that check_same_data compares, a plain dict for the checkpoint. A file in which any rank
+        found a problem loses its fingerprint, so that the run can resume once the file is repaired. Collective.
         """
-        self._manifest = self._manifest or make_manifest(self)
-        return without_fingerprints(self._manifest, {os.path.basename(path) for path, _ in self.problems})
+        return without_fingerprints(
+            self.fingerprint(), {os.path.basename(path) for path, _ in self._problems_of_all_ranks()}
+        )
+
+    def _problems_of_all_ranks(self):
+        problems = [self.problems]
+        if dist.is_initialized():
+            problems *= dist.get_world_size()
+            dist.all_gather_object(problems, self.problems)
+        return [problem for one in problems for problem in one]
 
 
 def open_dataset(dataset: str, block_size: int, splits: tuple[str, ...] = SPLITS) -> Dataset:
@@ -122,14 +131,15 @@ def find_files(dataset: str) -> tuple[str, str, dict]:
     paths = {split: [] for split in SPLITS}
     for path in matches:
         split = _split_of(path)
-        if not split:
+        if not split or not path.endswith('.bin'):
             recognize(path)  # raises a more specific error for other kinds of files
+        if not split:
             raise UserError(f'{path} has neither train nor val in its name, so it is unclear to which split it belongs')
         paths[split].append(path)
     for split, other in (SPLITS, SPLITS[::-1]):
         if not paths[split]:
             start, file = os.path.split(pattern)
-            found = sorted(glob.glob(os.path.join(start, file.replace(other, split))))
+            found = _matches(os.path.join(start, file.replace(other, split)))
             paths[split] = [path for path in found if path.endswith('.bin') and _split_of(path) == split]
     return pattern, os.path.dirname(matches[0]) or '.', paths
 
@@ -142,15 +152,21 @@ def _match(dataset):
     candidates = _candidates(dataset)
     if not any(os.path.isdir(folder) for folder in candidates):
         for pattern in candidates:
-            matches = sorted(path for path in glob.glob(pattern) if not os.path.isdir(path))
+            matches = [path for path in _matches(pattern) if not os.path.isdir(path)]
             if matches:
                 return pattern, [path for path in matches if path.endswith('.bin')] or matches
     return '', []
 
 
+def _matches(pattern):
+    """Returns the file of this name, which may hold brackets, or else the sorted files that match the pattern."""
+    return [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
+
+
 def _candidates(name):
     name = os.path.expanduser(name)
-    return [os.path.join('data', name), os.path.join(HERE, 'data', name), name] if name else []
+    paths = (os.path.join(folder, name) for folder in ('data', os.path.join(HERE, 'data'), ''))
+    return list(dict.fromkeys(paths)) if name else []  # an absolute path is the same in all folders
 
 
 def _split_of(path):
@@ -181,21 +197,22 @@ def _files_in(folder):
 
 def _pattern(folder, shard):
     """Returns a pattern, quoted for a shell, that matches this shard and those named like it, in both splits."""
-    return quote(os.path.join(folder, re.sub('train|val|[0-9]+', '*', shard)))
+    return quote(os.path.join(glob.escape(folder), re.sub('train|val|[0-9]+', '*', glob.escape(shard))))
 
 
 def _missing(folder, split, paths):
     """Returns the message about a split without files. Raises UserError if the folder has files of another kind."""
-    there = next((path for other in SPLITS for path in paths[other]), None)
-    if there and os.path.basename(there) not in ('train.bin', 'val.bin'):
-        return (
-            f'there are no shards of the split {split}: {folder} has {os.path.basename(there)}, '
-            f'but no .bin file with {split} in its name'
-        )
+    there = next((os.path.basename(path) for other in SPLITS for path in paths[other]), None)
     if not there:
         for name in sorted(os.listdir(folder)):
             if name.endswith(('.bin', '.idx', '.npy')) and not name.startswith('.'):
                 recognize(os.path.join(folder, name))
+                there = name
+    if there and there not in ('train.bin', 'val.bin'):
+        return (
+            f'there are no shards of the split {split}: {folder} has {there}, but no .bin file with the word {split} '
+            'in its name'
+        )
     return f'{os.path.join(folder, f"{split}.bin")} does not exist. Prepare the data first: {prepare_command(folder)}'
 
 
@@ -263,9 +280,8 @@ def find_data_dir(name: str) -> str:
 def _known_data_sets():
     known = set()
     for root in ('data', os.path.join(HERE, 'data')):
-        for name in os.listdir(root) if os.path.isdir(root) else ():
-            if any(os.path.exists(os.path.join(root, name, file)) for file in ('prepare.py', 'train.bin')):
-                known.add(name)
+        for file in ('prepare.py', 'train.bin'):
+            known.update(os.path.basename(os.path.dirname(path)) for path in glob.glob(f'{glob.escape(root)}/*/{file}'))
     return sorted(known)
 
 
@@ -300,6 +316,11 @@ def load_meta(data_dir: str) -> dict:
             raise ValueError(f'its vocab_size is {meta.get("vocab_size", "missing")!r}')
         if meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
             raise ValueError(f'its dtype is {meta["dtype"]!r}, not uint16 or uint32')
+        for field in (f'{split}_tokens' for split in SPLITS):
+            if type(meta.get(field, 0)) is not int:
+                raise ValueError(f'its {field} is {meta[field]!r}, not a whole number')
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
     except Exception as error:  # a corrupt pickle can raise nearly anything
         raise UserError(
             f'{path} is not a usable meta.pkl: {error}. Prepare the data again: {prepare_command(data_dir)}'

@@ -2,9 +2,9 @@
 Reports the error that ends a script, from one rank, and exits. end_of_run.py calls it.
 
 A UserError becomes one message and exit status 2, and so do known failures of the machine (out of memory, a lost rank,
-a missing compiler). Any other error is a bug: one traceback and exit status 1. Under torchrun the first rank to fail
-claims the right to report through torchrun's key-value store, so a mistake that every rank notices is reported once.
-torchrun then ends the remaining ranks.
+a missing compiler, a file that cannot be read or written). Any other error is a bug: one traceback and exit status 1.
+Under torchrun the first rank to fail claims the right to report through torchrun's key-value store, so a mistake that
+every rank notices is reported once. torchrun then ends the remaining ranks.
 """
 
 import json
@@ -51,12 +51,14 @@ MISSING_TOOL = re.compile(r'C(\+\+)? compiler|C\+\+ compile error|ptxas|Python\.
 
 def report(kind, error, trace):
     """
-    Reports an error and ends this process, except after Ctrl-C in a single process. Arguments: see sys.excepthook.
+    Reports an error and ends this process, except after Ctrl-C in a single process, which Python then ends as that
+    signal does. Arguments: see sys.excepthook.
     """
     alone = torchrun_env.number('WORLD_SIZE', 1) <= 1
     if issubclass(kind, KeyboardInterrupt):
         if alone:
-            print_error('interrupted')
+            frames = traceback.extract_tb(trace)
+            print_error('interrupted' + (f' in line {frames[-1].lineno} of {frames[-1].filename}' if frames else ''))
             return
         os._exit(130)  # skip the interpreter's teardown, as below; torchrun reports the interrupt
     if issubclass(kind, BrokenPipeError) and _stdout_has_no_reader():  # as in `train.py --help | head`
@@ -98,6 +100,9 @@ def _explain(error, trace, place, alone):
         return f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'
     if isinstance(error, OSError) and 'huggingface.co' in str(error):  # transformers could not fetch a model
         return f'the pretrained model could not be fetched: {first_line(error)}'
+    if isinstance(error, OSError) and error.filename:  # a folder without permission, a disk that fails
+        frame = traceback.extract_tb(trace)[-1]
+        return f'{error.filename}: {error.strerror} (in line {frame.lineno} of {frame.filename})'
     if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
         return f'{place} {_out_of_memory_message(out_of_memory(error), trace)}'
     if _is_compile_error(error):

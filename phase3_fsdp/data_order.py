@@ -73,7 +73,7 @@ class SequentialOrder:
         if block_size == self.tokens.block_size:
             return row
         # the model was cropped: start at the row that contains the position, repeating at most one row
-        before = TokenFiles(self.tokens.files, block_size)
+        before = TokenFiles(self.tokens.files, min(block_size, len(self.tokens)))
         epoch, row = divmod(row, before.rows)
         k, position = before.place(row)
         return epoch * self.tokens.rows + self.tokens.first_row[k] + position // self.tokens.block_size

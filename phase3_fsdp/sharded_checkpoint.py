@@ -15,7 +15,7 @@ $ python sharded_checkpoint.py full OUT_DIR       # out_dir/ckpt.pt from out_dir
 $ python sharded_checkpoint.py sharded OUT_DIR    # and back
 """
 
-from errors import UserError, first_line  # isort: skip  first: it also reports a missing package
+from errors import UserError  # isort: skip  first: it also reports a missing package
 
 import glob
 import os
@@ -36,6 +36,7 @@ import checkpoint as full_checkpoint
 from checkpoint import write_checkpoint
 from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
+from errors import reason
 from out_dir import set_aside
 from shell import python_command, quote
 
@@ -49,12 +50,38 @@ which every trainer reads, run:
 
 
 def named_by(pointer: str, folder: str) -> str | None:
-    """Returns the path of the checkpoint that the file `pointer` in folder names, or None if there is no such file."""
+    """
+    Returns the path of the checkpoint that the file `pointer` in folder names, or None if there is no such file. Raises
+    UserError if the file is unreadable.
+    """
     try:
         with open(os.path.join(folder, pointer), errors='replace') as f:
             return os.path.join(folder, os.path.basename(f.read().strip()))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as e:
+        raise UserError(f'{os.path.join(folder, pointer)} cannot be read: {e.strerror}') from None
+
+
+def latest_in(folder: str) -> str | None:
+    """
+    Returns the path of the latest sharded checkpoint in folder, or None if there is none. If `latest` or the checkpoint
+    that it names is missing, as after a kill right before it was written or in a partial copy, returns the one of the
+    highest iteration, with a printed line.
+    """
+    named = named_by('latest', folder)
+    if named and os.path.exists(unsharded_file(named)):
+        return named
+    complete = [path for path in _all_in(folder) if os.path.exists(unsharded_file(path))]
+    if not complete:
+        return named
+    found = max(complete, key=os.path.basename)
+    print(f'{named or os.path.join(folder, "latest")} is missing, so {found} takes its place')
+    return found
+
+
+def _all_in(folder):
+    return glob.glob(os.path.join(glob.escape(folder), 'iter_*'))
 
 
 def find_checkpoint(out_dir: str) -> str:
@@ -62,12 +89,12 @@ def find_checkpoint(out_dir: str) -> str:
     Returns the path of the latest checkpoint in out_dir, a file or the folder of a sharded one: the one with the later
     iteration, or the newer of two with the same. Returns out_dir/ckpt.pt if there is none.
     """
-    full, pointer = full_checkpoint.find_file(out_dir), os.path.join(out_dir, FOLDER, 'latest')
-    sharded = named_by('latest', os.path.join(out_dir, FOLDER))
+    full, sharded = full_checkpoint.find_file(out_dir), latest_in(os.path.join(out_dir, FOLDER))
     if not sharded or not os.path.exists(full):
         return sharded or full
     # time alone is not enough: a copy of out_dir may have lost the files' times
-    newer = os.path.getmtime(full) >= os.path.getmtime(pointer)
+    pointer = os.path.join(out_dir, FOLDER, 'latest')
+    newer = not os.path.exists(pointer) or os.path.getmtime(full) >= os.path.getmtime(pointer)
     ours, theirs = _iteration(full), _iteration(unsharded_file(sharded))
     if newer and ours < theirs:
         reason = f'of an earlier iteration ({ours} of {theirs})' if ours >= 0 else 'unreadable'
@@ -155,7 +182,7 @@ def write_sharded(
         everyone = [None] * dist.get_world_size() if rank == 0 else None
         dist.gather_object(crcs, everyone, group=group)
     if rank != 0:
-        return None, None, time.time()
+        return None, None, time.monotonic()
     crcs = {name: crc for part in everyone for name, crc in part.items()}
     crcs['.metadata'] = crc32_of_chunks(os.path.join(saving, '.metadata'))
     with open(os.path.join(saving, UNSHARDED), 'wb+') as f:
@@ -176,10 +203,10 @@ def write_sharded(
         os.replace(os.path.join(folder, file + '.tmp'), os.path.join(folder, file))
     full_checkpoint.sync(folder)
     kept = {named_by('latest', folder), named_by('best', folder)}
-    for old in glob.glob(os.path.join(glob.escape(folder), 'iter_*')):
+    for old in _all_in(folder):
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
-    return path, size, time.time()
+    return path, size, time.monotonic()
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -275,7 +302,7 @@ def first_cause(error):
     """
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return f'{type(error).__name__}: {first_line(error)}'
+    return f'{type(error).__name__}: {reason(error)}'
 
 
 def as_full(path):
@@ -301,7 +328,7 @@ def convert(to, out_dir):
     checkpoint of a later iteration.
     """
     folder, full = os.path.join(out_dir, FOLDER), os.path.join(out_dir, 'ckpt.pt')
-    latest = named_by('latest', folder)
+    latest = latest_in(folder)
     if latest and os.path.exists(full):
         found = [_iteration(full), _iteration(unsharded_file(latest))][:: 1 if to == 'sharded' else -1]
         if found[0] < found[1]:

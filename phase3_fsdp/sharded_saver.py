@@ -111,7 +111,7 @@ class ShardedSaver:
         it is required. On rank 0 a later save() or wait() calls on_saved(iter_num, path=, bytes=, seconds=,
         stall_seconds=). A failed save prints a warning; if it is required, raises UserError.
         """
-        started = time.time()
+        started = time.monotonic()
         self.wait()
         tensors, rest = split(checkpoint, saved_names(model))
         for name, p in tensors.items():
@@ -123,7 +123,7 @@ class ShardedSaver:
             prepare(self.folder)
         dist.all_reduce(torch.zeros(1))  # rank 0 has prepared the folder
         future = self.executor.submit(write_sharded, copies, rest, self.folder, best, self.group)
-        self.running = future, checkpoint['iter_num'], required, started, time.time() - started
+        self.running = future, checkpoint['iter_num'], required, started, time.monotonic() - started
         if required:
             self.wait()
         return True  # no failure so far; wait() returns the outcome

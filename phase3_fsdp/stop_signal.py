@@ -9,22 +9,24 @@ from output import Output
 
 class StopSignal:
     """
-    Stops a run at the next step boundary after SIGTERM, SIGINT (Ctrl-C) or SIGHUP (a closed terminal), instead of in
-    the middle of a step. The handler only records the signal: another rank may be inside a collective, so the ranks
-    must leave the loop together. A problem of the data stops the run in the same way, so that it saves first.
+    Stops a run at the next step boundary after SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) or SIGUSR1 (which
+    schedulers send before a time limit), instead of in the middle of a step. The handler only records the signal:
+    another rank may be inside a collective, so the ranks must leave the loop together. A problem of the data stops the
+    run in the same way, so that it saves first.
     """
 
     def __init__(self, data=None):
         self.data, self.received_at = data, None  # a Dataset or None; time of the first signal
-        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []  # nohup ignores it
-        for number in (signal.SIGTERM, signal.SIGINT, *hangup):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            # nohup ignores SIGHUP, and the user may handle SIGUSR1
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
         # one Ctrl-C arrives twice, from the terminal and from torchrun; a later one comes from an impatient user
-        if number == signal.SIGINT and self.received_at and time.time() - self.received_at > 2:
+        if number == signal.SIGINT and self.received_at and time.monotonic() - self.received_at > 2:
             raise KeyboardInterrupt
-        self.received_at = self.received_at or time.time()
+        self.received_at = self.received_at or time.monotonic()
 
     def requested(self) -> bool:
         """Returns True on every rank if any rank must stop. Collective on the CPU: it does not wait for the GPU."""

@@ -211,7 +211,7 @@ def estimate_loss():
         out = None if exact is None else out | exact
     reshard(model)  # the weights gathered here are stale after the next step
     model.train()
-    return out
+    return None if stop_signal.requested() else out  # the last batch may have met a fault in the data
 
 
 # learning rate: linear warmup, then half a cosine down to min_lr

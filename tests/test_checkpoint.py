@@ -273,6 +273,41 @@ def patched(folder, patch, script=TRAIN):
     return path
 
 
+def test_two_runs_that_save_at_once(run, capsys, monkeypatch):
+    """
+    Without locks, the second run replaces the temporary file of the first, which must not become a checkpoint
+    half-written.
+    """
+    save, before, best = torch.save, load('out/ckpt.pt'), load('out/ckpt_best.pt')['iter_num']
+
+    def interrupted_save(checkpoint, f):
+        save(checkpoint, f)
+        os.remove('out/ckpt.pt.tmp')
+        with open('out/ckpt.pt.tmp', 'wb') as other:
+            other.write(b'half')
+
+    monkeypatch.setattr(torch, 'save', interrupted_save)
+    assert write_checkpoint({**before, 'iter_num': 9}, 'out', best=True, required=False)['bytes'] is None
+    assert 'another run is writing out/ckpt.pt.tmp' in capsys.readouterr().err
+    assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'ckpt_best')] == [before['iter_num'], best]
+    assert open('out/ckpt.pt.tmp', 'rb').read() == b'half'
+
+
+def test_two_runs_in_one_folder_can_both_save(launch, run, tmp_path):
+    flags = [*TINY, '--out_dir=both', '--max_iters=60', '--eval_interval=1', '--eval_iters=1', '--lr_decay_iters=60']
+    with open(tmp_path / 'output', 'w') as output:
+        runs = [launch.start(TRAIN, *flags, stdout=output) for _ in range(2)]
+        assert [one.wait() for one in runs] == [0, 0]
+    text = (tmp_path / 'output').read_text()
+    assert 'WARNING: another run is using out_dir=both' in text and 'could not be saved' not in text
+    assert load('both/ckpt.pt')['iter_num'] == 61 and not glob.glob('both/*.tmp')
+
+
+def test_a_folder_of_the_users_is_no_checkpoint(launch, run):
+    shutil.copytree('out', 'out/ckpt_copy')
+    assert 'Resuming training from out/ckpt.pt' in launch(TRAIN, *RESUME, '--n_layer=1').stdout
+
+
 def test_a_folder_that_was_deleted_is_made_again(launch, run):
     script = patched(
         run,
@@ -345,6 +380,18 @@ def test_read_errors_are_named(launch, run, prepare, out_dir, message):
     prepare()
     ended = launch(SAMPLE, f'--out_dir={out_dir}', check=False)
     assert ended.returncode == 2 and message in ended.stderr and acceptable(2, ended.stderr), ended.stderr
+
+
+def test_an_unreadable_folder_is_one_message(launch, run):
+    """With init_from=auto it must not start from scratch. root may read everything, so the system call is replaced."""
+    patch = (
+        'listdir = os.listdir\n'
+        'def denied(path):\n    if path == "out": raise PermissionError(13, "Permission denied", path)\n'
+        '    return listdir(path)\nos.listdir = denied'
+    )
+    for flags in (RESUME, ['--init_from=auto', '--n_layer=1']):
+        ended = launch(patched(run, patch), *flags, check=False)
+        assert ended.returncode == 2 and ended.stderr == 'error: out_dir=out cannot be read: Permission denied\n'
 
 
 def test_a_checkpoint_of_another_name(launch, run):

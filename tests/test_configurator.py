@@ -1,5 +1,6 @@
 """The command line: conversions, config files, and messages about mistakes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def script(tmp_path, monkeypatch):
         ('--name=', ''),
         ('--name=True', 'True'),
         ('--out_dir=2024', '2024'),
+        ('--out_dir=~/out', os.path.expanduser('~/out')),
+        ('--out_dir=~', '~'),
         ('--compile=false', False),
         ('--compile', True),
         ('--device=1', '1'),

@@ -532,6 +532,8 @@ class Malicious:
         (pickle.dumps({'stoi': {}}), 'its vocab_size is .missing'),
         (pickle.dumps({'vocab_size': '65'}), "its vocab_size is '65'"),
         (pickle.dumps({'vocab_size': 5, 'dtype': 'float32'}), "its dtype is 'float32'"),
+        (pickle.dumps({'vocab_size': 5, 'val_tokens': '9'}), "its val_tokens is '9'"),
+        (pickle.dumps({'vocab_size': 5, 'train_tokens': None}), 'its train_tokens is None'),
     ],
 )
 def test_bad_meta(tmp_path, monkeypatch, content, message):
@@ -637,3 +639,21 @@ def test_gpt2_offline(tmp_path, monkeypatch):
     (tmp_path / 'data-gym-cache').mkdir()
     monkeypatch.setattr(encoding.os, 'access', lambda path, mode: not path.endswith('data-gym-cache'))  # another user's
     assert load().n_vocab == 50257 and not list((tmp_path / 'data-gym-cache').iterdir())
+
+
+@pytest.mark.parametrize('name', ['python_char', 'python_gpt2'])
+def test_help_prepares_nothing(prepare, copy, small_stdlib, capsys, name):
+    for argument, status in (('--help', 0), ('--bogus', 2)):
+        with pytest.raises(SystemExit) as ended:
+            prepare(name, argument)
+        assert ended.value.code == status
+    assert 'Prepares' in capsys.readouterr().out and not (copy / 'data' / name / 'train.bin').exists()
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full, which Linux has')
+def test_output_that_cannot_be_written_costs_no_preparation(launch, copy, tmp_path):
+    (tmp_path / 'a.txt').write_text('To be, or not to be.\n' * 99)
+    arguments = [tmp_path / 'a.txt', '--encoding=byte', f'--out={tmp_path}']
+    with open('/dev/full', 'w') as full:
+        assert launch.start(copy / 'data/text/prepare.py', *arguments, stdout=full).wait() == 0
+    assert dataset.open_dataset(str(tmp_path), 8).val

@@ -3,12 +3,13 @@
 import glob
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import NANOGPT, TINY, load, log_of
+from conftest import NANOGPT, PROGRAMS, TINY, load, log_of, make_letters
 from data_order import SequentialOrder
 from dataset import open_dataset
 from errors import UserError
@@ -89,6 +90,11 @@ def test_a_smaller_block_size_repeats_less_than_a_block(tokens):
 def test_a_damaged_position_is_refused(tokens, state):
     with pytest.raises(UserError, match='position in the data'):
         SequentialOrder(tokens, 4, state=state)
+
+
+def test_a_block_larger_than_all_data_needs_no_memory(tokens):
+    order = SequentialOrder(tokens, 1, state={'row': 2, 'block_size': 2**62})
+    assert order.next(1000)[0, 0] == 55  # the start of the third shard
 
 
 # in train.py
@@ -178,29 +184,52 @@ def spoil(path, position, token):
     return before
 
 
-def test_a_bad_token_that_is_drawn_saves_first(launch, web):
+@pytest.mark.parametrize('nproc, row', [(1, 32), (2, 37)])
+def test_a_bad_token_that_is_drawn_saves_first(launch, web, nproc, row):
     """
-    Iteration 4 would begin with row 32, which is drawn at the end of iteration 3. LOCAL_RANK=1 is a rank that does not
-    scan.
+    Iteration 4 would begin with rows 32 to 35, and on a second rank with rows 36 to 39, which are drawn at the end of
+    iteration 3.
     """
     # one batch of random windows, which does not meet the token
     flags = [*SEQUENTIAL, '--eval_iters=1', '--eval_interval=1000']
-    launch(TRAIN, *flags, '--out_dir=whole')
-    path = f'{web}/web_train_2.bin'
-    before = spoil(path, 6 * 16 + 5, 99)  # shards 0 and 1 have 13 rows each
-    result = launch(TRAIN, *flags, env={'LOCAL_RANK': '1'}, check=False)
+    launch(TRAIN, *flags, '--out_dir=whole', nproc=nproc)
+    path, position = f'{web}/web_train_2.bin', (row - 26) * 16 + 5  # shards 0 and 1 have 13 rows each
+    before = spoil(path, position, 99)
+    result = launch(PROGRAMS / 'without_scan.py', TRAIN, *flags, nproc=nproc, check=False)
     assert result.returncode == 2 and 'Traceback' not in result.stderr
     assert result.stderr.count('error: ') == 1
     assert (
-        f'token 99 at position 101 of {path.replace(web, "data/web")} is outside the vocabulary of 40' in result.stderr
+        f'token 99 at position {position} of {path.replace(web, "data/web")} is outside the vocabulary of 40'
+        in result.stderr
     )
     assert load('out/ckpt.pt')['iter_num'] == 4
     assert set(run_losses('out')) == {0, 1, 2, 3}
     # once the file is repaired, the run continues exactly
-    spoil(path, 6 * 16 + 5, before)
-    launch(TRAIN, *flags, '--init_from=resume')
+    spoil(path, position, before)
+    launch(TRAIN, *flags, '--init_from=resume', nproc=nproc)
     assert run_losses('out') == {i: loss for i, loss in run_losses('whole').items() if i in run_losses('out')}
     assert max(run_losses('out')) == 20
+
+
+@pytest.mark.parametrize('nproc', [1, 2])
+def test_data_that_is_deleted_while_it_is_read_costs_no_work(launch, work, nproc):
+    """Open files can still be read, and the checkpoint of their run has no fingerprint of them."""
+    flags = [*TINY, '--eval_interval=1000', '--max_iters=60']
+    launch(PROGRAMS / 'deleted_data.py', TRAIN, *flags, nproc=nproc)
+    checkpoint = load('out/ckpt.pt')
+    assert checkpoint['iter_num'] == 61
+    make_letters(work / 'copy')
+    result = launch(TRAIN, *flags, '--max_iters=61', '--init_from=resume', '--dataset=copy/data/letters', nproc=nproc)
+    assert 'new data order' not in result.stdout
+
+
+@pytest.mark.parametrize('flag', ['--eval_iters=1', '--val_tokens=300'])
+def test_an_evaluation_without_its_data_is_no_best_one(launch, work, flag):
+    flags = [*TINY, '--eval_interval=5', '--batch_size=32', '--eval_iters=1', flag]
+    result = launch(PROGRAMS / 'deleted_data.py', TRAIN, *flags, env={'CUT': '1'}, check=False)
+    assert result.returncode == 2 and 'val.bin can no longer be read' in result.stderr
+    assert 'step 0:' in result.stdout and 'step 5:' not in result.stdout
+    assert load('out/ckpt.pt')['iter_num'] == 5 and not os.path.exists('out/ckpt_best.pt')
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])

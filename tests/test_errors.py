@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -405,3 +406,22 @@ def test_what_is_said_of_the_weights_of_a_run_that_diverged(weight, says):
     guard.step(torch.optim.SGD(model.parameters()), torch.tensor(1.0))
     guard.measure(torch.tensor(1.0), torch.tensor(1.0))
     guard.check(8, 0.01, skipped, model)  # a good step ends the row
+
+
+def test_a_file_that_cannot_be_read_is_one_message(launch, tmp_path):
+    (tmp_path / 'read.py').write_text(
+        f'import sys; sys.path.insert(0, {str(NANOGPT)!r})\nimport errors\nopen("/proc/none/x")\n'
+    )
+    run = launch(tmp_path / 'read.py', check=False)
+    message = f'error: /proc/none/x: No such file or directory (in line 3 of {tmp_path}/read.py)\n'
+    assert run.returncode == 2 and run.stderr == message
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    """The line says where the program was, in case it did not proceed."""
+    (tmp_path / 'wait.py').write_text(
+        f'import sys; sys.path.insert(0, {str(NANOGPT)!r})\nimport errors, os, signal\n'
+        'os.kill(os.getpid(), signal.SIGINT)\n'
+    )
+    run = subprocess.run([sys.executable, 'wait.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGINT and run.stderr == f'interrupted in line 3 of {tmp_path}/wait.py\n'

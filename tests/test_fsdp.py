@@ -184,6 +184,19 @@ def test_conversion_replaces_nothing_that_is_newer(launch, work):
     assert launch(CONVERT, 'full', 'out').stdout == 'wrote out/ckpt.pt\n' and load('out/ckpt.pt')['iter_num'] == 6
 
 
+def test_a_checkpoint_that_latest_does_not_name_is_found(launch, work):
+    """As after a kill right before `latest` was written, or in a copy without it."""
+    launch(FSDP, *TINY, SHARDED, '--max_iters=3', nproc=2)
+    os.remove('out/ckpt_sharded/latest')
+    run = launch(FSDP, *TINY, SHARDED, '--init_from=auto', '--max_iters=5', nproc=2)
+    assert 'ckpt_sharded/latest is missing, so out/ckpt_sharded/iter_0000004' in run.stdout and 'iter 4:' in run.stdout
+    latest = open('out/ckpt_sharded/latest').read()
+    with open('out/ckpt_sharded/latest', 'w') as f:
+        f.write('iter_0000009_1')
+    assert f'iter_0000009_1 is missing, so out/ckpt_sharded/{latest}' in launch(CONVERT, 'full', 'out').stdout
+    assert load('out/ckpt.pt')['iter_num'] == 6
+
+
 def test_conversion_writes_the_latest_and_the_best_or_says_why_not(launch, work):
     """The first checkpoint stays the best, because the learning rate ruins the model after it."""
     launch(FSDP, *TINY, SHARDED, '--max_iters=10', nproc=2)

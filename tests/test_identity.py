@@ -61,6 +61,9 @@ def test_the_first_difference_is_named(saved, tmp_path):
     check(saved, folder, 'train file x_train_2.bin is missing (2 files, then 3)')
     (folder / 'x_train_2.bin').write_bytes(shard([2] * 22))
     check(saved, folder)
+    (folder / 'x_train_1.bin').rename(folder / 'elsewhere')
+    check(saved, folder, 'train file x_train_1.bin is missing (2 files, then 3)')
+    (folder / 'elsewhere').rename(folder / 'x_train_1.bin')
     (folder / 'x_train_3.bin').write_bytes(shard([2] * 22))
     check(saved, folder, 'train file x_train_3.bin is new (4 files, then 3)')
     (folder / 'x_train_3.bin').unlink()
@@ -77,6 +80,12 @@ def test_a_large_file_is_judged_by_samples_from_start_to_end(tmp_path, place):
     ids[max(place - 100_000, 0) : place + 100_000] += 1  # samples are 250 KB apart
     write(tmp_path, {'train.bin': headerless(ids)})
     check(saved, folder, 'train file train.bin has other contents (same size)')
+
+
+def test_a_copy_in_both_splits_is_noticed(launch, work):
+    shutil.copy('data/letters/train.bin', 'data/letters/val.bin')
+    warning = 'WARNING: train.bin of train and val.bin of val have the same content'
+    assert launch(TRAIN, *TINY, '--max_iters=1').stderr.startswith(warning)
 
 
 def test_a_checkpoint_without_a_manifest_is_accepted(tmp_path, saved, capsys):
@@ -135,6 +144,14 @@ def test_itos_may_be_a_list(tmp_path, itos, with_stoi):
     char = encoding.get_encoding(load_meta(str(tmp_path)))
     assert char.encode('é\na') == [1, 2, 0] and char.decode([1, 2, 0, 3]) == 'é\na\ufffd'
     assert char.byte_lengths() == [1, 2, 1]
+
+
+@pytest.mark.parametrize('itos', [5, [0, 1], {0: b'a'}, {'0': 'a'}, {0: 'a', 'b': 'c'}, {0: ['a'], 1: {}}])
+def test_a_table_that_is_none_trains_but_decodes_nothing(itos):
+    odd = {'vocab_size': 2, 'itos': itos, 'stoi': 7}
+    assert encoding.encoding_fingerprint(odd) != encoding.encoding_fingerprint({**odd, 'stoi': 8})
+    with pytest.raises(UserError, match='unknown encoding'):
+        encoding.get_encoding(odd)
 
 
 def test_another_alphabet_is_refused(tmp_path):

@@ -258,6 +258,11 @@ REFUSED = {
     'a version of the other format': (shard(ENOUGH, (20240801, 1, 'I')), 'is a shard of version 1'),
     'NumPy array': (npy(), 'is a NumPy array'),
     'zip': (b'PK\x03\x04' + bytes(100), 'is a zip archive'),
+    'pickle': (pickle.dumps(list(ENOUGH), protocol=4), 'is a pickle'),
+    'another byte order': (
+        b''.join(shard(ENOUGH)[i : i + 4][::-1] for i in range(0, 1822, 4)),
+        'big-endian byte order',
+    ),
     'gzip': (gzip.compress(shard(ENOUGH)), 'is compressed with gzip'),
     'zstd': (b'\x28\xb5\x2f\xfd' + bytes(100), 'is compressed with zstd'),
     'parquet': (b'PAR1' + bytes(100), 'is a Parquet file'),
@@ -295,6 +300,30 @@ def test_a_megatron_data_set_is_refused(tmp_path):
     refuse(write(tmp_path / 'b', pair), 'train.bin belongs to the Megatron index')
 
 
+def test_files_that_are_named_are_refused_as_what_they_are(tmp_path):
+    write(tmp_path, {'train.parquet': b'PAR1' + bytes(100), 'train.txt': b'To be, or not to be\n' * 9})
+    refuse(tmp_path / 'train.parquet', 'train.parquet is a Parquet file')
+    refuse(tmp_path / 'train.*', 'train.parquet is a Parquet file')
+    refuse(tmp_path / 'train.txt', 'train.txt is text')
+    folder = write(tmp_path / 'a', {'tokens.bin': headerless(ENOUGH)})
+    refuse(folder, 'has tokens.bin, but no .bin file with the word train in its name')
+    os.mkfifo(tmp_path / 'a/train.bin')
+    refuse(folder, 'val.bin does not exist')
+    refuse(tmp_path / 'a/train.bin', 'val.bin does not exist')
+    write(tmp_path / 'a', {'val.bin': headerless(ENOUGH)})
+    refuse(folder, 'train.bin is not a regular file')  # opening a pipe would wait for its writer
+
+
+def test_names_with_the_brackets_of_patterns(tmp_path):
+    files = {f'x_{split}_1.bin': shard(ENOUGH) for split in ('train', 'val')}
+    folder = write(tmp_path / 'x[1]', files)
+    for dataset in (folder, f'{folder}/x_train_1.bin', f'{tmp_path}/x[[]1]/*.bin'):
+        assert ids(open_dataset(dataset, 8).val) == list(ENOUGH)
+    write(tmp_path / 'x[1]', {'train.bin': headerless(ENOUGH)})
+    refuse(folder, f"--dataset='{tmp_path}/x[[]1]/x_*_*.bin'")
+    assert ids(open_dataset(f'{tmp_path}/x[[]1]/x_*_*.bin', 8).train) == list(ENOUGH)
+
+
 def test_data_that_only_looks_like_wide_ids_is_read(tmp_path):
     """Zeros in places are no evidence if there are no other ids, or if meta.pkl confirms the count."""
     zeros = headerless([0] * 400)
@@ -322,6 +351,18 @@ def test_open_files_are_bounded_and_opened_when_read(tmp_path, monkeypatch):
             assert opened() <= 5
     del data
     assert opened() == 0
+
+
+def test_a_low_limit_of_open_files_leaves_room_for_a_save(launch, shards):
+    write(shards / 'data/web', {f'web_train_{i}.bin': shard([i] * 20) for i in range(100, 200)})
+    program = (
+        'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80)); import os; from dataset import '
+        'open_dataset; data = open_dataset("web", 4); data.train.sample(500, 500); data.val.sample(500, 500); '
+        'print(data.problem, len(os.listdir("/proc/self/fd")))'
+    )
+    (shards / 'low_limit.py').write_text(f'import sys; sys.path.insert(0, {str(ROOT / "nanoGPT")!r}); {program}')
+    problem, files = launch(shards / 'low_limit.py').stdout.split()
+    assert problem == 'None' and int(files) < 40
 
 
 def test_a_token_outside_the_vocabulary_is_located_and_ignored(tmp_path):

@@ -286,7 +286,9 @@ def test_sigterm_saves_the_current_step(launch, work):
     assert_same_state(load('out/ckpt.pt'), load('straight/ckpt.pt'))
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP], ids=['Ctrl-C', 'closed terminal'])
+@pytest.mark.parametrize(
+    'number', [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=['Ctrl-C', 'closed terminal', 'time limit']
+)
 def test_signals_in_one_process_save_too(launch, work, number):
     run = launch.start(TRAIN, *TINY, '--max_iters=1000000', '--eval_interval=1000000')
     for line in run.stdout:
@@ -317,7 +319,10 @@ def test_a_reader_that_goes_away_stops_the_run(work):
 def test_a_log_on_a_full_disk_does_not_stop_the_run(work):
     with open('/dev/full', 'w') as full:
         run = subprocess.run(
-            [sys.executable, TRAIN, *TINY], stdout=full, stderr=full, env=dict(os.environ, PYTHONUNBUFFERED='1')
+            [sys.executable, TRAIN, *TINY, '--lr_decay_iters=15'],
+            stdout=full,
+            stderr=full,
+            env=dict(os.environ, PYTHONUNBUFFERED='1'),
         )
     assert run.returncode == 0 and load('out/ckpt.pt')['iter_num'] == 21
 
@@ -487,3 +492,14 @@ def test_skips_a_step_on_the_gpu(work):
     ]
     run = subprocess.run([sys.executable, TRAIN, *launch_flags], capture_output=True, text=True)
     assert run.returncode == 2 and 'training diverged' in run.stderr
+
+
+def test_a_float16_run_that_has_made_no_step_yet_resumes(launch, work):
+    """One token to a batch: its gradients overflow at the loss scales of the first steps, and AdamW has no state."""
+    flags = [*TINY, '--dtype=float16', '--batch_size=1', '--block_size=1', '--n_embd=64', '--eval_interval=100']
+    flags += ['--gradient_accumulation_steps=1']
+    launch(TRAIN, *flags, '--max_iters=1')
+    assert load('out/ckpt.pt')['optimizer']['state'] == {}
+    resumed = launch(TRAIN, *flags, '--max_iters=9', '--init_from=resume').stdout
+    assert losses(resumed) == losses(launch(TRAIN, *flags, '--max_iters=9', '--out_dir=whole').stdout)[-8:]
+    assert load('out/ckpt.pt')['optimizer']['state']

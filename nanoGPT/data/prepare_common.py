@@ -23,6 +23,7 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 from encoding import download, gpt2_encoding
+from output import protect_output
 from shell import python_command, quote_path, shortest_path
 from text_reader import clean, read_text
 
@@ -31,10 +32,7 @@ try:
 except ImportError:  # Windows, where two simultaneous preparations are not detected
     fcntl = None
 
-for stream in (sys.stdout, sys.stderr):
-    with suppress(AttributeError, OSError):  # a stream of a notebook
-        # escapes names with characters outside the terminal's encoding
-        stream.reconfigure(errors='backslashreplace')
+protect_output()  # hours of work must not end because a reader such as `| head` or the terminal is gone
 
 GROUP = 1 << 20  # characters read, encoded and written at a time
 ENDOFTEXT = 50256

@@ -135,9 +135,13 @@ class ShardFolder:
             with open(self.path(STATE), encoding='utf-8') as f:
                 state = json.load(f)
             theirs, shards = state.pop('source'), state['shards']
+            types = {key: type(value) for key, value in vars(self).items() if key not in ('folder', 'name')}
+            found = {key: type(value) for key, value in {**state, 'source': theirs}.items()}
+            if found != types or len(state['tokens']) != shards:
+                raise ValueError
         except FileNotFoundError:
             theirs, shards = None, 0
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f'{self.path(STATE)} is damaged. {self._elsewhere()}') from None
         if shards == 0:  # at most the first shard exists, from a preparation that was killed right after writing it
             if others and (theirs is None or others != [self.path(shard_name(self.name, 0))]):

@@ -8,6 +8,7 @@ Writes train.bin, val.bin and meta.pkl next to this file. The vocabulary is fixe
 of the modules, each whole, taken evenly from the whole library.
 """
 
+import argparse
 import os
 import sys
 
@@ -16,6 +17,7 @@ sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  
 from prepare_common import PYTHON_CHARS, assign_splits, stdlib_sources, write_char_dataset
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     texts = stdlib_sources()
     parts = {'train': [], 'val': []}
     for split, text in assign_splits(((len(text), text) for text in texts), val_fraction=0.1):

