@@ -4,6 +4,7 @@ curves.
 
     python benchmarks/bench_phase2.py ladder --out=benchmarks/results/phase2_ladder.json    # about 3 minutes on an H200
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
+    python benchmarks/bench_phase2.py ladder --nanogpt=$HOME/nanoGPT --together=8 --out=...  # upstream in each turn, too
     python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json  # 5 minutes; needs data/python_gpt2
     python benchmarks/bench_phase2.py largest --out=benchmarks/results/phase2_largest.json  # about 5 minutes
     python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
@@ -14,7 +15,7 @@ curves.
 ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens,
 clipping, fused AdamW) with one change after the other. Each variant takes turns with the compiled reference, five
 times. With --together=6, five variants at a time take turns with it, which compares them better and needs memory for
-six. Clock and power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better
+six. With --nanogpt, upstream's model takes its turn with them, in the same training step. Clock and power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better
 it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
@@ -39,7 +40,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import ROOT, facts, write_json
+from common import ROOT, facts, output_of, write_json
 from tables import cite, commit_of, gib, load, markdown, number, short, table, times, with_spread
 from trainer import SIZES, Trainer, collect, hardware, out_of_memory, use_side_stream
 
@@ -90,6 +91,10 @@ def off(*names):
     return {name: own[name] for name in names}
 
 
+TRITON = '+ cuBLASLt where it is faster'  # the last change: the Triton model as train.py runs it
+UPSTREAM = 'upstream nanoGPT, compiled'
+
+
 def steps():
     """(name, functions switched off) of the model with one change after the other."""
     changes = [
@@ -102,14 +107,12 @@ def steps():
         ('+ scaling of the loss by a kernel', 'scaled'),
         ('+ LayerNorm gradients summed together', 'may_wait'),
         ("+ attention's gradients packed by cuDNN", 'packed_plan'),
-        ('+ cuBLASLt where it is faster', 'takes_cublaslt'),
-        ('+ clipping by AdamW', 'clip'),
+        (TRITON, 'takes_cublaslt'),
     ]
-    later = ' '.join(names for _, names in changes)
-    yield 'cuda_graph, PyTorch only', tuple(later.split())
-    for name, names in changes:
-        later = later.removeprefix(names).lstrip()
-        yield name, tuple(later.split())
+    later = [name for _, name in changes]
+    yield 'cuda_graph, PyTorch only', (*later, 'clip')
+    for i, (name, _) in enumerate(changes):
+        yield name, (*later[i + 1 :], 'clip')
 
 
 # name: (folder, options of GPTConfig, compiled, recorded as a CUDA graph, functions switched off)
@@ -118,10 +121,11 @@ variants = {
     'reference, compiled': ('nanoGPT', {}, True, False, ('clip',)),
     'reference, compiled, no logits returned': ('nanoGPT', {'no_logits': True}, True, False, ('clip',)),
     'reference, compiled, cuda_graph': ('nanoGPT', {}, True, True, ('clip',)),
-    'phase 2, no cuda_graph': ('phase2_triton', {}, False, False, ()),
+    'phase 2, no cuda_graph': ('phase2_triton', {}, False, False, ('clip',)),
     **{name: ('phase2_triton', {}, False, True, switched_off) for name, switched_off in steps()},
-    '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ()),
-    'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ()),
+    'not kept: clipping by AdamW': ('phase2_triton', {}, False, True, ()),
+    '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ('clip',)),
+    'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ('clip',)),
 }
 
 
@@ -245,32 +249,31 @@ def ladder(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, BLOCK_SIZE[device] + 1), device=device, generator=generator)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
-    base, sensors, names = make('reference, compiled'), Sensors(), chosen(args, variants)
+    bases = {name: make(name) for name in ('reference, compiled', UPSTREAM) if name in variants}
+    sensors, names = Sensors(), chosen(args, variants)
     for first in range(0, len(names), args.together - 1):
         group = None  # the variants before are dropped, and with them their memory
         try:
-            group = {
-                name: base if name == 'reference, compiled' else make(name)
-                for name in names[first : first + args.together - 1]
-            }
-            turns = []
+            group = {name: bases.get(name) or make(name) for name in names[first : first + args.together - 1]}
+            turns = []  # {name: ms} of each
             for _ in range(args.repetitions):
-                reference = base.ms(args.iterations)
-                turns.append((reference, [variant.ms(args.iterations) for variant in group.values()]))
+                turns.append({name: variant.ms(args.iterations) for name, variant in (bases | group).items()})
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             print(f'{", ".join(names[first : first + args.together - 1])}: out of memory', flush=True)
             continue
-        for i, (name, variant) in enumerate(group.items()):
-            ms, ratios = [own[i] for _, own in turns], [reference / own[i] for reference, own in turns]
+        for name, variant in group.items():
+            ms, ms_reference = ([turn[key] for turn in turns] for key in (name, 'reference, compiled'))
+            ratios = [reference / own for reference, own in zip(ms_reference, ms)]
             tokens_per_s = variant.tokens(args.micro_steps) / statistics.median(ms) * 1e3
             clock, power = sensors.median(variant.turns)
             rows.append(
                 dict(
                     name=name,
                     ms=ms,
-                    ms_reference=[reference for reference, _ in turns],
+                    ms_reference=ms_reference,
+                    **({'ms_upstream': [turn[UPSTREAM] for turn in turns]} if UPSTREAM in bases else {}),
                     tokens_per_s=tokens_per_s,
                     ratio=statistics.median(ratios),
                     ratios=ratios,
@@ -310,7 +313,7 @@ def largest(args, rows, save):
         'reference, eager',
         'reference, compiled',
         'reference, compiled, cuda_graph',
-        '+ clipping by AdamW',
+        TRITON,
         '+ half_residual',
         'loss_rows=4096',
     )
@@ -348,7 +351,7 @@ def largest(args, rows, save):
 def profile(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, BLOCK_SIZE[device] + 1), device=device)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
-    three = ('reference, compiled', '+ clipping by AdamW', '+ half_residual')
+    three = ('reference, compiled', TRITON, '+ half_residual')
     for name in chosen(args, variants if args.only else three):
         variant = Variant(name, args.size, list(batches), args.micro_steps)
         for _ in range(20):  # until the clock has settled
@@ -414,7 +417,7 @@ def gradients(args, rows, save):
     truth(*batches[0])[1].backward()
     exact = {name: p.grad.cpu() for name, p in truth.named_parameters()}
     del truth
-    for name in ('reference, eager', 'reference, compiled', '+ clipping by AdamW', '+ half_residual'):
+    for name in ('reference, eager', 'reference, compiled', TRITON, '+ half_residual'):
         variant = Variant(name, args.size, list(batches), 1, warm=False)
         variant.micro_steps = 1
         for _ in range(5):  # the last is a replay, where the variant has CUDA graphs
@@ -441,7 +444,7 @@ def curves(args, rows, save):
     ).to(device)
     kinds = {
         'reference': 'reference, compiled',
-        'Triton': '+ clipping by AdamW',  # with all of its kernels
+        'Triton': TRITON,  # with all of its kernels
         'Triton, half_residual': '+ half_residual',
     }
     for seed in args.seeds:
@@ -524,7 +527,7 @@ def changes(report):
     Returns the ladder's rows {short name: row}: the references, the last change of the Triton step, and half_residual.
     """
     rows = {row['name']: row for row in report['rows']}
-    steps = [name for name in rows if name.startswith('+ ') and name != '+ half_residual']
+    steps = [name for name in rows if name.startswith('+ ') and name not in ('+ half_residual', '+ clipping by AdamW')]
     names = {
         'reference, eager': 'reference, eager',
         'reference, compiled': 'reference, compiled',
@@ -538,14 +541,19 @@ def changes(report):
 @table('phase2_ladder_*')
 def phase2_ladder(report):
     size, batch_size, micro_steps = work_of(report)
-    cells = []
+    cells, more = [], []
     for row in report['rows']:
         ms = row['ms']
         speed, base = speed_of(row, report, ms), speed_of(row, report, row['ms_reference'])
-        numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', times(speed, base))
+        numbers = [f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', times(speed, base, 3)]
+        if 'ms_upstream' in row:
+            numbers.append(times(speed, speed_of(row, report, row['ms_upstream']), 3))
+        if row.get('clock_mhz'):
+            numbers += [f'{row["clock_mhz"]:.0f}', f'{row["power_w"]:.0f}']
         cells.append((shown(row['name']), with_spread(ms, 1), *numbers, gib(row['peak_memory_bytes'])))
+        more = ['× upstream'] * ('ms_upstream' in row) + ['MHz', 'W'] * bool(row.get('clock_mhz'))
     header = [f'{size}, {micro_steps} micro-steps of {batch_size} × 1024', 'ms of an iteration', 'tokens/s']
-    return markdown([*header, 'compiled reference in the same turns', '× the reference', 'peak, GiB'], cells)
+    return markdown([*header, 'compiled reference in the same turns', '× the reference', *more, 'peak, GiB'], cells)
 
 
 @table('phase2_changes_*')
@@ -665,6 +673,7 @@ def main():
     parser.add_argument(
         '--together', type=int, default=2, help='ladder: models in memory at a time, with the reference'
     )
+    parser.add_argument('--nanogpt', default='', help='ladder: a checkout of karpathy/nanoGPT, which takes turns, too')
     parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
     parser.add_argument(
         '--seeds',
@@ -695,12 +704,19 @@ def main():
         args.iterations = args.repetitions = 1
     elif not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
+    if args.nanogpt:
+        folder = Path(args.nanogpt).resolve()
+        if not (folder / 'model.py').is_file():
+            parser.error(f'--nanogpt: there is no {folder}/model.py')
+        variants[UPSTREAM] = (folder, {}, True, False, ('clip',))
     hardware.resolve_auto(device, 'auto', 'auto', 'auto')  # sets up the GPU's memory as train.py does
     if device == 'cuda':
         use_side_stream(device)  # for all variants, also those without CUDA graphs
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
     settings = {key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')}
     report = {**facts(cpu=args.dry_run), **settings, 'rows': []}
+    if args.nanogpt:
+        report['nanogpt_commit'] = output_of('git', '-C', args.nanogpt, 'rev-parse', 'HEAD')
     text = modes[args.mode](args, report['rows'], lambda: write_json(args.out, report))
     if text:
         report['summary'] = text.splitlines()
