@@ -10,6 +10,7 @@ curves.
     python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
     python benchmarks/bench_phase2.py gradients --batch_size=2 --out=...                    # about 1 minute
     python benchmarks/bench_phase2.py matmuls --out=benchmarks/results/phase2_matmuls.json  # about 10 seconds
+    python benchmarks/bench_phase2.py widths --out=benchmarks/results/phase2_widths.json    # about 20 seconds
     python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json  # tiny, on a CPU; also gradients
 
 ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens,
@@ -19,6 +20,7 @@ six. With --nanogpt, upstream's model takes its turn with them, in the same trai
 it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
+widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
 with them.
 profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
@@ -401,6 +403,61 @@ def matmuls(args, rows, save):
             save()
 
 
+TILE, MULTIPROCESSORS = (128, 256), 132  # rows x columns of the output that a program computes, as cuBLAS on Hopper
+
+
+def shapes_at(width):
+    """Returns {(weight, kind): (rows, columns, inner)} of the matmuls of a GPT-2 of this width, for 8 x 1024 tokens."""
+    tokens = 8 * 1024
+    weights = {'qkv': (3 * width, width), 'proj': (width, width), 'fc': (4 * width, width), 'proj2': (width, 4 * width)}
+    weights['head'] = (50304, width)
+    of = {}
+    for name, (out, into) in weights.items():
+        of[name, 'forward'], of[name, 'dx'], of[name, 'dw'] = (
+            (tokens, out, into),
+            (tokens, into, out),
+            (out, into, tokens),
+        )
+    return of
+
+
+def tiled(rows, columns):
+    """
+    Returns (tiles, share of the computed output that is padding, share of the multiprocessors' time that is idle in the
+    last wave) of an output of this shape, for the better of TILE and its transpose.
+    """
+    found = []
+    for height, width in (TILE, TILE[::-1]):
+        down, across = -(-rows // height), -(-columns // width)
+        tiles, waves = down * across, -(-down * across // MULTIPROCESSORS)
+        padding = 1 - rows * columns / (down * height * across * width)
+        found.append((waves, tiles, padding, 1 - tiles / (waves * MULTIPROCESSORS)))
+    return min(found)[1:]
+
+
+def widths(args, rows, save):
+    """The matmuls of 1.5B at 1600 columns and at 1664, the next multiple of 128, by cuBLAS in turns."""
+    from bench_layer_norm import graph_us
+
+    random = lambda *shape: torch.randn(*shape, device=device).bfloat16()
+    both = {width: shapes_at(width) for width in (1600, 1664)}
+    for key in both[1600]:
+        calls, us = {}, {width: [] for width in both}
+        for width, shapes in both.items():
+            M, N, K = shapes[key]
+            if key[1] == 'dw':  # added to float32, as in the step
+                a, b, out = random(K, M), random(K, N), torch.zeros(M, N, device=device)
+                calls[width] = lambda a=a, b=b, out=out: torch.addmm(out, a.t(), b, out_dtype=torch.float32, out=out)
+            else:
+                a, b = random(M, K), random(N, K).t() if key[1] == 'forward' else random(K, N)
+                calls[width] = lambda a=a, b=b: a @ b
+        for _ in range(args.repetitions):
+            for width, call in calls.items():
+                us[width].append(graph_us([call] * (3 if key[0] == 'head' else 12))[0])
+        rows.append(dict(weight=key[0], kind=key[1], us={str(width): times for width, times in us.items()}))
+        save()
+
+
 def gradients(args, rows, save):
     """
     Gradients of one micro-step in bfloat16 against the reference's in float64: the relative error of each parameter's,
@@ -578,6 +635,40 @@ def phase2_matmuls(report):
     return markdown([f'{report["rows"][0]["tokens"]:,} tokens', '', 'cuBLAS, µs', 'cuBLASLt, µs', 'ratio'], cells)
 
 
+@table('phase2_widths_*')
+def phase2_widths(report):
+    """Time of each matmul at 1600 and 1664 columns, next to what tiles of 128 x 256 predict."""
+    cells, sums, layers = [], {1600: 0, 1664: 0}, 48
+    for row in report['rows']:
+        key, us = (row['weight'], row['kind']), {int(width): statistics.median(t) for width, t in row['us'].items()}
+        rates, plan = [], []
+        for width, time_us in us.items():
+            M, N, K = shapes_at(width)[key]
+            tiles, padding, idle = tiled(M, N)
+            rates.append(2 * M * N * K / time_us / 1e6)
+            plan.append(f'{tiles:,}: {padding:.0%}, {idle:.0%}')
+            sums[width] += time_us * (1 if key[0] == 'head' else layers)
+        speed = [f'{us[width]:.0f} ({rate:.0f})' for width, rate in zip(us, rates)]
+        cells.append((*key, *plan, *speed, f'{us[1664] / us[1600]:.3f}', f'{rates[1] / rates[0]:.3f}'))
+    ratio = sums[1664] / sums[1600]
+    cells.append(('all', f'of {layers} layers', '', '', *(f'{sums[w] / 1e3:.1f} ms' for w in sums), f'{ratio:.3f}', ''))
+    header = ['', '', 'tiles at 1600: padding, idle', 'at 1664', 'µs at 1600 (TFLOP/s)', 'at 1664', 'time', 'TFLOP/s']
+    return markdown(header, cells)
+
+
+@table('phase2_gradients_*')
+def phase2_gradients(report):
+    """Relative errors of all parameters' gradients against float64."""
+    base = next(row['errors'] for row in report['rows'] if row['name'] == 'reference, compiled')
+    cells = []
+    for row in report['rows']:
+        errors, ratios = row['errors'], [row['errors'][key] / base[key] for key in base]
+        numbers = (f'{statistics.fmean(errors.values()):.2e}', f'{max(errors.values()):.2e}')
+        cells.append((shown(row['name']), *numbers, f'{statistics.median(ratios):.3f}', f'{max(ratios):.3f}'))
+    header = ['mean error', 'largest', "÷ the compiled reference's: median", 'largest']
+    return markdown([f'one micro-step of {report["batch_size"]} × 1024, {len(base)} parameters', *header], cells)
+
+
 @table('phase2_ladder_*', together=True)
 def measured(reports):
     """README's table of one GPU: the ladders of the usual work."""
@@ -661,7 +752,15 @@ def join(names):
 
 def main():
     global device
-    modes = dict(ladder=ladder, curves=curves, largest=largest, profile=profile, matmuls=matmuls, gradients=gradients)
+    modes = dict(
+        ladder=ladder,
+        curves=curves,
+        largest=largest,
+        profile=profile,
+        matmuls=matmuls,
+        widths=widths,
+        gradients=gradients,
+    )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('mode', choices=list(modes))
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
@@ -721,7 +820,13 @@ def main():
     if text:
         report['summary'] = text.splitlines()
     write_json(args.out, report)
-    show = dict(ladder=phase2_ladder, largest=phase2_largest, profile=phase2_profile, matmuls=phase2_matmuls)
+    show = dict(
+        ladder=phase2_ladder,
+        largest=phase2_largest,
+        profile=phase2_profile,
+        matmuls=phase2_matmuls,
+        widths=phase2_widths,
+    )
     print('\n' + (text or show[args.mode](report)))
 
 
