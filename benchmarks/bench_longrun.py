@@ -59,8 +59,20 @@ def folder_of(work, name):
     return work / name.replace(', ', '-')
 
 
+def log_of(work, name):
+    """Returns the Run of the newest log, with its predecessors, or None."""
+    try:
+        return Run(find_logs([str(folder_of(work, name))])[0])
+    except LogError:
+        return None
+
+
 def train(name, args):
     """Starts or continues a run. Stops it in order after args.seconds, or when this process gets SIGTERM."""
+    run = log_of(args.work, name)
+    if run and run.status == 'completed':
+        print(f'{name} is complete: remove {folder_of(args.work, name)} to train it again')
+        return
     folder, flags = RUNS[name]
     command = [sys.executable, str(ROOT / folder / 'train.py'), *FLAGS, *(DRY if args.dry_run else []), *flags]
     command += [f'--dataset={args.data}', f'--out_dir={folder_of(args.work, name)}', '--init_from=auto']
@@ -80,11 +92,9 @@ def collected(work):
     """Returns a row for each run with a log in work: its name and its log, shortened to what the picture needs."""
     rows = []
     for name in RUNS:
-        try:
-            (path,) = find_logs([str(folder_of(work, name))])
-        except LogError:
+        run = log_of(work, name)
+        if not run:
             continue
-        run = Run(path)
         log = {kind: [] for kind in FIELDS}
         for segment, (start, _), (end, _) in zip(run.segments, run.parts, [*run.parts[1:], (float('inf'), None)]):
             part = json.loads(Path(segment).read_text())
