@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from common import ROOT, facts, write_json
-from tables import gib, load, markdown, number, table
+from tables import gib, markdown, table
 
 sys.path.insert(0, str(ROOT / 'nanoGPT'))
 from run_logs import LogError, Run, find_logs, load_runs
@@ -123,10 +123,6 @@ def draw_rows(rows, path):
         draw(runs, 'tokens', None, None, 'GPT-2 124M, the same batches').savefig(path, dpi=100)
 
 
-def tokens_of(row):
-    return (row['log']['evaluations'][-1]['iter']) * row['log']['run']['tokens_per_iter']
-
-
 @table('longrun_*')
 def longrun(report):
     """Validation losses of the runs on the way and at their ends."""
@@ -138,19 +134,13 @@ def longrun(report):
         losses = [f'{its[mark]:.4f} ({its[mark] - base[mark]:+.4f})' if mark in its else '' for mark in marks]
         summary = row['summary']
         speed = f'{summary["tokens_per_sec_median"]:,.0f}'
-        cells.append((row['name'], *losses, speed, gib(summary['peak_memory_bytes'] or 0, 1), row['parts']))
+        gap = max((abs(loss - base[mark]) for mark, loss in its.items() if mark), default=0)
+        cells.append(
+            (row['name'], *losses, f'{gap:.4f}', speed, gib(summary['peak_memory_bytes'] or 0, 1), row['parts'])
+        )
     per_iter = rows[0]['log']['run']['tokens_per_iter']
     header = [f'val loss after {mark * per_iter / 1e6:.0f} million tokens (− reference)' for mark in marks]
-    return markdown(['', *header, 'tokens/s', 'peak, GiB', 'parts'], cells)
-
-
-@number
-def longrun_largest_gap(file, *name):
-    """The largest distance of a run's validation loss from the reference's, over all evaluations after the first."""
-    rows = {row['name']: row['log']['evaluations'] for row in load(file)['rows']}
-    base = {record['iter']: record['val_loss'] for record in rows['reference']}
-    gaps = [abs(record['val_loss'] - base[record['iter']]) for record in rows[' '.join(name)] if record['iter']]
-    return f'{max(gaps):.4f}'
+    return markdown(['', *header, 'largest gap', 'tokens/s', 'peak, GiB', 'parts'], cells)
 
 
 def main():
