@@ -242,8 +242,9 @@ def replaced(module, name, function):
 
 
 def chosen(args, names):
-    """The names, with --only those that have one of its parts."""
-    return [name for name in names if not args.only or any(part in name for part in args.only.split(';'))]
+    """The names; with --only, those that it names, and those that have a part of it that is no name."""
+    wanted = lambda name: any(part == name if part in names else part in name for part in args.only.split(';'))
+    return [name for name in names if not args.only or wanted(name)]
 
 
 def ladder(args, rows, save):
@@ -773,7 +774,7 @@ def main():
         '--together', type=int, default=2, help='ladder: models in memory at a time, with the reference'
     )
     parser.add_argument('--nanogpt', default='', help='ladder: a checkout of karpathy/nanoGPT, which takes turns, too')
-    parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
+    parser.add_argument('--only', default='', help='semicolon-separated names of variants, or parts of names')
     parser.add_argument(
         '--seeds',
         type=lambda text: [int(seed) for seed in text.split(',')],

@@ -193,7 +193,7 @@ def test_layer_norm_compiles_without_spilling_registers(capability, backward):
 @every_gpu
 @pytest.mark.parametrize('backward', [False, True], ids=['forward', 'backward'])
 def test_layer_norm_of_every_width_compiles_for_every_gpu(capability, backward):
-    """Every width of the table, without biases and with. One case is left out: at 12288 on sm_120 it spills 28 bytes."""
+    """Every width of the table, without biases and with. One case is left out: 12288 on sm_120 spills 28 bytes."""
     for case in listed:
         check_layer_norm(*case, False, backward, capability)
         if (case[0], case[1], capability, backward) != (12288, torch.bfloat16, 120, True):
