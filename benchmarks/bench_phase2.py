@@ -31,6 +31,7 @@ Triton.
 import argparse
 import contextlib
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -404,7 +405,7 @@ def matmuls(args, rows, save):
             save()
 
 
-TILE, MULTIPROCESSORS = (128, 256), 132  # rows x columns of the output that a program computes, as cuBLAS on Hopper
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def shapes_at(width):
@@ -422,18 +423,27 @@ def shapes_at(width):
     return of
 
 
-def tiled(rows, columns):
+def tiled(rows, columns, tile):
     """
-    Returns (tiles, share of the computed output that is padding, share of the multiprocessors' time that is idle in the
-    last wave) of an output of this shape, for the better of TILE and its transpose.
+    Returns (waves, tiles, share of the computed output that is padding, share of the multiprocessors' time that is idle
+    in the last wave) of an output of this shape. tile: columns x rows or rows x columns, whichever takes less.
     """
     found = []
-    for height, width in (TILE, TILE[::-1]):
+    for height, width in (tile, tile[::-1]):
         down, across = -(-rows // height), -(-columns // width)
         tiles, waves = down * across, -(-down * across // MULTIPROCESSORS)
         padding = 1 - rows * columns / (down * height * across * width)
         found.append((waves, tiles, padding, 1 - tiles / (waves * MULTIPROCESSORS)))
-    return min(found)[1:]
+    return min(found)
+
+
+def kernel_of(call):
+    """Returns the name of the kernel in which a call spends most of its time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return max(kernels, key=lambda event: event.time_range.elapsed_us()).name
 
 
 def widths(args, rows, save):
@@ -455,7 +465,8 @@ def widths(args, rows, save):
         for _ in range(args.repetitions):
             for width, call in calls.items():
                 us[width].append(graph_us([call] * (3 if key[0] == 'head' else 12))[0])
-        rows.append(dict(weight=key[0], kind=key[1], us={str(width): times for width, times in us.items()}))
+        by_width = {str(width): dict(us=us[width], kernel=kernel_of(call)) for width, call in calls.items()}
+        rows.append(dict(weight=key[0], kind=key[1], widths=by_width))
         save()
 
 
@@ -638,22 +649,37 @@ def phase2_matmuls(report):
 
 @table('phase2_widths_*')
 def phase2_widths(report):
-    """Time of each matmul at 1600 and 1664 columns, next to what tiles of 128 x 256 predict."""
-    cells, sums, layers = [], {1600: 0, 1664: 0}, 48
+    """
+    Time of each matmul at 1600 and 1664 columns, next to what the tile in its kernel's name costs: waves of tiles,
+    padding, idle multiprocessors. Sums are over 48 layers and the head.
+    """
+    cells, times_us, flops = [], {'1600': 0, '1664': 0}, {'1600': 0, '1664': 0}
     for row in report['rows']:
-        key, us = (row['weight'], row['kind']), {int(width): statistics.median(t) for width, t in row['us'].items()}
-        rates, plan = [], []
-        for width, time_us in us.items():
-            M, N, K = shapes_at(width)[key]
-            tiles, padding, idle = tiled(M, N)
-            rates.append(2 * M * N * K / time_us / 1e6)
-            plan.append(f'{tiles:,}: {padding:.0%}, {idle:.0%}')
-            sums[width] += time_us * (1 if key[0] == 'head' else layers)
-        speed = [f'{us[width]:.0f} ({rate:.0f})' for width, rate in zip(us, rates)]
-        cells.append((*key, *plan, *speed, f'{us[1664] / us[1600]:.3f}', f'{rates[1] / rates[0]:.3f}'))
-    ratio = sums[1664] / sums[1600]
-    cells.append(('all', f'of {layers} layers', '', '', *(f'{sums[w] / 1e3:.1f} ms' for w in sums), f'{ratio:.3f}', ''))
-    header = ['', '', 'tiles at 1600: padding, idle', 'at 1664', 'µs at 1600 (TFLOP/s)', 'at 1664', 'time', 'TFLOP/s']
+        key, plan, speed, rates = (row['weight'], row['kind']), [], [], []
+        for width, its in row['widths'].items():
+            (M, N, K), us = shapes_at(int(width))[key], statistics.median(its['us'])
+            tile = re.search(r'_(\d+)x(\d+)_\d+x\d+_', its['kernel'])
+            waves, _, padding, idle = tiled(M, N, tuple(map(int, tile.groups()))) if tile else (0, 0, 0, 0)
+            split = ', K split' if 'splitK' in its['kernel'] else ''
+            plan.append(f'{tile[1]} × {tile[2]}{split}: {waves}, {padding:.0%}, {idle:.0%}' if tile else '')
+            rates.append(2 * M * N * K / us / 1e6)
+            speed.append(f'{us:.0f} ({rates[-1]:.0f})')
+            count = 1 if key[0] == 'head' else 48
+            times_us[width] += us * count
+            flops[width] += 2 * M * N * K * count
+        cells.append((*key, *plan, *speed, f'{rates[1] / rates[0]:.3f}'))
+    rates = [flops[width] / times_us[width] / 1e6 for width in times_us]
+    sums = [f'{times_us[width] / 1e3:.1f} ms ({rate:.0f})' for width, rate in zip(times_us, rates)]
+    cells.append(('all', '', '', '', *sums, f'{rates[1] / rates[0]:.3f}'))
+    header = [
+        '',
+        '',
+        'tile at 1600: waves, padding, idle',
+        'at 1664',
+        'µs at 1600 (TFLOP/s)',
+        'at 1664',
+        'ratio of TFLOP/s',
+    ]
     return markdown(header, cells)
 
 
