@@ -77,6 +77,7 @@ def train(name, args):
     folder, flags = RUNS[name]
     script, flags = ROOT / folder / 'train.py', [*FLAGS, *(DRY if args.dry_run else []), *flags]
     flags += [f'--dataset={args.data}', f'--out_dir={folder_of(args.work, name)}', '--init_from=auto']
+    flags += ['--cuda_graph=False'] if args.no_graph else []
     command = [sys.executable, str(script), *flags]
     if args.processes > 1:
         command = torchrun(args.processes, script, *flags)
@@ -157,6 +158,7 @@ def main():
     )
     parser.add_argument('--only', default='reference;Triton', help=f'semicolon-separated names: {"; ".join(RUNS)}')
     parser.add_argument('--processes', type=int, default=1, help='GPUs of each run, by DDP: 1, 2 or 4')
+    parser.add_argument('--no-graph', action='store_true', help='train with --cuda_graph=False')
     parser.add_argument('--seconds', type=float, default=0, help='stop each run after so long; 0: when it is done')
     parser.add_argument('--draw', action='store_true', help='train nothing: draw the picture of the result file')
     parser.add_argument('--dry-run', action='store_true', help='a tiny model on the CPU')
