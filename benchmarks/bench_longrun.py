@@ -140,7 +140,7 @@ def longrun(report):
         losses = [f'{its[mark]:.4f} ({its[mark] - base[mark]:+.4f})' if mark in its else '' for mark in marks]
         summary = row['summary']
         speed = f'{summary["tokens_per_sec_median"]:,.0f}'
-        gap = max((abs(loss - base[mark]) for mark, loss in its.items() if mark), default=0)
+        gap = max((abs(loss - base[mark]) for mark, loss in its.items() if mark and mark in base), default=0)
         cells.append(
             (row['name'], *losses, f'{gap:.4f}', speed, gib(summary['peak_memory_bytes'] or 0, 1), row['parts'])
         )
