@@ -762,6 +762,13 @@ def phase2_largest(report):
 
 
 @number
+def times_upstream(file, *name):
+    """Speed of a short name (see changes) in multiples of upstream nanoGPT's in the same turns."""
+    row = changes(load(file))[' '.join(name)]
+    return f'{statistics.median(row["ms_upstream"]) / statistics.median(row["ms"]):.2f}'
+
+
+@number
 def largest_batch(file, *name):
     """Sequences of 1024 tokens that fit into a micro-step of the variant whose name ends with these words."""
     rows = load(file)['rows']

@@ -148,17 +148,17 @@ H100_RUNGS = {  # rows of phase2_ladder_h100.json after `reference, compiled`
     '+ half_residual': 'half_residual',
 }
 H200_RUNGS = {  # rows of phase2_ladder_h200.json after `reference, compiled`
-    'cuda_graph, PyTorch only': 'CUDA graphs\ninstead of compile',
-    '+ cross-entropy in place of the logits': 'cross-entropy\nin place',
-    '+ residual and LayerNorm in one': 'residual +\nLayerNorm',
+    'cuda_graph, PyTorch only': 'CUDA graphs instead of compile',
+    '+ cross-entropy in place of the logits': 'cross-entropy in place',
+    '+ residual and LayerNorm in one': 'residual + LayerNorm',
     '+ GELU': 'GELU',
-    '+ float32 weight gradients from the matmul': 'gradients added\nby the matmul',
-    "+ embeddings in one, added to the head's gradient": 'embeddings\nin one',
-    '+ weights rounded once an iteration': 'weights rounded\nonce',
-    '+ scaling of the loss by a kernel': 'loss scaled\nby a kernel',
-    '+ LayerNorm gradients summed together': 'LayerNorm grads\ntogether',
-    "+ attention's gradients packed by cuDNN": "attention's\ngrads packed",
-    '+ cuBLASLt where it is faster': 'cuBLASLt where\nfaster',
+    '+ float32 weight gradients from the matmul': 'gradients added by the matmul',
+    "+ embeddings in one, added to the head's gradient": 'embeddings in one',
+    '+ weights rounded once an iteration': 'weights rounded once',
+    '+ scaling of the loss by a kernel': 'loss scaled by a kernel',
+    '+ LayerNorm gradients summed together': 'LayerNorm grads together',
+    "+ attention's gradients packed by cuDNN": "attention's grads packed",
+    '+ cuBLASLt where it is faster': 'cuBLASLt where faster',
     '+ half_residual': 'half_residual',
 }
 
