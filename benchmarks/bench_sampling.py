@@ -1,9 +1,11 @@
 """
-How much faster sampling is with the key-value cache: the same model and tokens with model.generate, with the cache, and
-with its steps replayed as a CUDA graph. The model has random weights.
+How much faster sampling is with the key-value cache: the same model and tokens with model.generate and with the cache,
+on a GPU with its steps replayed as a CUDA graph. The model has random weights.
 
     python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json  # 4 minutes on one core
-    python benchmarks/bench_sampling.py --tokens=1000 --out=sampling_h200.json    # 1 minute on a GPU
+    python benchmarks/bench_sampling.py --out=sampling_h200.json             # half a minute on a GPU
+    python benchmarks/bench_sampling.py --compile --samples=1 --out=...      # a decode step compiled, too
+    python benchmarks/bench_sampling.py --model_dir=phase2_triton --out=sampling_triton_h200.json
 
 The ways take turns, and a ratio is that of two medians of one run. Times include prefill and capture.
 """
@@ -36,16 +38,14 @@ def build(shape, model_dir, device):
         return GPT(GPTConfig(**SHAPES[shape], bias=False)).eval().to(device)
 
 
-def ways(model, prompt, samples, tokens, **options):
-    """{name: a function that returns the text (samples, T + tokens)}."""
+def ways(model, prompt, samples, tokens, compile=False, **options):
+    """{name: a function that returns the text (samples, T + tokens)}. All compute the samples as a batch."""
     from kv_cache import generate
 
-    def one_by_one():
-        return torch.cat([model.generate(prompt, tokens, **options) for _ in range(samples)])
-
     cached = partial(generate, model, prompt, samples, tokens, **options)
-    found = {'model.generate': one_by_one, 'cache': partial(cached, cuda_graph=False)}
-    return found | ({'cache, CUDA graph': partial(cached, cuda_graph=True)} if prompt.is_cuda else {})
+    found = {'model.generate': partial(model.generate, prompt.expand(samples, -1), tokens, **options)}
+    found['cache, CUDA graph' if prompt.is_cuda else 'cache'] = cached
+    return found | ({'cache, compiled': partial(cached, compile=True)} if compile else {})
 
 
 def measure(functions, repeats, device):
@@ -79,8 +79,9 @@ def main():
     parser.add_argument('--shape', default='124M', choices=SHAPES)
     parser.add_argument('--model_dir', default='nanoGPT')
     parser.add_argument('--tokens', type=int, default=500)
-    parser.add_argument('--samples', type=int, nargs='+', default=[1, 10])
+    parser.add_argument('--samples', type=int, nargs='+', default=[1, 8])
     parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--compile', action='store_true')
     parser.add_argument('--out')
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / 'nanoGPT'))
@@ -93,13 +94,14 @@ def main():
     prompt = torch.randint(SHAPES[args.shape]['vocab_size'], (1, 8), device=device)
     rows = []
     for samples in args.samples:
-        functions = ways(model, prompt, samples, args.tokens, temperature=0.8, top_k=200)
+        functions = ways(model, prompt, samples, args.tokens, args.compile, temperature=0.8, top_k=200)
         with torch.no_grad(), hardware.autocast(device, dtype):
             seconds = measure(functions, args.repeats, device)
         for name, found in seconds.items():
             ratio = seconds['model.generate']['median'] / found['median']
             speed = samples * args.tokens / found['median']
             rows.append(dict(way=name, samples=samples, seconds=found, tokens_per_sec=speed, ratio=ratio))
+            print(f'{samples} x {args.tokens} tokens, {name}: {found}, ratio {ratio:.1f}', flush=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     total = SHAPES[args.shape]['block_size'] + 100
     started = time.perf_counter()

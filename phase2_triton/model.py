@@ -19,6 +19,7 @@ GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's gelu -> PyTorch's approxim
 
 from kernels.attention import causal_attention
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from kernels.decode import DecodeStep
 from kernels.device import announce_triton
 from kernels.embedding import embeddings
 from kernels.linear import autocast_dtype
@@ -179,6 +180,10 @@ class GPT(nn.Module):
         """Drops 16-bit weights that kernels/linear.py keeps in CUDA graphs' memory; MicroStep.release() calls it."""
         for p in self.parameters():
             vars(p).pop('rounded', None)
+
+    def decode_step(self, caches, position):
+        """Returns kernels/decode.py's step for kv_cache.py, or None where its kernels cannot run."""
+        return DecodeStep(self, caches, position) if DecodeStep.supports(self, caches) else None
 
     def compile(self, *args, **kwargs):
         """Compiles the model, unless its kernels run: they are opaque to torch.compile and leave it nothing to fuse."""
