@@ -19,7 +19,7 @@ GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's gelu -> PyTorch's approxim
 
 from kernels.attention import causal_attention
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
-from kernels.decode import DecodeStep
+from kernels.decode import decode_step
 from kernels.device import announce_triton
 from kernels.embedding import embeddings
 from kernels.linear import autocast_dtype
@@ -85,13 +85,13 @@ class GPTConfig:
     # the fields below change how the model is computed: they are flags of every script and not part of a checkpoint
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, more time
     use_triton: bool = True  # compute with the Triton kernels in kernels/, where they can run
-    half_residual: bool = (
-        False  # keep the residual stream in the 16-bit dtype too: faster, a bit less exact; needs use_triton
-    )
+    half_residual: bool = False  # residual stream in the 16-bit dtype too: faster, less exact; needs use_triton
     loss_rows: int = 0  # tokens whose logits exist at a time in training: less memory, slower; 0: all; needs use_triton
 
 
 class GPT(nn.Module):
+    decode_step = decode_step  # kernels for kv_cache.py
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -180,10 +180,6 @@ class GPT(nn.Module):
         """Drops 16-bit weights that kernels/linear.py keeps in CUDA graphs' memory; MicroStep.release() calls it."""
         for p in self.parameters():
             vars(p).pop('rounded', None)
-
-    def decode_step(self, caches, position):
-        """Returns kernels/decode.py's step for kv_cache.py, or None where its kernels cannot run."""
-        return DecodeStep(self, caches, position) if DecodeStep.supports(self, caches) else None
 
     def compile(self, *args, **kwargs):
         """Compiles the model, unless its kernels run: they are opaque to torch.compile and leave it nothing to fuse."""

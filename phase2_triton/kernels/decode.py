@@ -21,7 +21,6 @@ WARPS = 4
 COLS, CHUNK = (256, 128) if interpreted else (WARPS, 128)  # a warp computes a column of y from tiles of 128
 KEYS = 256  # that attention reads at a time
 MOST_SAMPLES = 16  # above, the library's matmuls are faster
-MOST_EMBD = 2048  # above, a row does not fit the registers
 
 
 @jit
@@ -189,19 +188,6 @@ class DecodeStep:
             for m in (*linears, model.lm_head)
         }
 
-    @staticmethod
-    def supports(model, caches):
-        """Returns whether the kernels can compute this model, and are faster for so many samples."""
-        cache = next(iter(caches.values()))
-        config = model.config
-        return (
-            config.use_triton
-            and available(cache.device)
-            and cache.dtype != torch.float64
-            and cache.size(1) <= MOST_SAMPLES
-            and config.n_embd <= MOST_EMBD
-        )
-
     def __call__(self, token):
         t, B = self.model.transformer, len(token)
         wpe = t.wpe.weight.index_select(0, self.position)
@@ -218,3 +204,13 @@ class DecodeStep:
             gemv(h, *self.weights[mlp.c_proj], x, add=True)
         gemv(x, *self.weights[self.model.lm_head], logits, norm=t.ln_f)
         return logits
+
+
+def decode_step(model, caches, position):
+    """
+    Returns a DecodeStep for kv_cache.py, or None if its kernels cannot run or are slower for so many samples. It is a
+    method of the model.
+    """
+    cache, config = next(iter(caches.values())), model.config
+    runs = config.use_triton and available(cache.device) and cache.dtype != torch.float64
+    return DecodeStep(model, caches, position) if runs and cache.size(1) <= MOST_SAMPLES else None
