@@ -3,8 +3,7 @@ How much faster sampling is with the key-value cache: the same model and tokens 
 on a GPU with its steps replayed as a CUDA graph. The model has random weights.
 
     python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json  # 4 minutes on one core
-    python benchmarks/bench_sampling.py --out=sampling_h200.json             # half a minute on a GPU
-    python benchmarks/bench_sampling.py --compile --samples=1 --out=...      # a decode step compiled, too
+    python benchmarks/bench_sampling.py --out=sampling_h200.json              # 1 to 3 minutes on a GPU, by its CPU
     python benchmarks/bench_sampling.py --model_dir=phase2_triton --out=sampling_triton_h200.json
 
 The ways take turns, and a ratio is that of two medians of one run. Times include prefill and capture.
@@ -12,7 +11,6 @@ The ways take turns, and a ratio is that of two medians of one run. Times includ
 
 import argparse
 import sys
-import time
 from contextlib import redirect_stdout
 from functools import partial
 from os import devnull
@@ -38,14 +36,13 @@ def build(shape, model_dir, device):
         return GPT(GPTConfig(**SHAPES[shape], bias=False)).eval().to(device)
 
 
-def ways(model, prompt, samples, tokens, compile=False, **options):
+def ways(model, prompt, samples, tokens, **options):
     """{name: a function that returns the text (samples, T + tokens)}. All compute the samples as a batch."""
     from kv_cache import generate
 
     cached = partial(generate, model, prompt, samples, tokens, **options)
     found = {'model.generate': partial(model.generate, prompt.expand(samples, -1), tokens, **options)}
-    found['cache, CUDA graph' if prompt.is_cuda else 'cache'] = cached
-    return found | ({'cache, compiled': partial(cached, compile=True)} if compile else {})
+    return found | {'cache, CUDA graph' if prompt.is_cuda else 'cache': cached}
 
 
 def measure(functions, repeats, device):
@@ -81,7 +78,6 @@ def main():
     parser.add_argument('--tokens', type=int, default=500)
     parser.add_argument('--samples', type=int, nargs='+', default=[1, 8])
     parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--compile', action='store_true')
     parser.add_argument('--out')
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / 'nanoGPT'))
@@ -92,23 +88,6 @@ def main():
         torch.set_num_threads(1)
     model = build(args.shape, args.model_dir, device)
     prompt = torch.randint(SHAPES[args.shape]['vocab_size'], (1, 8), device=device)
-    rows = []
-    for samples in args.samples:
-        functions = ways(model, prompt, samples, args.tokens, args.compile, temperature=0.8, top_k=200)
-        with torch.no_grad(), hardware.autocast(device, dtype):
-            seconds = measure(functions, args.repeats, device)
-        for name, found in seconds.items():
-            ratio = seconds['model.generate']['median'] / found['median']
-            speed = samples * args.tokens / found['median']
-            rows.append(dict(way=name, samples=samples, seconds=found, tokens_per_sec=speed, ratio=ratio))
-            print(f'{samples} x {args.tokens} tokens, {name}: {found}, ratio {ratio:.1f}', flush=True)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    total = SHAPES[args.shape]['block_size'] + 100
-    started = time.perf_counter()
-    same = first_difference(ways(model, prompt, 1, total, temperature=0))
-    print(
-        f'greedy, float32 ({time.perf_counter() - started:.0f} s): {same} of {total + prompt.size(1)} tokens as without the cache'
-    )
     report = {
         **facts(cpu=device == 'cpu'),
         'threads': torch.get_num_threads(),
@@ -116,13 +95,25 @@ def main():
         'model_dir': args.model_dir,
         'shape': SHAPES[args.shape],
         'tokens': args.tokens,
-        'rows': rows,
-        'greedy_tokens': total + prompt.size(1),
-        'greedy_tokens_in_common': same,
+        'rows': [],
     }
-    print(sampling(report))
+    for samples in args.samples:
+        functions = ways(model, prompt, samples, args.tokens, temperature=0.8, top_k=200)
+        with torch.no_grad(), hardware.autocast(device, dtype):
+            seconds = measure(functions, args.repeats, device)
+        for name, found in seconds.items():
+            ratio = seconds['model.generate']['median'] / found['median']
+            speed = samples * args.tokens / found['median']
+            report['rows'].append(dict(way=name, samples=samples, seconds=found, tokens_per_sec=speed, ratio=ratio))
+        print(sampling(report), flush=True)
+        if args.out:  # now, in case the run is ended later
+            write_json(args.out, report)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    total = SHAPES[args.shape]['block_size'] + 100
+    same = first_difference(ways(model, prompt, 1, total, temperature=0))
+    print(f'greedy, float32: {same} of {total + prompt.size(1)} tokens as without the cache')
     if args.out:
-        write_json(args.out, report)
+        write_json(args.out, report | {'greedy_tokens': total + prompt.size(1), 'greedy_tokens_in_common': same})
 
 
 @table('sampling_*')

@@ -10,17 +10,15 @@ so the cache is valid for the first block_size tokens. Beyond them, each token r
 block_size tokens, as model.generate does.
 
 The model is unaware of the cache: during a step, KVCache replaces its attention's forward and its position embeddings.
-A model that has kernels for this step, as the one in phase2_triton, returns them from its method decode_step. For other
-models torch.compile generates some: the matmul of a single token is a sum, which it fuses with the operations around.
+A model that has kernels for this step, as the one in phase2_triton has, returns them from its method decode_step.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WARMUP = 2  # decode steps before the capture, in which libraries choose kernels
 
@@ -138,13 +136,11 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     cuda_graph: bool | None = None,
-    compile: bool = False,
 ) -> torch.Tensor:
     """
     Continues the prompt (int64 (1, T)) num_samples times by max_new_tokens tokens and returns int64 (num_samples, T +
     max_new_tokens). temperature and top_k mean the same as in model.generate, and temperature 0 gives the same text.
-    The model must be in eval mode. cuda_graph: replay the decode steps as a CUDA graph? None: on a GPU only. compile:
-    compile a decode step, unless the model has kernels for it?
+    The model must be in eval mode. cuda_graph: replay the decode steps as a CUDA graph? None: on a GPU only.
     """
     block_size, length = model.config.block_size, prompt.size(1)
     end = length + max_new_tokens
@@ -164,13 +160,9 @@ def generate(
             cache.position += 1
             text.index_copy_(1, cache.position, draw(logits, temperature, top_k)[:, None])
 
-        compile = compile and kernels is None
-        if compile:
-            step = torch.compile(step, fullgraph=True, dynamic=False, options={'coordinate_descent_tuning': True})
         if text.is_cuda if cuda_graph is None else cuda_graph:
             step = ReplayedStep(step)
-        # attention by matmuls is compiled; PyTorch's attention kernels are faster when it is not
-        with cache.replace_attention(cache.attend_to_cache), sdpa_kernel(SDPBackend.MATH) if compile else nullcontext():
+        with cache.replace_attention(cache.attend_to_cache):
             while length < min(end, block_size + 1):
                 step()
                 length += 1

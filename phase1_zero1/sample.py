@@ -32,7 +32,7 @@ seed = 1337  # seed of the random numbers; needs temperature
 model_dir = ''  # folder of the model.py to use, such as ../phase2_triton; empty: this folder's
 device = 'auto'  # cpu, cuda, cuda:1, mps; auto: the best on this machine
 dtype = 'auto'  # float32, bfloat16 or float16
-compile = False  # use torch.compile? takes a minute or more
+compile = False  # use torch.compile? unused with kv_cache
 kv_cache = True  # draw all samples as a batch, with a key-value cache; False: one after another, slowly
 config, given = configure(globals())  # overrides from the command line and config files; --help lists the flags
 # -----------------------------------------------------------------------------
@@ -88,7 +88,7 @@ with torch.no_grad(), ctx:
     started = hardware.now(device)
     samples = (model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k) for k in range(num_samples))
     if kv_cache:
-        samples = generate(model, x, num_samples, max_new_tokens, temperature, top_k, compile=compile).split(1)
+        samples = generate(model, x, num_samples, max_new_tokens, temperature, top_k).split(1)
     for y in samples:
         print(encoding.decode(y[0].tolist()))
         print('---------------', flush=True)

@@ -128,4 +128,5 @@ def test_sample_script(launch, launch_interpreted, work):
     expected = [model.generate(torch.zeros(1, 1, dtype=torch.long), 30, 0.8, 200)[0] for _ in range(2)]
     out = launch(NANOGPT / 'sample.py', *flags, '--temperature=0.8', '--seed=7', '--kv_cache=False').stdout
     assert samples_in(out) == [''.join(chr(ord('0') + i) for i in text) for text in expected]
-    assert samples_in(launch(NANOGPT / 'sample.py', *flags, '--compile=True').stdout) == plain
+    out = launch(NANOGPT / 'sample.py', *flags, '--compile=True').stdout
+    assert 'note: compile: no effect with kv_cache=True' in out
