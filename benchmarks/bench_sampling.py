@@ -1,16 +1,16 @@
 """
-Measures how much faster sampling is with the key-value cache: model.generate, the cache, and the cache with its decode
-steps replayed as a CUDA graph. The model has random weights.
+How much faster sampling is with the key-value cache: the same model and tokens with model.generate and with the cache,
+on a GPU with its steps replayed as a CUDA graph. The model has random weights.
 
-    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=...    # 4 minutes on one core
-    python benchmarks/bench_sampling.py --tokens=1000 --out=...                            # 1 minute on a GPU
+    python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json  # 4 minutes
+    python benchmarks/bench_sampling.py --out=sampling_h200.json  # 1 to 3 minutes on a GPU
+    python benchmarks/bench_sampling.py --model_dir=phase2_triton --out=sampling_triton_h200.json
 
 The ways are timed in turns, and a ratio is the quotient of two medians of one run. Times include prefill and capture.
 """
 
 import argparse
 import sys
-import time
 from contextlib import redirect_stdout
 from functools import partial
 from os import devnull
@@ -37,15 +37,12 @@ def build(shape, model_dir, device):
 
 
 def ways(model, prompt, samples, tokens, **options):
-    """Returns {name: function}; each function returns the text, int64 (samples, T + tokens)."""
+    """Returns {name: function}. Each function computes the samples as one batch: int64 (samples, T + tokens)."""
     from kv_cache import generate
 
-    def one_by_one():
-        return torch.cat([model.generate(prompt, tokens, **options) for _ in range(samples)])
-
     cached = partial(generate, model, prompt, samples, tokens, **options)
-    found = {'model.generate': one_by_one, 'cache': partial(cached, cuda_graph=False)}
-    return found | ({'cache, CUDA graph': partial(cached, cuda_graph=True)} if prompt.is_cuda else {})
+    found = {'model.generate': partial(model.generate, prompt.expand(samples, -1), tokens, **options)}
+    return found | {'cache, CUDA graph' if prompt.is_cuda else 'cache': cached}
 
 
 def measure(functions, repeats, device):
@@ -76,7 +73,7 @@ def main():
     parser.add_argument('--shape', default='124M', choices=SHAPES)
     parser.add_argument('--model_dir', default='nanoGPT')
     parser.add_argument('--tokens', type=int, default=500)
-    parser.add_argument('--samples', type=int, nargs='+', default=[1, 10])
+    parser.add_argument('--samples', type=int, nargs='+', default=[1, 8])
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--out')
     args = parser.parse_args()
@@ -88,21 +85,6 @@ def main():
         torch.set_num_threads(1)
     model = build(args.shape, args.model_dir, device)
     prompt = torch.randint(SHAPES[args.shape]['vocab_size'], (1, 8), device=device)
-    rows = []
-    for samples in args.samples:
-        functions = ways(model, prompt, samples, args.tokens, temperature=0.8, top_k=200)
-        with torch.no_grad(), hardware.autocast(device, dtype):
-            seconds = measure(functions, args.repeats, device)
-        for name, found in seconds.items():
-            ratio = seconds['model.generate']['median'] / found['median']
-            speed = samples * args.tokens / found['median']
-            rows.append(dict(way=name, samples=samples, seconds=found, tokens_per_sec=speed, ratio=ratio))
-    torch.backends.cuda.matmul.allow_tf32 = False
-    total = SHAPES[args.shape]['block_size'] + 100
-    started = time.perf_counter()
-    same = first_difference(ways(model, prompt, 1, total, temperature=0))
-    seconds, length = time.perf_counter() - started, total + prompt.size(1)
-    print(f'greedy, float32 ({seconds:.0f} s): the first {same} of {length} tokens are the same without the cache')
     report = {
         **facts(cpu=device == 'cpu'),
         'threads': torch.get_num_threads(),
@@ -110,13 +92,25 @@ def main():
         'model_dir': args.model_dir,
         'shape': SHAPES[args.shape],
         'tokens': args.tokens,
-        'rows': rows,
-        'greedy_tokens': total + prompt.size(1),
-        'greedy_tokens_in_common': same,
+        'rows': [],
     }
-    print(sampling(report))
+    for samples in args.samples:
+        functions = ways(model, prompt, samples, args.tokens, temperature=0.8, top_k=200)
+        with torch.no_grad(), hardware.autocast(device, dtype):
+            seconds = measure(functions, args.repeats, device)
+        for name, found in seconds.items():
+            ratio = seconds['model.generate']['median'] / found['median']
+            speed = samples * args.tokens / found['median']
+            report['rows'].append(dict(way=name, samples=samples, seconds=found, tokens_per_sec=speed, ratio=ratio))
+        print(sampling(report), flush=True)
+        if args.out:  # now, in case the run is ended later
+            write_json(args.out, report)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    total = SHAPES[args.shape]['block_size'] + 100
+    same = first_difference(ways(model, prompt, 1, total, temperature=0))
+    print(f'greedy, float32: {same} of {total + prompt.size(1)} tokens as without the cache')
     if args.out:
-        write_json(args.out, report)
+        write_json(args.out, report | {'greedy_tokens': total + prompt.size(1), 'greedy_tokens_in_common': same})
 
 
 @table('sampling_*')

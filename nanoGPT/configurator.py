@@ -40,6 +40,7 @@ POSITIVE = (
     'max_new_tokens',
     'top_k',
     'dist_timeout',
+    'shard_bytes',
 )
 NOT_NEGATIVE = (
     'max_iters',
@@ -52,6 +53,7 @@ NOT_NEGATIVE = (
     'peak_tflops',
     'warmup',
     'val_tokens',
+    'limit',
 )
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 CHOICES = {'gelu': ('erf', 'tanh')}  # for the model's own flags

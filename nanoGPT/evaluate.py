@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ def read_questions():
             texts = [question[key] for key in ('ctx', 'ctx_a', 'ctx_b', 'activity_label')] + question['endings']
             if not all(isinstance(text, str) for text in texts) or not 0 <= int(question['label']) < len(texts) - 4:
                 raise ValueError('a field has the wrong type')
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
             raise UserError(f'{path}, line {i}, is not a HellaSwag question: {type(e).__name__}: {e}') from None
         questions.append(question)
     if not questions:
@@ -153,12 +154,11 @@ def log_likelihoods(model, rows):
     return found
 
 
-def hellaswag_accuracy(model, encoding):
+def hellaswag_accuracy(model, encoding, questions):
     """
     Returns {'acc', 'acc_norm', 'stderr_norm', 'questions'}: accuracy by the highest likelihood, accuracy by the highest
     likelihood per length, the standard error of the latter, and the number of questions. Collective.
     """
-    questions = on_rank_0(read_questions)
     own = questions[rank::world_size]
     endings = [endings_of(question, encoding) for question in own]
     scores = iter(log_likelihoods(model, [(tokens, n) for rows in endings for tokens, n, _ in rows]))
@@ -202,10 +202,16 @@ def add_to_log(path, results):
 
 
 def write_json(path, content):
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(content, f, indent=2, allow_nan=False)
-        f.write('\n')
-    os.replace(path + '.tmp', path)
+    temporary = path + '.tmp'
+    try:
+        with open(temporary, 'w', encoding='utf-8') as f:
+            json.dump(content, f, indent=2, allow_nan=False)
+            f.write('\n')
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 if hellaswag_style not in ('harness', 'llm.c'):
@@ -233,6 +239,7 @@ meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in flags_set, manife
 if not dataset and not hellaswag:
     raise UserError(f'{path} does not record its training data: name a data set with --dataset')
 
+questions = on_rank_0(read_questions) if hellaswag else []
 results = {'checkpoint': os.path.basename(path), 'iter': checkpoint['iter_num'], 'dtype': dtype}
 data = None
 try:
@@ -257,7 +264,7 @@ if data:
     )
 if hellaswag:
     started = time.perf_counter()
-    found = hellaswag_accuracy(model, get_encoding(meta))
+    found = hellaswag_accuracy(model, get_encoding(meta), questions)
     results['hellaswag' if hellaswag_style == 'harness' else 'hellaswag_llmc'] = found
     print(
         f'HellaSwag ({hellaswag_style}), {found["questions"]:,} questions: acc_norm {found["acc_norm"]:.4f} '
@@ -265,7 +272,10 @@ if hellaswag:
     )
 if rank == 0:
     file = os.path.splitext(path)[0] + '_evaluation.json'
-    write_results(file, results)
+    try:
+        write_results(file, results)
+    except OSError as e:
+        raise UserError(f'{file} could not be written: {e.strerror}. The results are above') from None
     print(f'written to {file}')
     log = checkpoint.get('resume', {}).get('log')
     if log:

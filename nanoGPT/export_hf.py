@@ -60,7 +60,11 @@ json.dump(ids, open(work + '/ids.json', 'w'))
 
 
 def write_weights(folder, tensors):
-    """Writes model.safetensors, or several such files and their index if the tensors exceed shard_bytes bytes."""
+    """
+    Writes model.safetensors, or several such files and their index if the tensors exceed shard_bytes bytes. Raises
+    OSError.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     parts, size = [{}], 0
@@ -73,7 +77,10 @@ def write_weights(folder, tensors):
     names = ['model.safetensors'] if len(parts) == 1 else []
     names = names or [f'model-{i:05d}-of-{len(parts):05d}.safetensors' for i in range(1, len(parts) + 1)]
     for name, part in zip(names, parts):
-        save_file(part, os.path.join(folder, name), metadata={'format': 'pt'})
+        try:
+            save_file(part, os.path.join(folder, name), metadata={'format': 'pt'})
+        except SafetensorError as e:  # a full disk
+            raise OSError(str(e)) from None
         os.chmod(os.path.join(folder, name), 0o644)  # safetensors makes it unreadable for other users
     if len(parts) > 1:
         index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values())}}
@@ -115,7 +122,7 @@ A GPT with GPT-2's architecture, exported from `{os.path.basename(path)}`.
 ```python
 {'' if has_tokenizer else 'import torch' + chr(10)}{imports}
 
-folder = '{os.path.basename(os.path.abspath(hf_dir))}'
+folder = {os.path.basename(os.path.abspath(hf_dir))!r}
 model = AutoModelForCausalLM.from_pretrained(folder)
 {tokenizer}tokens = model.generate({prompt}, max_new_tokens=50)
 print({'tokenizer.decode(tokens[0])' if has_tokenizer else 'tokens[0]'})
@@ -173,7 +180,7 @@ if os.path.exists(hf_dir) and (not os.path.isdir(hf_dir) or os.listdir(hf_dir)):
     raise UserError(f'hf_dir={hf_dir} exists already: delete it, or name another folder')
 if dtype not in ('float32', 'bfloat16'):
     raise UserError(f"dtype is '{dtype}', but it can be float32 or bfloat16")
-for package in ('safetensors', 'transformers'):
+for package in ('safetensors', 'transformers', 'tokenizers'):
     if importlib.util.find_spec(package) is None:
         raise UserError(f'export_hf.py needs the package {package}: {pip_install(package)}')
 
@@ -196,7 +203,8 @@ vocab_size = min(args['vocab_size'], meta.get('vocab_size', 50257)) if crop_voca
 weights = model.state_dict()
 torch_dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16}[dtype]
 tensors = hf_format.to_hf(weights, vocab_size, torch_dtype)
-folder = hf_dir.rstrip(os.sep) + '.tmp'
+parent, name = os.path.split(os.path.abspath(hf_dir))
+folder = os.path.join(parent, f'.{name}.tmp')
 shutil.rmtree(folder, ignore_errors=True)  # left by a killed export
 try:
     os.makedirs(folder)

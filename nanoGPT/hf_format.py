@@ -13,10 +13,11 @@ import os
 import torch
 
 from errors import UserError
-from shell import pip_install
 
 ACTIVATIONS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}  # GPTConfig's gelu
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+BUFFERS = ('.attn.bias', '.attn.masked_bias')  # the causal mask, which old exports contain
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CHECKSUMS = 'SHA256SUMS'
 OWN = 'nanogpt'  # key in config.json for fields that transformers does not know
 
@@ -38,12 +39,33 @@ def to_hf(weights: dict, vocab_size: int, dtype: torch.dtype) -> dict:
     return tensors
 
 
+def check_weights(tensors: dict, n_layer: int) -> dict:
+    """
+    Returns transformers' tensors without the prefix of their names and without buffers. Raises UserError unless they
+    are finite floats of n_layer blocks.
+    """
+    tensors = {name.removeprefix('transformer.'): t for name, t in tensors.items() if not name.endswith(BUFFERS)}
+    blocks = {name.split('.')[1] for name in tensors if name.startswith('h.')}
+    if len(blocks) != n_layer:
+        raise UserError(f'its config.json has n_layer={n_layer}, but its weights have {len(blocks)} blocks')
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(f'{name} is quantized ({tensor.dtype}), and our model is not')
+        if not tensor.isfinite().all():
+            raise UserError(f'{name} contains numbers that are not finite: its training diverged')
+    return tensors
+
+
 def from_hf(tensors: dict, expected: dict) -> dict:
     """
-    Returns transformers' tensors in float32 under the names of `expected`, a GPT's state_dict, or raises UserError.
+    Returns tensors from check_weights in float32 under the names of `expected`, a GPT's state_dict. Raises UserError if
+    they are not exactly its weights.
     """
-    tensors = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}
-    weights = {}
+    weights, unknown = {}, set(tensors) - {name.removeprefix('transformer.') for name in expected}
+    # absent biases were exported as zeros
+    unknown = sorted(name for name in unknown if not (name.endswith('.bias') and f'{name[:-4]}weight' in tensors))
+    if unknown:
+        raise UserError(f'the weights include {unknown[0]}, which our model lacks')
     for name, own in expected.items():
         theirs = 'wte.weight' if name == 'lm_head.weight' else name.removeprefix('transformer.')
         if theirs not in tensors:
@@ -115,29 +137,28 @@ def model_args_of(config):
             raise UserError(
                 f'its config.json has {key}={value!r}, which our model lacks (it has {" or ".join(map(repr, values))})'
             )
-    own = config.get(OWN) or {}
+    own = config.get(OWN, {})
+    bias, dataset = (own.get('bias', True), own.get('dataset', '')) if isinstance(own, dict) else (None, None)
+    if not isinstance(bias, bool) or not isinstance(dataset, str):
+        raise UserError(f'its config.json is invalid: {OWN}={own!r}')
     model_args = dict(
         n_layer=sizes['n_layer'],
         n_head=sizes['n_head'],
         n_embd=sizes['n_embd'],
         block_size=sizes['n_positions'],
-        bias=own.get('bias', True),
+        bias=bias,
         vocab_size=sizes['vocab_size'],
         dropout=0.0,
     )
-    return model_args, ACTIVATIONS[config.get('activation_function', 'gelu_new')], own.get('dataset', '')
+    return model_args, ACTIVATIONS[config.get('activation_function', 'gelu_new')], dataset
 
 
 def write_tokenizer(folder: str, meta: dict, block_size: int) -> int | None:
     """
     Writes the tokenizer files of a data set with this meta (see load_meta) and returns the id of <|endoftext|>, or None
-    if there is none. Raises UserError for an encoding that has no tokenizer here, or if the package tokenizers is
-    missing.
+    if there is none. Raises UserError for an encoding that has no tokenizer here.
     """
-    try:
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    except ImportError:
-        raise UserError(f'the package tokenizers is not installed ({pip_install("tokenizers")})') from None
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     config, end_token = {'tokenizer_class': 'PreTrainedTokenizerFast'}, None
     if not meta or meta.get('encoding') == 'gpt2':
@@ -200,7 +221,7 @@ def read_json(path):
             content = json.load(f)
     except FileNotFoundError:
         raise UserError(f'{path} does not exist, so its folder holds no exported model') from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path} cannot be read ({e})') from None
     if not isinstance(content, dict):
         raise UserError(f'{path} holds a {type(content).__name__} instead of an object')
@@ -217,7 +238,7 @@ def write_checksums(folder):
 def check_checksum(folder, name):
     """Raises UserError if the file's SHA-256 differs from the one in SHA256SUMS. Checks nothing without that file."""
     path = os.path.join(folder, CHECKSUMS)
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return
     with open(path, errors='replace') as f:
         expected = {line[66:].strip(): line[:64] for line in f}

@@ -36,7 +36,7 @@ def find_folder(hf_dir):
     """
     if os.path.isdir(hf_dir):
         return hf_dir
-    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', hf_dir):
+    if os.path.exists(hf_dir) or not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', hf_dir):
         raise UserError(f'hf_dir={hf_dir}: there is no such folder')
     try:
         from huggingface_hub import snapshot_download
@@ -62,9 +62,10 @@ def read_weights(folder):
     index = os.path.join(folder, 'model.safetensors.index.json')
     names = ['model.safetensors']
     if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
-        names = sorted(
-            {os.path.basename(str(name)) for name in hf_format.read_json(index).get('weight_map', {}).values()}
-        )
+        weight_map = hf_format.read_json(index).get('weight_map')
+        if not isinstance(weight_map, dict):
+            raise UserError(f'{index} has no weight_map, so it does not say which files hold the weights')
+        names = sorted({os.path.basename(str(name)) for name in weight_map.values()})
     tensors = {}
     for name in names:
         path = os.path.join(folder, name)
@@ -85,18 +86,24 @@ def check_vocabulary(folder, vocab_size):
     Raises UserError if the tokenizer in the folder does not fit: if it has more tokens than the model, or differs from
     GPT-2's where sample.py would use GPT-2's. Accepts a folder without a tokenizer.
     """
-    path = os.path.join(folder, 'tokenizer.json')
-    if os.path.exists(path):
-        content = hf_format.read_json(path)
-        model = content.get('model')
-        vocab = model.get('vocab') if isinstance(model, dict) else None
-        added = {token.get('content'): token.get('id') for token in content.get('added_tokens') or []}
-    else:
-        path = os.path.join(folder, 'vocab.json')
-        vocab, added = hf_format.read_json(path) if os.path.exists(path) else None, {}
-    if not isinstance(vocab, dict):
+    paths = [os.path.join(folder, name) for name in ('tokenizer.json', 'vocab.json')]
+    path = next(filter(os.path.exists, paths), None)
+    if path is None:
         return
-    vocab = vocab | added
+    vocab = hf_format.read_json(path)
+    if path == paths[0]:
+        try:
+            added = {token['content']: token['id'] for token in vocab.get('added_tokens') or []}
+            vocab = vocab['model']['vocab'] | added
+        except (KeyError, TypeError):
+            vocab = None
+    if vocab is None or not all(type(i) is int for i in vocab.values()):
+        if check_tokenizer:
+            raise UserError(
+                f"the tokenizer does not fit: {path} has no table of tokens and ids, as GPT-2's has; "
+                '--check_tokenizer=False imports the weights anyway'
+            )
+        return
     largest = max(vocab.values(), default=-1)
     if largest >= vocab_size:
         raise UserError(
@@ -122,6 +129,7 @@ model_args, own_gelu, dataset = hf_format.model_args_of(hf_format.read_json(os.p
 gelu = own_gelu if gelu == 'auto' else gelu
 check_vocabulary(folder, model_args['vocab_size'])
 tensors = read_weights(folder)
+tensors = hf_format.check_weights(tensors, model_args['n_layer'])
 if not model_args['bias'] and any(tensor.any() for name, tensor in tensors.items() if name.endswith('.bias')):
     model_args['bias'] = True  # it has been trained further, with biases, elsewhere
 with torch.device('meta'):  # shapes without memory

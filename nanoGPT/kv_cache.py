@@ -10,6 +10,7 @@ so the cache is valid for the first block_size tokens. Beyond them, each token r
 block_size tokens, as model.generate does.
 
 The model is unaware of the cache: during a step, KVCache replaces its attention's forward and its position embeddings.
+A model that has kernels for this step, as the one in phase2_triton has, returns them from its method decode_step.
 """
 
 from contextlib import contextmanager
@@ -46,14 +47,13 @@ class KVCache:
     def decode(self, token: torch.Tensor) -> torch.Tensor:
         """
         Computes the token (num_samples, 1) at self.position, caches its keys and values, and returns the logits
-        (num_samples, vocab_size).
+        (num_samples, vocab_size). Call it while attend_to_cache replaces the attention.
         """
         later, dtype = self.positions > self.position, next(iter(self.cache.values())).dtype
         self.mask = torch.zeros_like(later, dtype=dtype).masked_fill(later, -float('inf'))[None]  # (1, length)
         # the model computes one token, so it reads row 0 of its position embeddings
         row = self.model.transformer.wpe.weight.index_select(0, self.position)
-        with self.replace_attention(self.attend_to_cache):
-            logits, _ = functional_call(self.model, {'transformer.wpe.weight': row}, (token,), tie_weights=False)
+        logits, _ = functional_call(self.model, {'transformer.wpe.weight': row}, (token,), tie_weights=False)
         return logits[:, -1]
 
     @contextmanager
@@ -115,17 +115,16 @@ def draw(logits, temperature, top_k):
     Returns tokens (B,) for logits (B, vocab_size), drawn from the top_k likeliest (None: all); at temperature 0 the
     likeliest. Dividing each probability by an exponentially distributed random number and taking the largest quotient
     picks each token with its probability. torch.multinomial does the same, but its checks cannot be captured as a CUDA
-    graph.
+    graph. The quotients are compared by their logarithms, which need no softmax.
     """
-    logits = logits.float()
     if temperature < 1e-10:  # dividing by it would overflow
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = torch.topk(logits, min(top_k, logits.size(-1)), sorted=False).values.amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < kth, -float('inf'))
-    probabilities = F.softmax(logits, dim=-1)
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
+    noise = torch.empty_like(logits, dtype=torch.float32).exponential_()
+    if top_k is None:
+        return (logits.float() / temperature - noise.log()).argmax(dim=-1)
+    logits, tokens = logits.topk(min(top_k, logits.size(-1)), sorted=False)
+    winner = (logits.float() / temperature - noise.gather(-1, tokens).log()).argmax(dim=-1, keepdim=True)
+    return tokens.gather(-1, winner)[:, 0]
 
 
 @torch.no_grad()
@@ -153,16 +152,20 @@ def generate(
         text[:, length] = draw(cache.prefill(prompt).expand(num_samples, -1), temperature, top_k)
         length += 1
 
+        kernels = model.decode_step(cache.cache, cache.position) if hasattr(model, 'decode_step') else None
+        decode = kernels or cache.decode
+
         def step():
-            logits = cache.decode(text.index_select(1, cache.position))
+            logits = decode(text.index_select(1, cache.position))
             cache.position += 1
             text.index_copy_(1, cache.position, draw(logits, temperature, top_k)[:, None])
 
         if text.is_cuda if cuda_graph is None else cuda_graph:
             step = ReplayedStep(step)
-        while length < min(end, block_size + 1):
-            step()
-            length += 1
+        with cache.replace_attention(cache.attend_to_cache):
+            while length < min(end, block_size + 1):
+                step()
+                length += 1
     while length < end:
         logits, _ = model(text[:, length - block_size : length])
         text[:, length] = draw(logits[:, -1], temperature, top_k)

@@ -19,6 +19,7 @@ GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's gelu -> PyTorch's approxim
 
 from kernels.attention import causal_attention
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from kernels.decode import decode_step
 from kernels.device import announce_triton
 from kernels.embedding import embeddings
 from kernels.linear import autocast_dtype
@@ -89,6 +90,8 @@ class GPTConfig:
 
 
 class GPT(nn.Module):
+    decode_step = decode_step  # kernels for kv_cache.py
+
     def __init__(self, config):
         super().__init__()
         self.config = config

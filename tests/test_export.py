@@ -208,7 +208,8 @@ def edit_json(path, **changes):
         (dict(n_inner=100), 'n_inner=100'),
         (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon=1e-06'),
         (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=True'),
-        (dict(n_layer=4), 'lack h.3.ln_1.weight'),
+        (dict(n_layer=4), 'its weights have 3 blocks'),
+        (dict(nanogpt={'bias': 'no'}), "invalid: nanogpt={'bias': 'no'}"),
         (dict(n_embd=64), 'by config.json it should be'),
         (dict(n_head=None), 'n_head=None'),
     ],
@@ -218,6 +219,29 @@ def test_models_that_are_not_ours(launch, random_gpt2, changes, message):
     run = launch(IMPORT, '--hf_dir=hf', check=False)
     assert run.returncode == 2 and message in run.stderr and 'Traceback' not in run.stderr
     assert not os.path.exists('out/ckpt.pt')
+
+
+def test_weights_that_are_not_ours(launch, random_gpt2):
+    """Quantized, not finite, or more than our model has. The mask that old exports contain is left out."""
+    from safetensors.torch import load_file, save_file
+
+    path = f'hf/{sorted(name for name in os.listdir("hf") if name.endswith(".safetensors"))[0]}'
+    weights = load_file(path)
+    name = next(iter(weights))
+    for change, message in (
+        ({name: weights[name].to(torch.int8)}, 'is quantized (torch.int8)'),
+        ({name: weights[name] * float('nan')}, 'contains numbers that are not finite'),
+        ({'transformer.h.3.ln_1.weight': torch.ones(32)}, 'n_layer=3, but its weights have 4 blocks'),
+        ({'score.weight': torch.ones(2, 32)}, 'the weights include score.weight'),
+        ({'transformer.h.0.attn.bias': torch.ones(1, 1, 32, 32)}, None),
+    ):
+        save_file(weights | change, path)
+        run = launch(IMPORT, '--hf_dir=hf', check=False)
+        assert (run.returncode, os.path.exists('out/ckpt.pt')) == ((2, False) if message else (0, True)), run.stderr
+        assert (message or '') in run.stderr and 'Traceback' not in run.stderr
+    edit_json('hf/model.safetensors.index.json', weight_map=None)
+    run = launch(IMPORT, '--hf_dir=hf', check=False)
+    assert run.returncode == 2 and 'has no weight_map' in run.stderr
 
 
 def test_damaged_and_missing_files(launch, work):
@@ -264,6 +288,7 @@ def test_tokenizers_that_do_not_fit(launch, work):
     edit_json('hf/config.json', vocab_size=50257)
     assert 'is not GPT-2' in import_error({'a': 0, 'b': 40})
     assert 'model.safetensors does not exist' in import_error({'a': 0}, '--check_tokenizer=False')
+    assert 'has no table of tokens and ids' in import_error([['a', -1.0]])
 
     write_random_checkpoint('letters', 40, False, 'erf')
     make_dataset('bytes', 256, {'vocab_size': 256, 'encoding': 'byte'})

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import kernels
 from conftest import NANOGPT, ROOT, TINY
 from kernels import cross_entropy as cross_entropy_kernels
+from kernels import decode as decode_kernels
 from kernels import device as kernel_device
 from kernels import embedding as embedding_kernels
 from kernels import gelu as gelu_kernels
@@ -233,6 +234,22 @@ def test_other_kernels_compile_without_spilling_registers(capability):
     launches.append((embedding_kernels.backward_kernel, dict(**constants, ADD=True, NEED_DWPE=True), types, c))
     types = {'x_ptr': '*bf16', 'scale_ptr': '*fp32', 'y_ptr': '*bf16', 'size': 'i32'}
     launches.append((cross_entropy_kernels.scale_kernel, dict(BLOCK=2048), types, Config(1, 2048, 4)))
+    for K, x, y, bias, norm, gelu, add in (
+        (768, '*fp32', '*bf16', True, True, 'none', False),
+        (3072, '*bf16', '*fp32', True, False, '', True),
+        (1600, '*fp32', '*bf16', False, True, 'tanh', False),
+        (6400, '*bf16', '*fp32', False, False, '', True),  # of GPT-2 XL; it spills on sm_120
+    )[: 3 if capability == 120 else 4]:
+        constants = dict(K=K, COLS=4, CHUNK=128, NORM=norm, HAS_NORM_BIAS=norm and bias, HAS_BIAS=bias, GELU=gelu)
+        types = dict.fromkeys(('norm_weight_ptr', 'norm_bias_ptr'), '*fp32')
+        types |= dict.fromkeys(('weight_ptr', 'bias_ptr'), '*bf16')
+        types |= {'x_ptr': x, 'y_ptr': y, 'B': 'i32', 'N': 'i32', 'eps': 'fp32'}
+        c = Config(1, 128, 4, pdl=capability >= 90)
+        launches.append((decode_kernels.gemv_kernel, dict(**constants, ADD=add, PDL=c.pdl), types, c))
+    c = Config(1, 256, 8, pdl=capability >= 90)
+    types = dict.fromkeys(('qkv_ptr', 'cache_ptr', 'y_ptr'), '*bf16')
+    types |= {'position_ptr': '*i64', 'L': 'i32', 'scale': 'fp32'}
+    launches.append((decode_kernels.attention_kernel, dict(H=12, D=64, BLOCK_D=64, CHUNK=256, PDL=c.pdl), types, c))
     for kernel, *launch in launches:
         compiled, report = compile_offline(kernel, *launch, capability)
         assert compiled.metadata.shared <= shared_memory[capability]

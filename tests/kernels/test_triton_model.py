@@ -15,7 +15,9 @@ from numerics import bf16, device, f16, f32, f64, gpu
 from torch import nn
 
 import fake_cuda_graph
+import kv_cache
 from kernels import available
+from kernels.decode import MOST_SAMPLES
 from kernels.device import answers
 
 VOCABULARY, BLOCK, MICRO_STEPS = 65, 16 if gpu else 8, 3 if gpu else 2  # the interpreter takes half a second for one
@@ -499,3 +501,21 @@ def test_captured_under_ddp(folder, micro_steps, monkeypatch):
 
 def test_kernels_run_here():
     assert available(device)
+
+
+@pytest.mark.parametrize('samples, options', [(1, dict()), (3, dict(bias=False, gelu='tanh'))])
+def test_sampling_with_a_cache(samples, options, monkeypatch):
+    """
+    The greedy text is model.generate's. Kernels compute the steps, unless there are too many samples for them.
+    """
+    model = small(load_model('phase2_triton'), block_size=16, **options).eval()
+    for p in model.parameters():  # large enough that the text depends on all earlier tokens
+        p.data += 0.3 * torch.randn_like(p)
+    prompt = torch.randint(VOCABULARY, (1, 5), device=device)
+    expected = model.generate(prompt, 14, temperature=0)
+    decode, steps = kv_cache.KVCache.decode, []
+    monkeypatch.setattr(kv_cache.KVCache, 'decode', lambda self, token: steps.append(0) or decode(self, token))
+    assert torch.equal(kv_cache.generate(model, prompt, samples, 14, temperature=0), expected.expand(samples, -1))
+    assert not steps
+    kv_cache.generate(model, prompt, MOST_SAMPLES + 1, 3, cuda_graph=False)
+    assert len(steps) == 2
