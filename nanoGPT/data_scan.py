@@ -6,13 +6,13 @@ than a few seconds, it shows its progress on a terminal. A token it finds become
 the next step boundary, after a save.
 """
 
-import os
 import sys
 import threading
 import time
 
 import numpy as np
 
+import torchrun_env
 from data_identity import in_both_splits
 from token_files import outside_vocabulary, unreadable
 
@@ -26,14 +26,14 @@ def scan_in_background(data, vocab_size: int) -> threading.Thread:
     when the scan does, or with the process.
     """
     thread = threading.Thread(target=_scan, args=(data, vocab_size), daemon=True, name='data scan')
-    if os.environ.get('LOCAL_RANK', '0') == '0':
+    if torchrun_env.first_on_machine():
         thread.start()
     return thread
 
 
 def _scan(data, vocab_size):
     warning = in_both_splits(data.fingerprint())  # now, before anything can replace the files
-    if warning and os.environ.get('RANK', '0') == '0':
+    if warning and torchrun_env.number('RANK', 0) == 0:
         print(f'WARNING: {warning}', file=sys.stderr)
     files = [file for tokens in data.splits.values() for file in tokens.files if _can_exceed(file, vocab_size)]
     files.sort(key=lambda file: file.bytes)  # small files are checked before the first steps are done

@@ -21,6 +21,7 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
+import torchrun_env
 from checkpoint_crc import DamagedFile, add_crc, check_archive
 from checkpoint_fields import check_fields, check_finite
 from errors import UserError, first_line, reason
@@ -196,7 +197,7 @@ def read_file(path: str):
         if os.path.isdir(path):
             raise UserError(_about_folder(path))
         # one rank per machine reads all of it; every rank notices a file that was cut short
-        check_archive(path, contents=os.environ.get('LOCAL_RANK', '0') in ('', '0'))
+        check_archive(path, contents=torchrun_env.first_on_machine())
         # mapped into memory, so that the ranks of one machine share the pages they read
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:

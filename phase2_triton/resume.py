@@ -3,6 +3,8 @@ Resumes a run from its checkpoint: the architecture, AdamW's state, and each ran
 """
 
 import math
+import os
+from contextlib import suppress
 
 import torch
 
@@ -10,7 +12,7 @@ from checkpoint import fit_names, load_checkpoint, load_model, saved_options
 from checkpoint_fields import check_finite
 from configurator import ARCHITECTURE
 from data_identity import check_same_data
-from distributed import same_on_all_ranks
+from distributed import max_over_ranks, same_on_all_ranks
 from errors import UserError
 
 
@@ -141,6 +143,17 @@ def crop_positions(checkpoint: dict, model) -> dict:
     return {**checkpoint, 'model': weights}
 
 
+def _loss_of_best(path):
+    """
+    Returns the validation loss of ckpt_best.pt in the folder of the checkpoint, -inf if there is none. A run that could
+    write ckpt.pt but not its copy leaves an older ckpt_best.pt, with a larger loss, which is the one to beat.
+    """
+    with suppress(Exception):  # a damaged file can raise any error
+        best = torch.load(os.path.join(os.path.dirname(path), 'ckpt_best.pt'), 'cpu', weights_only=True, mmap=True)
+        return float(best['best_val_loss'])
+    return -math.inf
+
+
 class Resume:
     """
     Everything a run takes from a checkpoint. With path=None, for a run from scratch or from pretrained weights, it is
@@ -155,7 +168,7 @@ class Resume:
         self.iter_num, self.best_val_loss, self.log, self.order = 0, 1e9, None, None
         if path:
             self.iter_num = same_on_all_ranks(self.checkpoint['iter_num'], f'the iteration of {path}')
-            self.best_val_loss = self.checkpoint['best_val_loss']
+            self.best_val_loss = max_over_ranks(max(self.checkpoint['best_val_loss'], _loss_of_best(path)))
             extra = self.checkpoint.get('resume', {})  # nanoGPT's own checkpoints have none
             self.log = {'log': extra.get('log'), 'iter': self.iter_num}
             self.order = extra.get('order')

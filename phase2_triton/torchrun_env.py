@@ -12,6 +12,11 @@ import os
 launch_id = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
 
 
+def first_on_machine() -> bool:
+    """Returns whether this process does what one process of each machine must do, such as reading a whole file."""
+    return number('WORLD_SIZE', 1) <= 1 or number('LOCAL_RANK', 0) == 0  # a single process may inherit a LOCAL_RANK
+
+
 def number(name: str, default: int) -> int:
     """Returns the environment variable as an int of at least 0, or default if it is unset, empty or malformed."""
     text = os.environ.get(name, '')

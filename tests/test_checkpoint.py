@@ -241,6 +241,15 @@ def test_a_best_checkpoint_that_cannot_be_copied(run, capsys, monkeypatch):
     assert 'out/ckpt.pt is saved, but not its copy out/ckpt_best.pt' in capsys.readouterr().err
 
 
+def test_a_resume_knows_the_best_checkpoint_on_the_disk(launch, run):
+    """A run that was killed after it could not copy ckpt.pt has recorded a best loss that no checkpoint has."""
+    write_checkpoint({**load('out/ckpt.pt'), 'best_val_loss': 0.5}, 'out', best=False, required=True)
+    best = load('out/ckpt_best.pt')
+    launch(TRAIN, *RESUME, '--n_layer=1', '--max_iters=6', '--eval_interval=3', '--learning_rate=1e-2')
+    assert best['best_val_loss'] > load('out/ckpt_best.pt')['best_val_loss'] > 0.5
+    assert load('out/ckpt.pt')['best_val_loss'] == load('out/ckpt_best.pt')['best_val_loss']
+
+
 def test_what_was_set_aside_is_not_overwritten(launch, run):
     saved = {}
     for n_layer, ending in ((1, ''), (2, '_before'), (3, '_before_2')):

@@ -232,15 +232,16 @@ def test_an_evaluation_without_its_data_is_no_best_one(launch, work, flag):
     assert load('out/ckpt.pt')['iter_num'] == 5 and not os.path.exists('out/ckpt_best.pt')
 
 
-@pytest.mark.parametrize('split', ['train', 'val'])
-@pytest.mark.parametrize('nproc', [1, 2])
-def test_the_scan_finds_a_bad_token_on_every_rank(launch, work, split, nproc):
+@pytest.mark.parametrize(
+    'split, nproc, env', [('train', 1, {}), ('val', 1, {'LOCAL_RANK': '3'}), ('train', 2, {}), ('val', 2, {})]
+)
+def test_the_scan_finds_a_bad_token_on_every_rank(launch, work, split, nproc, env):
     """One of 200,000 tokens is bad, which random draws would take long to hit."""
     ids = np.tile(np.arange(40), 5000)
     ids[150_000] = 40
     write(work / 'data/letters', {f'{split}.bin': headerless(ids)})
     flags = ['--max_iters=100000', '--eval_interval=100000', '--log_interval=1000', '--eval_iters=1']
-    result = launch(TRAIN, *TINY, *flags, nproc=nproc, check=False, timeout=60)
+    result = launch(TRAIN, *TINY, *flags, nproc=nproc, env=env, check=False, timeout=60)
     assert result.returncode == 2 and 'Traceback' not in result.stderr
     assert result.stderr.count('error: ') == 1
     assert f'token 40 at position 150,000 of data/letters/{split}.bin is outside the vocabulary of 40' in result.stderr

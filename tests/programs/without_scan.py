@@ -1,11 +1,8 @@
-"""
-`without_scan.py TRAIN.PY [FLAG ...]` runs a train.py whose ranks do not scan the data: each takes itself for the second
-of its machine.
-"""
-
-import os
+"""`without_scan.py TRAIN.PY [FLAG ...]` runs a train.py that does not scan the data for bad tokens."""
 
 from script import run_script
 
-os.environ['LOCAL_RANK'] = '1'
+import data_scan
+
+data_scan._scan = lambda data, vocab_size: None
 run_script()
