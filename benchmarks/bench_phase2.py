@@ -84,6 +84,7 @@ def off(*names):
         may_wait=lambda *_: False,
         packed_plan=lambda *_: None,
         takes_cublaslt=lambda *_: False,
+        fits=lambda *_: False,
         clip=None,
         rounded=lambda weight, dtype: weight.to(dtype),  # in each micro-step
     )
@@ -103,6 +104,7 @@ def steps():
         ('+ LayerNorm gradients summed together', 'may_wait'),
         ("+ attention's gradients packed by cuDNN", 'packed_plan'),
         ('+ cuBLASLt where it is faster', 'takes_cublaslt'),
+        ('+ exponentials written by the last matmul', 'fits'),
         ('+ clipping by AdamW', 'clip'),
     ]
     later = ' '.join(names for _, names in changes)
