@@ -89,13 +89,14 @@ def off(*names):
         may_wait=lambda *_: False,
         packed_plan=lambda *_: None,
         takes_cublaslt=lambda *_: False,
+        fits=lambda *_: False,
         clip=None,
         rounded=lambda weight, dtype: weight.to(dtype),  # in each micro-step
     )
     return {name: own[name] for name in names}
 
 
-TRITON = '+ cuBLASLt where it is faster'  # the last change: the Triton model as train.py runs it
+TRITON = '+ exponentials written by the last matmul'  # the last change: the Triton model as train.py runs it
 UPSTREAM = 'upstream nanoGPT, compiled'
 
 
@@ -111,7 +112,8 @@ def steps():
         ('+ scaling of the loss by a kernel', 'scaled'),
         ('+ LayerNorm gradients summed together', 'may_wait'),
         ("+ attention's gradients packed by cuDNN", 'packed_plan'),
-        (TRITON, 'takes_cublaslt'),
+        ('+ cuBLASLt where it is faster', 'takes_cublaslt'),
+        (TRITON, 'fits'),
     ]
     later = [name for _, name in changes]
     yield 'cuda_graph, PyTorch only', (*later, 'clip')
@@ -728,7 +730,9 @@ def phase2_gradients(report):
     for row in report['rows']:
         errors, ratios = row['errors'], [row['errors'][key] / base[key] for key in base]
         numbers = (f'{statistics.fmean(errors.values()):.2e}', f'{max(errors.values()):.2e}')
-        name = {TRITON: 'Triton', '+ half_residual': 'Triton, half_residual'}.get(row['name'], row['name'])
+        name = row['name']
+        if name.startswith('+ '):  # the last change so far is the Triton model
+            name = 'Triton, half_residual' if name == '+ half_residual' else 'Triton'
         cells.append((name, *numbers, f'{statistics.median(ratios):.3f}', f'{max(ratios):.3f}'))
     header = ['mean error', 'largest', "÷ the compiled reference's: median", 'largest']
     return markdown([f'one micro-step of {report["batch_size"]} × 1024, {len(base)} parameters', *header], cells)
@@ -756,14 +760,6 @@ def measured(reports):
             rows.append((label, short(report), *numbers, gib(row['peak_memory_bytes'], 1), where))
     header = ['', 'GPU', 'tokens/s', 'compiled reference in the same turns', '× that', '× reference with CUDA graph']
     return markdown([*header, 'peak, GiB', 'result file'], rows)
-
-
-@number
-def against_compiled(file, *name):
-    """The speed of a variant over that of the compiled reference in the same turns."""
-    report = load(file)
-    row = changes(report)[' '.join(name)]
-    return times(speed_of(row, report, row['ms']), speed_of(row, report, row['ms_reference']))
 
 
 def ladder_in_short():

@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import exp_cross_entropy
 from .device import available, interpreted, jit, l2_bytes, num_multiprocessors, tl, triton
 from .launch import Config, launch
 from .linear import autocast_dtype, can_leave_gradient, half_dtypes, leave_gradient, rounded, weight_gradient
@@ -231,6 +232,8 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_
             return ChunkedLinearCrossEntropyFunction.apply(
                 x, weight, targets, ignore_index, dtype, need_grad, tied, chunk_rows
             )
+        if need_grad and exp_cross_entropy.fits(x, weight, dtype):
+            return exp_cross_entropy.ExpCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, tied)
         return LinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied)
 
 
