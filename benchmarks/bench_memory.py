@@ -1,16 +1,22 @@
 """
-Reserved GPU memory of a training step, one process per configuration, on one GPU. plan.py is fitted on the result.
+Reserved GPU memory of a training step, one process per GPU and configuration. plan.py is fitted on the result.
 
     python benchmarks/bench_memory.py --out=benchmarks/results/memory_h200.json --seconds=225
+    python benchmarks/bench_memory.py --time --out=benchmarks/results/memory_times_h200.json --seconds=118
+    python benchmarks/bench_memory.py --ranks=2 --out=benchmarks/results/memory_h200x2.json --seconds=60
     python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: checks the script, measures nothing
 
-DDP's model and the Triton model run in nanoGPT/bench.py, without a process group: gradients have no buckets then. FSDP runs in a group of
-one rank (trainer.py): the shard is the whole model, and units are gathered as among many ranks. Each process runs four iterations
-of micro_steps micro-steps, random tokens, expandable segments as in train.py. With CUDA graphs the first two iterations launch kernels and
-the third captures, so the result states both peaks: reserved_launched before the first capture, and reserved over the whole process.
+The models of one GPU run in nanoGPT/bench.py, without a process group: gradients have no buckets then. FSDP, and DDP and ZeRO-1 on several
+GPUs, run in trainer.py. FSDP on one GPU runs in a group of one rank: the shard is the whole model, and units are gathered as among many
+ranks. Each process runs some iterations of micro_steps micro-steps, random tokens, expandable segments as in train.py. With CUDA graphs the
+first iterations launch kernels and a later one captures, so the result states both peaks: reserved_launched before the first capture, and
+reserved over the whole process. With several ranks, each number is that of the rank with the most.
 
-Several processes share the GPU, as many as fit: memory does not depend on that, and speed is not measured. A configuration for which no
-time is left is listed in `not_run`.
+Several processes share the GPU, as many as fit: memory does not depend on that. A configuration for which no time is left is listed in
+`not_run`.
+
+With --time, each process also times iterations of other configurations: processes compile and warm up at the same time, and once all of
+them are ready each has the GPU to itself in turn. The first half of its iterations warms the GPU up again and does not count.
 """
 
 import argparse
@@ -21,19 +27,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from common import GIB, ROOT, facts, write_json
+from common import GIB, ROOT, facts, spread, torchrun, write_json
 
-SIZES = {  # n_layer, n_head, n_embd
-    '124M': (12, 12, 768),
-    '350M': (24, 16, 1024),
-    '774M': (36, 20, 1280),
-    '1.5B': (48, 25, 1600),
-    'tiny': (2, 2, 64),
-}
+sys.path[:0] = [str(ROOT), str(ROOT / 'nanoGPT')]
+from planner import measured, memory
+from planner.gpus import GPUS
+
+SIZES = measured.SHAPES | {'tiny': (2, 2, 64)}  # n_layer, n_head, n_embd
 LAUNCHED, GRAPHS = {'cuda_graph': False}, {'cuda_graph': True}
 AC, EAGER = {'activation_checkpointing': True}, {'compile': False, 'cuda_graph': False}
 
@@ -106,9 +111,75 @@ def configurations():
     ]
 
 
+def timed_configurations():
+    """Returns configurations to time, in the form of configurations(): checkpointing, and other contexts than 1024."""
+    return [
+        ('ddp', '350M', 8, 1024, GRAPHS | AC),
+        ('ddp', '124M', 12, 1024, GRAPHS | AC),
+        ('ddp', '124M', 32, 1024, GRAPHS | AC),
+        ('ddp', '124M', 8, 2048, GRAPHS),
+        ('ddp', '124M', 16, 512, GRAPHS),
+        ('triton', '350M', 8, 2048, GRAPHS),
+        ('triton', '350M', 8, 2048, GRAPHS | AC),
+        ('triton', '124M', 32, 1024, GRAPHS | AC),
+        ('triton', '124M', 8, 2048, GRAPHS),
+        ('triton', '124M', 12, 256, GRAPHS),
+        ('triton', '1.5B', 8, 1024, GRAPHS | AC),
+        ('triton', '1.5B', 4, 2048, GRAPHS),
+        ('triton', '774M', 8, 1024, GRAPHS),
+        ('ddp', '774M', 8, 1024, EAGER | AC),
+    ]
+
+
+def more_configurations():
+    """Returns further configurations, in the form of configurations(), that compile little: a minute in all."""
+    one_step = {'gradient_accumulation_steps': 1}
+    return [
+        ('fsdp', '124M', 32, 1024, GRAPHS),
+        ('fsdp', '124M', 32, 1024, GRAPHS | AC),
+        ('triton', '350M', 32, 1024, GRAPHS | AC),
+        ('triton', '124M', 16, 1024, GRAPHS),
+        ('fsdp+triton', '350M', 12, 1024, GRAPHS),
+        ('fsdp+triton', '124M', 32, 1024, GRAPHS),
+        ('triton', '350M', 16, 1024, LAUNCHED),
+        ('triton', '774M', 32, 1024, GRAPHS | AC),
+        ('ddp', '124M', 32, 1024, EAGER),
+        ('ddp', '350M', 8, 1024, EAGER | AC),
+        ('triton', '350M', 12, 1024, GRAPHS | one_step),
+        ('triton', '124M', 24, 1024, GRAPHS | AC),
+        ('fsdp+triton', '774M', 8, 1024, GRAPHS),
+        ('fsdp', '774M', 8, 1024, GRAPHS),
+        ('triton', '1.5B', 16, 1024, GRAPHS | AC),
+    ]
+
+
+def several_ranks():
+    """Returns configurations for several ranks, in the form of configurations()."""
+    one_step, five_steps = {'gradient_accumulation_steps': 1}, {'gradient_accumulation_steps': 5}
+    return [
+        ('zero1', '350M', 12, 1024, GRAPHS),
+        ('zero1', '124M', 12, 1024, GRAPHS),
+        ('zero1+triton', '1.5B', 8, 1024, GRAPHS),
+        ('zero1', '774M', 8, 1024, EAGER),
+        ('zero1+triton', '774M', 8, 1024, GRAPHS | five_steps),
+        ('zero1+triton', '124M', 12, 1024, GRAPHS),
+        ('zero1+triton', '350M', 12, 1024, GRAPHS | one_step),
+        ('ddp', '350M', 12, 1024, EAGER),
+        ('zero1', '350M', 12, 1024, EAGER),
+    ]
+
+
+STEPS = {'124M': 40, '350M': 20, '774M': 12, '1.5B': 8, 'tiny': 4}  # iterations to time, about 2 s
+
+
 def tiny():
     cpu = {'cuda_graph': False, 'compile': False}
-    return [('ddp', 'tiny', 2, 64, cpu), ('triton', 'tiny', 2, 64, cpu | AC), ('fsdp', 'tiny', 2, 64, cpu)]
+    return [
+        ('ddp', 'tiny', 2, 64, cpu),
+        ('triton', 'tiny', 2, 64, cpu | AC),
+        ('fsdp', 'tiny', 2, 64, cpu),
+        ('zero1', 'tiny', 2, 64, cpu),
+    ]
 
 
 def memory_now():
@@ -138,23 +209,44 @@ def watch_capture(graph_class, seen):
     graph_class._capture = watched
 
 
-def measure(trainer, size, batch_size, block_size, options, dry_run):
-    """Runs one configuration in this process. Returns its memory in bytes."""
+def wait_for_turn(hardware, ready):
+    """Makes the first call of hardware.now(), before the timed iterations, create the file `ready` and wait for a line."""
+    now = hardware.now
+
+    def waits_once(device):
+        hardware.now = now
+        now(device)
+        Path(ready).touch()
+        input()
+        return now(device)
+
+    hardware.now = waits_once
+
+
+def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, ready=''):
+    """
+    Runs one configuration in this process, which may be one of several ranks. Returns its memory in bytes and, if
+    `ready` names a file to create before the timed iterations, their tokens/s.
+    """
     options = {'gradient_accumulation_steps': 2} | options
-    launched = {}
-    if trainer == 'fsdp':
-        measure_fsdp(size, batch_size, block_size, options, dry_run, launched)
+    launched, times = {}, []
+    if ranks > 1 or 'fsdp' in trainer:
+        # the result keeps the model alive until the memory has been read
+        kept = run_trainer(trainer, size, batch_size, block_size, options, ranks, dry_run, launched)
     else:
         n_layer, n_head, n_embd = SIZES[size]
         flags = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, batch_size=batch_size, block_size=block_size)
-        flags |= options | dict(real_data=False, warmup=3, steps=1)
+        flags |= options | dict(real_data=False, warmup=3, steps=STEPS[size] if ready else 1)
         flags |= {'device': 'cpu'} if dry_run else {}
         flags |= {'model_dir': str(ROOT / 'phase2_triton')} if trainer == 'triton' else {}
         folder = ROOT / 'nanoGPT'
         sys.path[:0] = [flags.get('model_dir', str(folder)), str(folder)]
         import cuda_graph
+        import hardware
         import model
 
+        if ready:
+            wait_for_turn(hardware, ready)
         build = model.GPT.__init__
 
         def build_on_gpu(self, config):  # the CPU would draw billions of weights for a minute
@@ -164,45 +256,62 @@ def measure(trainer, size, batch_size, block_size, options, dry_run):
         model.GPT.__init__ = build_on_gpu
         watch_capture(cuda_graph.MicroStep, launched)
         sys.argv = [str(folder / 'bench.py'), *(f'--{key}={value}' for key, value in flags.items())]
-        # the result keeps the model alive until the memory has been read
-        kept = runpy.run_path(sys.argv[0])  # noqa: F841
+        kept = runpy.run_path(sys.argv[0])
+        times = kept['times'][len(kept['times']) // 2 :]
     after = memory_now()
     result = {f'{key}_launched': launched[key] for key in ('reserved', 'allocated') if launched}
     result |= {f'{key}_captured': after[key] for key in ('reserved', 'allocated') if launched}
     if launched:
         after |= {key: max(after[key], launched[key]) for key in ('reserved', 'allocated')}
+    if ready:
+        tokens = batch_size * block_size * options['gradient_accumulation_steps']
+        result['tokens_per_sec'] = spread([tokens / seconds for seconds in times])
     return after | result
 
 
-def measure_fsdp(size, batch_size, block_size, options, dry_run, launched):
+def run_trainer(name, size, batch_size, block_size, options, ranks, dry_run, launched):
+    """Runs some iterations in a process group of so many ranks. Returns the trainer."""
     import torch.distributed as dist
 
-    import trainer as shared  # which finds the modules of FSDP
-    from sharded_cuda_graph import ShardedMicroStep
+    import trainer as shared  # which finds the modules of FSDP and ZeRO-1
+    from cuda_graph import WARMUP, WARMUP_DDP, MicroStep
 
-    device, *_ = shared.hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
-    os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
-    store = dist.HashStore()
-    dist.init_process_group('gloo' if dry_run else 'cpu:gloo,cuda:nccl', store=store, rank=0, world_size=1)
-    options = dict(options)
-    micro_steps, flags = options.pop('gradient_accumulation_steps'), {'compile': True}
+    if ranks > 1:
+        device, *_ = shared.start_ranks(dry_run)
+    else:
+        device, *_ = shared.hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
+        os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
+        store = dist.HashStore()
+        dist.init_process_group('gloo' if dry_run else 'cpu:gloo,cuda:nccl', store=store, rank=0, world_size=1)
+    options, kind = dict(options), name.split('+')[0]
+    micro_steps, flags = options.pop('gradient_accumulation_steps'), {'compile': True, 'cuda_graph': False}
     flags |= {key: options.pop(key) for key in ('compile', 'cuda_graph') if key in options}
     fsdp = {key: options.pop(key) for key in list(options) if key.startswith('fsdp_')}
     shape = dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[size]))
     flags |= dict(batch_size=batch_size, block_size=block_size, fsdp=fsdp, init='fill')
-    watch_capture(ShardedMicroStep, launched)
-    trainer = shared.Trainer('fsdp', shape | dict(vocab_size=50304), device, **flags, **options)
+    flags |= {'model': 'phase2_triton'} if 'triton' in name else {}
+    watch_capture(MicroStep, launched)
+    trainer = shared.Trainer(kind, shape | dict(vocab_size=50304), device, **flags, **options)
     trainer.feed(shared.random_batch)
-    for _ in range(4):
+    for _ in range((WARMUP if kind == 'fsdp' or not flags['cuda_graph'] else WARMUP_DDP) + 2):
         trainer.step(micro_steps).item()
+    return trainer
 
 
-def estimate(trainer, size, batch_size, block_size, options):
-    """A rough upper bound in bytes, to decide how many processes fit on the GPU at a time."""
-    n_layer, _, n_embd = SIZES[size]
-    parameters = 12 * n_layer * n_embd**2 + 50304 * n_embd
-    kept = 10 if options.get('activation_checkpointing') else 60 if options.get('compile') is False else 46
-    return 22 * parameters + 1.25 * batch_size * block_size * (kept * n_layer * n_embd + 10 * 50304) + GIB
+def most_of_ranks(result):
+    """Returns the largest of all ranks' numbers for each key."""
+    import torch.distributed as dist
+
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, result)
+    return {key: value and max(its[key] for its in everyone) for key, value in result.items()}
+
+
+def estimate(row):
+    """The bytes that plan.py expects, and a little more, to decide how many processes fit on the GPU at a time."""
+    if row['size'] == 'tiny':
+        return GIB
+    return 1.05 * memory.memory(measured.memory_run(row, GPUS['h200']))['total'] + memory.CONTEXT
 
 
 def context_bytes():
@@ -222,7 +331,10 @@ def child(arguments):
         result = dict(context_bytes=context_bytes(), total_bytes=torch.cuda.get_device_properties(0).total_memory)
     else:
         result = measure(**spec)
-    print('\nRESULT ' + json.dumps(result), flush=True)
+        if spec['ranks'] > 1:
+            result = most_of_ranks(result)
+    if os.environ.get('RANK', '0') == '0':
+        print('\nRESULT ' + json.dumps(result), flush=True)
     os._exit(0)  # destroying NCCL's graphs and the interpreter would take seconds
 
 
@@ -242,8 +354,10 @@ class Children:
 
     def start(self, key, spec):
         out = open(self.folder / f'{key}.out', 'w+')
+        child, ranks = f'--child={json.dumps(spec)}', 1 if spec == 'context' else spec['ranks']
         process = subprocess.Popen(
-            [sys.executable, __file__, f'--child={json.dumps(spec)}'],
+            [sys.executable, __file__, child] if ranks == 1 else torchrun(ranks, __file__, child),
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=self.env,
@@ -262,6 +376,15 @@ class Children:
             lines = text.strip().splitlines()[-4:]
             yield key, json.loads(result[0]) if result else {'error': lines}, time.time() - started
 
+    def take_turns(self):
+        """Yields like finished(), after each process has had the GPU to itself, once all of them are ready for that."""
+        if not all((self.folder / f'{key}.ready').exists() for key in self.running):
+            return
+        for key in list(self.running):
+            if key in self.running:  # it may have failed meanwhile
+                self.running[key][0].communicate(b'go\n')
+            yield from self.finished()
+
     def end(self):
         for process, *_ in self.running.values():
             process.kill()
@@ -273,37 +396,45 @@ def main():
     parser.add_argument('--out', required=False, default='', help='JSON file')
     parser.add_argument('--seconds', type=float, default=225, help='no process lives longer than this after the start')
     parser.add_argument('--at_a_time', type=int, default=8, help='processes that share the GPU')
+    parser.add_argument('--gib', type=float, default=0, help='memory for all processes, on a GPU that others use too')
+    parser.add_argument('--ranks', type=int, default=1, help='GPUs per configuration')
+    parser.add_argument('--more', action='store_true', help='other configurations, that compile little')
     parser.add_argument('--dry-run', action='store_true')
+    parser.add_argument('--time', action='store_true', help='other configurations, whose iterations are timed too')
     parser.add_argument('--child', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args.child)
     if not torch.cuda.is_available() and not args.dry_run:
         sys.exit('bench_memory.py: needs a CUDA GPU; --dry-run tries it without')
+    if args.time and args.ranks > 1:
+        parser.error('--time measures one GPU: leave out --ranks')
     started = time.time()
+    chosen = timed_configurations if args.time else more_configurations if args.more else configurations
+    chosen = tiny if args.dry_run else several_ranks if args.ranks > 1 else chosen
     wanted = [
-        dict(trainer=t, size=s, batch_size=b, block_size=n, options=o)
-        for t, s, b, n, o in (tiny() if args.dry_run else configurations())
+        dict(trainer=t, size=s, batch_size=b, block_size=n, options=o, ranks=args.ranks) for t, s, b, n, o in chosen()
     ]
     report = facts(cpu=args.dry_run) | {'rows': [], 'failed': [], 'not_run': []}
     with tempfile.TemporaryDirectory() as folder:
         children = Children(folder)
-        if not args.dry_run:
+        if not args.dry_run and not args.gib:  # CUDA's context can be told on a GPU without other processes
             children.start('context', 'context')
             while 'context_bytes' not in report:
                 for _, result, _ in children.finished():
                     report |= result
                 time.sleep(0.2)
-        capacity = 0.93 * report.get('total_bytes', 1e12)
+        capacity = args.gib * GIB or 0.93 * report.get('total_bytes', 1e12)
         pending, used = dict(enumerate(wanted)), {}
         while (pending or children.running) and time.time() - started < args.seconds:
             for key, spec in list(pending.items()):
-                needs = estimate(**spec)
+                needs = estimate(spec)
                 if len(children.running) < args.at_a_time and sum(used.values()) + needs <= capacity:
-                    children.start(key, spec | {'dry_run': args.dry_run})
+                    ready = {'ready': f'{folder}/{key}.ready'} if args.time and 'fsdp' not in spec['trainer'] else {}
+                    children.start(key, spec | {'dry_run': args.dry_run} | ready)
                     used[key] = needs
                     del pending[key]
-            for key, result, seconds in children.finished():
+            for key, result, seconds in chain(children.finished(), children.take_turns() if args.time else ()):
                 del used[key]
                 row = wanted[key] | result | {'seconds': round(seconds, 1)}
                 report['failed' if 'error' in result else 'rows'].append(row)
@@ -320,7 +451,7 @@ def main():
 
 
 def say(row, seconds):
-    name = f'{row["trainer"]} {row["size"]} {row["batch_size"]}x{row["block_size"]} {row["options"]}'
+    name = f'{row["ranks"]} × {row["trainer"]} {row["size"]} {row["batch_size"]}x{row["block_size"]} {row["options"]}'
     if 'error' in row:
         told = ' | '.join(row['error'])[-300:]
     elif row['reserved']:
@@ -330,6 +461,8 @@ def say(row, seconds):
         )
     else:
         told = 'ran'
+    if 'tokens_per_sec' in row:
+        told += ' tokens/s {median:,.0f} ({min:,.0f} to {max:,.0f}, {n})'.format(**row['tokens_per_sec'])
     print(f'[{seconds:.0f} s] {name}: {told}', flush=True)
 
 

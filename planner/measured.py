@@ -96,28 +96,42 @@ def trainers_rows(results=RESULTS):
             )
 
 
+def memory_run(row, gpu):
+    """Returns the Run of a row of bench_memory.py, which may not be measured yet."""
+    options, parts = dict(row['options']), row['trainer'].split('+')
+    return Run(
+        gpu,
+        row.get('ranks', 1),
+        **shape_of(row['size']),
+        batch_size=row['batch_size'],
+        block_size=row['block_size'],
+        micro_steps=options.get('gradient_accumulation_steps', 2),
+        trainer='ddp' if parts[0] == 'triton' else parts[0],
+        kernels='triton' in parts,
+        half_residual=options.get('half_residual', False),
+        loss_rows=options.get('loss_rows', 0),
+        compiled=options.get('compile', True),
+        graphs=options['cuda_graph'],
+        checkpointing=options.get('activation_checkpointing', False),
+        reshard=options.get('fsdp_reshard', False),
+    )
+
+
 def memory_rows(results=RESULTS):
-    for path in sorted(Path(results).glob('memory_h*.json')):
+    """Yields the rows of bench_memory.py."""
+    for path in sorted(Path(results).glob('memory_*h*.json')):
         report = read(path.name, results)
         for row in report['rows']:
-            options = dict(row['options'])
-            run = Run(
-                gpu_of_device(report['device']),
-                1,
-                **shape_of(row['size']),
-                batch_size=row['batch_size'],
-                block_size=row['block_size'],
-                micro_steps=options.get('gradient_accumulation_steps', 2),
-                trainer='fsdp' if row['trainer'] == 'fsdp' else 'ddp',
-                kernels=row['trainer'] == 'triton',
-                half_residual=options.get('half_residual', False),
-                loss_rows=options.get('loss_rows', 0),
-                compiled=options.get('compile', True),
-                graphs=options['cuda_graph'],
-                checkpointing=options.get('activation_checkpointing', False),
-                reshard=options.get('fsdp_reshard', False),
+            run = memory_run(row, gpu_of_device(report['device']))
+            speed = row.get('tokens_per_sec') or {}
+            yield Row(
+                run,
+                path.name,
+                'memory',
+                *(speed.get(key) for key in ('median', 'min', 'max')),
+                allocated=row['allocated'],
+                reserved=row['reserved'],
             )
-            yield Row(run, path.name, 'memory', allocated=row['allocated'], reserved=row['reserved'])
 
 
 VARIANTS = {  # names in bench_phase2.py
