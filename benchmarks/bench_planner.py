@@ -48,7 +48,7 @@ EFFICIENCIES = (
     'launch_fsdp',
     'launch_reduce',
 )
-ALLOCATOR = ('rounding', 'stale_logits', 'pool_compiled', 'pool_kernels')
+ALLOCATOR = ('rounding', 'pool_compiled', 'pool_kernels')
 PULL = 0.1  # how much a squared change of an efficiency's logarithm costs, against squared relative errors
 
 

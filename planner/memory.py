@@ -34,7 +34,6 @@ class Allocator:
 
     workspace: float = 0.063 * GIB  # cuBLAS, and allocations before the model
     rounding: float = 0.009  # fraction of all tensors: blocks larger than their tensor, half-used pages
-    stale_logits: float = 0.75  # fraction of the logits: gradients occupy the memory of the first micro-step's logits
     # fraction of the gradients, which a compiled backward returns all at once: space in a graph's pool
     pool_compiled: float = 0.45
     pool_kernels: float = 0.2  # the same with the kernels, which add each gradient as soon as it is computed
@@ -149,6 +148,19 @@ def tensors(run):
     return peak | {'allocator': ALLOCATOR.workspace}
 
 
+def stale_logits(run):
+    """
+    Returns the bytes that the first micro-step's logits leave unused. Gradients, which stay, settle in the logits'
+    memory, so the next logits find no room there and get new memory; what the gradients do not fill is lost.
+    """
+    if run.micro_steps == 1 or run.offload or run.loss_rows and run.kernels:
+        return 0.0
+    logits = run.half_bytes * run.tokens * run.vocab_size
+    if run.kernels:
+        return max(0.0, logits - 4 * run.n_layer * run.block_parameters)
+    return logits if run.path == 'eager' else 0.0  # gradients settle in the other tensors of this shape
+
+
 def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
     """
     Returns {component: bytes, 'total': bytes}: torch.cuda.max_memory_reserved() on the GPU with the most, with
@@ -156,11 +168,7 @@ def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
     """
     allocator = allocator or ALLOCATOR
     result, n = tensors(run), run.parameters
-    several = run.micro_steps > 1
-    result['allocator'] = allocator.workspace + allocator.rounding * sum(result.values())
-    if several and ((run.kernels and not run.loss_rows) or run.path == 'eager') and not run.offload:
-        per_logit = run.half_bytes if run.kernels else 4
-        result['allocator'] += allocator.stale_logits * per_logit * run.tokens * run.vocab_size
+    result['allocator'] = allocator.workspace + allocator.rounding * sum(result.values()) + stale_logits(run)
     if run.sharded and not run.reshard:  # reduced gradients, which fit into no free block
         result['gradients'] += 4 * n / run.shards
     if run.graphs and not run.sharded:
@@ -176,8 +184,8 @@ def needed(run: Run, allocator: Allocator | None = None) -> float:
     Returns the least bytes with which the run can train. Out of memory, torch frees stale blocks, which costs speed.
     """
     allocator = allocator or ALLOCATOR
-    result = memory(run, replace(allocator, stale_logits=0.0, pool_compiled=0.0, pool_kernels=0.0))
-    return result['total']
+    result = memory(run, replace(allocator, pool_compiled=0.0, pool_kernels=0.0))
+    return result['total'] - stale_logits(run)
 
 
 def outside_torch(run: Run) -> float:

@@ -9,8 +9,8 @@
 #   zero1               75 GiB 28k  65 GiB 106k  63 GiB 211k  75 GiB 30k  65 GiB 112k  63 GiB 222k
 #   triton              71 GiB 31k            -            -  71 GiB 32k  79 GiB 119k  79 GiB 236k
 #   fsdp                75 GiB 28k   32 GiB 98k  27 GiB 193k  75 GiB 30k  46 GiB 115k  41 GiB 230k
-#   zero1+triton        71 GiB 31k  64 GiB 115k  62 GiB 227k  71 GiB 32k  64 GiB 119k  62 GiB 235k
-#   fsdp+triton         71 GiB 31k  33 GiB 102k  28 GiB 201k  71 GiB 32k  47 GiB 119k  42 GiB 237k
+#   zero1+triton        71 GiB 31k  64 GiB 115k  61 GiB 227k  71 GiB 32k  64 GiB 119k  61 GiB 235k
+#   fsdp+triton         71 GiB 31k  32 GiB 102k  27 GiB 201k  71 GiB 32k  46 GiB 119k  41 GiB 237k
 #   hybrid                       -  42 GiB 102k  32 GiB 196k           -  56 GiB 115k  46 GiB 229k
 #   fsdp+checkpointing  56 GiB 22k   13 GiB 78k   8 GiB 153k  56 GiB 23k   27 GiB 89k  22 GiB 177k
 #   fsdp+offload        75 GiB 28k   22 GiB 90k  22 GiB 162k  75 GiB 30k   22 GiB 93k  22 GiB 167k

@@ -6,10 +6,10 @@
 #                           1 H100       4 H100       8 H100       1 H200       4 H200       8 H200
 #   ddp                 45 GiB 90k  47 GiB 334k  47 GiB 658k   45 GiB 97k  47 GiB 360k  47 GiB 709k
 #   zero1               45 GiB 90k  42 GiB 334k  41 GiB 657k   45 GiB 97k  42 GiB 359k  41 GiB 706k
-#   triton              42 GiB 97k  45 GiB 362k  45 GiB 710k  42 GiB 103k  45 GiB 382k  45 GiB 751k
+#   triton              41 GiB 97k  44 GiB 362k  44 GiB 710k  41 GiB 103k  44 GiB 382k  44 GiB 751k
 #   fsdp                45 GiB 90k  32 GiB 349k  30 GiB 693k   45 GiB 97k  32 GiB 372k  30 GiB 738k
-#   zero1+triton        42 GiB 97k  40 GiB 361k  40 GiB 709k  42 GiB 103k  40 GiB 381k  40 GiB 747k
-#   fsdp+triton         42 GiB 97k  33 GiB 372k  32 GiB 738k  42 GiB 103k  33 GiB 389k  32 GiB 773k
+#   zero1+triton        41 GiB 97k  39 GiB 361k  38 GiB 709k  41 GiB 103k  39 GiB 381k  38 GiB 747k
+#   fsdp+triton         41 GiB 97k  32 GiB 372k  30 GiB 738k  41 GiB 103k  32 GiB 389k  30 GiB 773k
 #   hybrid                       -  35 GiB 348k  32 GiB 692k            -  35 GiB 371k  32 GiB 737k
 #   fsdp+checkpointing  21 GiB 69k  10 GiB 269k   9 GiB 536k   21 GiB 75k  10 GiB 287k   9 GiB 570k
 #   fsdp+offload        45 GiB 90k  25 GiB 279k  25 GiB 476k   45 GiB 97k  25 GiB 293k  25 GiB 497k

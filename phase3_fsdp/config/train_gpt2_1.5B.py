@@ -8,7 +8,7 @@
 #   zero1               53 GiB 46k  47 GiB 173k  46 GiB 344k  53 GiB 50k  47 GiB 186k  46 GiB 369k
 #   triton              50 GiB 51k  55 GiB 190k  55 GiB 376k  50 GiB 53k  55 GiB 200k  55 GiB 396k
 #   fsdp                53 GiB 46k  35 GiB 181k  32 GiB 360k  53 GiB 50k  35 GiB 192k  32 GiB 383k
-#   zero1+triton        50 GiB 51k  46 GiB 190k  45 GiB 376k  50 GiB 53k  46 GiB 199k  45 GiB 395k
+#   zero1+triton        50 GiB 51k  46 GiB 190k  44 GiB 376k  50 GiB 53k  46 GiB 199k  44 GiB 395k
 #   fsdp+triton         50 GiB 51k  35 GiB 192k  32 GiB 383k  50 GiB 53k  35 GiB 201k  32 GiB 401k
 #   hybrid                       -  40 GiB 181k  35 GiB 360k           -  40 GiB 192k  35 GiB 383k
 #   fsdp+checkpointing  33 GiB 36k  17 GiB 139k  14 GiB 278k  33 GiB 38k  17 GiB 148k  14 GiB 295k

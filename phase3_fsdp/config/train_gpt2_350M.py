@@ -9,7 +9,7 @@
 #   triton              39 GiB 201k  40 GiB 747k  40 GiB 1468k  39 GiB 213k  40 GiB 792k  40 GiB 1560k
 #   fsdp                44 GiB 184k  31 GiB 719k  30 GiB 1429k  44 GiB 199k  31 GiB 771k  30 GiB 1531k
 #   zero1+triton        39 GiB 201k  38 GiB 746k  38 GiB 1466k  39 GiB 213k  38 GiB 791k  38 GiB 1554k
-#   fsdp+triton         39 GiB 201k  33 GiB 773k  33 GiB 1534k  39 GiB 213k  33 GiB 813k  33 GiB 1614k
+#   fsdp+triton         39 GiB 201k  33 GiB 773k  32 GiB 1534k  39 GiB 213k  33 GiB 813k  32 GiB 1614k
 #   hybrid                        -  32 GiB 718k  31 GiB 1426k            -  32 GiB 770k  31 GiB 1528k
 #   fsdp+checkpointing  19 GiB 143k   8 GiB 560k   8 GiB 1115k  19 GiB 155k   8 GiB 601k   8 GiB 1195k
 #   fsdp+offload        44 GiB 184k  28 GiB 593k  28 GiB 1021k  44 GiB 199k  28 GiB 628k  28 GiB 1072k
