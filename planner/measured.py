@@ -40,7 +40,7 @@ def shape_of(size):
 def trainer_of(name, gpus):
     """Returns the fields of Run for a trainer's name in bench_trainers.py."""
     parts = name.split('+')
-    fields = dict(graphs='launched' not in parts, kernels='triton' in parts)
+    fields = dict(graphs='launched' not in parts, kernels='triton' in parts, half_residual='half_residual' in parts)
     fields['trainer'] = next((t for t in ('zero1', 'fsdp', 'hybrid') if t in parts), 'ddp')
     if fields['trainer'] == 'hybrid':
         fields.update(trainer='fsdp', shard_size=gpus // 2)
@@ -66,11 +66,12 @@ def trainers_rows(results=RESULTS):
             commits = {report['sessions'][r['session']]['commit'][:7]: r for r in runs}
             grown = [r for commit, r in commits.items() if commit not in FIXED_SEGMENTS]
             blocks = [(b, r['blocks'][:i]) for r in grown for i, b in enumerate(r['blocks'])]
-            # if the number has not changed, the peak is the previous block's
+            # If the number has not changed, the peak is the previous block's. Kernels are launched in the first block
+            # only, and more micro-steps take more memory then
             reserved = [
                 b['peak_reserved']
                 for b, before in blocks
-                if b['micro_steps'] == row['micro_steps']
+                if b['micro_steps'] == row['micro_steps'] <= [b, *before[:1]][-1]['micro_steps']
                 and b['peak_reserved'] not in [x['peak_reserved'] for x in before]
             ]
             run = Run(

@@ -153,7 +153,7 @@ def stale_logits(run):
     Returns the bytes that the first micro-step's logits leave unused. Gradients, which stay, settle in the logits'
     memory, so the next logits find no room there and get new memory; what the gradients do not fill is lost.
     """
-    if run.micro_steps == 1 or run.offload or run.loss_rows and run.kernels:
+    if run.micro_steps == 1 or run.offload or (run.loss_rows and run.kernels):
         return 0.0
     logits = run.half_bytes * run.tokens * run.vocab_size
     if run.kernels:
