@@ -212,7 +212,9 @@ def timeline(out):
     from trainer import Trainer, random_batch, start_ranks
 
     device, rank, world_size = start_ranks(cpu=False)
-    result = facts() | dict(model=TIMELINE, tokens=TIMELINE_BATCH * 1024, gpus=world_size)
+    result = facts() | dict(
+        command='python docs/pictures/record.py timeline', model=TIMELINE, tokens=TIMELINE_BATCH * 1024, gpus=world_size
+    )
     for kind, options in (('ddp', dict(half_residual=True)), ('fsdp', {})):
         options |= dict(batch_size=TIMELINE_BATCH, model='phase2_triton', cuda_graph=True, init='fill')
         trainer = Trainer(kind, TIMELINE | dict(vocab_size=50304), device, **options)
