@@ -366,11 +366,11 @@ def predictions():
         for size, batch_size in (('124M', 12), ('1.5B', 8)):
             flags = dict(zip(('n_layer', 'n_head', 'n_embd'), measured.SHAPES[size]))
             config = options.train_flags() | options.kernel_flags() | flags
-            config |= dict(vocab_size=50304, batch_size=batch_size)
+            config |= dict(vocab_size=50304, batch_size=batch_size, price=0.0)
             for micro_steps in (1, 5):
                 config['gradient_accumulation_steps'] = 8 * micro_steps
                 plan_8 = plan.make_plan(config, GPUS[kind], 8, network=50e9)
-                trainers = report_module.as_json(plan_8, GPUS[kind], 8, None, [], 0, 0)['trainers']
+                trainers = report_module.as_json(plan_8, config, GPUS[kind], 8, None, [], (), 0)['trainers']
                 for values in trainers.values():
                     for key in ('hours', 'cost', 'command'):
                         del values[key]

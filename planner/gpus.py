@@ -56,7 +56,7 @@ def find_gpu(name: str) -> GPU:
     known = GPUS.get(name.lower()) or gpu_of_device(name)
     if known:
         return known
-    near = difflib.get_close_matches(name.lower(), GPUS, n=1)
+    near = difflib.get_close_matches(name.lower().removeprefix('nvidia '), GPUS, n=1)
     raise UserError(
         f"gpu is '{name}', but it can be {', '.join(GPUS)}" + (f'; did you mean {near[0]}?' if near else '')
     )
@@ -64,4 +64,4 @@ def find_gpu(name: str) -> GPU:
 
 def gpu_of_device(device_name: str) -> GPU | None:
     """Returns the known GPU with this device name, or None."""
-    return next((gpu for gpu in GPUS.values() if gpu.device_name == device_name), None)
+    return next((gpu for gpu in GPUS.values() if gpu.device_name.lower() == device_name.lower()), None)

@@ -57,7 +57,7 @@ def speed_basis(run):
     width = 768 <= run.n_embd <= 1600 and 12 <= run.n_layer <= 48
     batch = 8192 <= run.tokens <= 128 * 1024 and run.block_size == 1024
     inside = width and batch and run.vocab_size == 50304 and run.half_bytes == 2
-    inside = inside and not run.checkpointing and not run.offload
+    inside = inside and not run.checkpointing and not run.offload and not run.dropout
     if not run.gpu.measured or run.gpus > run.gpu.per_machine:
         return 'extrapolated', 'other'
     basis = 'interpolated' if inside and run.gpus <= 4 else 'extrapolated'
@@ -113,9 +113,13 @@ SIMPLEST = (
 )
 
 
-def recommend(plan: dict[str, Estimate]) -> Estimate | None:
-    """Returns the fastest Estimate that fits, or the simplest within 2% of it; None if none fits."""
-    fitting = [plan[name] for name in SIMPLEST if name in plan and plan[name].fits]
+def recommend(plan: dict[str, Estimate], flags=()) -> Estimate | None:
+    """
+    Returns the fastest Estimate that fits, or the simplest within 2% of it; None if none fits. flags: names of flags
+    that the trainer's train.py must know.
+    """
+    names = [name for name in SIMPLEST if name in plan and options.known_to(name).issuperset(flags)]
+    fitting = [plan[name] for name in names if plan[name].fits]
     if not fitting:
         return None
     roomy = [e for e in fitting if not e.tight] or fitting
@@ -123,10 +127,10 @@ def recommend(plan: dict[str, Estimate]) -> Estimate | None:
     return next(e for e in roomy if e.tokens_per_sec >= 0.98 * fastest)
 
 
-def change_that_fits(config: dict, gpu: GPU, gpus: int, network: float) -> tuple[dict, int, Estimate] | None:
+def change_that_fits(config: dict, gpu: GPU, gpus: int, network: float, flags=()) -> tuple[dict, int, Estimate] | None:
     """
     Returns the smallest change that makes a trainer fit: ({flag: value}, number of GPUs, Estimate), or None. Tries, in
-    this order: recomputing activations, smaller but more micro-steps, both, more GPUs, offload.
+    this order: recomputing activations, smaller but more micro-steps, both, more GPUs. flags: as in recommend().
     """
 
     def best_with(change, count):
@@ -136,7 +140,7 @@ def change_that_fits(config: dict, gpu: GPU, gpus: int, network: float) -> tuple
         if new['fsdp_shard_size'] and count % new['fsdp_shard_size']:
             new['fsdp_shard_size'] = 0
         plan = {k: e for k, e in make_plan(new, gpu, count, network).items() if k != 'fsdp+offload'}
-        return recommend(plan), {k: new[k] for k in new if new[k] != config[k]}
+        return recommend(plan, flags), {k: new[k] for k in new if new[k] != config[k]}
 
     sizes = [config['batch_size'] >> i for i in range(1, config['batch_size'].bit_length())]
     smaller = [

@@ -14,7 +14,7 @@
 #   hybrid                       -  42 GiB 102k  32 GiB 196k           -  56 GiB 115k  46 GiB 229k
 #   fsdp+checkpointing  56 GiB 22k   13 GiB 78k   8 GiB 153k  56 GiB 23k   27 GiB 89k  22 GiB 177k
 #   fsdp+offload        75 GiB 28k   22 GiB 90k  22 GiB 162k  75 GiB 30k   22 GiB 93k  22 GiB 167k
-# It recommends zero1+triton on 8 H100 (15.3 days), triton on 8 H200 (14.7 days).
+# It recommends fsdp+triton on 8 H100 (17.3 days), fsdp+triton on 8 H200 (14.6 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 

@@ -14,7 +14,7 @@
 #   hybrid                   -  68 GiB 39k  43 GiB 73k              -   68 GiB 41k    43 GiB 76k
 #   fsdp+checkpointing       -  28 GiB 30k  16 GiB 58k   139 GiB 9.7k   28 GiB 31k    16 GiB 60k
 #   fsdp+offload             -  18 GiB 35k  18 GiB 65k  144 GiB 12.4k   18 GiB 36k    18 GiB 67k
-# It recommends fsdp+triton on 8 H100 (47.4 days), zero1+triton on 8 H200 (34.3 days).
+# It recommends fsdp+triton on 8 H100 (47.4 days), fsdp+triton on 8 H200 (46.0 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
