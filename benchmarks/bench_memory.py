@@ -2,21 +2,24 @@
 Reserved GPU memory of a training step, one process per GPU and configuration. plan.py is fitted on the result.
 
     python benchmarks/bench_memory.py --out=benchmarks/results/memory_h200.json --seconds=225
-    python benchmarks/bench_memory.py --time --out=benchmarks/results/memory_times_h200.json --seconds=118
-    python benchmarks/bench_memory.py --ranks=2 --out=benchmarks/results/memory_h200x2.json --seconds=60
+    python benchmarks/bench_memory.py --set=more --out=benchmarks/results/memory_more_h200.json --seconds=90
+    python benchmarks/bench_memory.py --set=timed --out=benchmarks/results/memory_times_h200.json --seconds=118
+    python benchmarks/bench_memory.py --set=alone --out=benchmarks/results/memory_alone_h200.json --seconds=90
+    python benchmarks/bench_memory.py --set=several --ranks=2 --out=benchmarks/results/memory_h200x2.json --seconds=60
     python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: checks the script, measures nothing
 
 The models of one GPU run in nanoGPT/bench.py, without a process group: gradients have no buckets then. FSDP, and DDP and ZeRO-1 on several
 GPUs, run in trainer.py. FSDP on one GPU runs in a group of one rank: the shard is the whole model, and units are gathered as among many
 ranks. Each process runs some iterations of micro_steps micro-steps, random tokens, expandable segments as in train.py. With CUDA graphs the
 first iterations launch kernels and a later one captures, so the result states both peaks: reserved_launched before the first capture, and
-reserved over the whole process. With several ranks, each number is that of the rank with the most.
+reserved over the whole process. With several ranks, each number is that of the rank with the most. With --set=alone, one rank of ZeRO-1 runs
+without the others: it has DDP's buckets in a group of one, and AdamW's state for its share of the parameters.
 
 Several processes share the GPU, as many as fit: memory does not depend on that. A configuration for which no time is left is listed in
 `not_run`.
 
-With --time, each process also times iterations of other configurations: processes compile and warm up at the same time, and once all of
-them are ready each has the GPU to itself in turn. The first half of its iterations warms the GPU up again and does not count.
+With --set=timed, each process also times iterations: processes compile and warm up at the same time, and once all of them are ready each has
+the GPU to itself in turn. The first half of its iterations warms the GPU up again and does not count.
 """
 
 import argparse
@@ -169,7 +172,20 @@ def several_ranks():
     ]
 
 
-STEPS = {'124M': 40, '350M': 20, '774M': 12, '1.5B': 8, 'tiny': 4}  # iterations to time, about 2 s
+def ranks_alone():
+    """Returns configurations of ZeRO-1, in the form of configurations(); one_of: the number of ranks of which one runs."""
+    one_step, five_steps = {'gradient_accumulation_steps': 1}, {'gradient_accumulation_steps': 5}
+    return [
+        ('ddp', '350M', 12, 1024, GRAPHS | {'one_of': 4}),
+        ('ddp', '350M', 12, 1024, GRAPHS | {'one_of': 4} | one_step),
+        ('ddp', '124M', 12, 1024, GRAPHS | {'one_of': 4}),
+        ('ddp', '124M', 12, 1024, GRAPHS | {'one_of': 2}),
+        ('ddp', '774M', 8, 1024, EAGER | {'one_of': 4}),
+        ('ddp+triton', '1.5B', 8, 1024, GRAPHS | {'one_of': 4}),
+        ('ddp', '774M', 8, 1024, EAGER | {'one_of': 2}),
+        ('ddp', '350M', 12, 1024, EAGER | {'one_of': 8}),
+        ('ddp+triton', '774M', 8, 1024, GRAPHS | {'one_of': 8} | five_steps),
+    ]
 
 
 def tiny():
@@ -179,7 +195,19 @@ def tiny():
         ('triton', 'tiny', 2, 64, cpu | AC),
         ('fsdp', 'tiny', 2, 64, cpu),
         ('zero1', 'tiny', 2, 64, cpu),
+        ('ddp+triton', 'tiny', 2, 64, cpu | {'one_of': 4}),
     ]
+
+
+SETS = {  # for --set
+    'first': configurations,
+    'more': more_configurations,
+    'timed': timed_configurations,
+    'alone': ranks_alone,
+    'several': several_ranks,
+    'tiny': tiny,
+}
+STEPS = {'124M': 40, '350M': 20, '774M': 12, '1.5B': 8, 'tiny': 4}  # iterations to time, about 2 s
 
 
 def memory_now():
@@ -230,7 +258,7 @@ def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, read
     """
     options = {'gradient_accumulation_steps': 2} | options
     launched, times = {}, []
-    if ranks > 1 or 'fsdp' in trainer:
+    if ranks > 1 or 'fsdp' in trainer or 'one_of' in options:
         # the result keeps the model alive until the memory has been read
         kept = run_trainer(trainer, size, batch_size, block_size, options, ranks, dry_run, launched)
     else:
@@ -287,15 +315,39 @@ def run_trainer(name, size, batch_size, block_size, options, ranks, dry_run, lau
     micro_steps, flags = options.pop('gradient_accumulation_steps'), {'compile': True, 'cuda_graph': False}
     flags |= {key: options.pop(key) for key in ('compile', 'cuda_graph') if key in options}
     fsdp = {key: options.pop(key) for key in list(options) if key.startswith('fsdp_')}
+    one_of = options.pop('one_of', 0)
     shape = dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[size]))
     flags |= dict(batch_size=batch_size, block_size=block_size, fsdp=fsdp, init='fill')
     flags |= {'model': 'phase2_triton'} if 'triton' in name else {}
     watch_capture(MicroStep, launched)
     trainer = shared.Trainer(kind, shape | dict(vocab_size=50304), device, **flags, **options)
+    if one_of:
+        trainer.optimizer = OneOfRanks(trainer.optimizer, one_of)
     trainer.feed(shared.random_batch)
     for _ in range((WARMUP if kind == 'fsdp' or not flags['cuda_graph'] else WARMUP_DDP) + 2):
         trainer.step(micro_steps).item()
     return trainer
+
+
+class OneOfRanks(torch.optim.Optimizer):
+    """Steps `optimizer` on the share of one of so many ranks: the first of the even pieces that ZeRO-1 cuts."""
+
+    def __init__(self, optimizer, ranks):
+        from zero1 import split
+
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        parameters = [p for group in self.param_groups for p in group['params']]
+        self.pieces = [split(p, i, ranks)[0] for i, p in enumerate(parameters)]
+        fused = {'fused': True} if optimizer.defaults.get('fused') else {}
+        self.own = type(optimizer)([piece.shard for piece in self.pieces], lr=optimizer.defaults['lr'], **fused)
+
+    @torch.no_grad()
+    def step(self):
+        for piece in self.pieces:
+            piece.shard.grad = piece.param.grad.view(-1)[piece.start : piece.stop]
+        self.own.found_inf = getattr(self, 'found_inf', None)
+        self.own.step()
+        self.own.zero_grad(set_to_none=True)
 
 
 def most_of_ranks(result):
@@ -398,22 +450,20 @@ def main():
     parser.add_argument('--at_a_time', type=int, default=8, help='processes that share the GPU')
     parser.add_argument('--gib', type=float, default=0, help='memory for all processes, on a GPU that others use too')
     parser.add_argument('--ranks', type=int, default=1, help='GPUs per configuration')
-    parser.add_argument('--more', action='store_true', help='other configurations, that compile little')
+    parser.add_argument('--set', default='first', choices=[*SETS], help='configurations (default: first)')
     parser.add_argument('--dry-run', action='store_true')
-    parser.add_argument('--time', action='store_true', help='other configurations, whose iterations are timed too')
     parser.add_argument('--child', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args.child)
     if not torch.cuda.is_available() and not args.dry_run:
         sys.exit('bench_memory.py: needs a CUDA GPU; --dry-run tries it without')
-    if args.time and args.ranks > 1:
-        parser.error('--time measures one GPU: leave out --ranks')
+    if (args.set == 'several') != (args.ranks > 1) and not args.dry_run:
+        parser.error('--set=several needs --ranks=2 or more, and the other sets run on one GPU')
     started = time.time()
-    chosen = timed_configurations if args.time else more_configurations if args.more else configurations
-    chosen = tiny if args.dry_run else several_ranks if args.ranks > 1 else chosen
+    chosen = SETS['tiny' if args.dry_run else args.set]()
     wanted = [
-        dict(trainer=t, size=s, batch_size=b, block_size=n, options=o, ranks=args.ranks) for t, s, b, n, o in chosen()
+        dict(trainer=t, size=s, batch_size=b, block_size=n, options=o, ranks=args.ranks) for t, s, b, n, o in chosen
     ]
     report = facts(cpu=args.dry_run) | {'rows': [], 'failed': [], 'not_run': []}
     with tempfile.TemporaryDirectory() as folder:
@@ -430,11 +480,17 @@ def main():
             for key, spec in list(pending.items()):
                 needs = estimate(spec)
                 if len(children.running) < args.at_a_time and sum(used.values()) + needs <= capacity:
-                    ready = {'ready': f'{folder}/{key}.ready'} if args.time and 'fsdp' not in spec['trainer'] else {}
+                    ready = (
+                        {'ready': f'{folder}/{key}.ready'}
+                        if args.set == 'timed' and spec['trainer'] in ('ddp', 'triton')
+                        else {}
+                    )
                     children.start(key, spec | {'dry_run': args.dry_run} | ready)
                     used[key] = needs
                     del pending[key]
-            for key, result, seconds in chain(children.finished(), children.take_turns() if args.time else ()):
+            for key, result, seconds in chain(
+                children.finished(), children.take_turns() if args.set == 'timed' else ()
+            ):
                 del used[key]
                 row = wanted[key] | result | {'seconds': round(seconds, 1)}
                 report['failed' if 'error' in result else 'rows'].append(row)

@@ -100,14 +100,15 @@ def trainers_rows(results=RESULTS):
 def memory_run(row, gpu):
     """Returns the Run of a row of bench_memory.py, which may not be measured yet."""
     options, parts = dict(row['options']), row['trainer'].split('+')
+    one_of = options.get('one_of', 0)  # ranks of ZeRO-1, of which one ran
     return Run(
         gpu,
-        row.get('ranks', 1),
+        one_of or row.get('ranks', 1),
         **shape_of(row['size']),
         batch_size=row['batch_size'],
         block_size=row['block_size'],
         micro_steps=options.get('gradient_accumulation_steps', 2),
-        trainer='ddp' if parts[0] == 'triton' else parts[0],
+        trainer='zero1' if one_of else 'ddp' if parts[0] == 'triton' else parts[0],
         kernels='triton' in parts,
         half_residual=options.get('half_residual', False),
         loss_rows=options.get('loss_rows', 0),
