@@ -86,7 +86,7 @@ def memory_error(row, values):
 
 def full(row):
     """Whether the run had little memory left, so that torch gave blocks back and took them anew in each iteration."""
-    return bool(row.allocated) and row.allocated > 0.94 * row.run.gpu.memory_bytes
+    return bool(row.allocated) and row.allocated > plan.FULL * row.run.gpu.memory_bytes
 
 
 def fits_speed(row):

@@ -15,6 +15,8 @@ from planner.run import Run
 # Relative half-widths of the range of tokens/s. The first two are the largest errors with a configuration left out of
 # the fit; the others are judgement: more GPUs of a measured machine, other shapes, and other GPUs or several machines.
 RANGES = {'interpolated': 0.07, 'launched': 0.36, 'more_gpus': 0.10, 'extrapolated': 0.15, 'other': 0.35}
+FULL = 0.94  # of the GPU's memory: beyond, torch may give memory back and take it anew in each iteration
+SLOWEST_FULL = 0.41  # the slowest such run, as a fraction of what was predicted
 MEMORY_RANGES = {'interpolated': 0.05, 'extrapolated': 0.10}
 
 
@@ -86,6 +88,8 @@ def estimate(name: str, run: Run, network: float, rows=()) -> Estimate:
     tokens_per_sec = speed.tokens_per_sec(run, network=network)
     speed_is, key = speed_basis(run)
     bounds = (tokens_per_sec * (1 - RANGES[key]), tokens_per_sec * (1 + RANGES[key]))
+    if sum(memory.tensors(run).values()) > FULL * run.gpu.memory_bytes:
+        bounds = (tokens_per_sec * min(SLOWEST_FULL, 1 - RANGES[key]), bounds[1])
     timed = [row for row in same if row.tokens_per_sec and row.low]
     if timed:
         best = max(timed, key=lambda row: row.source)

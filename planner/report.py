@@ -92,6 +92,9 @@ def speed_table(found, tokens, gpus, price):
     header = ['speed', 'tokens/s', 'range', 'MFU', 'hours', *['cost'] * bool(price), 'numbers']
     rows = []
     for name, e in found.items():
+        if not e.fits:
+            rows.append([name, *['-'] * (len(header) - 2), 'does not fit'])
+            continue
         hours = e.hours(tokens)
         cost = [f'{hours * gpus * price:,.0f}'] * bool(price)
         bounds = f'{e.low:,.0f} to {e.high:,.0f}'
