@@ -18,11 +18,12 @@ import math
 import os
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 ROOT = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'nanoGPT')]
 from planner import measured, options, plan, report
-from planner.gpus import GPUS, find_gpu
+from planner.gpus import GIB, GPUS, find_gpu
 
 from configurator import configure, run_config_file
 from errors import UserError
@@ -31,6 +32,7 @@ from shell import python_command
 # -----------------------------------------------------------------------------
 FLAGS = {  # name: (default, help)
     'gpu': ('h100', f'kind of GPU: {", ".join(GPUS)}'),
+    'gpu_memory': (0.0, 'GiB of its memory, if that differs or others use the rest; 0: as the kind has'),
     'gpus': (1, 'number of GPUs on all machines together'),
     'trainer': ('', f'trainer to plan: {", ".join(options.NAMES)}'),
     'tokens': (0.0, 'tokens to train on, for hours and cost; 0: max_iters iterations'),
@@ -74,7 +76,7 @@ def parse():
         raise UserError(f"largest is '{config['largest']}', but it can be model or batch")
     if config['trainer'] and config['trainer'] not in options.NAMES:
         raise UserError(f"trainer is '{config['trainer']}', but it can be {', '.join(options.NAMES)}")
-    for flag in ('tokens', 'price', 'network'):
+    for flag in ('tokens', 'price', 'network', 'gpu_memory'):
         if not 0 <= config[flag] < math.inf:
             raise UserError(f'{flag}={config[flag]}, but it must be a number that is at least 0')
     for flag in ('network', 'vocab_size'):
@@ -113,6 +115,8 @@ def main():
     config, given, arguments, in_files = parse()
     config = resolve(config, given)
     gpu, gpus, network = find_gpu(config['gpu']), config['gpus'], config['network'] * 1e9
+    if config['gpu_memory']:
+        gpu = replace(gpu, memory_bytes=config['gpu_memory'] * GIB)
     found = plan.make_plan(config, gpu, gpus, network, measured.all_rows())
     asked = config['trainer'] or options.asked_for(config, given)
     if asked and asked not in found:

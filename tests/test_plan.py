@@ -148,6 +148,7 @@ def test_beyond_the_measured_is_extrapolated():
         (['--trainer=hybrid', '--gpus=2'], 'trainer=hybrid needs 4 GPUs or more'),
         (['none.py'], 'none.py: no such config file'),
         (['--tokens=inf'], 'tokens=inf, but it must be a number that is at least 0'),
+        (['--gpu_memory=-1'], 'gpu_memory=-1.0, but it must be a number that is at least 0'),
         (['--vocab_size=0'], 'vocab_size=0, but it must be more than 0'),
         (['--loss_rows=-1'], 'loss_rows=-1, but it must be at least 0'),
         (['--init_from=gpt3'], "init_from is 'gpt3', but it can be scratch, resume, gpt2, gpt2-medium"),
@@ -238,6 +239,12 @@ def test_one_gpu_shards_nothing():
     text = run_plan('--trainer=zero1').stdout
     assert 'One GPU shards nothing: zero1 as ddp, fsdp as ddp, zero1+triton as triton' in text
     assert not re.search('^fsdp  ', text, re.M)
+
+
+def test_a_gpu_may_have_less_memory():
+    half = as_json('--gpu=h100', '--gpu_memory=6', '--gpus=2')
+    assert half['gpu_memory_bytes'] == 6 * 2**30
+    assert not half['trainers']['ddp']['fits'] and half['trainers']['fsdp+checkpointing']['fits']
 
 
 def test_openais_weights_bring_their_sizes():
