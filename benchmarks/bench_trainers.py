@@ -655,6 +655,20 @@ def of_ddp(file, trainer, size, micro_steps):
 
 
 @number
+def of_trainer(file, trainer, base, size, micro_steps):
+    """The speed of a trainer in percent of that of another one, base."""
+    row, other = row_of(file, trainer, size, micro_steps), row_of(file, base, size, micro_steps)
+    return percent(row['tokens_per_sec'], other['tokens_per_sec'], min(row['rounds'], other['rounds']))
+
+
+@number
+def iteration_ms(file, trainer, size, micro_steps):
+    """Milliseconds of an iteration, with the fastest and the slowest interval of the log."""
+    ms = row_of(file, trainer, size, micro_steps)['time_ms']
+    return f'{ms["median"]:.1f} ms ({ms["min"]:.1f} to {ms["max"]:.1f})'
+
+
+@number
 def trainer_memory(file, trainer, size, key, digits=1):
     """GiB of a trainer; key: of its memory_bytes, such as rest or peak."""
     return gib(row_of(file, trainer, size)['memory_bytes'][key], int(digits))
