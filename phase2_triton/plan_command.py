@@ -8,13 +8,17 @@ TRAINERS = {'phase1_zero1': 'zero1', 'phase2_triton': 'triton', 'phase3_fsdp': '
 
 def plan_command(argv: list[str], world_size: int, device_name: str) -> str | None:
     """
-    Returns the shell command that plans this run, or None if there is no plan.py. argv: sys.argv; device_name:
-    PyTorch's name of the GPU. The trainer follows from the script's folder and --model_dir.
+    Returns the shell command that plans this run, or None if there is no plan.py, or if it does not know the GPU. argv:
+    sys.argv; device_name: PyTorch's name of the GPU. The trainer follows from the script's folder and --model_dir.
     """
     folder = os.path.dirname(os.path.realpath(argv[0]))
     script = os.path.join(os.path.dirname(folder), 'plan.py')
-    if not os.path.isfile(script):  # the folder was copied elsewhere
+    gpus = os.path.join(os.path.dirname(script), 'planner', 'gpus.py')
+    if not os.path.isfile(script) or not os.path.isfile(gpus):  # the folder was copied elsewhere
         return None
+    with open(gpus, encoding='utf-8') as f:
+        if f"'{device_name}'" not in f.read():
+            return None
     trainer = TRAINERS.get(os.path.basename(folder), 'ddp')
     models = [arg.split('=', 1)[1] for arg in argv[1:] if arg.startswith('--model_dir=')]
     if models and os.path.basename(os.path.normpath(models[-1])) == 'phase2_triton':
