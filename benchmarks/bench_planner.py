@@ -40,6 +40,7 @@ EFFICIENCIES = (
     'kernels',
     'eager',
     'fsdp',
+    'fixed',
     'optimizer',
     'slowest_rank',
     'link',

@@ -102,9 +102,19 @@ def at_loss(run):
         # rounded weights, kept for the backward; recomputed blocks round again, but graphs with kernels keep theirs
         keeps = not run.checkpointing or (run.kernels and run.graphs)
         result['half_copies'] = half * n if keeps and half < 4 else 0.0
-        if run.path == 'eager':  # autocast's cache
-            result['half_copies'] = half * n if half < 4 else 0.0
+        if run.path == 'eager':  # what autocast cached, of which recomputed blocks keep nothing
+            result['half_copies'] = half * (run.vocab_size * run.n_embd if run.checkpointing else n) * (half < 4)
     return result
+
+
+def at_forward_end(run):
+    """Returns the bytes by component when the loss is computed: the peak of eager mode with recomputed blocks."""
+    result = at_loss(run)
+    if run.path != 'eager' or run.sharded or not run.checkpointing:
+        return result
+    half = run.half_bytes
+    weights = half * run.parameters if half < 4 else 0.0  # autocast's cache still has them
+    return result | {'half_copies': weights, 'logits': (4 + 4) * run.tokens * run.vocab_size}
 
 
 def at_end(run):
@@ -144,7 +154,7 @@ def at_head(run):
 
 def tensors(run):
     """Returns the tensors' bytes at the peak, by component: torch.cuda.max_memory_allocated() with launched kernels."""
-    peak = max((at_loss(run), at_head(run), at_end(run)), key=lambda moment: sum(moment.values()))
+    peak = max((at_forward_end(run), at_loss(run), at_head(run), at_end(run)), key=lambda moment: sum(moment.values()))
     return peak | {'allocator': ALLOCATOR.workspace}
 
 
@@ -153,7 +163,7 @@ def stale_logits(run):
     Returns the bytes that the first micro-step's logits leave unused. Gradients, which stay, settle in the logits'
     memory, so the next logits find no room there and get new memory; what the gradients do not fill is lost.
     """
-    if run.micro_steps == 1 or run.offload or (run.loss_rows and run.kernels):
+    if run.micro_steps == 1 or run.sharded or (run.loss_rows and run.kernels):
         return 0.0
     logits = run.half_bytes * run.tokens * run.vocab_size
     if run.kernels:

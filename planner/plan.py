@@ -57,9 +57,9 @@ class Estimate:
 def speed_basis(run):
     """Returns ('interpolated' or 'extrapolated', key of RANGES)."""
     width = 768 <= run.n_embd <= 1600 and 12 <= run.n_layer <= 48
-    batch = 8192 <= run.tokens <= 128 * 1024 and run.block_size == 1024
+    batch = 3072 <= run.tokens <= 128 * 1024 and 256 <= run.block_size <= 2048
     inside = width and batch and run.vocab_size == 50304 and run.half_bytes == 2
-    inside = inside and not run.checkpointing and not run.offload and not run.dropout
+    inside = inside and not (run.checkpointing and run.gpus > 1) and not run.offload and not run.dropout
     if not run.gpu.measured or run.gpus > run.gpu.per_machine:
         return 'extrapolated', 'other'
     basis = 'interpolated' if inside and run.gpus <= 4 else 'extrapolated'

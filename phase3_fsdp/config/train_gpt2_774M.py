@@ -4,16 +4,16 @@
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_774M.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                           1 H100       4 H100       8 H100       1 H200       4 H200       8 H200
-#   ddp                 45 GiB 90k  47 GiB 334k  47 GiB 658k   45 GiB 97k  47 GiB 360k  47 GiB 709k
-#   zero1               45 GiB 90k  42 GiB 334k  41 GiB 657k   45 GiB 97k  42 GiB 359k  41 GiB 706k
-#   triton              41 GiB 97k  44 GiB 362k  44 GiB 710k  41 GiB 103k  44 GiB 382k  44 GiB 751k
-#   fsdp                45 GiB 90k  32 GiB 349k  30 GiB 693k   45 GiB 97k  32 GiB 372k  30 GiB 738k
-#   zero1+triton        41 GiB 97k  39 GiB 361k  38 GiB 709k  41 GiB 103k  39 GiB 381k  38 GiB 747k
-#   fsdp+triton         41 GiB 97k  32 GiB 372k  30 GiB 738k  41 GiB 103k  32 GiB 389k  30 GiB 773k
-#   hybrid                       -  35 GiB 348k  32 GiB 692k            -  35 GiB 371k  32 GiB 737k
-#   fsdp+checkpointing  21 GiB 69k  10 GiB 269k   9 GiB 536k   21 GiB 75k  10 GiB 287k   9 GiB 570k
-#   fsdp+offload        45 GiB 90k  25 GiB 279k  25 GiB 476k   45 GiB 97k  25 GiB 293k  25 GiB 497k
-# It recommends fsdp+triton on 8 H100 (2.4 days), fsdp+triton on 8 H200 (2.2 days).
+#   ddp                 45 GiB 90k  47 GiB 337k  47 GiB 663k   45 GiB 97k  47 GiB 363k  47 GiB 715k
+#   zero1               45 GiB 90k  42 GiB 337k  41 GiB 663k   45 GiB 97k  42 GiB 362k  41 GiB 712k
+#   triton              41 GiB 98k  44 GiB 365k  44 GiB 716k  41 GiB 103k  44 GiB 385k  44 GiB 757k
+#   fsdp                45 GiB 90k  32 GiB 352k  30 GiB 699k   45 GiB 97k  32 GiB 375k  30 GiB 745k
+#   zero1+triton        41 GiB 98k  39 GiB 364k  38 GiB 715k  41 GiB 103k  39 GiB 384k  38 GiB 754k
+#   fsdp+triton         41 GiB 98k  32 GiB 375k  30 GiB 744k  41 GiB 103k  32 GiB 393k  30 GiB 779k
+#   hybrid                       -  35 GiB 351k  32 GiB 698k            -  35 GiB 374k  32 GiB 743k
+#   fsdp+checkpointing  21 GiB 73k  10 GiB 271k   9 GiB 540k   21 GiB 79k  10 GiB 289k   9 GiB 575k
+#   fsdp+offload        45 GiB 90k  25 GiB 280k  25 GiB 479k   45 GiB 97k  25 GiB 295k  25 GiB 500k
+# It recommends fsdp+triton on 8 H100 (2.3 days), fsdp+triton on 8 H200 (2.2 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
