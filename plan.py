@@ -90,11 +90,15 @@ def resolve(config, given):
     notes = []
     if config['init_from'] == 'resume':
         notes.append("init_from=resume: the model's sizes are those of the flags, not of the checkpoint")
-    elif config['init_from'] != 'scratch':
+    elif config['init_from'] not in ('scratch', 'auto'):
         config = config | options.shape_of_pretrained(config['init_from'])
     dataset, folders = config['dataset'], ('', os.path.join(ROOT, 'nanoGPT', 'data'))
     has_meta = any(os.path.isfile(os.path.join(folder, dataset, 'meta.pkl')) for folder in folders)
-    if 'vocab_size' not in given and config['init_from'] == 'scratch' and (has_meta or dataset.endswith('_char')):
+    if (
+        'vocab_size' not in given
+        and config['init_from'] in ('scratch', 'auto')
+        and (has_meta or dataset.endswith('_char'))
+    ):
         notes.append(
             f"vocab_size={config['vocab_size']} is GPT-2's; train.py will use that of {dataset}'s meta.pkl: give it"
         )

@@ -69,9 +69,9 @@ def kernel_flags() -> dict:
 
 
 def shape_of_pretrained(init_from: str) -> dict:
-    """Returns the flags that OpenAI's weights determine. Raises UserError for an unknown name."""
+    """Returns the flags that OpenAI's weights determine. Raises UserError, like startup.py, for an unknown name."""
     if init_from not in PRETRAINED:
-        raise UserError(f"init_from is '{init_from}', but it can be scratch, resume, {', '.join(PRETRAINED)}")
+        raise UserError(f"init_from is '{init_from}', but it can be auto, scratch, resume, {', '.join(PRETRAINED)}")
     return dict(zip(('n_layer', 'n_head', 'n_embd'), PRETRAINED[init_from])) | dict(bias=True, vocab_size=50257)
 
 

@@ -23,6 +23,7 @@ from planner.run import Run
 
 import bench_planner
 from plan_command import plan_command
+from startup import INIT_FROM
 
 ROWS = measured.all_rows()
 COMPONENTS = {*memory.COMPONENTS, 'total'}
@@ -151,7 +152,7 @@ def test_beyond_the_measured_is_extrapolated():
         (['--gpu_memory=-1'], 'gpu_memory=-1.0, but it must be a number that is at least 0'),
         (['--vocab_size=0'], 'vocab_size=0, but it must be more than 0'),
         (['--loss_rows=-1'], 'loss_rows=-1, but it must be at least 0'),
-        (['--init_from=gpt3'], "init_from is 'gpt3', but it can be scratch, resume, gpt2, gpt2-medium"),
+        (['--init_from=gpt3'], f"init_from is 'gpt3', but it can be auto, {', '.join(INIT_FROM)}\n"),
         (['--use_zero1=True', '--use_fsdp=True'], 'use_zero1=True and use_fsdp=True select two trainers'),
         (['--picture=no/such/folder/plan.png'], '--picture=no/such/folder/plan.png: '),
     ],
