@@ -176,15 +176,16 @@ def ranks_alone():
     """Returns configurations of ZeRO-1, in the form of configurations(); one_of: the number of ranks of which one runs."""
     one_step, five_steps = {'gradient_accumulation_steps': 1}, {'gradient_accumulation_steps': 5}
     return [
-        ('ddp', '350M', 12, 1024, GRAPHS | {'one_of': 4}),
-        ('ddp', '350M', 12, 1024, GRAPHS | {'one_of': 4} | one_step),
-        ('ddp', '124M', 12, 1024, GRAPHS | {'one_of': 4}),
-        ('ddp', '124M', 12, 1024, GRAPHS | {'one_of': 2}),
+        ('ddp', '1.5B', 4, 1024, EAGER | {'one_of': 4} | five_steps),
         ('ddp', '774M', 8, 1024, EAGER | {'one_of': 4}),
         ('ddp+triton', '1.5B', 8, 1024, GRAPHS | {'one_of': 4}),
         ('ddp', '774M', 8, 1024, EAGER | {'one_of': 2}),
-        ('ddp', '350M', 12, 1024, EAGER | {'one_of': 8}),
         ('ddp+triton', '774M', 8, 1024, GRAPHS | {'one_of': 8} | five_steps),
+        ('ddp', '350M', 12, 1024, EAGER | {'one_of': 8}),
+        ('ddp', '124M', 12, 1024, GRAPHS | {'one_of': 4}),
+        ('ddp', '124M', 12, 1024, GRAPHS | {'one_of': 2}),
+        ('ddp', '350M', 12, 1024, GRAPHS | {'one_of': 4}),
+        ('ddp', '350M', 12, 1024, GRAPHS | {'one_of': 4} | one_step),
     ]
 
 
