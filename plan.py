@@ -100,12 +100,14 @@ def resolve(config, given):
         and (has_meta or dataset.endswith('_char'))
     ):
         notes.append(
-            f"vocab_size={config['vocab_size']} is GPT-2's; train.py will use that of {dataset}'s meta.pkl: give it"
+            f"vocab_size={config['vocab_size']} is GPT-2's; train.py will use that of {dataset}'s meta.pkl: add --vocab_size"
         )
     if os.path.basename(config['model_dir']) not in ('', *options.FOLDERS.values()):
         notes.append(
             f'model_dir={config["model_dir"]}: planned as nanoGPT/model.py, because plan.py does not read code'
         )
+    if config['eval_only']:
+        notes.append('eval_only=True: planned as training, which takes more memory and time')
     if config['dropout'] > 0:
         notes.append(f'dropout={config["dropout"]}: planned as 0, because runs with dropout were not measured')
     for note in notes:
