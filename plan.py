@@ -100,7 +100,7 @@ def resolve(config, given):
         and (has_meta or dataset.endswith('_char'))
     ):
         notes.append(
-            f"vocab_size={config['vocab_size']} is GPT-2's; train.py takes that of {dataset}'s meta.pkl: add --vocab_size"
+            f"vocab_size={config['vocab_size']} is GPT-2's; train.py takes {dataset}'s own: add --vocab_size"
         )
     if os.path.basename(config['model_dir']) not in ('', *options.FOLDERS.values()):
         notes.append(
