@@ -99,9 +99,7 @@ def resolve(config, given):
         and config['init_from'] in ('scratch', 'auto')
         and (has_meta or dataset.endswith('_char'))
     ):
-        notes.append(
-            f"vocab_size={config['vocab_size']} is GPT-2's; train.py takes {dataset}'s own: add --vocab_size"
-        )
+        notes.append(f"vocab_size={config['vocab_size']} is GPT-2's; train.py takes {dataset}'s own: add --vocab_size")
     if os.path.basename(config['model_dir']) not in ('', *options.FOLDERS.values()):
         notes.append(
             f'model_dir={config["model_dir"]}: planned as nanoGPT/model.py, because plan.py does not read code'
