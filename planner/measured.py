@@ -66,12 +66,14 @@ def trainers_rows(results=RESULTS):
             commits = {report['sessions'][r['session']]['commit'][:7]: r for r in runs}
             grown = [r for commit, r in commits.items() if commit not in FIXED_SEGMENTS]
             blocks = [(b, r['blocks'][:i]) for r in grown for i, b in enumerate(r['blocks'])]
-            # If the number has not changed, the peak is the previous block's. Kernels are launched in the first block
-            # only, and more micro-steps take more memory then
+            # If the number has not changed, and always under FSDP, the peak is the previous block's. Only the first
+            # block launches kernels, and more micro-steps take more memory then
+            sharded = trainer_of(row['trainer'], gpus)['trainer'] == 'fsdp'
             reserved = [
                 b['peak_reserved']
                 for b, before in blocks
                 if b['micro_steps'] == row['micro_steps'] <= [b, *before[:1]][-1]['micro_steps']
+                and not (sharded and before)
                 and b['peak_reserved'] not in [x['peak_reserved'] for x in before]
             ]
             run = Run(

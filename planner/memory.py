@@ -171,6 +171,16 @@ def stale_logits(run):
     return logits if run.path == 'eager' else 0.0  # gradients settle in the other tensors of this shape
 
 
+def by_chance(run):
+    """
+    Returns the bytes that some runs of several ranks under DDP and ZeRO-1 reserve in addition: one more set of
+    gradients, or of logits. Which block a tensor gets depends on when NCCL's stream gives its own back.
+    """
+    if run.gpus == 1 or run.sharded or run.micro_steps == 1:
+        return 0.0
+    return max(4 * run.parameters, run.half_bytes * run.tokens * run.vocab_size)
+
+
 def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
     """
     Returns {component: bytes, 'total': bytes}: torch.cuda.max_memory_reserved() on the GPU with the most, with

@@ -94,7 +94,7 @@ def estimate(name: str, run: Run, network: float, rows=()) -> Estimate:
     if timed:
         best = max(timed, key=lambda row: row.source)
         tokens_per_sec, bounds, speed_is = best.tokens_per_sec, (best.low, best.high), 'measured'
-    high = parts['total'] * (1 + width)
+    high = parts['total'] * (1 + width) + (memory.by_chance(run) if basis != 'measured' else 0.0)
     return Estimate(name, run, parts, memory.outside_torch(run), low, high, basis, tokens_per_sec, *bounds, speed_is)
 
 

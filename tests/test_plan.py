@@ -296,6 +296,13 @@ def test_more_of_anything_takes_more_memory_and_sharding_less():
     assert total(kernels=True) < total() < total(compiled=False, graphs=False)
 
 
+def test_several_ranks_may_reserve_another_set_of_gradients():
+    run = small_run(n_layer=24, n_head=16, n_embd=1024).change(gpus=4)
+    one_step, several = (plan.estimate('ddp', run.change(micro_steps=n), 50e9) for n in (1, 2))
+    assert one_step.memory_high < 1.11 * one_step.memory_bytes['total']
+    assert several.memory_high > several.memory_bytes['total'] + 4 * run.parameters
+
+
 def test_peaks_are_hardware_pys():
     for gpu in GPUS.values():
         known = [half for pattern, half, _ in hardware.PEAK_TFLOPS if re.fullmatch(pattern, gpu.device_name)]
