@@ -161,7 +161,8 @@ def tensors(run):
 def stale_logits(run):
     """
     Returns the bytes that the first micro-step's logits leave unused. Gradients, which stay, settle in the logits'
-    memory, so the next logits find no room there and get new memory; what the gradients do not fill is lost.
+    memory, so the next logits find no room there and get new memory; what the gradients do not fill is lost. This is
+    inferred from sizes, not traced.
     """
     if run.micro_steps == 1 or run.sharded or (run.loss_rows and run.kernels):
         return 0.0
@@ -174,7 +175,7 @@ def stale_logits(run):
 def by_chance(run):
     """
     Returns the bytes that some runs of several ranks under DDP and ZeRO-1 reserve in addition: one more set of
-    gradients, or of logits. Which block a tensor gets depends on when NCCL's stream gives its own back.
+    gradients, or of logits. Identical runs differ; the reason is not known.
     """
     if run.gpus == 1 or run.sharded or run.micro_steps == 1:
         return 0.0
