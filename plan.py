@@ -14,22 +14,25 @@ ones.
 """
 
 import json
+import math
 import os
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 ROOT = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'nanoGPT')]
 from planner import measured, options, plan, report
-from planner.gpus import GPUS, find_gpu
+from planner.gpus import GIB, GPUS, find_gpu
 
-from configurator import configure
+from configurator import configure, run_config_file
 from errors import UserError
 from shell import python_command
 
 # -----------------------------------------------------------------------------
 FLAGS = {  # name: (default, help)
     'gpu': ('h100', f'kind of GPU: {", ".join(GPUS)}'),
+    'gpu_memory': (0.0, 'GiB of its memory, if that differs or others use the rest; 0: as the kind has'),
     'gpus': (1, 'number of GPUs on all machines together'),
     'trainer': ('', f'trainer to plan: {", ".join(options.NAMES)}, or a folder such as phase3_fsdp'),
     'tokens': (0.0, 'tokens to train on, for hours and cost; 0: max_iters iterations'),
@@ -55,50 +58,90 @@ def print_help():
 
 
 def parse():
-    """Returns (config, flags_set, train.py's own arguments). Raises UserError, like train.py."""
+    """
+    Returns (config, flags_set, train.py's own arguments, the flags that config files set). Raises UserError, like
+    train.py.
+    """
     own = {name: default for name, (default, _) in FLAGS.items()}
-    kernels = options.kernel_flags()
-    namespace = {'__file__': os.path.join(ROOT, 'nanoGPT', 'train.py'), **options.train_flags(), **kernels, **own}
+    script = os.path.join(ROOT, 'nanoGPT', 'train.py')
+    namespace = {'__file__': script, **options.train_flags(), **options.kernel_flags(), **own}
     with redirect_stdout(sys.stderr):  # notes about flags must not mix with --json
         config, flags_set = configure(namespace)
     arguments = [arg for arg in sys.argv[1:] if arg[2:].split('=')[0] not in own or not arg.startswith('--')]
+    in_files = {}
+    for path in (arg for arg in arguments if not arg.startswith('--')):
+        in_files |= run_config_file(path, config, script)
+        for flag in in_files.keys() & own.keys():
+            raise UserError(f'{path} sets {flag}, which train.py does not know: write --{flag}={config[flag]} instead')
     if config['largest'] not in ('', 'model', 'batch'):
         raise UserError(f"largest is '{config['largest']}', but it can be model or batch")
     if config['trainer'] not in ('', *options.NAMES, *options.FOLDERS.values()):
         raise UserError(f"trainer is '{config['trainer']}', but it can be {', '.join(options.NAMES)}")
-    for flag in ('tokens', 'price'):
-        if not config[flag] >= 0:
-            raise UserError(f'{flag}={config[flag]}, but it must be at least 0')
-    if not config['network'] > 0:
-        raise UserError(f'network={config["network"]}, but it must be more than 0')
-    return config, flags_set, arguments
+    for flag in ('tokens', 'price', 'network', 'gpu_memory'):
+        if not 0 <= config[flag] < math.inf:
+            raise UserError(f'{flag}={config[flag]}, but it must be a number that is at least 0')
+    for flag in ('network', 'vocab_size'):
+        if not config[flag] > 0:
+            raise UserError(f'{flag}={config[flag]}, but it must be more than 0')
+    return config, flags_set, arguments, in_files
+
+
+def resolve(config, flags_set):
+    """Returns config, with the sizes of OpenAI's weights if init_from names them. Prints notes on unknown facts."""
+    notes = []
+    if config['init_from'] == 'resume':
+        notes.append("init_from=resume: the model's sizes are those of the flags, not of the checkpoint")
+    elif config['init_from'] not in ('scratch', 'auto'):
+        config = config | options.shape_of_pretrained(config['init_from'])
+    dataset, folders = config['dataset'], ('', os.path.join(ROOT, 'nanoGPT', 'data'))
+    has_meta = any(os.path.isfile(os.path.join(folder, dataset, 'meta.pkl')) for folder in folders)
+    if (
+        'vocab_size' not in flags_set
+        and config['init_from'] in ('scratch', 'auto')
+        and (has_meta or dataset.endswith('_char'))
+    ):
+        notes.append(f"vocab_size={config['vocab_size']} is GPT-2's; train.py takes {dataset}'s own: add --vocab_size")
+    if os.path.basename(config['model_dir']) not in ('', *options.FOLDERS.values()):
+        notes.append(
+            f'model_dir={config["model_dir"]}: planned as nanoGPT/model.py, because plan.py does not read code'
+        )
+    if config['eval_only']:
+        notes.append('eval_only=True: planned as training, which takes more memory and time')
+    if config['dropout'] > 0:
+        notes.append(f'dropout={config["dropout"]}: planned as 0, because runs with dropout were not measured')
+    for note in notes:
+        print(f'note: {note}', file=sys.stderr)
+    return config
 
 
 def main():
     if {'--help', '-h'} & set(sys.argv[1:]):
         return print_help()
-    config, flags_set, arguments = parse()
+    config, flags_set, arguments, in_files = parse()
+    config = resolve(config, flags_set)
     gpu, gpus, network = find_gpu(config['gpu']), config['gpus'], config['network'] * 1e9
+    if config['gpu_memory']:
+        gpu = replace(gpu, memory_bytes=config['gpu_memory'] * GIB)
     found = plan.make_plan(config, gpu, gpus, network, measured.all_rows())
     asked = options.asked_for(config, flags_set)
     if asked and asked not in found:
         raise UserError(f'trainer={asked} needs 4 GPUs or more, in two equal groups or more; gpus is {gpus}')
     tokens = config['tokens'] or config['max_iters'] * next(iter(found.values())).run.tokens_per_iter
-    best = plan.recommend(found)
+    best = plan.recommend(found, in_files)
     fits = found[asked].fits if asked else best is not None
-    way_out = None if fits else plan.change_that_fits(config, gpu, gpus, network)
+    way_out = None if fits else plan.change_that_fits(config, gpu, gpus, network, in_files)
+    if config['picture']:  # first, because it may fail
+        report.draw(found, config, gpu, gpus, network, config['picture'])
 
     if config['json']:
-        result = report.as_json(found, gpu, gpus, best, arguments, tokens, config['price'])
+        result = report.as_json(found, config, gpu, gpus, best, arguments, in_files, tokens)
         if config['largest']:
             result['largest'] = report.largest_of(config['largest'], found, config, gpu, gpus, network)
-        print(json.dumps(result, indent=1))
+        print(json.dumps(result, indent=1, allow_nan=False))
     else:
         print(report.as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out))
         if config['largest']:
             print(report.largest_text(config['largest'], found, config, gpu, gpus, network))
-    if config['picture']:
-        report.draw(found, config, gpu, gpus, network, config['picture'])
     return 0 if fits else 1
 
 

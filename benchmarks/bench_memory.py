@@ -1,18 +1,28 @@
 """
-Measures the reserved GPU memory of a training step on one GPU, in one process per configuration. plan.py is fitted on
-the result.
+Measures the reserved GPU memory of a training step, in one process per GPU and configuration. plan.py is fitted on the
+result.
 
     python benchmarks/bench_memory.py --out=benchmarks/results/memory_h200.json --seconds=225
+    python benchmarks/bench_memory.py --set=more --out=benchmarks/results/memory_more_h200.json --seconds=90
+    python benchmarks/bench_memory.py --set=timed --out=benchmarks/results/memory_times_h200.json --seconds=118
+    python benchmarks/bench_memory.py --set=alone --out=benchmarks/results/memory_alone_h200.json --seconds=90
+    python benchmarks/bench_memory.py --set=several --ranks=2 --out=benchmarks/results/memory_h200x2.json --seconds=60
     python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: only checks the script
 
-DDP's model and the Triton model run in nanoGPT/bench.py without a process group, so gradients are not in buckets. FSDP
-runs in a group of one rank (trainer.py): the shard is the whole model, and units are gathered as among several ranks.
-Each process runs four iterations on random tokens, with expandable segments as in train.py. With CUDA graphs, the first
-two iterations launch kernels and the third captures. The result states both peaks: reserved_launched before the first
-capture, and reserved over the whole process.
+The models of one GPU run in nanoGPT/bench.py without a process group, so gradients are not in buckets. FSDP, and DDP
+and ZeRO-1 on several GPUs, run in trainer.py. FSDP on one GPU runs in a group of one rank: the shard is the whole
+model, and units are gathered as among several ranks. Each process runs some iterations on random tokens, with
+expandable segments as in train.py. With CUDA graphs, the first iterations launch kernels and a later one captures. The
+result states both peaks: reserved_launched before the first capture, and reserved over the whole process. With several
+ranks, each number is the largest of any rank. With --set=alone, one rank of ZeRO-1 runs without the others: it has
+DDP's buckets in a group of one, and AdamW's state for its share of the parameters.
 
-As many processes as fit share the GPU: their memory does not depend on that, and speed is not measured. A configuration
-for which no time is left is listed in `not_run`.
+As many processes as fit share the GPU: their memory does not depend on that. A configuration for which no time is left
+is listed in `not_run`.
+
+With --set=timed, each process also times iterations. Processes compile and warm up at the same time. Once all of them
+are ready, each has the GPU to itself in turn; the first half of its iterations warms the GPU up again and does not
+count.
 """
 
 import argparse
@@ -23,19 +33,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from common import GIB, ROOT, facts, write_json
+from common import GIB, ROOT, facts, spread, torchrun, write_json
 
-SIZES = {  # n_layer, n_head, n_embd
-    '124M': (12, 12, 768),
-    '350M': (24, 16, 1024),
-    '774M': (36, 20, 1280),
-    '1.5B': (48, 25, 1600),
-    'tiny': (2, 2, 64),
-}
+sys.path[:0] = [str(ROOT), str(ROOT / 'nanoGPT')]
+from planner import measured, memory
+from planner.gpus import GPUS
+
+SIZES = measured.SHAPES | {'tiny': (2, 2, 64)}  # n_layer, n_head, n_embd
 LAUNCHED, GRAPHS = {'cuda_graph': False}, {'cuda_graph': True}
 AC, EAGER = {'activation_checkpointing': True}, {'compile': False, 'cuda_graph': False}
 
@@ -108,9 +117,101 @@ def configurations():
     ]
 
 
+def timed_configurations():
+    """Returns configurations to time, in the form of configurations(): checkpointing, and other contexts than 1024."""
+    return [
+        ('ddp', '350M', 8, 1024, GRAPHS | AC),
+        ('ddp', '124M', 12, 1024, GRAPHS | AC),
+        ('ddp', '124M', 32, 1024, GRAPHS | AC),
+        ('ddp', '124M', 8, 2048, GRAPHS),
+        ('ddp', '124M', 16, 512, GRAPHS),
+        ('triton', '350M', 8, 2048, GRAPHS),
+        ('triton', '350M', 8, 2048, GRAPHS | AC),
+        ('triton', '124M', 32, 1024, GRAPHS | AC),
+        ('triton', '124M', 8, 2048, GRAPHS),
+        ('triton', '124M', 12, 256, GRAPHS),
+        ('triton', '1.5B', 8, 1024, GRAPHS | AC),
+        ('triton', '1.5B', 4, 2048, GRAPHS),
+        ('triton', '774M', 8, 1024, GRAPHS),
+        ('ddp', '774M', 8, 1024, EAGER | AC),
+    ]
+
+
+def more_configurations():
+    """Returns further configurations, in the form of configurations(), that compile little: a minute in all."""
+    one_step = {'gradient_accumulation_steps': 1}
+    return [
+        ('fsdp', '124M', 32, 1024, GRAPHS),
+        ('fsdp', '124M', 32, 1024, GRAPHS | AC),
+        ('triton', '350M', 32, 1024, GRAPHS | AC),
+        ('triton', '124M', 16, 1024, GRAPHS),
+        ('fsdp+triton', '350M', 12, 1024, GRAPHS),
+        ('fsdp+triton', '124M', 32, 1024, GRAPHS),
+        ('triton', '350M', 16, 1024, LAUNCHED),
+        ('triton', '774M', 32, 1024, GRAPHS | AC),
+        ('ddp', '124M', 32, 1024, EAGER),
+        ('ddp', '350M', 8, 1024, EAGER | AC),
+        ('triton', '350M', 12, 1024, GRAPHS | one_step),
+        ('triton', '124M', 24, 1024, GRAPHS | AC),
+        ('fsdp+triton', '774M', 8, 1024, GRAPHS),
+        ('fsdp', '774M', 8, 1024, GRAPHS),
+        ('triton', '1.5B', 16, 1024, GRAPHS | AC),
+    ]
+
+
+def several_ranks():
+    """Returns configurations for several ranks, in the form of configurations()."""
+    one_step, five_steps = {'gradient_accumulation_steps': 1}, {'gradient_accumulation_steps': 5}
+    return [
+        ('zero1', '350M', 12, 1024, GRAPHS),
+        ('zero1', '124M', 12, 1024, GRAPHS),
+        ('zero1+triton', '1.5B', 8, 1024, GRAPHS),
+        ('zero1', '774M', 8, 1024, EAGER),
+        ('zero1+triton', '774M', 8, 1024, GRAPHS | five_steps),
+        ('zero1+triton', '124M', 12, 1024, GRAPHS),
+        ('zero1+triton', '350M', 12, 1024, GRAPHS | one_step),
+        ('ddp', '350M', 12, 1024, EAGER),
+        ('zero1', '350M', 12, 1024, EAGER),
+    ]
+
+
+def ranks_alone():
+    """Returns configurations of ZeRO-1, in the form of configurations(). one_of: one of this number of ranks runs."""
+    one_step, five_steps = {'gradient_accumulation_steps': 1}, {'gradient_accumulation_steps': 5}
+    return [
+        ('ddp', '1.5B', 4, 1024, EAGER | {'one_of': 4} | five_steps),
+        ('ddp', '774M', 8, 1024, EAGER | {'one_of': 4}),
+        ('ddp+triton', '1.5B', 8, 1024, GRAPHS | {'one_of': 4}),
+        ('ddp', '774M', 8, 1024, EAGER | {'one_of': 2}),
+        ('ddp+triton', '774M', 8, 1024, GRAPHS | {'one_of': 8} | five_steps),
+        ('ddp', '350M', 12, 1024, EAGER | {'one_of': 8}),
+        ('ddp', '124M', 12, 1024, GRAPHS | {'one_of': 4}),
+        ('ddp', '124M', 12, 1024, GRAPHS | {'one_of': 2}),
+        ('ddp', '350M', 12, 1024, GRAPHS | {'one_of': 4}),
+        ('ddp', '350M', 12, 1024, GRAPHS | {'one_of': 4} | one_step),
+    ]
+
+
 def tiny():
     cpu = {'cuda_graph': False, 'compile': False}
-    return [('ddp', 'tiny', 2, 64, cpu), ('triton', 'tiny', 2, 64, cpu | AC), ('fsdp', 'tiny', 2, 64, cpu)]
+    return [
+        ('ddp', 'tiny', 2, 64, cpu),
+        ('triton', 'tiny', 2, 64, cpu | AC),
+        ('fsdp', 'tiny', 2, 64, cpu),
+        ('zero1', 'tiny', 2, 64, cpu),
+        ('ddp+triton', 'tiny', 2, 64, cpu | {'one_of': 4}),
+    ]
+
+
+SETS = {  # for --set
+    'first': configurations,
+    'more': more_configurations,
+    'timed': timed_configurations,
+    'alone': ranks_alone,
+    'several': several_ranks,
+    'tiny': tiny,
+}
+STEPS = {'124M': 40, '350M': 20, '774M': 12, '1.5B': 8, 'tiny': 4}  # iterations to time, about 2 s
 
 
 def memory_now():
@@ -143,23 +244,44 @@ def watch_capture(graph_class, seen):
     graph_class._capture = watched
 
 
-def measure(trainer, size, batch_size, block_size, options, dry_run):
-    """Runs one configuration in this process. Returns its memory in bytes."""
+def wait_for_turn(hardware, ready):
+    """Makes the first call of hardware.now(), before the timed iterations, create the file `ready` and wait."""
+    now = hardware.now
+
+    def waits_once(device):
+        hardware.now = now
+        now(device)
+        Path(ready).touch()
+        input()
+        return now(device)
+
+    hardware.now = waits_once
+
+
+def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, ready=''):
+    """
+    Runs one configuration in this process, which may be one of several ranks. Returns its memory in bytes and, if
+    `ready` names a file to create before the timed iterations, their tokens/s.
+    """
     options = {'gradient_accumulation_steps': 2} | options
-    launched = {}
-    if trainer == 'fsdp':
-        measure_fsdp(size, batch_size, block_size, options, dry_run, launched)
+    launched, times = {}, []
+    if ranks > 1 or 'fsdp' in trainer or 'one_of' in options:
+        # the result keeps the model alive until the memory has been read
+        kept = run_trainer(trainer, size, batch_size, block_size, options, ranks, dry_run, launched)
     else:
         n_layer, n_head, n_embd = SIZES[size]
         flags = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, batch_size=batch_size, block_size=block_size)
-        flags |= options | dict(real_data=False, warmup=3, steps=1)
+        flags |= options | dict(real_data=False, warmup=3, steps=STEPS[size] if ready else 1)
         flags |= {'device': 'cpu'} if dry_run else {}
         flags |= {'model_dir': str(ROOT / 'phase2_triton')} if trainer == 'triton' else {}
         folder = ROOT / 'nanoGPT'
         sys.path[:0] = [flags.get('model_dir', str(folder)), str(folder)]
         import cuda_graph
+        import hardware
         import model
 
+        if ready:
+            wait_for_turn(hardware, ready)
         build = model.GPT.__init__
 
         def build_on_gpu(self, config):  # drawing billions of weights takes a CPU a minute
@@ -170,44 +292,86 @@ def measure(trainer, size, batch_size, block_size, options, dry_run):
         watch_capture(cuda_graph.MicroStep, launched)
         sys.argv = [str(folder / 'bench.py'), *(f'--{key}={value}' for key, value in flags.items())]
         # bound to a name, which keeps the model alive until its memory has been read
-        kept = runpy.run_path(sys.argv[0])  # noqa: F841
+        kept = runpy.run_path(sys.argv[0])
+        times = kept['times'][len(kept['times']) // 2 :]
     after = memory_now()
     result = {f'{key}_launched': launched[key] for key in ('reserved', 'allocated') if launched}
     result |= {f'{key}_captured': after[key] for key in ('reserved', 'allocated') if launched}
     if launched:
         after |= {key: max(after[key], launched[key]) for key in ('reserved', 'allocated')}
+    if ready:
+        tokens = batch_size * block_size * options['gradient_accumulation_steps']
+        result['tokens_per_sec'] = spread([tokens / seconds for seconds in times])
     return after | result
 
 
-def measure_fsdp(size, batch_size, block_size, options, dry_run, launched):
+def run_trainer(name, size, batch_size, block_size, options, ranks, dry_run, launched):
+    """Runs some iterations in a process group of `ranks` ranks. Returns the trainer."""
     import torch.distributed as dist
 
-    import trainer as shared  # adds FSDP's modules to the path
-    from sharded_cuda_graph import ShardedMicroStep
+    import trainer as shared  # adds the modules of FSDP and ZeRO-1 to the path
+    from cuda_graph import WARMUP, WARMUP_DDP, MicroStep
 
-    device, *_ = shared.hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
-    os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
-    store = dist.HashStore()
-    dist.init_process_group('gloo' if dry_run else 'cpu:gloo,cuda:nccl', store=store, rank=0, world_size=1)
-    options = dict(options)
-    micro_steps, flags = options.pop('gradient_accumulation_steps'), {'compile': True}
+    if ranks > 1:
+        device, *_ = shared.start_ranks(dry_run)
+    else:
+        device, *_ = shared.hardware.resolve_auto('cpu' if dry_run else 'cuda', 'auto', 'auto', 'auto')
+        os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
+        store = dist.HashStore()
+        dist.init_process_group('gloo' if dry_run else 'cpu:gloo,cuda:nccl', store=store, rank=0, world_size=1)
+    options, kind = dict(options), name.split('+')[0]
+    micro_steps, flags = options.pop('gradient_accumulation_steps'), {'compile': True, 'cuda_graph': False}
     flags |= {key: options.pop(key) for key in ('compile', 'cuda_graph') if key in options}
     fsdp = {key: options.pop(key) for key in list(options) if key.startswith('fsdp_')}
+    one_of = options.pop('one_of', 0)
     shape = dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[size]))
     flags |= dict(batch_size=batch_size, block_size=block_size, fsdp=fsdp, init='fill')
-    watch_capture(ShardedMicroStep, launched)
-    trainer = shared.Trainer('fsdp', shape | dict(vocab_size=50304), device, **flags, **options)
+    flags |= {'model': 'phase2_triton'} if 'triton' in name else {}
+    watch_capture(MicroStep, launched)
+    trainer = shared.Trainer(kind, shape | dict(vocab_size=50304), device, **flags, **options)
+    if one_of:
+        trainer.optimizer = OneOfRanks(trainer.optimizer, one_of)
     trainer.feed(shared.random_batch)
-    for _ in range(4):
+    for _ in range((WARMUP if kind == 'fsdp' or not flags['cuda_graph'] else WARMUP_DDP) + 2):
         trainer.step(micro_steps).item()
+    return trainer
 
 
-def estimate(trainer, size, batch_size, block_size, options):
-    """Returns a rough upper bound in bytes, which decides how many processes share the GPU."""
-    n_layer, _, n_embd = SIZES[size]
-    parameters = 12 * n_layer * n_embd**2 + 50304 * n_embd
-    kept = 10 if options.get('activation_checkpointing') else 60 if options.get('compile') is False else 46
-    return 22 * parameters + 1.25 * batch_size * block_size * (kept * n_layer * n_embd + 10 * 50304) + GIB
+class OneOfRanks(torch.optim.Optimizer):
+    """Steps AdamW on the share of one rank out of `ranks`: the first of the even pieces that ZeRO-1 cuts."""
+
+    def __init__(self, optimizer, ranks):
+        from zero1 import split
+
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        parameters = [p for group in self.param_groups for p in group['params']]
+        self.pieces = [split(p, i, ranks)[0] for i, p in enumerate(parameters)]
+        fused = {'fused': True} if optimizer.defaults.get('fused') else {}
+        self.own = type(optimizer)([piece.shard for piece in self.pieces], lr=optimizer.defaults['lr'], **fused)
+
+    @torch.no_grad()
+    def step(self):
+        for piece in self.pieces:
+            piece.shard.grad = piece.param.grad.view(-1)[piece.start : piece.stop]
+        self.own.found_inf = getattr(self, 'found_inf', None)
+        self.own.step()
+        self.own.zero_grad(set_to_none=True)
+
+
+def most_of_ranks(result):
+    """Returns the largest of all ranks' numbers for each key."""
+    import torch.distributed as dist
+
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, result)
+    return {key: value and max(its[key] for its in everyone) for key, value in result.items()}
+
+
+def estimate(row):
+    """Returns a little more than the bytes that plan.py predicts, to decide how many processes share the GPU."""
+    if row['size'] == 'tiny':
+        return GIB
+    return 1.05 * memory.memory(measured.memory_run(row, GPUS['h200']))['total'] + memory.CONTEXT
 
 
 def context_bytes():
@@ -230,7 +394,10 @@ def child(arguments):
         result = dict(context_bytes=context_bytes(), total_bytes=torch.cuda.get_device_properties(0).total_memory)
     else:
         result = measure(**spec)
-    print('\nRESULT ' + json.dumps(result), flush=True)
+        if spec['ranks'] > 1:
+            result = most_of_ranks(result)
+    if os.environ.get('RANK', '0') == '0':
+        print('\nRESULT ' + json.dumps(result), flush=True)
     os._exit(0)  # destroying NCCL's graphs and the interpreter would take seconds
 
 
@@ -250,8 +417,10 @@ class Children:
 
     def start(self, key, spec):
         out = open(self.folder / f'{key}.out', 'w+')
+        child, ranks = f'--child={json.dumps(spec)}', 1 if spec == 'context' else spec['ranks']
         process = subprocess.Popen(
-            [sys.executable, __file__, f'--child={json.dumps(spec)}'],
+            [sys.executable, __file__, child] if ranks == 1 else torchrun(ranks, __file__, child),
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=self.env,
@@ -270,6 +439,15 @@ class Children:
             lines = text.strip().splitlines()[-4:]
             yield key, json.loads(result[0]) if result else {'error': lines}, time.time() - started
 
+    def take_turns(self):
+        """Yields like finished(), after each process has had the GPU to itself, once all of them are ready for that."""
+        if not all((self.folder / f'{key}.ready').exists() for key in self.running):
+            return
+        for key in list(self.running):
+            if key in self.running:  # it may have failed meanwhile
+                self.running[key][0].communicate(b'go\n')
+            yield from self.finished()
+
     def end(self):
         for process, *_ in self.running.values():
             process.kill()
@@ -281,6 +459,9 @@ def main():
     parser.add_argument('--out', required=False, default='', help='JSON file')
     parser.add_argument('--seconds', type=float, default=225, help='kill processes that still run after this time')
     parser.add_argument('--at_a_time', type=int, default=8, help='processes that share the GPU')
+    parser.add_argument('--gib', type=float, default=0, help='memory for all processes, on a GPU that others use too')
+    parser.add_argument('--ranks', type=int, default=1, help='GPUs per configuration')
+    parser.add_argument('--set', default='first', choices=[*SETS], help='configurations (default: first)')
     parser.add_argument('--dry-run', action='store_true')
     parser.add_argument('--child', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -288,30 +469,39 @@ def main():
         return child(args.child)
     if not torch.cuda.is_available() and not args.dry_run:
         sys.exit('bench_memory.py: needs a CUDA GPU; --dry-run tries it without')
+    if (args.set == 'several') != (args.ranks > 1) and not args.dry_run:
+        parser.error('--set=several needs --ranks=2 or more, and the other sets run on one GPU')
     started = time.time()
+    chosen = SETS['tiny' if args.dry_run else args.set]()
     wanted = [
-        dict(trainer=t, size=s, batch_size=b, block_size=n, options=o)
-        for t, s, b, n, o in (tiny() if args.dry_run else configurations())
+        dict(trainer=t, size=s, batch_size=b, block_size=n, options=o, ranks=args.ranks) for t, s, b, n, o in chosen
     ]
     report = facts(cpu=args.dry_run) | {'rows': [], 'failed': [], 'not_run': []}
     with tempfile.TemporaryDirectory() as folder:
         children = Children(folder)
-        if not args.dry_run:
+        if not args.dry_run and not args.gib:  # CUDA's context can be told on a GPU without other processes
             children.start('context', 'context')
             while 'context_bytes' not in report:
                 for _, result, _ in children.finished():
                     report |= result
                 time.sleep(0.2)
-        capacity = 0.93 * report.get('total_bytes', 1e12)
+        capacity = args.gib * GIB or 0.93 * report.get('total_bytes', 1e12)
         pending, used = dict(enumerate(wanted)), {}
         while (pending or children.running) and time.time() - started < args.seconds:
             for key, spec in list(pending.items()):
-                needs = estimate(**spec)
+                needs = estimate(spec)
                 if len(children.running) < args.at_a_time and sum(used.values()) + needs <= capacity:
-                    children.start(key, spec | {'dry_run': args.dry_run})
+                    ready = (
+                        {'ready': f'{folder}/{key}.ready'}
+                        if args.set == 'timed' and spec['trainer'] in ('ddp', 'triton')
+                        else {}
+                    )
+                    children.start(key, spec | {'dry_run': args.dry_run} | ready)
                     used[key] = needs
                     del pending[key]
-            for key, result, seconds in children.finished():
+            for key, result, seconds in chain(
+                children.finished(), children.take_turns() if args.set == 'timed' else ()
+            ):
                 del used[key]
                 row = wanted[key] | result | {'seconds': round(seconds, 1)}
                 report['failed' if 'error' in result else 'rows'].append(row)
@@ -328,7 +518,7 @@ def main():
 
 
 def say(row, seconds):
-    name = f'{row["trainer"]} {row["size"]} {row["batch_size"]}x{row["block_size"]} {row["options"]}'
+    name = f'{row["ranks"]} × {row["trainer"]} {row["size"]} {row["batch_size"]}x{row["block_size"]} {row["options"]}'
     if 'error' in row:
         told = ' | '.join(row['error'])[-300:]
     elif row['reserved']:
@@ -338,6 +528,8 @@ def say(row, seconds):
         )
     else:
         told = 'ran'
+    if 'tokens_per_sec' in row:
+        told += ' tokens/s {median:,.0f} ({min:,.0f} to {max:,.0f}, {n})'.format(**row['tokens_per_sec'])
     print(f'[{seconds:.0f} s] {name}: {told}', flush=True)
 
 

@@ -42,6 +42,7 @@ EFFICIENCIES = (
     'kernels',
     'eager',
     'fsdp',
+    'fixed',
     'optimizer',
     'slowest_rank',
     'link',
@@ -50,7 +51,7 @@ EFFICIENCIES = (
     'launch_fsdp',
     'launch_reduce',
 )
-ALLOCATOR = ('rounding', 'stale_logits', 'pool_compiled', 'pool_kernels')
+ALLOCATOR = ('rounding', 'pool_compiled', 'pool_kernels')
 PULL = 0.1  # weight of a squared change of an efficiency's logarithm, relative to squared relative errors
 
 
@@ -89,7 +90,7 @@ def memory_error(row, values):
 
 def full(row):
     """Returns whether the run had so little memory left that torch freed and reallocated blocks in each iteration."""
-    return bool(row.allocated) and row.allocated > 0.94 * row.run.gpu.memory_bytes
+    return bool(row.allocated) and row.allocated > plan.FULL * row.run.gpu.memory_bytes
 
 
 def fits_speed(row):
@@ -374,11 +375,11 @@ def predictions():
         for size, batch_size in (('124M', 12), ('1.5B', 8)):
             flags = dict(zip(('n_layer', 'n_head', 'n_embd'), measured.SHAPES[size]))
             config = options.train_flags() | options.kernel_flags() | flags
-            config |= dict(vocab_size=50304, batch_size=batch_size)
+            config |= dict(vocab_size=50304, batch_size=batch_size, price=0.0)
             for micro_steps in (1, 5):
                 config['gradient_accumulation_steps'] = 8 * micro_steps
                 plan_8 = plan.make_plan(config, GPUS[kind], 8, network=50e9)
-                trainers = report_module.as_json(plan_8, GPUS[kind], 8, None, [], 0, 0)['trainers']
+                trainers = report_module.as_json(plan_8, config, GPUS[kind], 8, None, [], (), 0)['trainers']
                 for values in trainers.values():
                     for key in ('hours', 'cost', 'command'):
                         del values[key]

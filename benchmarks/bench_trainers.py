@@ -34,7 +34,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect
 from contextlib import nullcontext, redirect_stdout
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ from common import ROOT, facts, first_line, spread, torchrun, write_json
 from tables import NAMES, SHAPES, gib, load, markdown, number, percent, table, times, with_spread
 
 TRITON, LAUNCHED = '--model_dir=../phase2_triton', '--cuda_graph=False'
+HALF = '--half_residual=True'  # computes in FSDP's precision
 TRAINERS = {  # name: (folder of train.py, flags)
     'ddp': ('nanoGPT', []),
     'zero1': ('phase1_zero1', []),
@@ -53,6 +56,8 @@ TRAINERS = {  # name: (folder of train.py, flags)
     'fsdp': ('phase3_fsdp', []),
     'zero1+triton': ('phase1_zero1', [TRITON]),
     'fsdp+triton': ('phase3_fsdp', [TRITON]),
+    'triton+half_residual': ('phase2_triton', [HALF]),
+    'zero1+triton+half_residual': ('phase1_zero1', [TRITON, HALF]),
     'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}']),
     'fsdp+one_unit': ('phase3_fsdp', ['--fsdp_min_num_params=1000000000000']),
     # without CUDA graphs, which train.py uses by default
@@ -66,12 +71,13 @@ DEFAULT = {
     'one': ['ddp', 'triton', 'ddp+launched', 'triton+launched'],
     'several': ['ddp', 'zero1', 'fsdp', 'triton', 'zero1+triton', 'fsdp+triton', 'ddp+launched'],
 }
-# size: (shape, iterations per interval of the log, intervals that count, seconds of (the first run, later runs))
+# size: (shape, iterations per interval of the log, intervals that count, seconds of a run: (compiled as a whole, the
+# first and later ones; compiled in parts under FSDP; with kernels))
 SIZES = {
-    '124M': (dict(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024), 10, 5, (60, 25)),
-    '350M': (dict(n_layer=24, n_head=16, n_embd=1024, batch_size=12, block_size=1024), 6, 4, (90, 40)),
-    '1.5B': (dict(n_layer=48, n_head=25, n_embd=1600, batch_size=8, block_size=1024), 3, 3, (200, 90)),
-    'tiny': (dict(n_layer=4, n_head=2, n_embd=96, batch_size=8, block_size=64), 4, 4, (10, 10)),
+    '124M': (dict(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024), 4, 3, (45, 20, 20, 12)),
+    '350M': (dict(n_layer=24, n_head=16, n_embd=1024, batch_size=12, block_size=1024), 4, 3, (75, 35, 30, 18)),
+    '1.5B': (dict(n_layer=48, n_head=25, n_embd=1600, batch_size=8, block_size=1024), 3, 2, (130, 120, 38, 22)),
+    'tiny': (dict(n_layer=4, n_head=2, n_embd=96, batch_size=8, block_size=64), 4, 4, (10, 10, 10, 10)),
 }
 
 
@@ -89,10 +95,16 @@ class Probe:
     def __init__(self, run, train):
         self.run, self.train, self.cuda = run, train, run['device'] == 'cuda'
         # the first intervals of each number of micro-steps are warm-up
-        self.interval, self.warmup, self.intervals = run['interval'], run['warmup'], run['warmup'] + run['intervals']
+        self.interval, self.warmups, self.intervals = run['interval'], run['warmups'], run['intervals']
+        self.starts = [0, *accumulate(self.interval * (warmup + self.intervals) for warmup in self.warmups)]
         self.steps, self.blocks = 0, []
         self.results = {'blocks': self.blocks}
         self.started = time.perf_counter()
+
+    def place_of(self, iteration):
+        """Returns the number of the block of iterations with as many micro-steps, and the iteration's place in it."""
+        block = bisect(self.starts, iteration) - 1
+        return block, iteration - self.starts[block]
 
     def since_start(self):
         if self.cuda:
@@ -158,7 +170,8 @@ class Probe:
 
     def after_step(self, optimizer):
         """Counts bytes in the last iteration of a warm-up, when gradients and AdamW's state exist."""
-        if self.steps and self.steps % (self.interval * self.intervals) == self.interval * self.warmup:
+        block, place = self.place_of(self.steps)
+        if block < len(self.warmups) and place == self.interval * self.warmups[block]:
             parameters = [p for group in optimizer.param_groups for p in group['params']]
             gradients = [p.grad for p in parameters if p.grad is not None]
             inner = getattr(getattr(optimizer, 'zero', optimizer), 'optim', optimizer)  # ZeRO-1's share
@@ -181,7 +194,7 @@ class Probe:
         if self.run['resume']:
             report.close('stopped')
             raise Enough
-        block, place = divmod(iter_num, self.interval * self.intervals)
+        block, place = self.place_of(iter_num)
         if iter_num and place == 0:
             self.end_block(block, report)
             if block == len(self.run['micro_steps']):
@@ -189,7 +202,7 @@ class Probe:
         # The peak is counted after the warm-up. With CUDA graphs it must include the capture, which happens at the
         # start or, under DDP, late in the first warm-up, when DDP has its final buckets.
         captured, ddp = train['cuda_graph'], isinstance(train['model'], DDP)
-        begins = 0 if captured and (block or not ddp) else self.interval * (self.warmup - captured)
+        begins = 0 if captured and (block or not ddp) else self.interval * (self.warmups[block] - captured)
         if self.cuda and place in (0, begins):
             torch.cuda.reset_peak_memory_stats()
         if place == 0:
@@ -232,11 +245,8 @@ class Probe:
         if int(os.environ['RANK']) == 0:
             log.wait()
             iterations = {record['iter']: record for record in json.loads(Path(log.path).read_text())['iterations']}
-            length = self.interval * self.intervals
-            for i, block in enumerate(self.blocks):
-                counted = [
-                    iterations[i * length + n * self.interval] for n in range(self.warmup + 1, self.intervals + 1)
-                ]
+            for start, warmup, block in zip(self.starts, self.warmups, self.blocks):
+                counted = [iterations[start + (warmup + n + 1) * self.interval] for n in range(self.intervals)]
                 block.update({key: [record[key] for record in counted] for key in ('tokens_per_sec', 'time_ms', 'mfu')})
             if self.run['save']:  # the save may fail
                 write_json(Path(self.run['out_dir'], 'measured.json'), self.results)
@@ -633,6 +643,20 @@ def of_ddp(file, trainer, size, micro_steps):
 
 
 @number
+def of_trainer(file, trainer, base, size, micro_steps):
+    """The speed of a trainer in percent of that of another one, base."""
+    row, other = row_of(file, trainer, size, micro_steps), row_of(file, base, size, micro_steps)
+    return percent(row['tokens_per_sec'], other['tokens_per_sec'], min(row['rounds'], other['rounds']))
+
+
+@number
+def iteration_ms(file, trainer, size, micro_steps):
+    """Milliseconds of an iteration, with the fastest and the slowest interval of the log."""
+    ms = row_of(file, trainer, size, micro_steps)['time_ms']
+    return f'{ms["median"]:.1f} ms ({ms["min"]:.1f} to {ms["max"]:.1f})'
+
+
+@number
 def trainer_memory(file, trainer, size, key, digits=1):
     """Memory of a trainer in GiB. key: a key of its memory_bytes, such as rest or peak."""
     return gib(row_of(file, trainer, size)['memory_bytes'][key], int(digits))
@@ -664,15 +688,20 @@ def plan(args, processes, folder):
     """Returns the runs on this number of processes, the most important first."""
     runs = []
     names = args.trainers or DEFAULT['one' if processes == 1 else 'several']
-    for size in args.sizes:
-        shape, interval, intervals, (first, later) = SIZES[size]
-        micro_steps = args.micro_steps or ([5, 1] if size != 'tiny' else [3, 1])
+    for position, size in enumerate(args.sizes):
+        shape, interval, intervals, (first, later, in_parts, with_kernels) = SIZES[size]
+        micro_steps = args.micro_steps or [[5, 1] if size != 'tiny' else [3, 1]]
+        micro_steps = micro_steps[min(position, len(micro_steps) - 1)]
         for i in range(args.rounds):
             for name in names:
                 script, flags = TRAINERS[name]
-                # under DDP, CUDA graphs are captured in the 12th iteration
-                warmup = -(-12 // interval) if args.device == 'cuda' and processes > 1 else 1
-                last = interval * (intervals + warmup) * len(micro_steps)
+                # under DDP, CUDA graphs are captured in the 12th iteration, and again after a change of micro-steps
+                warmups = [
+                    -(-12 // interval) if args.device == 'cuda' and processes > 1 else 1,
+                    *[1] * len(micro_steps),
+                ]
+                warmups = warmups[: len(micro_steps)]
+                last = interval * sum(intervals + warmup for warmup in warmups)
                 alone = processes == 1 and script in ('phase1_zero1', 'phase3_fsdp')
                 if alone or (args.device == 'cpu' and LAUNCHED in flags) or (name == 'hybrid' and processes < 4):
                     continue
@@ -696,12 +725,16 @@ def plan(args, processes, folder):
                     init=args.init,
                 )
                 run.update(batch_size=shape['batch_size'], block_size=shape['block_size'], interval=interval)
-                run.update(warmup=warmup, intervals=intervals)
+                run.update(warmups=warmups, intervals=intervals)
                 cache = str(folder / (f'cache-{name}-{size}' if args.cold and i == 0 else 'cache'))
                 run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache, out_dir=str(out))
                 run.update(
                     name=f'{name}, {size}, {processes} processes, round {i + 1}',
-                    expected_seconds=first if i == 0 else later,
+                    expected_seconds=with_kernels
+                    if 'triton' in name
+                    else in_parts
+                    if script == 'phase3_fsdp'
+                    else (later if i else first),
                 )
                 own = [
                     f'--gradient_accumulation_steps={micro_steps[0] * processes}',
@@ -750,7 +783,12 @@ def main():
         '--sizes', type=words, default=[], help=f'any of {",".join(SIZES)} (default: 124M,1.5B,350M; on a CPU tiny)'
     )
     parser.add_argument('--trainers', type=words, default=[], help=f'any of {",".join(TRAINERS)}')
-    parser.add_argument('--micro_steps', type=integers, default=[], help='micro-steps per process (default: 5,1)')
+    parser.add_argument(
+        '--micro_steps',
+        type=lambda text: [integers(numbers) for numbers in text.split('/')],
+        default=[],
+        help='micro-steps per process (default: 5,1); 10,1/5,1 has other numbers for the second size',
+    )
     parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument(
         '--save', action='store_true', help='in the first round, also save a checkpoint and resume from it'
@@ -773,7 +811,7 @@ def main():
     args = parser.parse_args()
     if args.dry_run:
         args.device, args.nproc, args.sizes, args.rounds = 'cpu', [2], ['tiny'], 1
-        args.trainers, args.micro_steps = args.trainers or ['fsdp'], [2, 1]
+        args.trainers, args.micro_steps = args.trainers or ['fsdp'], args.micro_steps or [[2, 1]]
     if args.worker:
         work(args.worker)
     gpus = torch.cuda.device_count() if args.device == 'cuda' else 0

@@ -34,6 +34,8 @@ NAMES = {
     'fsdp': 'FSDP',
     'zero1+triton': 'ZeRO-1 + Triton',
     'fsdp+triton': 'FSDP + Triton',
+    'triton+half_residual': 'Triton, half_residual',
+    'zero1+triton+half_residual': 'ZeRO-1 + Triton, half_residual',
     'hybrid': 'FSDP, hybrid sharding',
     'fsdp+one_unit': 'FSDP as one unit',
 }

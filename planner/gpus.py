@@ -39,6 +39,10 @@ GPUS = {
         _gpu('b200', 'NVIDIA B200', 178.4, 8.0, 2250.0, 900),
         _gpu('a100', 'NVIDIA A100-SXM4-80GB', 79.1, 2.039, 312.0, 300),
         _gpu('a100-40gb', 'NVIDIA A100-SXM4-40GB', 39.4, 1.555, 312.0, 300),
+        _gpu('h200-nvl', 'NVIDIA H200 NVL', 139.8, 4.8, 835.5, 64),
+        _gpu('a40', 'NVIDIA A40', 44.4, 0.696, 149.7, 32),
+        _gpu('a30', 'NVIDIA A30', 23.5, 0.933, 165.0, 32),
+        _gpu('l40', 'NVIDIA L40', 44.4, 0.864, 181.0, 32),
         _gpu('l40s', 'NVIDIA L40S', 44.4, 0.864, 362.0, 32),
         _gpu('l4', 'NVIDIA L4', 22.0, 0.3, 121.0, 32),
         _gpu('a10', 'NVIDIA A10', 22.1, 0.6, 125.0, 32),
@@ -56,7 +60,7 @@ def find_gpu(name: str) -> GPU:
     known = GPUS.get(name.lower()) or gpu_of_device(name)
     if known:
         return known
-    near = difflib.get_close_matches(name.lower(), GPUS, n=1)
+    near = difflib.get_close_matches(name.lower().removeprefix('nvidia '), GPUS, n=1)
     raise UserError(
         f"gpu is '{name}', but it can be {', '.join(GPUS)}" + (f'; did you mean {near[0]}?' if near else '')
     )
@@ -64,4 +68,4 @@ def find_gpu(name: str) -> GPU:
 
 def gpu_of_device(device_name: str) -> GPU | None:
     """Returns the known GPU with this device name, or None."""
-    return next((gpu for gpu in GPUS.values() if gpu.device_name == device_name), None)
+    return next((gpu for gpu in GPUS.values() if gpu.device_name.lower() == device_name.lower()), None)

@@ -40,7 +40,7 @@ def shape_of(size):
 def trainer_of(name, gpus):
     """Returns the fields of Run for a trainer's name in bench_trainers.py."""
     parts = name.split('+')
-    fields = dict(graphs='launched' not in parts, kernels='triton' in parts)
+    fields = dict(graphs='launched' not in parts, kernels='triton' in parts, half_residual='half_residual' in parts)
     fields['trainer'] = next((t for t in ('zero1', 'fsdp', 'hybrid') if t in parts), 'ddp')
     if fields['trainer'] == 'hybrid':
         fields.update(trainer='fsdp', shard_size=gpus // 2)
@@ -66,11 +66,14 @@ def trainers_rows(results=RESULTS):
             commits = {report['sessions'][r['session']]['commit'][:7]: r for r in runs}
             grown = [r for commit, r in commits.items() if commit not in FIXED_SEGMENTS]
             blocks = [(b, r['blocks'][:i]) for r in grown for i, b in enumerate(r['blocks'])]
-            # if the number has not changed, the peak is the previous block's
+            # If the number has not changed, and always under FSDP, the peak is the previous block's. Only the first
+            # block launches kernels, and more micro-steps take more memory then
+            sharded = trainer_of(row['trainer'], gpus)['trainer'] == 'fsdp'
             reserved = [
                 b['peak_reserved']
                 for b, before in blocks
-                if b['micro_steps'] == row['micro_steps']
+                if b['micro_steps'] == row['micro_steps'] <= [b, *before[:1]][-1]['micro_steps']
+                and not (sharded and before)
                 and b['peak_reserved'] not in [x['peak_reserved'] for x in before]
             ]
             run = Run(
@@ -96,28 +99,43 @@ def trainers_rows(results=RESULTS):
             )
 
 
+def memory_run(row, gpu):
+    """Returns the Run of a row of bench_memory.py, which may not be measured yet."""
+    options, parts = dict(row['options']), row['trainer'].split('+')
+    one_of = options.get('one_of', 0)  # ranks of ZeRO-1, of which one ran
+    return Run(
+        gpu,
+        one_of or row.get('ranks', 1),
+        **shape_of(row['size']),
+        batch_size=row['batch_size'],
+        block_size=row['block_size'],
+        micro_steps=options.get('gradient_accumulation_steps', 2),
+        trainer='zero1' if one_of else 'ddp' if parts[0] == 'triton' else parts[0],
+        kernels='triton' in parts,
+        half_residual=options.get('half_residual', False),
+        loss_rows=options.get('loss_rows', 0),
+        compiled=options.get('compile', True),
+        graphs=options['cuda_graph'],
+        checkpointing=options.get('activation_checkpointing', False),
+        reshard=options.get('fsdp_reshard', False),
+    )
+
+
 def memory_rows(results=RESULTS):
-    for path in sorted(Path(results).glob('memory_h*.json')):
+    """Yields the rows of bench_memory.py."""
+    for path in sorted(Path(results).glob('memory_*h*.json')):
         report = read(path.name, results)
         for row in report['rows']:
-            options = dict(row['options'])
-            run = Run(
-                gpu_of_device(report['device']),
-                1,
-                **shape_of(row['size']),
-                batch_size=row['batch_size'],
-                block_size=row['block_size'],
-                micro_steps=options.get('gradient_accumulation_steps', 2),
-                trainer='fsdp' if row['trainer'] == 'fsdp' else 'ddp',
-                kernels=row['trainer'] == 'triton',
-                half_residual=options.get('half_residual', False),
-                loss_rows=options.get('loss_rows', 0),
-                compiled=options.get('compile', True),
-                graphs=options['cuda_graph'],
-                checkpointing=options.get('activation_checkpointing', False),
-                reshard=options.get('fsdp_reshard', False),
+            run = memory_run(row, gpu_of_device(report['device']))
+            speed = row.get('tokens_per_sec') or {}
+            yield Row(
+                run,
+                path.name,
+                'memory',
+                *(speed.get(key) for key in ('median', 'min', 'max')),
+                allocated=row['allocated'],
+                reserved=row['reserved'],
             )
-            yield Row(run, path.name, 'memory', allocated=row['allocated'], reserved=row['reserved'])
 
 
 VARIANTS = {  # names in bench_phase2.py

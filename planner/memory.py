@@ -34,7 +34,6 @@ class Allocator:
 
     workspace: float = 0.063 * GIB  # cuBLAS, and allocations before the model
     rounding: float = 0.009  # fraction of all tensors: blocks larger than their tensor, half-used pages
-    stale_logits: float = 0.75  # fraction of the logits: gradients occupy the memory of the first micro-step's logits
     # fraction of the gradients, which a compiled backward returns all at once: space in a graph's pool
     pool_compiled: float = 0.45
     pool_kernels: float = 0.2  # the same with the kernels, which add each gradient as soon as it is computed
@@ -103,9 +102,19 @@ def at_loss(run):
         # rounded weights, kept for the backward; recomputed blocks round again, but graphs with kernels keep theirs
         keeps = not run.checkpointing or (run.kernels and run.graphs)
         result['half_copies'] = half * n if keeps and half < 4 else 0.0
-        if run.path == 'eager':  # autocast's cache
-            result['half_copies'] = half * n if half < 4 else 0.0
+        if run.path == 'eager':  # what autocast cached, of which recomputed blocks keep nothing
+            result['half_copies'] = half * (run.vocab_size * run.n_embd if run.checkpointing else n) * (half < 4)
     return result
+
+
+def at_forward_end(run):
+    """Returns the bytes by component when the loss is computed: the peak of eager mode with recomputed blocks."""
+    result = at_loss(run)
+    if run.path != 'eager' or run.sharded or not run.checkpointing:
+        return result
+    half = run.half_bytes
+    weights = half * run.parameters if half < 4 else 0.0  # autocast's cache still has them
+    return result | {'half_copies': weights, 'logits': (4 + 4) * run.tokens * run.vocab_size}
 
 
 def at_end(run):
@@ -145,8 +154,32 @@ def at_head(run):
 
 def tensors(run):
     """Returns the tensors' bytes at the peak, by component: torch.cuda.max_memory_allocated() with launched kernels."""
-    peak = max((at_loss(run), at_head(run), at_end(run)), key=lambda moment: sum(moment.values()))
+    peak = max((at_forward_end(run), at_loss(run), at_head(run), at_end(run)), key=lambda moment: sum(moment.values()))
     return peak | {'allocator': ALLOCATOR.workspace}
+
+
+def stale_logits(run):
+    """
+    Returns the bytes that the first micro-step's logits leave unused. Gradients, which stay, settle in the logits'
+    memory, so the next logits find no room there and get new memory; what the gradients do not fill is lost. This is
+    inferred from sizes, not traced.
+    """
+    if run.micro_steps == 1 or run.sharded or (run.loss_rows and run.kernels):
+        return 0.0
+    logits = run.half_bytes * run.tokens * run.vocab_size
+    if run.kernels:
+        return max(0.0, logits - 4 * run.n_layer * run.block_parameters)
+    return logits if run.path == 'eager' else 0.0  # gradients settle in the other tensors of this shape
+
+
+def by_chance(run):
+    """
+    Returns the bytes that some runs of several ranks under DDP and ZeRO-1 reserve in addition: one more set of
+    gradients, or of logits. Identical runs differ; the reason is not known.
+    """
+    if run.gpus == 1 or run.sharded or run.micro_steps == 1:
+        return 0.0
+    return max(4 * run.parameters, run.half_bytes * run.tokens * run.vocab_size)
 
 
 def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
@@ -156,11 +189,7 @@ def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
     """
     allocator = allocator or ALLOCATOR
     result, n = tensors(run), run.parameters
-    several = run.micro_steps > 1
-    result['allocator'] = allocator.workspace + allocator.rounding * sum(result.values())
-    if several and ((run.kernels and not run.loss_rows) or run.path == 'eager') and not run.offload:
-        per_logit = run.half_bytes if run.kernels else 4
-        result['allocator'] += allocator.stale_logits * per_logit * run.tokens * run.vocab_size
+    result['allocator'] = allocator.workspace + allocator.rounding * sum(result.values()) + stale_logits(run)
     if run.sharded and not run.reshard:  # reduced gradients, which fit into no free block
         result['gradients'] += 4 * n / run.shards
     if run.graphs and not run.sharded:
@@ -176,8 +205,8 @@ def needed(run: Run, allocator: Allocator | None = None) -> float:
     Returns the least bytes with which the run can train. Out of memory, torch frees stale blocks, which costs speed.
     """
     allocator = allocator or ALLOCATOR
-    result = memory(run, replace(allocator, stale_logits=0.0, pool_compiled=0.0, pool_kernels=0.0))
-    return result['total']
+    result = memory(run, replace(allocator, pool_compiled=0.0, pool_kernels=0.0))
+    return result['total'] - stale_logits(run)
 
 
 def outside_torch(run: Run) -> float:

@@ -6,11 +6,13 @@ Impossible flags raise the messages of train.py, cuda_graph.py and sharding.py.
 """
 
 import ast
+from functools import cache
 from pathlib import Path
 
 from errors import UserError
 from planner.gpus import GPU
 from planner.run import Run
+from shell import python, python_command
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (
@@ -33,8 +35,16 @@ FOLDERS = {
     'fsdp': 'phase3_fsdp',
     'hybrid': 'phase3_fsdp',
 }
+# OpenAI's weights, for --init_from: (n_layer, n_head, n_embd)
+PRETRAINED = {
+    'gpt2': (12, 12, 768),
+    'gpt2-medium': (24, 16, 1024),
+    'gpt2-large': (36, 20, 1280),
+    'gpt2-xl': (48, 25, 1600),
+}
 
 
+@cache
 def flags_of(path) -> dict:
     """Returns {flag: default} of a train.py: the plain values that it assigns above configure(). Does not run it."""
     flags = {}
@@ -65,6 +75,13 @@ def kernel_flags() -> dict:
     return model_options('', script)
 
 
+def shape_of_pretrained(init_from: str) -> dict:
+    """Returns the flags that OpenAI's weights determine. Raises UserError, like startup.py, for an unknown name."""
+    if init_from not in PRETRAINED:
+        raise UserError(f"init_from is '{init_from}', but it can be auto, scratch, resume, {', '.join(PRETRAINED)}")
+    return dict(zip(('n_layer', 'n_head', 'n_embd'), PRETRAINED[init_from])) | dict(bias=True, vocab_size=50257)
+
+
 def micro_steps_of(config: dict, gpus: int) -> int:
     """Returns the micro-steps per rank. Raises UserError, like train.py, if the GPUs do not divide them."""
     total = config['gradient_accumulation_steps']
@@ -84,6 +101,9 @@ def check(config: dict, gpu: GPU, gpus: int) -> None:
     for flag in ('compile', 'cuda_graph'):
         if config[flag] not in ('auto', True, False):
             raise UserError(f"{flag} is '{config[flag]}', but it can be auto, True or False")
+    for flag in kernel_flags():
+        if isinstance(config[flag], (int, float)) and not config[flag] >= 0:
+            raise UserError(f'{flag}={config[flag]}, but it must be at least 0')
     if config['fsdp_reshard'] not in ('auto', True, False):
         raise UserError(f"fsdp_reshard is '{config['fsdp_reshard']}', but it can be auto, True or False")
     if config['fsdp_min_num_params'] < 1:
@@ -109,7 +129,7 @@ def make_run(name: str, config: dict, gpu: GPU, gpus: int, micro_steps: int) -> 
     """Returns the Run of a trainer in NAMES, or None for hybrid sharding with fewer than two groups of two GPUs."""
     parts = name.split('+')
     sharded = parts[0] in ('fsdp', 'hybrid')
-    kernels = 'triton' in parts
+    kernels = 'triton' in parts and config['use_triton']
     shard_size = 0
     if parts[0] == 'hybrid':
         shard_size = config['fsdp_shard_size'] or (gpu.per_machine if gpus > gpu.per_machine else gpus // 2)
@@ -140,6 +160,7 @@ def make_run(name: str, config: dict, gpu: GPU, gpus: int, micro_steps: int) -> 
         min_num_params=config['fsdp_min_num_params'],
         offload=offload,
         half_bytes=4 if config['dtype'] == 'float32' else 2,
+        dropout=config['dropout'] > 0,
     )
     reshard = config['fsdp_reshard']
     if reshard == 'auto':  # as sharding.choose_reshard()
@@ -158,18 +179,24 @@ def make_runs(config: dict, gpu: GPU, gpus: int) -> dict[str, Run]:
 def asked_for(config: dict, flags_set: set) -> str:
     """
     Returns the name of the trainer that config selects, or '' if it selects none: by config['trainer'], a name or the
-    folder of a train.py, or by train.py's flags, which are more specific than a folder.
+    folder of a train.py, or by train.py's flags, which are more specific than a folder. Raises UserError for flags of
+    two trainers.
     """
     if config['trainer'] in NAMES:
         return config['trainer']
     kernels = Path(config['model_dir'] or '.').name == 'phase2_triton'
+    if {'use_zero1', 'use_fsdp'} <= flags_set and config['use_zero1'] and config['use_fsdp']:
+        raise UserError('use_zero1=True and use_fsdp=True select two trainers: leave out one of the two')
     sharding = {
         'fsdp_shard_size': 'hybrid',
         'fsdp_cpu_offload': 'fsdp+offload',
         'use_fsdp': 'fsdp',
         'use_zero1': 'zero1',
     }
-    name = next((trainer for flag, trainer in sharding.items() if flag in flags_set and config[flag]), '')
+    selects = {flag for flag in sharding if flag in flags_set and config[flag]}
+    if config.get('fsdp_shard_size') == config.get('gpus'):  # one group of all ranks
+        selects -= {'fsdp_shard_size'}
+    name = next((trainer for flag, trainer in sharding.items() if flag in selects), '')
     if not name and any(flag.startswith('fsdp_') for flag in flags_set):
         name = 'fsdp'
     name = name or next((trainer for trainer, folder in FOLDERS.items() if folder == config['trainer']), '')
@@ -178,22 +205,48 @@ def asked_for(config: dict, flags_set: set) -> str:
     return f'{name}+triton' if f'{name}+triton' in NAMES else 'triton' if name in ('', 'ddp') else name
 
 
-def command(name: str, run: Run, arguments: list[str]) -> str:
-    """Returns the shell command that starts this trainer. arguments: the user's own arguments for train.py."""
-    parts = name.split('+')
-    folder = FOLDERS[parts[0]]
-    flags = {'triton': '--model_dir=../phase2_triton', 'checkpointing': '--activation_checkpointing=True'}
-    flags['offload'] = '--fsdp_cpu_offload=True'
-    more = [flags[part] for part in parts[1:]]
-    if parts[0] == 'hybrid':
-        more.append(f'--fsdp_shard_size={run.shard_size}')
-    more = [flag for flag in more if flag not in arguments]
+def folder_of(name: str) -> str:
+    """Returns the folder whose train.py starts this trainer."""
+    return FOLDERS[name.split('+')[0]]
+
+
+@cache
+def known_to(name: str) -> frozenset:
+    """Returns the names of the flags that the train.py of this trainer accepts."""
+    from configurator import model_options
+
+    script = str(ROOT / folder_of(name) / 'train.py')
+    model = str(ROOT / 'phase2_triton') if 'triton' in name.split('+') else ''
+    return frozenset((*flags_of(script), *model_options(model, script)))
+
+
+def command(name: str, run: Run, arguments: list[str], config: dict) -> str:
+    """
+    Returns the shell command that starts this trainer from the working directory. arguments: the user's own arguments
+    for train.py, of which those that select or belong to another trainer are left out. config: all flags.
+    """
+    parts, folder = name.split('+'), folder_of(name)
+    known = known_to(name) - {'use_zero1', 'use_fsdp', 'use_triton', 'fsdp_shard_size'}
+    another_model = Path(config['model_dir'] or '.').name not in ('.', *FOLDERS.values()) and 'triton' not in parts
+    known -= set() if another_model else {'model_dir'}
+    kept = [arg for arg in arguments if not arg.startswith('--') or arg[2:].split('=')[0] in known]
+    model = '--model_dir=../phase2_triton'  # in addition to the folders of the trainers
+    more = [model] if 'triton' in parts[1:] else []
+    more += ['--activation_checkpointing=True'] if 'checkpointing' in parts else []
+    more += ['--fsdp_cpu_offload=True'] if 'offload' in parts else []
+    # flags that a config file may have set
+    wanted = {'zero1': {'use_zero1': True}, 'fsdp': {'use_fsdp': True, 'fsdp_shard_size': 0}}
+    wanted['hybrid'] = {'use_fsdp': True, 'fsdp_shard_size': run.shard_size}
+    wanted = wanted.get(parts[0], {}) | ({'use_triton': config['use_triton']} if 'triton' in parts else {})
+    defaults = {'use_zero1': True, 'use_fsdp': True, 'fsdp_shard_size': 0, 'use_triton': True}
+    more += [f'--{flag}={value}' for flag, value in wanted.items() if {value} != {config[flag], defaults[flag]}]
+    train = python_command(ROOT / folder / 'train.py', *kept, *(flag for flag in more if flag not in kept))
     if run.gpus == 1:
-        start = 'python'
-    elif run.gpus <= run.gpu.per_machine:
-        start = f'torchrun --standalone --nproc_per_node={run.gpus}'
-    else:
-        machines = -(-run.gpus // run.gpu.per_machine)
-        start = f'torchrun --nnodes={machines} --nproc_per_node={run.gpu.per_machine} --rdzv_backend=c10d --rdzv_id=gpt'
+        return train
+    each = max(n for n in range(1, run.gpu.per_machine + 1) if run.gpus % n == 0)
+    machines = run.gpus // each
+    start = f'torchrun --standalone --nproc_per_node={each}'
+    if machines > 1:
+        start = f'torchrun --nnodes={machines} --nproc_per_node={each} --rdzv_backend=c10d --rdzv_id=gpt'
         start += ' --rdzv_endpoint=HOST:29500'
-    return ' '.join([start, f'{folder}/train.py', *arguments, *more])
+    return start + train.removeprefix(python())

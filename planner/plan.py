@@ -15,6 +15,8 @@ from planner.run import Run
 # Relative half-widths of the range of tokens/s. The first two are the largest errors with a configuration left out of
 # the fit; the others are judgement: more GPUs of a measured machine, other shapes, and other GPUs or several machines.
 RANGES = {'interpolated': 0.07, 'launched': 0.36, 'more_gpus': 0.10, 'extrapolated': 0.15, 'other': 0.35}
+FULL = 0.94  # of the GPU's memory: beyond, torch may give memory back and take it anew in each iteration
+SLOWEST_FULL = 0.41  # the slowest such run, as a fraction of what was predicted
 MEMORY_RANGES = {'interpolated': 0.05, 'extrapolated': 0.10}
 
 
@@ -55,9 +57,9 @@ class Estimate:
 def speed_basis(run):
     """Returns ('interpolated' or 'extrapolated', key of RANGES)."""
     width = 768 <= run.n_embd <= 1600 and 12 <= run.n_layer <= 48
-    batch = 8192 <= run.tokens <= 128 * 1024 and run.block_size == 1024
+    batch = 3072 <= run.tokens <= 128 * 1024 and 256 <= run.block_size <= 2048
     inside = width and batch and run.vocab_size == 50304 and run.half_bytes == 2
-    inside = inside and not run.checkpointing and not run.offload
+    inside = inside and not (run.checkpointing and run.gpus > 1) and not run.offload and not run.dropout
     if not run.gpu.measured or run.gpus > run.gpu.per_machine:
         return 'extrapolated', 'other'
     basis = 'interpolated' if inside and run.gpus <= 4 else 'extrapolated'
@@ -86,11 +88,13 @@ def estimate(name: str, run: Run, network: float, rows=()) -> Estimate:
     tokens_per_sec = speed.tokens_per_sec(run, network=network)
     speed_is, key = speed_basis(run)
     bounds = (tokens_per_sec * (1 - RANGES[key]), tokens_per_sec * (1 + RANGES[key]))
+    if sum(memory.tensors(run).values()) > FULL * run.gpu.memory_bytes:
+        bounds = (tokens_per_sec * min(SLOWEST_FULL, 1 - RANGES[key]), bounds[1])
     timed = [row for row in same if row.tokens_per_sec and row.low]
     if timed:
         best = max(timed, key=lambda row: row.source)
         tokens_per_sec, bounds, speed_is = best.tokens_per_sec, (best.low, best.high), 'measured'
-    high = parts['total'] * (1 + width)
+    high = parts['total'] * (1 + width) + (memory.by_chance(run) if basis != 'measured' else 0.0)
     return Estimate(name, run, parts, memory.outside_torch(run), low, high, basis, tokens_per_sec, *bounds, speed_is)
 
 
@@ -113,9 +117,13 @@ SIMPLEST = (
 )
 
 
-def recommend(plan: dict[str, Estimate]) -> Estimate | None:
-    """Returns the fastest Estimate that fits, or the simplest within 2% of it; None if none fits."""
-    fitting = [plan[name] for name in SIMPLEST if name in plan and plan[name].fits]
+def recommend(plan: dict[str, Estimate], flags=()) -> Estimate | None:
+    """
+    Returns the fastest Estimate that fits, or the simplest within 2% of it; None if none fits. flags: names of flags
+    that the trainer's train.py must know.
+    """
+    names = [name for name in SIMPLEST if name in plan and options.known_to(name).issuperset(flags)]
+    fitting = [plan[name] for name in names if plan[name].fits]
     if not fitting:
         return None
     roomy = [e for e in fitting if not e.tight] or fitting
@@ -123,10 +131,10 @@ def recommend(plan: dict[str, Estimate]) -> Estimate | None:
     return next(e for e in roomy if e.tokens_per_sec >= 0.98 * fastest)
 
 
-def change_that_fits(config: dict, gpu: GPU, gpus: int, network: float) -> tuple[dict, int, Estimate] | None:
+def change_that_fits(config: dict, gpu: GPU, gpus: int, network: float, flags=()) -> tuple[dict, int, Estimate] | None:
     """
     Returns the smallest change that makes a trainer fit: ({flag: value}, number of GPUs, Estimate), or None. Tries, in
-    this order: recomputing activations, smaller but more micro-steps, both, more GPUs, offload.
+    this order: recomputing activations, smaller but more micro-steps, both, more GPUs. flags: as in recommend().
     """
 
     def best_with(change, count):
@@ -136,7 +144,7 @@ def change_that_fits(config: dict, gpu: GPU, gpus: int, network: float) -> tuple
         if new['fsdp_shard_size'] and count % new['fsdp_shard_size']:
             new['fsdp_shard_size'] = 0
         plan = {k: e for k, e in make_plan(new, gpu, count, network).items() if k != 'fsdp+offload'}
-        return recommend(plan), {k: new[k] for k in new if new[k] != config[k]}
+        return recommend(plan, flags), {k: new[k] for k in new if new[k] != config[k]}
 
     sizes = [config['batch_size'] >> i for i in range(1, config['batch_size'].bit_length())]
     smaller = [

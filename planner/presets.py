@@ -21,11 +21,19 @@ BEGIN, END = '# plan.py says', '# end of what plan.py says'
 COLUMNS = [(gpu, count) for gpu in ('h100', 'h200') for count in (1, 4, 8)]
 
 
+def assigned_in(path):
+    """Returns the flags that the config file sets."""
+    return run_config_file(str(path), defaults(), str(ROOT / 'nanoGPT' / 'train.py'))
+
+
+def defaults():
+    return options.train_flags() | options.kernel_flags() | {'vocab_size': 50304}
+
+
 def config_of(path):
     """Returns all flags with the values that the config file sets."""
-    defaults = options.train_flags() | options.kernel_flags() | {'vocab_size': 50304}
-    assigned = run_config_file(str(path), defaults, str(ROOT / 'nanoGPT' / 'train.py'))
-    return defaults | {key: convert(key, value, defaults[key], str(path)) for key, value in assigned.items()}
+    known, assigned = defaults(), assigned_in(path)
+    return known | {key: convert(key, value, known[key], str(path)) for key, value in assigned.items()}
 
 
 def cell(found):
@@ -42,7 +50,7 @@ def header(path):
     plans = [plan.make_plan(config, GPUS[gpu], count, network=50e9) for gpu, count in COLUMNS]
     rows = [[name, *(cell(found.get(name)) for found in plans)] for name in options.NAMES]
     lines = table(['', *(f'{count} {gpu.upper()}' for gpu, count in COLUMNS)], rows).splitlines()
-    best = [plan.recommend(found) for found in plans]
+    best = [plan.recommend(found, assigned_in(path)) for found in plans]
     fastest = ', '.join(
         f'{e.name} on {count} {gpu.upper()} ({e.hours(config["max_iters"] * e.run.tokens_per_iter) / 24:,.1f} days)'
         for e, (gpu, count) in zip(best, COLUMNS)

@@ -23,9 +23,12 @@ def gib(size):
     return f'{size / GIB:.2f}'
 
 
-def as_json(found, gpu, gpus, best, arguments, tokens, price):
-    """Returns plan.py's JSON object as a dict."""
-    trainers = {}
+def as_json(found, config, gpu, gpus, best, arguments, in_files, tokens):
+    """
+    Returns plan.py's JSON object as a dict. in_files: flags that config files set; a trainer that does not know all of
+    them has no command.
+    """
+    trainers, price = {}, config['price']
     for name, e in found.items():
         hours = e.hours(tokens)
         trainers[name] = {
@@ -43,7 +46,9 @@ def as_json(found, gpu, gpus, best, arguments, tokens, price):
             'mfu': round(e.mfu, 4),
             'hours': round(hours, 3),
             'cost': round(hours * gpus * price, 2) if price else None,
-            'command': options.command(name, e.run, arguments),
+            'command': options.command(name, e.run, arguments, config)
+            if options.known_to(name).issuperset(in_files)
+            else None,
         }
     return {
         'gpu': gpu.name,
@@ -87,6 +92,9 @@ def speed_table(found, tokens, gpus, price):
     header = ['speed', 'tokens/s', 'range', 'MFU', 'hours', *['cost'] * bool(price), 'numbers']
     rows = []
     for name, e in found.items():
+        if not e.fits:
+            rows.append([name, *['-'] * (len(header) - 2), 'does not fit'])
+            continue
         hours = e.hours(tokens)
         cost = [f'{hours * gpus * price:,.0f}'] * bool(price)
         bounds = f'{e.low:,.0f} to {e.high:,.0f}'
@@ -94,7 +102,17 @@ def speed_table(found, tokens, gpus, price):
     return table(header, rows)
 
 
-def advice(found, gpu, gpus, asked, best, arguments, way_out):
+def without_doubles(found):
+    """Returns found without trainers that run like an earlier one, as on one GPU, and a line about them or ''."""
+    first = {}
+    for name, e in found.items():
+        first.setdefault(e.run, name)
+    doubles = [f'{name} as {first[e.run]}' for name, e in found.items() if first[e.run] != name]
+    line = f'One GPU shards nothing: {", ".join(doubles)}.' if doubles else ''
+    return {name: found[name] for name in first.values()}, line
+
+
+def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
     """Returns one paragraph: the command to run and why, or the change that makes it fit."""
     if way_out:
         flags, count, e = way_out
@@ -106,7 +124,7 @@ def advice(found, gpu, gpus, asked, best, arguments, way_out):
         return (
             f'{problem} on {gpus} × {gpu.name}. The smallest change that fits: {steps} '
             f'({gib(e.memory_bytes["total"])} GiB reserved, {e.tokens_per_sec:,.0f} tokens/s):\n'
-            f'  {options.command(e.name, e.run, [*kept, *changed])}'
+            f'  {options.command(e.name, e.run, [*kept, *changed], config | flags)}'
         )
     if asked and not found[asked].fits:
         problem = f'{asked} does not fit on {gpus} × {gpu.name}, nor does any trainer on up to 1,024 GPUs'
@@ -121,21 +139,24 @@ def advice(found, gpu, gpus, asked, best, arguments, way_out):
     return (
         (f'{asked} fits. ' if asked and asked != best.name else '')
         + f'Recommended: {best.name}, {why}; {room:.1f} GiB of each GPU stay free:\n'
-        f'  {options.command(best.name, best.run, arguments)}'
+        f'  {options.command(best.name, best.run, arguments, config)}'
     )
 
 
 def as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out):
     first = next(iter(found.values())).run
+    steps = f'{first.micro_steps} micro-step{"s" * (first.micro_steps > 1)}'
     title = (
         f'{first.parameters / 1e6:,.0f}M parameters, {gpus} × {gpu.device_name}, '
-        f'{first.batch_size} × {first.block_size} tokens per GPU and micro-step, {first.micro_steps} micro-steps, '
+        f'{first.batch_size} × {first.block_size} tokens per GPU and micro-step, {steps}, '
         f'{first.tokens_per_iter:,} tokens per iteration, {tokens:,.0f} in all'
     )
-    parts = [title, memory_table(found, gpu), speed_table(found, tokens, gpus, config['price'])]
+    shown, doubles = without_doubles(found)
+    parts = [title, memory_table(shown, gpu), speed_table(shown, tokens, gpus, config['price'])]
+    parts += [doubles] if doubles else []
     if gpus > gpu.per_machine:
         parts.append(f'Between machines of {gpu.per_machine}: {config["network"]:g} GB/s per GPU (--network).')
-    parts.append(advice(found, gpu, gpus, asked, best, arguments, way_out))
+    parts.append(advice(found, config, gpu, gpus, asked, best, arguments, way_out))
     return '\n\n'.join(parts)
 
 
@@ -213,4 +234,7 @@ def draw(found, config, gpu, gpus, network, path):
     each_axis.set_ylim(bottom=0)
     speed_axis.legend(fontsize=8, frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:  # no such folder, or a format that matplotlib does not know
+        raise UserError(f'--picture={path}: {error}') from None

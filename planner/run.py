@@ -33,6 +33,7 @@ class Run:
     min_num_params: int = 1_000_000
     reshard: bool = False  # under FSDP: gather again for the backward
     offload: bool = False
+    dropout: bool = False  # not in the formulas: only its absence was measured
     half_bytes: int = 2  # bytes per element that autocast rounds: 4 with --dtype=float32
 
     def change(self, **fields):

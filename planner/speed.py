@@ -26,6 +26,7 @@ class Efficiencies:
     kernels: float = 0.75  # of the memory bandwidth, in the Triton kernels
     eager: float = 0.75  # of the memory bandwidth, in PyTorch's own kernels
     fsdp: float = 0.75  # of the memory bandwidth, in blocks compiled one by one, residual stream in 16 bits
+    fixed: float = 40e-6  # seconds per block and micro-step that its kernels take to start and to drain
     optimizer: float = 0.85  # of the memory bandwidth, in clipping and AdamW
     slowest_rank: float = 0.97  # speed of one of several ranks, which wait for each other in each iteration
     link: float = 0.78  # of NVLink's bandwidth, in NCCL's collectives
@@ -75,8 +76,10 @@ def weight_bytes(run):
 def micro_step_parts(run, e):
     """Returns the seconds of one micro-step on one GPU, by kind of work."""
     h, tokens, gpu = run.n_embd, run.tokens, run.gpu
-    recompute = 1 + run.checkpointing / 3  # the forward is a third of forward and backward
-    blocks = 6 * 12 * h * h * run.n_layer * recompute
+    # The forward is a third of forward and backward. No backward needs the output of a block's last matmul, so its
+    # recomputation leaves that out, unless the block is one function: with the kernels, or compiled by itself
+    again = 12 if run.kernels or (run.sharded and run.compiled) else 8
+    blocks = 6 * (12 + run.checkpointing * again / 3) * h * h * run.n_layer
     head = 6 * run.vocab_size * h
     matmul = e.matmul * h / (h + e.narrow) * gpu.peak_flops * 2 / run.half_bytes
     forward, backward = element_bytes(run)
@@ -90,6 +93,7 @@ def micro_step_parts(run, e):
         'matmuls': tokens * (blocks + head) / matmul,
         'attention': tokens * attention / (e.attention * gpu.peak_flops * 2 / run.half_bytes),
         'elementwise': moved / (fraction * gpu.bandwidth),
+        'fixed': e.fixed * run.n_layer * (1 + run.checkpointing / 3),
     }
 
 

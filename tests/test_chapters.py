@@ -56,6 +56,29 @@ def test_pictures_of_the_triton_chapter_show_the_result_files():
         assert (triton_pictures.HERE / name).stat().st_size < 200_000
 
 
+def test_a_timeline_is_sorted_out_and_drawn(tmp_path, monkeypatch):
+    """Made-up kernels of two GPUs, in microseconds: a gap of 5 us does not show, one of 20 us does."""
+    record, timeline = importlib.import_module('record'), importlib.import_module('timeline')
+    kernels = [
+        ('embedding', 100.0, 200.0),
+        ('cudnn_sdpa_flash_fprop', 205.0, 300.0),
+        ('ncclDevKernel_AllGather_RING_LL', 150.0, 400.0),
+        ('cross_entropy_kernel', 320.0, 400.0),
+        ('nvjet', 400.0, 900.0),
+        ('ncclDevKernel_ReduceScatter_Sum_f32_RING_LL', 500.0, 950.0),
+        ('multi_tensor_apply_kernel LpNormFunctor', 960.0, 970.0),
+        ('FusedAdamMathFunctor', 970.0, 1000.0),
+    ]
+    gpu = record.sorted_out(kernels, start=100.0)
+    assert gpu['forward'] == [[0.0, 0.2]] and gpu['backward'] == [[0.22, 0.8]] and gpu['optimizer'] == [[0.86, 0.9]]
+    assert gpu['communication'] == [['AllGather', 0.05, 0.3], ['ReduceScatter', 0.4, 0.85]]
+    assert gpu['attention'] == [[0.105, 0.2]]
+    record.write({'ddp': [gpu, gpu], 'fsdp': [gpu, gpu]}, tmp_path / 'timeline.json')
+    monkeypatch.setattr(timeline, 'FOLDER', tmp_path)
+    timeline.draw(tmp_path / 'timeline.svg')
+    assert (tmp_path / 'timeline.svg').stat().st_size > 1000
+
+
 def test_derived_activations_are_the_planners_and_the_measured_peak():
     """0.1%: torch rounds each tensor to 512 bytes, which matters for the smallest batch only."""
     activations = importlib.import_module('activations')

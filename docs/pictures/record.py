@@ -1,14 +1,17 @@
 """
-Records the data of step_memory.py and overlap.py with torch.profiler: one training step of DDP, ZeRO-1 and FSDP on two
-CPU processes (gloo). Nothing here measures speed.
+Records the data of step_memory.py, overlap.py and timeline.py with torch.profiler: one training step of DDP, ZeRO-1 or
+FSDP. The first two run on two CPU processes (gloo) and measure no speed.
 
     python docs/pictures/record.py memory         # writes docs/pictures/step_memory.json
     python docs/pictures/record.py overlap        # writes docs/pictures/overlap.json
+    python docs/pictures/record.py timeline       # on two or more GPUs; writes docs/pictures/timeline.json
 """
 
 import json
 import os
 import platform
+import re
+import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -23,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
-sys.path[:0] = [str(ROOT / name) for name in ('phase1_zero1', 'phase3_fsdp')]
+sys.path[:0] = [str(ROOT / name) for name in ('phase1_zero1', 'phase3_fsdp', 'benchmarks')]
 from model import GPT, GPTConfig
 from sharding import ShardedAdamW, set_last_micro_step, shard
 from zero1 import Zero1Optimizer
@@ -158,7 +161,89 @@ def rank_main(rank, kind, trainer, store, out):
     dist.destroy_process_group()
 
 
-def main(kind):
+TIMELINE = dict(n_layer=48, n_head=25, n_embd=1600)  # GPT-2 1.5B; with kernels, so that nothing has to be compiled
+TIMELINE_BATCH = 8  # sequences of 1024 tokens for each GPU
+
+
+def trace(step):
+    """Profiles step() once. Returns the GPU's kernels as (name, start, end) in order of time, in microseconds."""
+    torch.cuda.synchronize()
+    dist.barrier()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        step().item()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        prof.export_chrome_trace(f'{folder}/trace.json')
+        with open(f'{folder}/trace.json') as f:
+            written = json.load(f)
+    zero = written.get('baseTimeNanoseconds', 0) / 1000  # the same clock on all ranks of a machine
+    kernels = [e for e in written['traceEvents'] if e.get('cat') in ('kernel', 'gpu_memcpy', 'gpu_memset')]
+    return sorted(((e['name'], zero + e['ts'], zero + e['ts'] + e['dur']) for e in kernels), key=lambda k: k[1])
+
+
+def sorted_out(kernels, start):
+    """
+    Returns the kernels of one iteration on one GPU by kind: computation as {phase: [[start, end]]}, communication as
+    [[collective, start, end]], and when the forward of each block computed its attention; in ms after start.
+    """
+
+    def ms(time):
+        return round((time - start) / 1000, 3)
+
+    nccl = [(re.search('AllReduce|AllGather|ReduceScatter|Broadcast', k[0]), *k[1:]) for k in kernels if 'nccl' in k[0]]
+    own = [k for k in kernels if 'nccl' not in k[0]]
+    loss = next(a for name, a, _ in own if 'cross_entropy' in name)
+    clip = next(a for name, a, _ in own if 'LpNorm' in name and a > loss)
+    phases = {'forward': [], 'backward': [], 'optimizer': []}
+    for _, a, b in own:
+        intervals = phases['forward' if a < loss else 'backward' if a < clip else 'optimizer']
+        if intervals and ms(a) - intervals[-1][1] < 0.01:  # gaps below 10 us cannot be seen
+            intervals[-1][1] = max(intervals[-1][1], ms(b))
+        else:
+            intervals.append([ms(a), ms(b)])
+    attention = [[ms(a), ms(b)] for name, a, b in own if 'sdpa' in name and 'fprop' in name]
+    sent = [[found.group() if found else 'other', ms(a), ms(b)] for found, a, b in nccl]
+    return phases | dict(communication=sent, attention=attention)
+
+
+def write(result, path):
+    Path(path).write_text(json.dumps(result).replace('], [', '],\n[') + '\n')
+
+
+def timeline(out):
+    """Writes the kernels of one iteration of one micro-step with DDP and with FSDP, on each GPU of a torchrun group."""
+    from common import facts
+    from trainer import Trainer, random_batch, start_ranks
+
+    device, rank, world_size = start_ranks(cpu=False)
+    result = facts() | dict(
+        command='python docs/pictures/record.py timeline', model=TIMELINE, tokens=TIMELINE_BATCH * 1024, gpus=world_size
+    )
+    for kind, options in (('ddp', dict(half_residual=True)), ('fsdp', {})):
+        options |= dict(batch_size=TIMELINE_BATCH, model='phase2_triton', cuda_graph=True, init='fill')
+        trainer = Trainer(kind, TIMELINE | dict(vocab_size=50304), device, **options)
+        trainer.feed(random_batch)
+        for _ in range(20):  # DDP captures in the 12th iteration
+            trainer.step().item()
+        trace(trainer.step)  # starts the profiler
+        everyone = [None] * world_size
+        dist.all_gather_object(everyone, trace(trainer.step))
+        first = min(kernels[0][1] for kernels in everyone)
+        result[kind] = [sorted_out(kernels, first) for kernels in everyone]
+        if rank == 0:
+            write(result, out)
+            print(kind, {phase: its[-1][-1] for phase, its in result[kind][0].items() if its}, flush=True)
+        trainer.free()
+    os._exit(0)  # NCCL waits for its graphs
+
+
+def main(kind, out=FOLDER / 'timeline.json'):
+    if kind == 'timeline':
+        if 'RANK' in os.environ:
+            return timeline(out)
+        from common import torchrun
+
+        return sys.exit(subprocess.call(torchrun(torch.cuda.device_count(), __file__, kind, out)))
     trainers = {'memory': ('ddp', 'zero1', 'fsdp'), 'overlap': ('ddp', 'fsdp')}[kind]
     result = dict(
         torch=torch.__version__,
@@ -171,8 +256,7 @@ def main(kind):
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(rank_main, (kind, trainer, f'{folder}/store', f'{folder}/out'), nprocs=WORLD_SIZE)
             result[trainer] = json.loads(Path(f'{folder}/out').read_text())
-    name = {'memory': 'step_memory.json', 'overlap': 'overlap.json'}[kind]
-    (FOLDER / name).write_text(json.dumps(result).replace('], [', '],\n[') + '\n')
+    write(result, FOLDER / {'memory': 'step_memory.json', 'overlap': 'overlap.json'}[kind])
 
 
 if __name__ == '__main__':

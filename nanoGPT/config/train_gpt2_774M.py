@@ -4,16 +4,16 @@
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_774M.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                           1 H100       4 H100       8 H100       1 H200       4 H200       8 H200
-#   ddp                 45 GiB 90k  47 GiB 334k  47 GiB 658k   45 GiB 97k  47 GiB 360k  47 GiB 709k
-#   zero1               45 GiB 90k  42 GiB 334k  41 GiB 657k   45 GiB 97k  42 GiB 359k  41 GiB 706k
-#   triton              42 GiB 97k  45 GiB 362k  45 GiB 710k  42 GiB 103k  45 GiB 382k  45 GiB 751k
-#   fsdp                45 GiB 90k  32 GiB 349k  30 GiB 693k   45 GiB 97k  32 GiB 372k  30 GiB 738k
-#   zero1+triton        42 GiB 97k  40 GiB 361k  40 GiB 709k  42 GiB 103k  40 GiB 381k  40 GiB 747k
-#   fsdp+triton         42 GiB 97k  33 GiB 372k  32 GiB 738k  42 GiB 103k  33 GiB 389k  32 GiB 773k
-#   hybrid                       -  35 GiB 348k  32 GiB 692k            -  35 GiB 371k  32 GiB 737k
-#   fsdp+checkpointing  21 GiB 69k  10 GiB 269k   9 GiB 536k   21 GiB 75k  10 GiB 287k   9 GiB 570k
-#   fsdp+offload        45 GiB 90k  25 GiB 279k  25 GiB 476k   45 GiB 97k  25 GiB 293k  25 GiB 497k
-# It recommends fsdp+triton on 8 H100 (2.4 days), fsdp+triton on 8 H200 (2.2 days).
+#   ddp                 45 GiB 90k  47 GiB 337k  47 GiB 663k   45 GiB 97k  47 GiB 362k  47 GiB 714k
+#   zero1               45 GiB 90k  42 GiB 337k  41 GiB 662k   45 GiB 97k  42 GiB 362k  41 GiB 711k
+#   triton              41 GiB 98k  44 GiB 364k  44 GiB 714k  41 GiB 103k  44 GiB 384k  44 GiB 755k
+#   fsdp                45 GiB 90k  32 GiB 351k  30 GiB 697k   45 GiB 97k  32 GiB 374k  30 GiB 742k
+#   zero1+triton        41 GiB 98k  39 GiB 364k  38 GiB 713k  41 GiB 103k  39 GiB 383k  38 GiB 752k
+#   fsdp+triton         41 GiB 98k  32 GiB 374k  30 GiB 742k  41 GiB 103k  32 GiB 392k  30 GiB 778k
+#   hybrid                       -  35 GiB 350k  32 GiB 695k            -  35 GiB 373k  32 GiB 741k
+#   fsdp+checkpointing  21 GiB 73k  11 GiB 270k   9 GiB 538k   21 GiB 79k  11 GiB 288k   9 GiB 572k
+#   fsdp+offload        45 GiB 90k  25 GiB 280k  25 GiB 478k   45 GiB 97k  25 GiB 294k  25 GiB 498k
+# It recommends fsdp+triton on 8 H100 (2.3 days), fsdp+triton on 8 H200 (2.2 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 

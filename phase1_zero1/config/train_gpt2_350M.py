@@ -4,15 +4,15 @@
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_350M.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                            1 H100       4 H100        8 H100       1 H200       4 H200        8 H200
-#   ddp                 44 GiB 184k  44 GiB 684k  44 GiB 1347k  44 GiB 199k  44 GiB 742k  44 GiB 1463k
-#   zero1               44 GiB 184k  42 GiB 684k  42 GiB 1346k  44 GiB 199k  42 GiB 741k  42 GiB 1458k
-#   triton              39 GiB 201k  40 GiB 747k  40 GiB 1468k  39 GiB 213k  40 GiB 792k  40 GiB 1560k
-#   fsdp                44 GiB 184k  31 GiB 719k  30 GiB 1429k  44 GiB 199k  31 GiB 771k  30 GiB 1531k
-#   zero1+triton        39 GiB 201k  38 GiB 746k  38 GiB 1466k  39 GiB 213k  38 GiB 791k  38 GiB 1554k
-#   fsdp+triton         39 GiB 201k  33 GiB 773k  33 GiB 1534k  39 GiB 213k  33 GiB 813k  33 GiB 1614k
-#   hybrid                        -  32 GiB 718k  31 GiB 1426k            -  32 GiB 770k  31 GiB 1528k
-#   fsdp+checkpointing  19 GiB 143k   8 GiB 560k   8 GiB 1115k  19 GiB 155k   8 GiB 601k   8 GiB 1195k
-#   fsdp+offload        44 GiB 184k  28 GiB 593k  28 GiB 1021k  44 GiB 199k  28 GiB 628k  28 GiB 1072k
+#   ddp                 44 GiB 185k  44 GiB 693k  44 GiB 1364k  44 GiB 201k  44 GiB 752k  44 GiB 1482k
+#   zero1               44 GiB 185k  42 GiB 692k  42 GiB 1363k  44 GiB 201k  42 GiB 750k  42 GiB 1476k
+#   triton              39 GiB 203k  40 GiB 756k  40 GiB 1485k  39 GiB 215k  40 GiB 802k  40 GiB 1579k
+#   fsdp                44 GiB 185k  31 GiB 727k  30 GiB 1443k  44 GiB 201k  31 GiB 780k  30 GiB 1548k
+#   zero1+triton        39 GiB 203k  38 GiB 755k  38 GiB 1483k  39 GiB 215k  38 GiB 801k  38 GiB 1573k
+#   fsdp+triton         39 GiB 203k  31 GiB 782k  30 GiB 1553k  39 GiB 215k  31 GiB 823k  30 GiB 1634k
+#   hybrid                        -  32 GiB 725k  31 GiB 1440k            -  32 GiB 778k  31 GiB 1545k
+#   fsdp+checkpointing  19 GiB 152k   8 GiB 566k   8 GiB 1126k  19 GiB 165k   8 GiB 607k   8 GiB 1208k
+#   fsdp+offload        44 GiB 185k  28 GiB 598k  28 GiB 1028k  44 GiB 201k  28 GiB 633k  28 GiB 1080k
 # It recommends fsdp+triton on 8 H100 (0.2 days), fsdp+triton on 8 H200 (0.2 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says

@@ -9,12 +9,12 @@
 #   zero1                    -           -           -  144 GiB 12.4k  120 GiB 47k   113 GiB 93k
 #   triton                   -           -           -  136 GiB 13.6k            -             -
 #   fsdp                     -  43 GiB 36k  31 GiB 70k  144 GiB 12.4k   43 GiB 38k    31 GiB 73k
-#   zero1+triton             -           -           -  136 GiB 13.6k  119 GiB 51k  113 GiB 101k
-#   fsdp+triton              -  44 GiB 38k  31 GiB 73k  136 GiB 13.6k   44 GiB 39k    31 GiB 76k
+#   zero1+triton             -           -           -  136 GiB 13.6k  119 GiB 51k  113 GiB 102k
+#   fsdp+triton              -  43 GiB 38k  31 GiB 73k  136 GiB 13.6k   43 GiB 39k    31 GiB 76k
 #   hybrid                   -  68 GiB 39k  43 GiB 73k              -   68 GiB 41k    43 GiB 76k
-#   fsdp+checkpointing       -  28 GiB 30k  16 GiB 58k   139 GiB 9.7k   28 GiB 31k    16 GiB 60k
+#   fsdp+checkpointing       -  28 GiB 30k  16 GiB 58k  139 GiB 10.3k   28 GiB 31k    16 GiB 60k
 #   fsdp+offload             -  18 GiB 35k  18 GiB 65k  144 GiB 12.4k   18 GiB 36k    18 GiB 67k
-# It recommends fsdp+triton on 8 H100 (47.4 days), zero1+triton on 8 H200 (34.3 days).
+# It recommends fsdp+triton on 8 H100 (47.4 days), fsdp+triton on 8 H200 (45.9 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
