@@ -9,6 +9,9 @@ curves.
     python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
     python benchmarks/bench_phase2.py gradients --batch_size=2 --out=...                    # about 1 minute
     python benchmarks/bench_phase2.py matmuls --out=benchmarks/results/phase2_matmuls.json  # about 10 seconds
+    python benchmarks/bench_phase2.py fp8 --out=benchmarks/results/fp8_matmuls.json         # about 10 seconds
+    python benchmarks/bench_phase2.py ladder --only='compiled;half_residual;fp8' --together=7 --out=...
+    python benchmarks/bench_phase2.py curves --only='half_residual;fp8' --curve_steps=1500 --out=...
     python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json  # tiny, on a CPU; also gradients
 
 ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens,
@@ -18,6 +21,7 @@ six. Clock and power are nvidia-smi's during its own turns: a GPU at its power l
 it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
+fp8: each matmul of forward and input gradient in bfloat16 and in FP8, and quantizing its operand by a kernel of its own.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
 with them.
 profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
@@ -27,7 +31,9 @@ Triton.
 
 import argparse
 import contextlib
+import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -47,6 +53,8 @@ sys.path.append(str(ROOT / 'phase2_triton'))
 import kernels.attention
 import kernels.cross_entropy
 import kernels.embedding
+import kernels.fp8
+import kernels.fp8_linear
 import kernels.layer_norm_gradients
 import kernels.linear
 import kernels.modules
@@ -68,7 +76,7 @@ def clip_gradients(optimizer, parameters, max_norm):
 def off(*names):
     """PyTorch's own functions instead of the named ones of the kernel package, as {name: function}."""
 
-    def add_layer_norm(x, branch, weight, bias, eps, dtype):
+    def add_layer_norm(x, branch, weight, bias, eps, dtype, slot=None):
         total = x if branch is None else x + branch
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
@@ -77,7 +85,7 @@ def off(*names):
         linear_cross_entropy=lambda x, weight, targets, **_: F.cross_entropy(
             F.linear(x, weight).flatten(0, -2), targets.flatten(), ignore_index=-1
         ),
-        gelu=F.gelu,
+        gelu=lambda x, approximate='none', slot=None: F.gelu(x, approximate=approximate),
         linear=F.linear,
         embeddings=lambda idx, wte, wpe, dtype=None, use_triton=True: embeddings(idx, wte, wpe, dtype, False),
         scaled=lambda x, scale, out=None: torch.mul(x, scale, out=out),
@@ -121,6 +129,11 @@ variants = {
     'phase 2, no cuda_graph': ('phase2_triton', {}, False, False, ()),
     **{name: ('phase2_triton', {}, False, True, switched_off) for name, switched_off in steps()},
     '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ()),
+    'fp8': ('phase2_triton', {'half_residual': True, 'fp8': True}, False, True, ()),
+    'fp8, blocks alone': ('phase2_triton', {'half_residual': True, 'fp8': 'blocks'}, False, True, ()),
+    'fp8, head alone': ('phase2_triton', {'half_residual': True, 'fp8': 'head'}, False, True, ()),
+    'fp8, never a kernel of its own': ('phase2_triton', {'half_residual': True, 'fp8': math.inf}, False, True, ()),
+    'fp8, every matmul': ('phase2_triton', {'half_residual': True, 'fp8': 0}, False, True, ()),
     'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ()),
 }
 
@@ -175,11 +188,21 @@ class Variant(Trainer):
         self.functions, self.batches, self.turns = off(*switched_off), batches, []
         options = dict(options)
         options['logits'] = not options.pop('no_logits', False)
+        fp8 = options.pop('fp8', None)
+        if fp8 is not None:
+            options['fp8'] = True
+        pays = fp8 if type(fp8) in (int, float) else kernels.fp8_linear.OWN_KERNEL_PAYS
         options |= dict(model=folder, compile=compiled and device == 'cuda', cuda_graph=graph and device == 'cuda')
         collect()
         shape, (batch_size, block_size) = SIZES[size], batches[0][0].shape
         options |= dict(batch_size=batch_size, block_size=block_size, seed=seed, init='gpu')
-        super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
+        with replaced(kernels.fp8_linear, 'OWN_KERNEL_PAYS', pays):
+            super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
+        if isinstance(fp8, str):  # the other part stays in bfloat16
+            head = [self.raw_model.lm_head, self.raw_model.transformer.ln_f]
+            for module in head if fp8 == 'blocks' else self.raw_model.transformer.h.modules():
+                if hasattr(module, 'fp8'):
+                    module.fp8 = None
         self.feed(Variant.take)
         self.per_iteration, began = micro_steps, time.perf_counter()
         self.loss = sum(self.iteration().item() for _ in range(3)) if warm else None
@@ -398,6 +421,45 @@ def matmuls(args, rows, save):
             save()
 
 
+def fp8(args, rows, save):
+    """For each weight: forward and dx in both formats, and quantizing x and dy; medians of CUDA-graph replays of 12 calls."""
+    from bench_layer_norm import graph_us
+
+    C, M, lines = SIZES[args.size]['n_embd'], args.batch_size * 1024, []
+    scales = kernels.fp8.Scales(2)
+    scales.begin(torch.device('cuda'), True)
+    random = lambda *shape: torch.randn(*shape, device='cuda').bfloat16()
+    weights = {'qkv': (3 * C, C), 'proj': (C, C), 'fc': (4 * C, C), 'proj2': (C, 4 * C), 'head': (50304, C)}
+    for name, (out, into) in weights.items():
+        w, x, dy = random(out, into), random(M, into), random(M, out)
+        w8 = kernels.fp8.quantize_weight(w)
+        quantize = [
+            lambda t=t, slot=kernels.fp8.Slot(scales, i): kernels.fp8.quantize(t, slot) for i, t in enumerate((x, dy))
+        ]
+        (x8, x_inverse), (dy8, dy_inverse) = (call() for call in quantize)
+        product = functools.partial(torch._scaled_mm, out_dtype=torch.bfloat16)
+        calls = {
+            'forward': lambda: x @ w.t(),
+            'forward, fp8': lambda: product(x8, w8.rows.t(), x_inverse, w8.inverse, use_fast_accum=True),
+            'quantize x': quantize[0],
+            'dx': lambda: dy @ w,
+            'dx, fp8': lambda: product(dy8, w8.columns.t(), dy_inverse, w8.inverse, use_fast_accum=False),
+            'quantize dy': quantize[1],
+        }
+        repetitions = range(args.repetitions)
+        us = {
+            kind: [graph_us([call] * (12 if name != 'head' else 3))[0] for _ in repetitions]
+            for kind, call in calls.items()
+        }
+        rows.append(dict(weight=name, shape=[out, into], tokens=M, us=us))
+        lines.append(
+            f'{name:6s} ' + ', '.join(f'{kind} {statistics.median(values):.1f}' for kind, values in us.items())
+        )
+        print(lines[-1], flush=True)
+        save()
+    return f'{args.size}, {M} tokens, µs\n' + '\n'.join(lines)
+
+
 def gradients(args, rows, save):
     """
     Gradients of one micro-step in bfloat16 against the reference's in float64: the relative error of each parameter's,
@@ -414,7 +476,7 @@ def gradients(args, rows, save):
     truth(*batches[0])[1].backward()
     exact = {name: p.grad.cpu() for name, p in truth.named_parameters()}
     del truth
-    for name in ('reference, eager', 'reference, compiled', '+ clipping by AdamW', '+ half_residual'):
+    for name in ('reference, eager', 'reference, compiled', '+ clipping by AdamW', '+ half_residual', 'fp8'):
         variant = Variant(name, args.size, list(batches), 1, warm=False)
         variant.micro_steps = 1
         for _ in range(5):  # the last is a replay, where the variant has CUDA graphs
@@ -443,7 +505,10 @@ def curves(args, rows, save):
         'reference': 'reference, compiled',
         'Triton': '+ clipping by AdamW',  # with all of its kernels
         'Triton, half_residual': '+ half_residual',
+        'Triton, fp8': 'fp8',
     }
+    val = np.fromfile(ROOT / 'nanoGPT' / 'data' / 'python_gpt2' / 'val.bin', np.uint16).astype(np.int64)
+    val = torch.from_numpy(val[: len(val) // 1025 * 1025]).to(device).view(-1, 1025)
     for seed in args.seeds:
         for kind in chosen(args, kinds):
             torch.manual_seed(seed)
@@ -463,37 +528,52 @@ def curves(args, rows, save):
                 for group in train.optimizer.param_groups:
                     group['lr'] = 6e-4 * min(1.0, (i + 1) / 100)
                 losses.append(train.iteration())
-            rows.append(dict(kind=kind, seed=seed, losses=[round(loss, 5) for loss in torch.stack(losses).tolist()]))
+            losses = [round(loss, 5) for loss in torch.stack(losses).tolist()]
+            rows.append(dict(kind=kind, seed=seed, losses=losses, val_loss=val_loss(train.model, val)))
+            if getattr(train.raw_model, 'fp8', None):
+                rows[-1] |= train.raw_model.fp8.log()
             save()
-            print(f'{kind}, seed {seed}: last 100 steps {statistics.fmean(rows[-1]["losses"][-100:]):.4f}', flush=True)
+            last = f'last 100 steps {statistics.fmean(losses[-100:]):.4f}, validation {rows[-1]["val_loss"]:.4f}'
+            print(f'{kind}, seed {seed}: {last}', flush=True)
             del train
     return compared(rows)
 
 
+@torch.no_grad()
+def val_loss(model, windows):
+    """Mean loss of tokens (n, 1025) on the GPU, in bfloat16."""
+    model.eval()
+    total = 0.0
+    for batch in windows.split(12):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            total += model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1].item() * len(batch)
+    return total / len(windows)
+
+
 def compared(rows):
     """
-    Returns lines of text: how far the Triton model's curves are from the reference's at the same seed, and how far the
-    reference's own seeds are apart.
+    Returns lines of text: how far each kind's curves are from the base's at the same seed, and how far the base's own
+    seeds are apart. The base is the reference or, where that was not run, the first kind.
     """
+    kinds = {row['kind']: None for row in rows}
+    base = 'reference' if 'reference' in kinds else next(iter(kinds))
     curves = {(row['kind'], row['seed']): row['losses'] for row in rows}
     # means of 25 steps, so that batches do not hide the models; each seed has its own batches, the same for all kinds
     smooth = {key: torch.tensor(losses).unfold(0, 25, 25).mean(-1) for key, losses in curves.items()}
-    seeds = sorted(seed for kind, seed in curves if kind == 'reference')
+    seeds = sorted(seed for kind, seed in curves if kind == base)
     lines = []
     if len(seeds) > 1:
-        noise = torch.stack(
-            [smooth['reference', a] - smooth['reference', b] for a in seeds for b in seeds if b < a]
-        ).abs()
-        lines.append(f'between seeds of the reference: mean {noise.mean():.4f}, largest {noise.max():.4f}')
-    for kind in sorted({kind for kind, _ in curves} - {'reference'}):
+        noise = torch.stack([smooth[base, a] - smooth[base, b] for a in seeds for b in seeds if b < a]).abs()
+        lines.append(
+            f'between seeds of {"the " * (base == "reference")}{base}: mean {noise.mean():.4f}, largest {noise.max():.4f}'
+        )
+    for kind in sorted(kinds.keys() - {base}):
         both = [seed for seed in seeds if (kind, seed) in curves]
         if both:
-            apart = torch.stack([smooth[kind, seed] - smooth['reference', seed] for seed in both])
-            last = [
-                statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves['reference', s][-100:]) for s in both
-            ]
+            apart = torch.stack([smooth[kind, seed] - smooth[base, seed] for seed in both])
+            last = [statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves[base, s][-100:]) for s in both]
             lines.append(
-                f'{kind} - reference at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, '
+                f'{kind} - {base} at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, '
                 f'largest {apart.abs().max():.4f}; last 100 steps: {", ".join(f"{d:+.4f}" for d in last)}'
             )
     return '\n'.join(lines)
@@ -653,7 +733,8 @@ def join(names):
 
 def main():
     global device
-    modes = dict(ladder=ladder, curves=curves, largest=largest, profile=profile, matmuls=matmuls, gradients=gradients)
+    modes = dict(ladder=ladder, curves=curves, largest=largest, profile=profile, matmuls=matmuls, fp8=fp8)
+    modes['gradients'] = gradients
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('mode', choices=list(modes))
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')

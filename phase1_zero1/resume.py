@@ -5,6 +5,7 @@ Resumes a run from its checkpoint: the architecture, AdamW's state, and each ran
 import math
 
 import torch
+import torch.distributed as dist
 
 from checkpoint import fit_names, load_checkpoint, load_model, saved_options
 from checkpoint_fields import check_finite
@@ -82,12 +83,25 @@ def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) ->
         scaler.load_state_dict(checkpoint['resume']['scaler'])
 
 
-def rank_state(device: str, X: torch.Tensor, Y: torch.Tensor) -> dict:
+def load_scales(model: torch.nn.Module, checkpoint: dict) -> None:
     """
-    Returns the state from which this rank can resume exactly: its random generators and the batch X, Y (int64 tokens)
-    that it has already drawn.
+    Restores the scales of a model that computes in FP8, from this rank's entry of the checkpoint. At another world size
+    there is none: the scales belong to a rank's own batches.
+    """
+    ranks = checkpoint.get('resume', {}).get('ranks', [])
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if getattr(model, 'fp8', None):
+        model.fp8.load(ranks[rank] if len(ranks) == world_size else {})
+
+
+def rank_state(device: str, X: torch.Tensor, Y: torch.Tensor, model: torch.nn.Module) -> dict:
+    """
+    Returns the state from which this rank can resume exactly: its random generators, the batch X, Y (int64 tokens)
+    that it has already drawn, and the scales of a model that computes in FP8.
     """
     state = {'rng': torch.get_rng_state(), 'X': X, 'Y': Y}
+    if getattr(model, 'fp8', None):
+        state |= model.fp8.save()
     if device.startswith('cuda'):
         state['cuda_rng'] = torch.cuda.get_rng_state(device)
     if device == 'mps':
@@ -178,10 +192,11 @@ class Resume:
         return saved_options(self.checkpoint, options, given) if self.path else options
 
     def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """Loads weights, AdamW's state and the float16 loss scale. Raises UserError if they do not fit."""
+        """Loads weights, AdamW's state and the scales of float16 and FP8. Raises UserError if they do not fit."""
         if self.path:
             load_model(model, crop_positions(self.checkpoint, model))
             load_optimizer(optimizer, scaler, self.checkpoint)
+            load_scales(model, self.checkpoint)
 
     def next_batch(self, rank: int, world_size: int, config: dict):
         """

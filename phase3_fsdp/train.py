@@ -261,7 +261,7 @@ peak_flops = hardware.peak_flops(device, dtype, peak_tflops)
 first_iter = iter_num  # of this process
 timer = StepTimer(device, iter_num)
 while True:
-    resume_point = rank_state(device, X, Y)  # a checkpoint of this iteration continues from here
+    resume_point = rank_state(device, X, Y, raw_model)  # a checkpoint of this iteration continues from here
     done = iter_num > max_iters or stop_signal.requested()
 
     lr = get_lr(iter_num) if decay_lr else learning_rate
@@ -320,6 +320,7 @@ while True:
             grad_norm=norm,
             peak_memory_bytes=hardware.peak_memory_bytes(device),
             skipped_steps=skipped_steps,
+            **(raw_model.fp8.log() if getattr(raw_model, 'fp8', None) else {}),
         )
         step_guard.check(iter_num, lr, skipped_steps, model)  # ends a run that diverges
     iter_num += 1

@@ -18,10 +18,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .device import available, interpreted, jit, l2_bytes, num_multiprocessors, tl, triton
+from .fp8 import E5M2, Quantized, move
+from .fp8_linear import active, forward_matmul, fp8_input_gradient
 from .launch import Config, launch
 from .linear import autocast_dtype, can_leave_gradient, half_dtypes, leave_gradient, rounded, weight_gradient
 
 float_dtypes = (torch.float32, *half_dtypes)
+GRADIENT_SCALE = 32768.0  # of softmax - onehot in e5m2: all of it is from -1 to 1
 
 
 @jit
@@ -56,12 +59,15 @@ def cross_entropy_kernel(
     logits_ptr,  # (M, V) contiguous; replaced by softmax - onehot if GRAD
     targets_ptr,  # (M,) int64
     losses_ptr,  # (M,) float32; 0 where the target is ignore_index, NaN where it is outside the vocabulary
+    q_ptr,  # (M, V) contiguous e5m2: (softmax - onehot) * fp8_scale; not written unless FP8
     M,
     ignore_index,
     V: tl.constexpr,
     LANES: tl.constexpr,
     ITEMS: tl.constexpr,
     GRAD: tl.constexpr,
+    FP8: tl.constexpr,  # needs GRAD
+    fp8_scale: tl.constexpr,
 ):
     CHUNK: tl.constexpr = LANES * ITEMS
     WHOLE: tl.constexpr = V // CHUNK * CHUNK  # the columns of whole chunks, which need no mask
@@ -90,13 +96,20 @@ def cross_entropy_kernel(
                 x, cols = load_logits(row_ptr, start, V, LANES, ITEMS, False)
                 d = exp(x.to(tl.float32) - highest, log_sum)
                 tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty))
+                if FP8:
+                    tl.store(q_ptr + row * V + cols, (d * fp8_scale).to(q_ptr.dtype.element_ty))
             if WHOLE < V:
                 x, cols = load_logits(row_ptr, WHOLE, V, LANES, ITEMS, True)
                 d = exp(x.to(tl.float32) - highest, log_sum)
                 tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V)
+                if FP8:
+                    tl.store(q_ptr + row * V + cols, (d * fp8_scale).to(q_ptr.dtype.element_ty), mask=cols < V)
             tl.debug_barrier()  # the target's element has been written by another thread
             d = exp(logit - highest, log_sum) - 1.0
             tl.store(row_ptr + target, d.to(logits_ptr.dtype.element_ty), mask=inside & (target != ignore_index))
+            if FP8:
+                d = (d * fp8_scale).to(q_ptr.dtype.element_ty)
+                tl.store(q_ptr + row * V + target, d, mask=inside & (target != ignore_index))
 
 
 @jit
@@ -128,8 +141,10 @@ def cross_entropy_config(V, programs=2):
     return Config(lanes, items, max(1, min(32, lanes // 32)), programs=programs)
 
 
-def launch_cross_entropy(logits, targets, ignore_index, need_grad, config=None):
-    """logits (M, V) contiguous, targets (M,) int64 -> losses (M,) float32; with need_grad logits become softmax - onehot, zero where ignored."""
+def launch_cross_entropy(logits, targets, ignore_index, need_grad, config=None, q=None):
+    """logits (M, V) contiguous, targets (M,) int64 -> losses (M,) float32; with need_grad logits become softmax - onehot, zero where ignored,
+    and so does q, (M, V) e5m2 or None, times GRADIENT_SCALE.
+    """
     M, V = logits.shape
     losses = torch.empty(M, dtype=torch.float32, device=logits.device)
     # two programs a multiprocessor if their rows, and what these become, stay in cache until they are read again: 12288 x 50304 in bfloat16
@@ -141,9 +156,9 @@ def launch_cross_entropy(logits, targets, ignore_index, need_grad, config=None):
         launch(
             cross_entropy_kernel,
             (grid,),
-            (logits, targets, losses),
+            (logits, targets, losses, logits if q is None else q),
             (M, ignore_index),
-            (V, c.rows, c.chunk, need_grad),
+            (V, c.rows, c.chunk, need_grad, q is not None, GRADIENT_SCALE),
             c,
         )
     return losses
@@ -153,28 +168,40 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """All rows at once: softmax - onehot, which lies where the logits were, waits for backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, dtype, need_grad, tied):
-        x, w = x.to(dtype), rounded(weight, dtype)
-        logits = x @ w.t()
-        losses = launch_cross_entropy(logits, targets, ignore_index, need_grad)
+    def forward(ctx, x, weight, targets, ignore_index, dtype, need_grad, tied, layer):
+        x, q = x.to(dtype).contiguous(), None
+        if layer is None:
+            operands = (rounded(weight, dtype),)
+            logits = x @ operands[0].t()
+        else:
+            logits, operands = forward_matmul(layer, x, weight, None, dtype)
+            if need_grad and len(operands) == 2:
+                q = torch.empty_like(logits, dtype=E5M2)
+        losses = launch_cross_entropy(logits, targets, ignore_index, need_grad, q=q)
         count = (targets != ignore_index).sum()
         if need_grad:
-            ctx.save_for_backward(x, w, logits, count.clamp(min=1))  # of no rows the loss is NaN, but its gradient 0
+            operands = operands if q is None else (*operands, q)
+            ctx.save_for_backward(
+                x, logits, count.clamp(min=1), *operands
+            )  # of no rows the loss is NaN, but its gradient 0
             ctx.weight, ctx.tied = weight, tied
         return losses.sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        x, w, d, count = ctx.saved_tensors
+        x, d, count, *operands = ctx.saved_tensors
         scale = dloss / count
         dx = None
-        if ctx.needs_input_grad[0]:
-            dx = d @ w
+        if ctx.needs_input_grad[0] and len(operands) == 3:
+            columns, inverse, q = operands
+            dx = fp8_input_gradient(Quantized(q, scale / GRADIENT_SCALE), columns, inverse, x.dtype)
+        elif ctx.needs_input_grad[0]:
+            dx = d @ operands[0]
             scaled(dx, scale, out=dx)
         # x is scaled instead of the result, which may be 60 times larger
         dw = weight_gradient(ctx.weight, d, scaled(x.contiguous(), scale)) if ctx.needs_input_grad[1] else None
-        return dx, leave_gradient(ctx.weight, dw) if ctx.tied else dw, None, None, None, None, None
+        return dx, leave_gradient(ctx.weight, dw) if ctx.tied else dw, None, None, None, None, None, None
 
 
 class ChunkedLinearCrossEntropyFunction(torch.autograd.Function):
@@ -209,17 +236,18 @@ class ChunkedLinearCrossEntropyFunction(torch.autograd.Function):
         return dx * scale, leave_gradient(ctx.weight, dw) if ctx.tied else dw, None, None, None, None, None, None
 
 
-def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_rows=0):
+def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_rows=0, layer=None):
     """
     Mean cross-entropy in nats, float32, of logits = x @ weight.T against targets; like F.cross_entropy(logits, targets, ignore_index), and by
     that where Triton cannot run. x: (..., C); weight: (V, C); targets: int64 (...). Under autocast the logits are in its dtype; softmax and
     loss are float32 in any case. Differentiable once, in x and weight. tied: weight is also the weight of an embedding() whose backward comes
     later and passes both gradients on. chunk_rows: rows of logits that exist at a time (0: all), to save memory.
+    layer: the fp8_linear.Layer of the output layer, or None.
     A target outside the vocabulary other than ignore_index makes the loss NaN. Raises ValueError for targets of another shape than x's rows.
     """
     if targets.shape != x.shape[:-1]:
         raise ValueError(f'linear_cross_entropy: targets have shape {tuple(targets.shape)}, but x {tuple(x.shape)}')
-    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1).contiguous()
+    given, x, targets = x, x.reshape(-1, x.shape[-1]), targets.reshape(-1).contiguous()
     dtype = autocast_dtype(x) or x.dtype
     plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
     if not (plain and dtype in float_dtypes and weight.dtype in float_dtypes and available(x.device)):
@@ -231,7 +259,9 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_
             return ChunkedLinearCrossEntropyFunction.apply(
                 x, weight, targets, ignore_index, dtype, need_grad, tied, chunk_rows
             )
-        return LinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied)
+        if active(layer):
+            move(given, x)
+        return LinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied, active(layer))
 
 
 def cross_entropy(logits, targets, ignore_index=-1):

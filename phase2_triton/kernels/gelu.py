@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .device import available, interpreted, jit, tl
+from .fp8 import as_fp8, attach, magnitude, record
 from .launch import Config, launch
 
 float_dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,8 +65,45 @@ def backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr, EXACT: tl.
     tl.store(dx_ptr + at, (dy * (below + x * bell)).to(dx_ptr.dtype.element_ty), mask=at < size)
 
 
+@jit
+def store_twice(y, y_ptr, q_ptr, slot_ptr, at, size):
+    """Writes y, and what it is in fp8, and measures it; see fp8.py."""
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=at < size)
+    y = y.to(tl.float32)
+    tl.store(q_ptr + at, as_fp8(y, tl.load(slot_ptr + 1), q_ptr.dtype.element_ty), mask=at < size)
+    record(slot_ptr, tl.max(magnitude(y), 0))
+
+
+@jit
+def forward_fp8_kernel(
+    x_ptr, y_ptr, q_ptr, slot_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr, TANH: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    if TANH:
+        below, _ = sigmoid(x)
+    else:
+        below, _ = normal(x, EXACT)
+    store_twice(x * below, y_ptr, q_ptr, slot_ptr, at, size)
+
+
+@jit
+def backward_fp8_kernel(
+    dy_ptr, x_ptr, dx_ptr, q_ptr, slot_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr, TANH: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    if TANH:
+        below, bell = sigmoid(x)
+    else:
+        below, bell = normal(x, EXACT)
+    store_twice(dy * (below + x * bell), dx_ptr, q_ptr, slot_ptr, at, size)
+
+
 def launch_elementwise(kernel, *tensors, tanh=False):
-    """Runs kernel, in the tanh form if asked for, on contiguous tensors of one shape and dtype; writes and returns the last one."""
+    """Runs kernel, in the tanh form if asked for, on contiguous tensors of one shape and dtype, but for the last two of FP8."""
     size = tensors[0].numel()
     config = Config(1, 65536 if interpreted else 2048, 4)
     if size > 0:
@@ -77,28 +115,41 @@ def launch_elementwise(kernel, *tensors, tanh=False):
             (config.chunk, tensors[0].dtype == torch.float32, tanh),
             config,
         )
-    return tensors[-1]
+
+
+def launch_gelu(kernel, fp8_kernel, *inputs, tanh, slot):
+    """
+    A tensor like the inputs, written by kernel. With an fp8.Slot, fp8_kernel writes it and its fp8 form, which is attached to it.
+    """
+    y = torch.empty_like(inputs[0])
+    if slot is None:
+        launch_elementwise(kernel, *inputs, y, tanh=tanh)
+    else:
+        attach(y, slot.empty_like(y), slot)
+        launch_elementwise(fp8_kernel, *inputs, y, y.fp8.q, slot.row, tanh=tanh)
+    return y
 
 
 class GeluFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, tanh):
+    def forward(ctx, x, tanh, slot):
+        ctx.tanh, ctx.gradient_slot = tanh, getattr(x, 'gradient_slot', None)
         x = x.contiguous()
         ctx.save_for_backward(x)
-        ctx.tanh = tanh
-        return launch_elementwise(forward_kernel, x, torch.empty_like(x), tanh=tanh)
+        return launch_gelu(forward_kernel, forward_fp8_kernel, x, tanh=tanh, slot=slot)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        return launch_elementwise(backward_kernel, dy.contiguous(), x, torch.empty_like(x), tanh=ctx.tanh), None
+        how = dict(tanh=ctx.tanh, slot=ctx.gradient_slot)
+        return launch_gelu(backward_kernel, backward_fp8_kernel, dy.contiguous(), x, **how), None, None
 
 
-def gelu(x, approximate='none'):
+def gelu(x, approximate='none', slot=None):
     """
     torch.nn.functional.gelu(x, approximate=approximate), 'none' or 'tanh', for x of any shape in float32, bfloat16 or float16, by a Triton
-    kernel where it can run and by that very function elsewhere. Differentiable once.
+    kernel where it can run and by that very function elsewhere. Differentiable once. slot: the fp8.Slot to which the kernel also writes the result.
     """
     if (
         type(x) is torch.Tensor
@@ -106,5 +157,5 @@ def gelu(x, approximate='none'):
         and available(x.device)
         and not torch.compiler.is_compiling()
     ):
-        return GeluFunction.apply(x, approximate == 'tanh')
+        return GeluFunction.apply(x, approximate == 'tanh', slot)
     return F.gelu(x, approximate=approximate)

@@ -26,7 +26,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import fp8
 from .device import available, jit, num_multiprocessors, programmatic_launch, tl, triton
+from .fp8 import as_fp8, magnitude, record
 from .launch import Config, launch
 from .layer_norm_gradients import cdiv, launch_reduce, place_of_shares, read_early
 
@@ -86,6 +88,8 @@ def forward_kernel(
     sum_ptr,  # (M, N) contiguous: x + branch in the dtype of x; not written unless ADD
     y_ptr,  # (M, N) contiguous
     stats_ptr,  # (2, M) float32: mean, rstd
+    q_ptr,  # (M, N) contiguous: y in fp8; not written unless FP8
+    slot_ptr,  # row of fp8.Scales.state; not read unless FP8
     x_stride,
     M,
     eps,
@@ -95,6 +99,7 @@ def forward_kernel(
     RESIDENT: tl.constexpr,  # the rows stay in registers; otherwise they are read three times, the last two from cache
     ADD: tl.constexpr,  # normalize x + branch; needs RESIDENT
     HAS_BIAS: tl.constexpr,
+    FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -136,6 +141,9 @@ def forward_kernel(
         total += centred * centred
     rstd = tl.math.rsqrt(tl.sum(total, 1) / N + eps)
 
+    if FP8:
+        fp8_scale = tl.load(slot_ptr + 1)
+        highest = tl.zeros((ROWS, CHUNK), tl.int32)
     for c in tl.static_range(CHUNKS):
         if not RESIDENT:
             tl.debug_barrier()
@@ -145,8 +153,15 @@ def forward_kernel(
         if HAS_BIAS:
             y += load_vector(bias_ptr, cols, ROWS, N)
         tl.store(y_ptr + rows[:, None] * N + cols, y.to(y_ptr.dtype.element_ty), mask=live & (cols < N))
+        if FP8:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # so that q is the same, whichever kernel makes it from y
+            q = as_fp8(y, fp8_scale, q_ptr.dtype.element_ty)
+            tl.store(q_ptr + rows[:, None] * N + cols, q, mask=live & (cols < N))
+            highest = tl.maximum(highest, tl.where(live & (cols < N), magnitude(y), 0))
     tl.store(stats_ptr + rows, mean, mask=rows < M)
     tl.store(stats_ptr + M + rows, rstd, mask=rows < M)
+    if FP8:
+        record(slot_ptr, tl.max(highest))
 
 
 @jit
@@ -159,6 +174,8 @@ def backward_kernel(
     dx_ptr,  # (M, N) contiguous, not written unless NEED_DX
     dbranch_ptr,  # (M, N) contiguous: dx again in another dtype; not written unless COPY
     partial_ptr,  # (2, P, N) float32 for P programs: shares of dweight, of dbias
+    q_ptr,  # (M, N) contiguous: the branch's dx in fp8; not written unless FP8
+    slot_ptr,  # row of fp8.Scales.state; not read unless FP8
     dy_stride,
     x_stride,
     M,
@@ -171,6 +188,7 @@ def backward_kernel(
     NEED_DX: tl.constexpr,
     NEED_DW: tl.constexpr,
     NEED_DB: tl.constexpr,
+    FP8: tl.constexpr,  # needs NEED_DX
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -181,6 +199,9 @@ def backward_kernel(
     dw_ptr = partial_ptr + pid * N
     db_ptr = partial_ptr + (tl.num_programs(0) + pid) * N
 
+    if FP8:
+        fp8_scale = tl.load(slot_ptr + 1)
+        highest = tl.zeros((ROWS,), tl.int32)
     dws, dbs = (), ()
     for c in tl.static_range(CHUNKS):
         dws = dws + (tl.zeros((ROWS, CHUNK), tl.float32),)
@@ -244,6 +265,11 @@ def backward_kernel(
                 tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
                 if COPY:
                     tl.store(dbranch_ptr + rows[:, None] * N + cols, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
+                if FP8:
+                    d = dx.to(dbranch_ptr.dtype.element_ty).to(tl.float32)
+                    q = as_fp8(d, fp8_scale, q_ptr.dtype.element_ty)
+                    tl.store(q_ptr + rows[:, None] * N + cols, q, mask=mask)
+                    highest = tl.maximum(highest, tl.max(tl.where(mask, magnitude(d), 0), 1))
         dws, dbs = new_dws, new_dbs
 
     for c in tl.static_range(CHUNKS):
@@ -252,6 +278,8 @@ def backward_kernel(
             tl.store(dw_ptr + cols, sum_rows(dws[c], CHUNK), mask=cols < N)
         if NEED_DB:
             tl.store(db_ptr + cols, sum_rows(dbs[c], CHUNK), mask=cols < N)
+    if FP8:
+        record(slot_ptr, tl.max(highest, 0))
 
 
 @cache
@@ -305,10 +333,11 @@ def rows_of(x):
     return rows, rows.stride(0)
 
 
-def launch_forward(x, branch, weight, bias, eps, out_dtype):
+def launch_forward(x, branch, weight, bias, eps, out_dtype, slot=None):
     """
     x (..., N), weight and bias (N,) -> y (..., N) contiguous in out_dtype, and stats (2, M) float32: mean and rstd of each row.
     With branch (..., N): of x + branch, which is returned too, contiguous in the dtype of x; otherwise it is x.
+    With a Slot, y carries its fp8 form, see fp8.attach().
     """
     N = x.shape[-1]
     rows, stride = rows_of(x)
@@ -330,12 +359,22 @@ def launch_forward(x, branch, weight, bias, eps, out_dtype):
                 total,
                 y,
                 stats,
+                *fp8_operands(y, slot),
             ),
             (stride, M, eps),
-            (N, c.rows, c.chunk, c.resident, branch is not None, bias is not None, c.pdl),
+            (N, c.rows, c.chunk, c.resident, branch is not None, bias is not None, slot is not None, c.pdl),
             c,
         )
     return y, stats, total
+
+
+def fp8_operands(y, slot):
+    """The kernels' q_ptr and slot_ptr for y, with the fp8 tensor attached to y; without a Slot y in place of both."""
+    if slot is None:
+        return y, y
+    q = slot.empty_like(y)
+    fp8.attach(y, q, slot)
+    return q, slot.row
 
 
 def pytorch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
@@ -353,12 +392,13 @@ def pytorch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db
 
 
 def launch_backward(
-    dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db, dsum=None, branch_dtype=None, place=None
+    dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db, dsum=None, branch_dtype=None, place=None, slot=None
 ):
     """
     dx (..., N) like x, dweight and dbias (N,) in their own dtypes; None for what is not needed. With dsum (..., N), in the dtype
     of x, dx is plus dsum; with a branch_dtype other than x's there is a fourth result, dx in that dtype. N is at most
     max_backward_width. With place(P, N) -> (2, P, N) float32 the programs' shares of dweight and dbias are left there, and both are None.
+    With a Slot, the gradient of the branch carries its fp8 form.
     """
     N = x.shape[-1]
     (rows, stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
@@ -389,9 +429,10 @@ def launch_backward(
             rows if dx is None else dx,
             rows if dbranch is None else dbranch,
             partial,
+            *fp8_operands(rows if dbranch is None else dbranch, slot),
         ),
         (dy_stride, stride, M),
-        (N, c.rows, c.chunk, c.prefetch, dsum is not None, copy, need_dx, need_dw, need_db, c.pdl),
+        (N, c.rows, c.chunk, c.prefetch, dsum is not None, copy, need_dx, need_dw, need_db, slot is not None, c.pdl),
         c,
     )
     if (need_dw or need_db) and not later:
