@@ -268,13 +268,12 @@ def ladder(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, BLOCK_SIZE[device] + 1), device=device, generator=generator)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
-    base, sensors, names = make('reference, compiled'), Sensors(), chosen(args, variants)
+    base, sensors, names = make(args.base), Sensors(), chosen(args, variants)
     for first in range(0, len(names), args.together - 1):
         group = None  # the variants before are dropped, and with them their memory
         try:
             group = {
-                name: base if name == 'reference, compiled' else make(name)
-                for name in names[first : first + args.together - 1]
+                name: base if name == args.base else make(name) for name in names[first : first + args.together - 1]
             }
             turns = []
             for _ in range(args.repetitions):
@@ -530,8 +529,8 @@ def curves(args, rows, save):
                 losses.append(train.iteration())
             losses = [round(loss, 5) for loss in torch.stack(losses).tolist()]
             rows.append(dict(kind=kind, seed=seed, losses=losses, val_loss=val_loss(train.model, val)))
-            if getattr(train.raw_model, 'fp8', None):
-                rows[-1] |= train.raw_model.fp8.log()
+            if getattr(train.raw_model, 'rank_state', None):
+                rows[-1] |= train.raw_model.rank_state.log()
             save()
             last = f'last 100 steps {statistics.fmean(losses[-100:]):.4f}, validation {rows[-1]["val_loss"]:.4f}'
             print(f'{kind}, seed {seed}: {last}', flush=True)
@@ -746,6 +745,7 @@ def main():
     parser.add_argument(
         '--together', type=int, default=2, help='ladder: models in memory at a time, with the reference'
     )
+    parser.add_argument('--base', default='reference, compiled', help='ladder: takes turns with every variant')
     parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
     parser.add_argument(
         '--seeds',

@@ -113,7 +113,9 @@ class GPT(nn.Module):
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
-        self.fp8 = prepare_fp8(self) if config.fp8 and config.use_triton else None
+        self.rank_state = (
+            prepare_fp8(self) if config.fp8 and config.use_triton else None
+        )  # its scales; saved by resume.py
         print(f'number of parameters: {self.get_num_params() / 1e6:.2f}M')
 
     def get_num_params(self, non_embedding=True):
@@ -177,7 +179,7 @@ class GPT(nn.Module):
         return announce_triton(self.config.use_triton, device)
 
     def release_graph_state(self):
-        """Drops the rounded weights that the kernels keep in the memory of CUDA graphs; MicroStep.release() calls it."""
+        """Drops the rounded weights that the kernels keep in CUDA graphs' memory; MicroStep.release() calls it."""
         release_weights(self)
 
     def compile(self, *args, **kwargs):

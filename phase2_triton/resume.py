@@ -83,25 +83,26 @@ def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) ->
         scaler.load_state_dict(checkpoint['resume']['scaler'])
 
 
-def load_scales(model: torch.nn.Module, checkpoint: dict) -> None:
+def load_rank_state(model: torch.nn.Module, checkpoint: dict) -> None:
     """
-    Restores the scales of a model that computes in FP8, from this rank's entry of the checkpoint. At another world size
-    there is none: the scales belong to a rank's own batches.
+    Passes this rank's entry of the checkpoint to model.rank_state, if the model has one: an object with save(), which
+    returns a dict of tensors, load(dict) and log(), which returns numbers for the log. At another world size the entry
+    is {}.
     """
     ranks = checkpoint.get('resume', {}).get('ranks', [])
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if getattr(model, 'fp8', None):
-        model.fp8.load(ranks[rank] if len(ranks) == world_size else {})
+    if getattr(model, 'rank_state', None):
+        model.rank_state.load(ranks[rank] if len(ranks) == world_size else {})
 
 
 def rank_state(device: str, X: torch.Tensor, Y: torch.Tensor, model: torch.nn.Module) -> dict:
     """
     Returns the state from which this rank can resume exactly: its random generators, the batch X, Y (int64 tokens)
-    that it has already drawn, and the scales of a model that computes in FP8.
+    that it has already drawn, and the model's own, which state_dict() leaves out (see load_rank_state).
     """
     state = {'rng': torch.get_rng_state(), 'X': X, 'Y': Y}
-    if getattr(model, 'fp8', None):
-        state |= model.fp8.save()
+    if getattr(model, 'rank_state', None):
+        state |= model.rank_state.save()
     if device.startswith('cuda'):
         state['cuda_rng'] = torch.cuda.get_rng_state(device)
     if device == 'mps':
@@ -192,11 +193,11 @@ class Resume:
         return saved_options(self.checkpoint, options, given) if self.path else options
 
     def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """Loads weights, AdamW's state and the scales of float16 and FP8. Raises UserError if they do not fit."""
+        """Loads weights, AdamW's state and the float16 loss scale. Raises UserError if they do not fit."""
         if self.path:
             load_model(model, crop_positions(self.checkpoint, model))
             load_optimizer(optimizer, scaler, self.checkpoint)
-            load_scales(model, self.checkpoint)
+            load_rank_state(model, self.checkpoint)
 
     def next_batch(self, rank: int, world_size: int, config: dict):
         """

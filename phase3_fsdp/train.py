@@ -228,7 +228,7 @@ def get_lr(it):
 if master_process:
     make_out_dir(out_dir, init_from)
 facts = run_facts(__file__, config, world_size, raw_model, optimizer, tokens_per_iter)
-report = RunReport(config, facts, master_process, iter_num, resume.log)
+report = RunReport(config, facts, raw_model, master_process, iter_num, resume.log)
 saver = make_saver(config, model, optimizer, on_saved=report.checkpoint)
 
 
@@ -320,7 +320,6 @@ while True:
             grad_norm=norm,
             peak_memory_bytes=hardware.peak_memory_bytes(device),
             skipped_steps=skipped_steps,
-            **(raw_model.fp8.log() if getattr(raw_model, 'fp8', None) else {}),
         )
         step_guard.check(iter_num, lr, skipped_steps, model)  # ends a run that diverges
     iter_num += 1

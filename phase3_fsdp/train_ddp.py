@@ -220,7 +220,7 @@ def get_lr(it):
 if master_process:
     make_out_dir(out_dir, init_from)
 facts = run_facts(__file__, config, world_size, raw_model, optimizer, tokens_per_iter)
-report = RunReport(config, facts, master_process, iter_num, resume.log)
+report = RunReport(config, facts, raw_model, master_process, iter_num, resume.log)
 
 
 # returns False if the best checkpoint could not be written; if a required one cannot, the run ends
@@ -310,7 +310,6 @@ while True:
             grad_norm=norm,
             peak_memory_bytes=hardware.peak_memory_bytes(device),
             skipped_steps=skipped_steps,
-            **(raw_model.fp8.log() if getattr(raw_model, 'fp8', None) else {}),
         )
         step_guard.check(iter_num, lr, skipped_steps, model)  # ends a run that diverges
     iter_num += 1

@@ -32,8 +32,8 @@ def look_up_language_once():
 
 def round_to_fp8():
     """
-    The interpreter truncates what it converts to fp8, and knows no NaN there; a GPU rounds to the nearest. This makes the interpreter convert as
-    PyTorch does, which makes NaN of a number out of range: a kernel that forgets to clamp is found out.
+    Makes the interpreter convert to fp8 as PyTorch does: to the nearest number, with NaN for NaN. Triton's own
+    conversion truncates and knows no NaN. A number out of range becomes NaN too, so tests notice a missing clamp.
     """
     if os.environ.get('TRITON_INTERPRET') != '1':
         return

@@ -149,16 +149,16 @@ class Scales:
         self.measuring = not known
 
     def save(self) -> dict:
-        """{'fp8': a copy of the state}, for the checkpoint's entry of this rank; {} before the first micro-step."""
+        """Returns {'model': a copy of the state} for this rank's entry in a checkpoint; {} before the first micro-step."""
         state = self.loaded if self.state is None else self.state.clone()
-        return {} if state is None else {'fp8': state}
+        return {} if state is None else {'model': state}
 
     def load(self, saved: dict):
         """
-        Takes the state from a checkpoint's entry. If it has none, or one that is not finite or of another model, measuring starts anew, and a
-        line says so.
+        Takes the state from this rank's entry in a checkpoint. If there is none, or it is not finite or belongs to
+        another model, prints a line; the next micro-step then measures anew.
         """
-        state = saved.get('fp8')
+        state = saved.get('model')
         fits = state is not None and state.shape == (self.slots + 1, 4) and state.dtype == torch.float32
         fits = fits and bool(state[:, [0, 1, 3]].isfinite().all() and (state[:-1, :2] > 0).all())
         self.state, self.loaded = None, state.cpu().clone() if fits else None
@@ -166,7 +166,9 @@ class Scales:
             print('the checkpoint has no scales for FP8: they are measured anew')
 
     def log(self) -> dict:
-        """{'fp8_clamped': micro-steps of this run in which values were clamped}. Waits for the GPU."""
+        """
+        Returns {'fp8_clamped': micro-steps of this run in which this rank clamped a value}. Waits for the GPU.
+        """
         return {'fp8_clamped': 0 if self.state is None else int(self.state[-1, 0].item())}
 
 

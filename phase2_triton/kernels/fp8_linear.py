@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import linear
 from .device import answers
 from .fp8 import Scales, Slot, quantize, quantize_weight, unsupported_reason
-from .linear import rounded, weight_gradient
+from .linear import hush_cublaslt, rounded, weight_gradient
 
 # Attention's output and its packed gradient have no producer that writes them in fp8 too, so quantizing them takes a kernel of its own. At 768
 # columns and 12,288 tokens FP8 saves 9 µs of the output's matmul and 26 of the gradient's; moving 3 bytes an element takes 7 and 21 µs at
@@ -65,9 +65,9 @@ def layer_of(module: nn.Module):
 
 def begin_fp8(model: nn.Module, device: torch.device, dtype: torch.dtype):
     """Call at the start of a forward of the model, which computes in dtype. In training its scales are updated, and FP8 is used from here on."""
-    if model.fp8 and not torch.compiler.is_compiling():
+    if model.rank_state and not torch.compiler.is_compiling():
         training = model.training and torch.is_grad_enabled()
-        model.fp8.begin(device, training and announce_fp8(device, dtype))
+        model.rank_state.begin(device, training and announce_fp8(device, dtype))
 
 
 def announce_fp8(device: torch.device, dtype: torch.dtype) -> bool:
@@ -123,6 +123,8 @@ def fp8_input_gradient(q, columns, inverse, dtype):
 class Fp8LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype, layer):
+        if x.is_cuda:
+            hush_cublaslt()
         x = x.to(dtype).contiguous()
         y, operands = forward_matmul(layer, x, weight, bias, dtype)
         ctx.save_for_backward(x, *operands)

@@ -276,7 +276,7 @@ def test_recorded_micro_steps(monkeypatch):
         step = cuda_graph.MicroStep(micro_step, model, capture=recorded)
         with torch.cuda.stream(torch.cuda.Stream()) if gpu else contextlib.nullcontext():
             losses = train(model, 2, micro_step=step)[0] + train(model, 2, 2, micro_step=step)[0]
-            state = model.fp8.save()['fp8'].clone()
+            state = model.rank_state.save()['model'].clone()
             step.release()
             assert not any(hasattr(p, 'quantized') or hasattr(p, 'rounded') for p in model.parameters())
         results.append((losses, state))
@@ -289,7 +289,7 @@ def test_recorded_micro_steps(monkeypatch):
 def test_resuming_is_exact(tmp_path, capsys):
     """Through a checkpoint's extra key, with its checks. A checkpoint without scales, or with those of another model, measures anew."""
     from checkpoint_fields import check_fields
-    from resume import load_scales, rank_state
+    from resume import load_rank_state, rank_state
 
     model = with_optimizer(eight_bits(n_layer=1))
     train(model, 2)
@@ -306,7 +306,7 @@ def test_resuming_is_exact(tmp_path, capsys):
         model = with_optimizer(eight_bits(n_layer=1))
         model.load_state_dict(checkpoint['model'])
         model.optimizer.load_state_dict(checkpoint['optimizer'])
-        load_scales(model, checkpoint)
+        load_rank_state(model, checkpoint)
         return model
 
     again = train(resumed(checkpoint), 2, 2)
@@ -314,12 +314,12 @@ def test_resuming_is_exact(tmp_path, capsys):
         assert again[0] == expected[0] and all(map(torch.equal, again[1], expected[1]))
     assert again[0] == pytest.approx(expected[0], rel=1e-3)
     assert 'measured anew' not in capsys.readouterr().out
-    scales = checkpoint['resume']['ranks'][0]['fp8']
+    scales = checkpoint['resume']['ranks'][0]['model']
     for wrong in (None, scales[1:], scales * float('nan'), scales.double()):
-        checkpoint['resume']['ranks'][0]['fp8'] = wrong
+        checkpoint['resume']['ranks'][0]['model'] = wrong
         model = resumed(checkpoint)
         assert 'the checkpoint has no scales for FP8: they are measured anew\n' in capsys.readouterr().out
-        assert model.fp8.save() == {}
+        assert model.rank_state.save() == {}
     checkpoint['resume']['ranks'] *= 2  # another world size
     resumed(checkpoint)
     assert 'measured anew' in capsys.readouterr().out
@@ -332,7 +332,7 @@ def test_without_bfloat16(dtype, why, capsys):
     assert f'not using FP8: it takes the place of bfloat16, and {why}\n' in capsys.readouterr().out
     expected, expected_grads = accumulated(eight_bits(fp8=False), dtype)
     assert losses == expected and (gpu or all(torch.equal(grads[k], expected_grads[k]) for k in grads))
-    assert model.fp8.save() == {} and model.fp8.log() == {'fp8_clamped': 0}
+    assert model.rank_state.save() == {} and model.rank_state.log() == {'fp8_clamped': 0}
 
 
 def test_an_older_gpu(monkeypatch):
@@ -366,7 +366,7 @@ def test_wrapped_in_fp8():
                 loss.backward()
                 losses.append(loss.item())
             grads = [p.grad.full_tensor() if wrapper == 'FSDP2' else p.grad for p in model.parameters()]
-            assert model.fp8.save()['fp8'][0, 3] > 0, 'measured'
+            assert model.rank_state.save()['model'][0, 3] > 0, 'measured'
             results[wrapper] = losses, grads
     for wrapper, (losses, grads) in results.items():
         assert losses == pytest.approx(results['none'][0], rel=3e-3), wrapper
@@ -379,4 +379,4 @@ def test_compiled_it_is_bfloat16():
     model = eight_bits(n_layer=1)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     results = [accumulated(m, bf16, micro_steps=2)[0] for m in (compiled, eight_bits(n_layer=1, fp8=False))]
-    assert results[0] == pytest.approx(results[1], rel=3e-3) and model.fp8.save() == {}
+    assert results[0] == pytest.approx(results[1], rel=3e-3) and model.rank_state.save() == {}
