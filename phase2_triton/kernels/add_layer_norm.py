@@ -1,10 +1,13 @@
-"""Residual addition and LayerNorm in one kernel: the residual stream is read and written once forward and once backward.
+"""
+Residual addition and LayerNorm in one kernel. The residual stream is read and written once in the forward and once in
+the backward.
 
-    x = x + branch;  y = layer_norm(x)          d = dx + (the gradient that LayerNorm's backward sends to x), for x and for branch
+    x = x + branch,  y = layer_norm(x)
+    backward: the gradient of both x and branch is dx + (the gradient from LayerNorm)
 
-By itself the addition reads two tensors and writes one, LayerNorm reads that one again, and backward adds the gradient of the
-stream and LayerNorm's in a pass of their own, with a copy where branch is narrower than x. The model's first LayerNorm has no branch
-to add, but two gradients. The kernels are layer_norm.py's.
+As separate operations, the addition reads two tensors and writes one, and LayerNorm reads that one again. The backward
+adds the stream's gradient and LayerNorm's in another pass, and copies the result if branch is narrower than x. The
+model's first LayerNorm has no branch to add, but it still has two gradients. The kernels are layer_norm.py's.
 """
 
 import torch
@@ -64,12 +67,13 @@ class AddLayerNormFunction(torch.autograd.Function):
 
 def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, out_dtype=None, slot=None):
     """
-    (x + branch, layer_norm(x + branch, weight, bias, eps, out_dtype)) by one Triton kernel where it can run, else by two operations.
+    Returns (x + branch, layer_norm(x + branch, weight, bias, eps, out_dtype)), by one Triton kernel where it can run,
+    and otherwise by two operations.
 
-    x (..., N), float32, bfloat16 or float16; branch of the same shape in the same or a narrower dtype, or None: nothing is added. The sum
-    has the dtype of x; it is rounded to that before it is normalized. slot: the fp8.Slot to which the kernel also writes the
-    result, for the matmul that comes next. Otherwise see layer_norm. Raises ValueError for a branch of another
-    shape or device.
+    x: (..., N), float32, bfloat16 or float16. branch: the same shape in the same or a narrower dtype, or None to add
+    nothing. The sum has the dtype of x and is rounded to it before the normalization. slot: the fp8.Slot in which the
+    kernel also writes the second result, for the matmul that follows. See layer_norm for the rest. Raises ValueError
+    for a branch of another shape or device.
     """
     if branch is not None and branch.shape != x.shape:
         raise ValueError(f'add_layer_norm: branch has shape {tuple(branch.shape)}, x {tuple(x.shape)}')

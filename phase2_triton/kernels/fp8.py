@@ -1,17 +1,20 @@
-"""FP8: numbers of 8 bits for matmuls, and the scales that fit tensors into their range.
+"""
+FP8: matmul operands of 8 bits, and the scales that fit tensors into their range.
 
-    q = clamp(x * scale) in e4m3 (activations, weights; up to 448) or e5m2 (gradients; up to 57,344),      x is about q / scale
+    q = clamp(x * scale) in e4m3 (activations and weights, up to 448) or e5m2 (gradients, up to 57,344),  x ≈ q / scale
 
-Every tensor has one scale, a power of two, so scaling itself rounds nothing. A weight is measured before it is quantized. Measuring an
-activation or a gradient first would take another pass over it, so its scale is delayed: it comes from the largest values of earlier
-micro-steps, with headroom. The kernel that writes a tensor's q also measures the tensor, and a small kernel at the start of the next
-micro-step turns all measurements into scales. The CPU takes no part in this, so CUDA graphs can hold all of it.
+Each tensor has one scale. It is a power of two, so scaling rounds nothing. A weight is measured before it is quantized.
+Measuring an activation or a gradient first would take another pass over it, so its scale is delayed: it comes from the
+largest values of earlier micro-steps, with headroom. The kernel that writes a tensor's q also measures the tensor, and
+a small kernel at the start of the next micro-step turns the measurements into scales. The CPU takes no part, so CUDA
+graphs can capture all of it.
 
-Where values outgrow the headroom, they are clamped in this micro-step, and the next one has the new scale; the state counts such
-micro-steps. NaN stays NaN. An infinity is clamped here, but the weight gradients, which are made in bfloat16, still show it.
+Values beyond the headroom are clamped in this micro-step, and the next one has the new scale. The state counts such
+micro-steps. NaN stays NaN. An infinity is clamped here, but the weight gradients, which are computed in bfloat16, still
+show it.
 
-Sources: Micikevicius et al., FP8 formats for deep learning, 2022 (arXiv:2209.05433); delayed scaling as in NVIDIA's Transformer Engine;
-clamping and headroom as in modded-nanogpt.
+Sources: Micikevicius et al., FP8 formats for deep learning, 2022 (arXiv:2209.05433); delayed scaling as in NVIDIA's
+Transformer Engine; clamping and headroom as in modded-nanogpt.
 """
 
 from functools import cache
@@ -23,14 +26,17 @@ from .device import interpreted, jit, tl, triton, unavailable_reason
 from .launch import Config, launch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-HEADROOM = 1.25  # factor by which a tensor may at least grow before it is clamped; a power of two leaves up to 2.5
-DECAY = 0.98  # of the largest value, in a micro-step: a single large one is half forgotten after 35
-min_capability = (8, 9)  # Ada and Hopper are the first with matmuls in FP8
+HEADROOM = 1.25  # least factor by which a tensor may grow before it is clamped; rounding the scale leaves up to 2.5
+DECAY = 0.98  # of the peak per micro-step: a single large value is half forgotten after 35
+min_capability = (8, 9)  # Ada, the first with matmuls in FP8
 
 
 @jit
 def power_of_two(largest, peak):
-    """The largest power of two that takes peak to at most `largest`; 1 for a peak that is 0, infinite or NaN. All float32."""
+    """
+    Returns the largest power of two that scales peak to at most `largest`, or 1 if peak is 0, infinite or NaN. All
+    float32.
+    """
     usable = (peak > 0) & (peak < float('inf'))
     scale = tl.minimum(tl.maximum(largest / tl.where(usable, peak, 1.0), 2.0**-60), 2.0**60)
     scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # the exponent alone
@@ -39,20 +45,22 @@ def power_of_two(largest, peak):
 
 @jit
 def magnitude(x):
-    """|x| of float32 x as int32, in the same order, with NaN above infinity."""
+    """Returns |x| of float32 x as int32 in the same order, with NaN above infinity."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit
 def as_fp8(x, scale, dtype: tl.constexpr):
-    """float32 x * scale in an fp8 dtype. NaN stays NaN."""
+    """Returns float32 x * scale in an fp8 dtype, clamped. NaN stays NaN."""
     largest: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 57344.0
     return tl.clamp(x * scale, -largest, largest, propagate_nan=tl.PropagateNan.ALL).to(dtype)
 
 
 @jit
 def record(slot_ptr, highest):
-    """Raises the slot's measurement to `highest`, a magnitude(). Few programs do: most find that another one has been there."""
+    """
+    Raises the slot's measurement to `highest`, a magnitude(). Most programs find a higher one and skip the atomic.
+    """
     ptr = (slot_ptr + 2).to(tl.pointer_type(tl.int32), bitcast=True)
     tl.atomic_max(ptr, highest, mask=highest > tl.load(ptr), sem='relaxed')
 
@@ -73,7 +81,7 @@ def update_kernel(
     # a slot without a peak had no scale yet; NaN is not <=
     clamped = tl.max(tl.where((peak == 0) | (highest * scale <= largest), 0.0, 1.0), 0)
     tl.store(state_ptr + slots * 4, tl.load(state_ptr + slots * 4) + clamped)
-    usable = (highest > 0) & (highest < float('inf'))  # otherwise the slot keeps its scale
+    usable = (highest > 0) & (highest < float('inf'))  # otherwise keep the scale
     peak = tl.where(usable, tl.maximum(highest, peak * decay), peak)
     scale = power_of_two(largest, peak * headroom)
     tl.store(ptr, 1.0 / scale, mask=live)
@@ -93,7 +101,7 @@ def quantize_kernel(x_ptr, slot_ptr, q_ptr, size, BLOCK: tl.constexpr):
 @jit
 def quantize_weight_kernel(
     w_ptr,  # (OUT, IN) contiguous
-    highest_ptr,  # (1,): its largest absolute value
+    highest_ptr,  # (1,): the largest absolute value of w
     inverse_ptr,  # (1,) float32, written: 1 / scale
     rows_ptr,  # (OUT, IN) e4m3, written
     columns_ptr,  # (IN, OUT) e4m3, written
@@ -116,21 +124,23 @@ def quantize_weight_kernel(
 
 class Scales:
     """
-    The scales of a model's activations (slots with an even number, e4m3) and gradients (odd, e5m2).
+    The scales of a model's activations (even slots, e4m3) and gradients (odd slots, e5m2). resume.load_rank_state
+    describes save(), load() and log().
 
-    state, on the model's device once the first micro-step has begun: float32 (slots + 1, 4). The rows of slots hold 1 / scale, scale, the
-    largest absolute value of this micro-step so far, and the decaying maximum of earlier ones. The last row starts with the number of
-    micro-steps in which values were clamped. Under DDP and FSDP each rank scales the tensors of its own batches, without communication.
+    state: float32 (slots + 1, 4) on the model's device, None before the first micro-step. The row of a slot holds 1 /
+    scale, scale, the largest absolute value in this micro-step so far, and the decaying maximum of earlier ones. The
+    last row starts with the number of micro-steps in which values were clamped. Under DDP and FSDP each rank scales the
+    tensors of its own batches, without communication.
     """
 
     def __init__(self, slots: int):
         self.slots, self.state = slots, None
-        self.on = False  # tensors are quantized, or at least measured, in the micro-step that runs
-        self.measuring = False  # the first micro-step computes in bfloat16 and only measures
+        self.on = False  # whether the current micro-step quantizes, or at least measures
+        self.measuring = False  # the first micro-step only measures, and computes in bfloat16
         self.loaded = None  # state from a checkpoint
 
     def begin(self, device: torch.device, on: bool):
-        """Call at the start of each forward. on: it is a micro-step of training in FP8."""
+        """Updates the scales. Call it at the start of each forward. on: the micro-step trains in FP8."""
         self.on = on
         if not on:
             return
@@ -149,7 +159,7 @@ class Scales:
         self.measuring = not known
 
     def save(self) -> dict:
-        """Returns {'model': a copy of the state} for this rank's entry in a checkpoint; {} before the first micro-step."""
+        """Returns {'model': a copy of the state}, or {} before the first micro-step."""
         state = self.loaded if self.state is None else self.state.clone()
         return {} if state is None else {'model': state}
 
@@ -173,7 +183,7 @@ class Scales:
 
 
 class Slot(NamedTuple):
-    """Where one activation or gradient has its scale."""
+    """The place of one activation or gradient in Scales."""
 
     scales: Scales
     number: int
@@ -184,7 +194,7 @@ class Slot(NamedTuple):
         return self.scales.state[self.number]
 
     def empty_like(self, x):
-        """An fp8 tensor of the shape of x for this slot."""
+        """Returns an uninitialized fp8 tensor of the shape of x, in the format of this slot."""
         return torch.empty(x.shape, dtype=E5M2 if self.number % 2 else E4M3, device=x.device)
 
 
@@ -194,19 +204,19 @@ class Quantized(NamedTuple):
 
 
 def move(x, y):
-    """Takes what attach() has left at x to y, which has the same elements in another shape."""
+    """Moves the fp8 form attached to x to y, which has the same elements in another shape."""
     if 'fp8' in vars(x):
         y.fp8 = vars(x).pop('fp8')
 
 
 def attach(x, q, slot):
-    """Leaves q, which the kernel that wrote x has also written, for the matmul that takes x next; see quantize()."""
+    """Attaches q, the fp8 form of x from the kernel that wrote x, for the matmul that takes x next; see quantize()."""
     x.fp8 = Quantized(q, slot.row[0])
 
 
 def quantize(x, slot):
-    """x in fp8: as its producer left it with attach(), or else by a kernel of its own. x: bfloat16, contiguous."""
-    ready = vars(x).pop('fp8', None)  # taken out, so that it does not stay in memory as long as x does
+    """Returns x, bfloat16 and contiguous, as Quantized: the form that attach() left, or else the result of a kernel."""
+    ready = vars(x).pop('fp8', None)  # removed, so that it is freed before x
     if ready is not None:
         return ready
     q, block = slot.empty_like(x), 65536 if interpreted else 4096
@@ -224,7 +234,7 @@ class QuantizedWeight(NamedTuple):
 
 
 def quantize_weight(weight):
-    """A weight (out, in) as QuantizedWeight, with the scale that fits its largest value."""
+    """Returns a weight (out, in) as QuantizedWeight, with the scale that fits its largest value."""
     weight = weight.detach().contiguous()
     (out, into), device = weight.shape, weight.device
     rows, columns = (torch.empty(shape, dtype=E4M3, device=device) for shape in ((out, into), (into, out)))
@@ -238,7 +248,7 @@ def quantize_weight(weight):
 
 @cache
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why matmuls in FP8 cannot take the place of those in dtype on the device, in words. None if they can."""
+    """Returns why FP8 cannot replace matmuls in dtype on the device, in words, or None if it can."""
     reason = unavailable_reason(device)
     if reason is None and dtype != torch.bfloat16:
         reason = f'it takes the place of bfloat16, and this run is in {str(dtype).removeprefix("torch.")}'

@@ -1,7 +1,10 @@
-"""Linear layers whose matmuls run in FP8: y = x W.T from e4m3 x and W, dx = dy W from e5m2 dy and e4m3 W. The result is bfloat16.
+"""
+Linear layers whose matmuls run in FP8: y = x W.T from e4m3 x and W, dx = dy W from e5m2 dy and e4m3 W. The results are
+bfloat16.
 
-The weight's gradient dW = dy.T x is computed as in linear.py, from the bfloat16 dy and x. The forward sums with the tensor cores' fast
-accumulation, which has fewer bits than float32; gradients are too small for it.
+The weight gradient dW = dy.T x is computed as in linear.py, from the bfloat16 dy and x. The forward uses the tensor
+cores' fast accumulation, which has fewer bits than float32. The input gradients use accurate accumulation, because
+small gradients need the bits.
 """
 
 import torch
@@ -14,15 +17,15 @@ from .device import answers
 from .fp8 import Scales, Slot, quantize, quantize_weight, unsupported_reason
 from .linear import hush_cublaslt, rounded, weight_gradient
 
-# Attention's output and its packed gradient have no producer that writes them in fp8 too, so quantizing them takes a kernel of its own. At 768
-# columns and 12,288 tokens FP8 saves 9 µs of the output's matmul and 26 of the gradient's; moving 3 bytes an element takes 7 and 21 µs at
-# 4 TB/s, before any overhead. The savings grow with the width, the costs do not. From these numbers, not from runs of both: the matmuls that
+# No producer writes attention's output and its packed gradient in fp8, so a separate kernel has to quantize them. With
+# 768 columns and 12,288 tokens, FP8 saves 9 µs of the output's matmul and 26 µs of the gradient's, and moving 3 bytes
+# per element takes 7 and 21 µs at 4 TB/s. The savings per element grow with the width, the costs do not. Matmuls that
 # need such a kernel run in FP8 from this width.
 OWN_KERNEL_PAYS = 1024
 
 
 class Layer:
-    """How one Linear (out, in) computes. forward, gradient: whether its two matmuls run in FP8."""
+    """How a Linear (out, in) computes. forward, gradient: whether its matmul for y, and for dx, runs in FP8."""
 
     def __init__(self, scales: Scales, number: int, forward: bool = True, gradient: bool = True):
         self.scales, self.forward, self.gradient = scales, forward, gradient
@@ -30,19 +33,22 @@ class Layer:
 
 
 def active(layer):
-    """The Layer if it computes in FP8, or measures, in the micro-step that runs, else None. None for torch.compile, too."""
+    """
+    Returns the Layer if the current micro-step computes or measures in FP8, otherwise None. None under torch.compile.
+    """
     return layer if layer is not None and layer.scales.on and not torch.compiler.is_compiling() else None
 
 
 def slot_of_input(layer):
-    """The slot to which the producer of the layer's input should write, or None."""
+    """Returns the slot in which the producer of the layer's input should write, or None."""
     return layer.input_slot if active(layer) and layer.forward else None
 
 
 def prepare_fp8(model: nn.Module) -> Scales:
     """
-    The table of what runs in FP8. Gives each Linear of a GPT its Layer, and each LayerNorm and GELU the Layer whose input it produces, both as
-    the attribute `fp8`. Returns the scales that they share. FP8 needs sizes that are multiples of 16; other layers stay in bfloat16.
+    Decides which matmuls of a GPT run in FP8. Gives each Linear its Layer as the attribute `fp8`, and each LayerNorm
+    and GELU the Layer of the Linear that follows. Returns the Scales that they share. FP8 needs sizes that are
+    multiples of 16; other layers stay in bfloat16.
     """
     blocks, width, vocabulary = model.transformer.h, model.config.n_embd, model.config.vocab_size
     scales = Scales(2 * (4 * len(blocks) + 1))
@@ -59,19 +65,22 @@ def prepare_fp8(model: nn.Module) -> Scales:
 
 
 def layer_of(module: nn.Module):
-    """The Layer that prepare_fp8() has given a module of PyTorch's own, or None."""
+    """Returns the Layer that prepare_fp8() has given a module, or None."""
     return getattr(module, 'fp8', None)
 
 
 def begin_fp8(model: nn.Module, device: torch.device, dtype: torch.dtype):
-    """Call at the start of a forward of the model, which computes in dtype. In training its scales are updated, and FP8 is used from here on."""
+    """
+    Call it at the start of a forward of the model, which computes in dtype. In training it updates the scales and turns
+    FP8 on, otherwise off.
+    """
     if model.rank_state and not torch.compiler.is_compiling():
         training = model.training and torch.is_grad_enabled()
         model.rank_state.begin(device, training and announce_fp8(device, dtype))
 
 
 def announce_fp8(device: torch.device, dtype: torch.dtype) -> bool:
-    """Prints, once, whether FP8 takes the place of dtype on the device, and if not why. Returns whether it does."""
+    """Prints once whether FP8 replaces dtype on the device, and the reason if not. Returns whether it does."""
     asked, reason = ('fp8', device, dtype), unsupported_reason(device, dtype)
     if asked not in answers:
         answers[asked] = f'not using FP8: {reason}' if reason else 'using FP8 in forward and for input gradients'
@@ -80,7 +89,7 @@ def announce_fp8(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def quantized(weight):
-    """quantize_weight(weight); in CUDA graphs of micro-steps once an iteration, as in linear.rounded()."""
+    """Returns quantize_weight(weight). CUDA graphs compute it once per iteration, as in linear.rounded()."""
     if weight.dtype != torch.float32 or not weight.is_leaf or not linear.capturing(weight):
         return quantize_weight(weight)
     kept = getattr(weight, 'quantized', None)
@@ -90,7 +99,7 @@ def quantized(weight):
 
 
 def release_weights(model: nn.Module):
-    """Drops what quantized() and linear.rounded() keep."""
+    """Drops the weights that quantized() and linear.rounded() keep."""
     for p in model.parameters():
         vars(p).pop('rounded', None)
         vars(p).pop('quantized', None)
@@ -98,8 +107,8 @@ def release_weights(model: nn.Module):
 
 def forward_matmul(layer, x, weight, bias, dtype):
     """
-    x @ weight.T + bias in dtype, bfloat16, for contiguous x (..., in) in dtype; and what the matmul of the input's gradient needs: (columns,
-    inverse) of the QuantizedWeight, or (the weight in dtype,).
+    Returns x @ weight.T + bias in dtype, bfloat16, for contiguous x (..., in) in dtype, and the weight for the matmul
+    of dx: (columns, inverse) of its QuantizedWeight, or (the weight in dtype,).
     """
     in_fp8 = not layer.scales.measuring
     w8 = quantized(weight) if in_fp8 else None
@@ -109,14 +118,14 @@ def forward_matmul(layer, x, weight, bias, dtype):
     if q is not None and in_fp8:
         rows = q.q.view(-1, x.shape[-1])
         y = torch._scaled_mm(rows, w8.rows.t(), q.inverse, w8.inverse, bias=bias, out_dtype=dtype, use_fast_accum=True)
-        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # no view of y, which nobody else has
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # not a view: nobody else has y
     else:
         y = F.linear(x, w, bias)
     return y, (w8.columns, w8.inverse) if in_fp8 and layer.gradient else (w,)
 
 
 def fp8_input_gradient(q, columns, inverse, dtype):
-    """dy @ weight in dtype, for Quantized dy (M, out), and columns (in, out), inverse of the QuantizedWeight."""
+    """Returns dy @ weight in dtype, for Quantized dy (M, out) and the (columns, inverse) of a QuantizedWeight."""
     return torch._scaled_mm(q.q, columns.t(), q.inverse, inverse, out_dtype=dtype, use_fast_accum=False)
 
 
@@ -151,9 +160,9 @@ class Fp8LinearFunction(torch.autograd.Function):
 
 
 def fp8_linear(x, weight, bias, dtype, layer):
-    """linear(x, weight, bias) in dtype, bfloat16, with matmuls in FP8 where the Layer says so."""
+    """Returns linear(x, weight, bias) in dtype, bfloat16, with the matmuls in FP8 that the Layer selects."""
     with torch.autocast(x.device.type, enabled=False):
         y = Fp8LinearFunction.apply(x, weight, bias, dtype, layer)
     if layer.gradient:
-        y.gradient_slot = layer.gradient_slot  # the kernel that makes the gradient of y can write it in fp8 too
+        y.gradient_slot = layer.gradient_slot  # the kernel that writes y's gradient can write it in fp8 too
     return y

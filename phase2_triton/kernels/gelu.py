@@ -1,10 +1,16 @@
-"""GELU at the speed of memory: x * Phi(x), Phi the normal distribution function, and its derivative Phi(x) + x * phi(x).
+"""
+GELU at the speed of memory: x * Phi(x), where Phi is the normal distribution function, and its derivative
+Phi(x) + x * phi(x).
 
-The library's erf takes some 40 instructions an element, more than the memory does. For 16-bit x this uses formula 7.1.26 of Abramowitz
-and Stegun, Handbook of Mathematical Functions, 1964: 1 - erf(z) = (a1 t + ... + a5 t^5) exp(-z^2), t = 1 / (1 + p z), for z >= 0, which
-is off by at most 1.5e-7, where 16 bits round by 4e-3 or 5e-4 of the value; its exponential is the one that phi needs. float32 x gets erf.
+The library's erf takes about 40 instructions per element, which is slower than memory. For 16-bit x, the kernels use
+formula 7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions, 1964:
 
-The tanh form (Hendrycks & Gimpel 2016, arxiv.org/abs/1606.08415) has another function in the place of Phi:
+    1 - erf(z) = (a1 t + ... + a5 t^5) exp(-z^2),  t = 1 / (1 + p z),  for z >= 0
+
+Its error is at most 1.5e-7, while 16 bits round by 4e-3 or 5e-4 of the value. phi needs the same exponential. float32 x
+uses erf.
+
+The tanh form (Hendrycks & Gimpel 2016, arxiv.org/abs/1606.08415) replaces Phi by
 (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 """
 
@@ -21,7 +27,7 @@ float_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
 @jit
 def normal(x, EXACT: tl.constexpr):
-    """(Phi(x), phi(x)) of float32 x."""
+    """Returns (Phi(x), phi(x)) for float32 x."""
     bell = tl.exp2(x * x * -0.7213475204444817)  # exp(-x^2 / 2)
     if EXACT:
         below = 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
@@ -36,8 +42,8 @@ def normal(x, EXACT: tl.constexpr):
 
 @jit
 def sigmoid(x):
-    """(sigmoid(2 u), its derivative) of float32 x."""
-    square = tl.minimum(x * x, 1e4)  # both are constant beyond |x| = 100, and the cube of a large x is infinite
+    """Returns (sigmoid(2 u), its derivative in x) for float32 x."""
+    square = tl.minimum(x * x, 1e4)  # both are constant beyond |x| = 100, where the cube might overflow
     below = 1.0 / (1.0 + tl.exp2(x * (1.0 + 0.044715 * square) * -2.302208198144325))  # -2 sqrt(2 / pi) / ln(2)
     return below, below * (1.0 - below) * (1.0 + 0.134145 * square) * 1.5957691216057308
 
@@ -67,7 +73,7 @@ def backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr, EXACT: tl.
 
 @jit
 def store_twice(y, y_ptr, q_ptr, slot_ptr, at, size):
-    """Writes y, and what it is in fp8, and measures it; see fp8.py."""
+    """Writes y and its fp8 form, and measures it; see fp8.py."""
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, y, mask=at < size)
     y = y.to(tl.float32)
@@ -103,7 +109,10 @@ def backward_fp8_kernel(
 
 
 def launch_elementwise(kernel, *tensors, tanh=False):
-    """Runs kernel, in the tanh form if asked for, on contiguous tensors of one shape and dtype, but for the last two of FP8."""
+    """
+    Runs kernel on contiguous tensors, which have one shape and dtype, except for an fp8 kernel's last two. tanh: in the
+    tanh form.
+    """
     size = tensors[0].numel()
     config = Config(1, 65536 if interpreted else 2048, 4)
     if size > 0:
@@ -119,7 +128,8 @@ def launch_elementwise(kernel, *tensors, tanh=False):
 
 def launch_gelu(kernel, fp8_kernel, *inputs, tanh, slot):
     """
-    A tensor like the inputs, written by kernel. With an fp8.Slot, fp8_kernel writes it and its fp8 form, which is attached to it.
+    Returns a tensor like the inputs, written by kernel. With an fp8.Slot, fp8_kernel writes it and its fp8 form, which
+    is attached to it.
     """
     y = torch.empty_like(inputs[0])
     if slot is None:
@@ -148,8 +158,9 @@ class GeluFunction(torch.autograd.Function):
 
 def gelu(x, approximate='none', slot=None):
     """
-    torch.nn.functional.gelu(x, approximate=approximate), 'none' or 'tanh', for x of any shape in float32, bfloat16 or float16, by a Triton
-    kernel where it can run and by that very function elsewhere. Differentiable once. slot: the fp8.Slot to which the kernel also writes the result.
+    Returns torch.nn.functional.gelu(x, approximate=approximate), 'none' or 'tanh', for x of any shape in float32,
+    bfloat16 or float16. Uses a Triton kernel where it can run, and that function elsewhere. Differentiable once. slot:
+    the fp8.Slot in which the kernel also writes the result.
     """
     if (
         type(x) is torch.Tensor

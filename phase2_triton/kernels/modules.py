@@ -1,4 +1,6 @@
-"""torch.nn's layers, computed by the functions of this package; with use_triton=False by PyTorch's own."""
+"""
+torch.nn's layers, computed by the functions of this package, or by PyTorch's own with use_triton=False.
+"""
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from .linear import autocast_dtype, linear
 
 
 class Linear(nn.Linear):
-    fp8 = None  # or the fp8_linear.Layer that says how it computes
+    fp8 = None  # or an fp8_linear.Layer, which selects the matmuls in FP8
 
     def __init__(self, in_features, out_features, bias, use_triton):
         super().__init__(in_features, out_features, bias=bias)
@@ -24,7 +26,7 @@ class Linear(nn.Linear):
 
 
 class Gelu(nn.Module):
-    fp8 = None  # or the Layer that takes the result
+    fp8 = None  # or the Layer of the Linear that follows
 
     def __init__(self, approximate, use_triton):
         super().__init__()
@@ -38,11 +40,12 @@ class Gelu(nn.Module):
 
 class AddLayerNorm(nn.Module):
     """
-    Adds a branch to the residual stream and normalizes it, with an optional bias: (x, branch) -> (x + branch, layer_norm(x + branch)), all of
-    shape (..., ndim). Under autocast the second is in its dtype at once, for the matmul that follows.
+    Adds a branch to the residual stream and normalizes the sum, with an optional bias. Maps (x, branch), both (...,
+    ndim), to (x + branch, layer_norm(x + branch)). Under autocast the second result is in autocast's dtype, for the
+    matmul that follows.
     """
 
-    fp8 = None  # or the Layer that takes the result
+    fp8 = None  # or the Layer of the Linear that follows
 
     def __init__(self, ndim, bias, use_triton):
         super().__init__()
