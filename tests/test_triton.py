@@ -252,7 +252,7 @@ def test_other_kernels_compile_without_spilling_registers(capability):
         kernels_of_gelu = (gelu_kernels.forward_fp8_kernel, '*fp8e4nv'), (gelu_kernels.backward_fp8_kernel, '*fp8e5')
         types = {'size': 'i32', 'slot_ptr': '*fp32'} | dict.fromkeys(('x_ptr', 'y_ptr', 'dy_ptr', 'dx_ptr'), '*bf16')
         launches += [
-            (kernel, dict(BLOCK=2048, EXACT=False, TANH=tanh), {**types, 'q_ptr': q}, Config(1, 2048, 4))
+            (kernel, dict(BLOCK=2048, EXACT=False, TANH=tanh), {**types, 'q_ptr': q}, Config(1, 2048, 8))
             for kernel, q in kernels_of_gelu
             for tanh in (False, True)
         ]

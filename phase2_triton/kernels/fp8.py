@@ -116,8 +116,11 @@ def quantize_weight_kernel(
     scale = power_of_two(448.0, tl.load(highest_ptr).to(tl.float32))
     q = as_fp8(w, scale, rows_ptr.dtype.element_ty)
     tl.store(rows_ptr + out.to(tl.int64)[:, None] * IN + into[None, :], q, mask=mask)
-    transposed_mask = (into < IN)[:, None] & (out < OUT)[None, :]
-    tl.store(columns_ptr + into.to(tl.int64)[:, None] * OUT + out[None, :], tl.trans(q), mask=transposed_mask)
+    # read q back to transpose it: ptxas 12.8 (Triton 3.6) writes wrong bytes if the same registers are also shuffled
+    tl.debug_barrier()
+    mask = (into < IN)[:, None] & (out < OUT)[None, :]
+    q = tl.load(rows_ptr + out.to(tl.int64)[None, :] * IN + into[:, None], mask=mask)
+    tl.store(columns_ptr + into.to(tl.int64)[:, None] * OUT + out[None, :], q, mask=mask)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(inverse_ptr, 1.0 / scale)
 

@@ -73,10 +73,8 @@ def backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr, EXACT: tl.
 
 @jit
 def store_twice(y, y_ptr, q_ptr, slot_ptr, at, size):
-    """Writes y and its fp8 form, and measures it; see fp8.py."""
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at, y, mask=at < size)
-    y = y.to(tl.float32)
+    """Writes y, float32, and its fp8 form, and measures it; see fp8.py."""
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
     tl.store(q_ptr + at, as_fp8(y, tl.load(slot_ptr + 1), q_ptr.dtype.element_ty), mask=at < size)
     record(slot_ptr, tl.max(magnitude(y), 0))
 
@@ -108,22 +106,15 @@ def backward_fp8_kernel(
     store_twice(dy * (below + x * bell), dx_ptr, q_ptr, slot_ptr, at, size)
 
 
-def launch_elementwise(kernel, *tensors, tanh=False):
+def launch_elementwise(kernel, *tensors, tanh=False, config=Config(1, 2048, 4)):
     """
     Runs kernel on contiguous tensors, which have one shape and dtype, except for an fp8 kernel's last two. tanh: in the
     tanh form.
     """
-    size = tensors[0].numel()
-    config = Config(1, 65536 if interpreted else 2048, 4)
+    size, chunk = tensors[0].numel(), 65536 if interpreted else config.chunk
     if size > 0:
-        launch(
-            kernel,
-            (-(-size // config.chunk),),
-            tensors,
-            (size,),
-            (config.chunk, tensors[0].dtype == torch.float32, tanh),
-            config,
-        )
+        constants = chunk, tensors[0].dtype == torch.float32, tanh
+        launch(kernel, (-(-size // chunk),), tensors, (size,), constants, config)
 
 
 def launch_gelu(kernel, fp8_kernel, *inputs, tanh, slot):
@@ -136,7 +127,9 @@ def launch_gelu(kernel, fp8_kernel, *inputs, tanh, slot):
         launch_elementwise(kernel, *inputs, y, tanh=tanh)
     else:
         attach(y, slot.empty_like(y), slot)
-        launch_elementwise(fp8_kernel, *inputs, y, y.fp8.q, slot.row, tanh=tanh)
+        # 8 elements per thread: with 16, the fp8 store has another layout, and Triton computes all of it twice
+        config = Config(1, 2048, 8)
+        launch_elementwise(fp8_kernel, *inputs, y, y.fp8.q, slot.row, tanh=tanh, config=config)
     return y
 
 

@@ -168,7 +168,6 @@ def forward_kernel(
             y += load_vector(bias_ptr, cols, ROWS, N)
         tl.store(y_ptr + rows[:, None] * N + cols, y.to(y_ptr.dtype.element_ty), mask=live & (cols < N))
         if FP8:
-            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # fp8.quantize(y) must give the same q
             q = as_fp8(y, fp8_scale, q_ptr.dtype.element_ty)
             tl.store(q_ptr + rows[:, None] * N + cols, q, mask=live & (cols < N))
             highest = tl.maximum(highest, tl.where(live & (cols < N), magnitude(y), 0))
@@ -279,10 +278,9 @@ def backward_kernel(
                 if COPY:
                     tl.store(dbranch_ptr + rows[:, None] * N + cols, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
                 if FP8:
-                    d = dx.to(dbranch_ptr.dtype.element_ty).to(tl.float32)
-                    q = as_fp8(d, fp8_scale, q_ptr.dtype.element_ty)
+                    q = as_fp8(dx, fp8_scale, q_ptr.dtype.element_ty)
                     tl.store(q_ptr + rows[:, None] * N + cols, q, mask=mask)
-                    highest = tl.maximum(highest, tl.max(tl.where(mask, magnitude(d), 0), 1))
+                    highest = tl.maximum(highest, tl.max(tl.where(mask, magnitude(dx), 0), 1))
         dws, dbs = new_dws, new_dbs
 
     for c in tl.static_range(CHUNKS):

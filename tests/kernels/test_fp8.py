@@ -69,10 +69,21 @@ def test_a_weight_is_quantized_with_its_own_largest_value():
     assert quantize_weight(torch.zeros(16, 16, device=device)).inverse == 1.0
 
 
+def assert_is_fp8_of(ready, x, scales, number):
+    """Asserts that ready is x in fp8, where x has been rounded to bfloat16 and ready has not, and that x was measured."""
+    # half a unit in the last place of e4m3 is 1/16, of e5m2 1/8; bfloat16 has rounded by 1/256, in the interpreter 1/128
+    rtol = 0.13 if number % 2 else 0.07
+    largest = LARGEST[ready.q.dtype] * ready.inverse.item()
+    torch.testing.assert_close(
+        ready.q.float() * ready.inverse, x.float().clamp(-largest, largest), rtol=rtol, atol=2**-17 * largest
+    )
+    assert measured(scales)[number] == pytest.approx(x.abs().max().item(), rel=2**-7)
+
+
 @pytest.mark.parametrize('N', [64, 768, 1000])
 @pytest.mark.parametrize('residual', [f32, bf16])
 def test_layer_norm_writes_fp8_too(N, residual):
-    """Forward for the matmul that follows, backward for the one before: the bits that a kernel of its own makes; y and dx do not change."""
+    """Forward for the matmul that follows, backward for the one before. The other results do not change."""
     generator = torch.Generator().manual_seed(0)
     results = []
     for with_fp8 in (True, False):
@@ -90,13 +101,13 @@ def test_layer_norm_writes_fp8_too(N, residual):
         total, y = add_layer_norm(x, branch_before, weight, bias, 1e-5, bf16, Slot(scales, 0) if with_fp8 else None)
         torch.autograd.backward((total, y), (torch.ones_like(total), torch.ones_like(y) * 0.1))
         if with_fp8:
-            assert measured(scales) == [y.abs().max().item(), seen['dy'].abs().max().item()]
-            for number, tensor in enumerate((y.detach(), seen['dy'])):
-                ready = vars(y if number == 0 else tensor).pop('fp8')
-                alone = quantize(tensor.clone(), Slot(scales, number))
-                assert torch.equal(bits(ready.q), bits(alone.q)) and ready.inverse == alone.inverse
+            for number, tensor in enumerate((y, seen['dy'])):
+                assert_is_fp8_of(vars(tensor).pop('fp8'), tensor.detach(), scales, number)
         results.append([t.detach() for t in (total, y, seen['dy'], x.grad, weight.grad, bias.grad)])
-    assert all(map(torch.equal, *results))
+    assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(*results):
+        # the kernel that also writes fp8 may sum a row in another order, which rounds a few results to their neighbours
+        torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == bf16 else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('approximate', ['none', 'tanh'])
@@ -112,10 +123,8 @@ def test_gelu_writes_fp8_too(approximate):
         y = gelu(before, approximate, Slot(scales, 0) if with_fp8 else None)
         y.backward(torch.ones_like(y))
         if with_fp8:
-            assert measured(scales) == [y.abs().max().item(), seen['dx'].abs().max().item()]
             for number, tensor in enumerate((y, seen['dx'])):
-                ready, alone = vars(tensor).pop('fp8'), quantize(tensor.detach().clone(), Slot(scales, number))
-                assert torch.equal(bits(ready.q), bits(alone.q))
+                assert_is_fp8_of(vars(tensor).pop('fp8'), tensor.detach(), scales, number)
         results.append((y.detach(), x.grad))
     assert all(map(torch.equal, *results))
 
