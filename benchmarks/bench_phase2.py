@@ -270,7 +270,7 @@ def ladder(args, rows, save):
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
     base, sensors, names = make(args.base), Sensors(), chosen(args, variants)
     for first in range(0, len(names), args.together - 1):
-        group = None  # the variants before are dropped, and with them their memory
+        group = variant = None  # frees the memory of the variants before
         try:
             group = {
                 name: base if name == args.base else make(name) for name in names[first : first + args.together - 1]
