@@ -4,6 +4,7 @@ kernels compiled for GPUs that are not here. The kernels' numbers are tested in 
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -85,6 +86,9 @@ def test_fp8_where_it_cannot_run(launch, work):
     assert runs[0].stdout.count('not using FP8: ') == 1 and 'FP8' not in runs[1].stdout
     losses = [[line.split(',')[0] for line in run.stdout.splitlines() if line.startswith('iter ')] for run in runs]
     assert losses[0] == losses[1] and len(losses[0]) == 3
+    for flag, clamped in (('--fp8=True', 0), ('--fp8=False', None)):
+        (log,) = (work / flag).glob('run_*.json')
+        assert json.loads(log.read_text())['iterations'][-1].get('fp8_clamped') == clamped
 
 
 @pytest.mark.skipif(not has_triton, reason='Triton is not installed')

@@ -141,6 +141,7 @@ class Scales:
         self.on = False  # whether the current micro-step quantizes, or at least measures
         self.measuring = False  # the first micro-step only measures, and computes in bfloat16
         self.loaded = None  # state from a checkpoint
+        self.lost = False  # whether a checkpoint lacked it
 
     def begin(self, device: torch.device, on: bool):
         """Updates the scales. Call it at the start of each forward. on: the micro-step trains in FP8."""
@@ -148,6 +149,9 @@ class Scales:
         if not on:
             return
         known = self.state is not None or self.loaded is not None
+        if self.lost:
+            print('the checkpoint has no scales for FP8: they are measured anew')
+            self.lost = False
         if self.state is None:
             state = torch.zeros((self.slots + 1, 4)) if self.loaded is None else self.loaded
             self.state, self.loaded = state.to(device), None
@@ -169,14 +173,12 @@ class Scales:
     def load(self, saved: dict):
         """
         Takes the state from this rank's entry in a checkpoint. If there is none, or it is not finite or belongs to
-        another model, prints a line; the next micro-step then measures anew.
+        another model, the next micro-step prints a line and measures anew.
         """
         state = saved.get('model')
         fits = state is not None and state.shape == (self.slots + 1, 4) and state.dtype == torch.float32
         fits = fits and bool(state[:, [0, 1, 3]].isfinite().all() and (state[:-1, :2] > 0).all())
-        self.state, self.loaded = None, state.cpu().clone() if fits else None
-        if not fits:
-            print('the checkpoint has no scales for FP8: they are measured anew')
+        self.state, self.loaded, self.lost = None, state.cpu().clone() if fits else None, not fits
 
     def log(self) -> dict:
         """
