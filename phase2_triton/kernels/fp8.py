@@ -26,7 +26,9 @@ from .device import interpreted, jit, tl, triton, unavailable_reason
 from .launch import Config, launch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-HEADROOM = 1.25  # least factor by which a tensor may grow before it is clamped; rounding the scale leaves up to 2.5
+# least factors by which activations and gradients may grow before they are clamped; rounding a scale leaves up to twice
+# that. Headroom costs range at the small end only: 2^13 of the 2^15 of e4m3's normal numbers remain, 2^24 of e5m2's 2^30
+HEADROOM = 2.0, 32.0
 DECAY = 0.98  # of the peak per micro-step: a single large value is half forgotten after 35
 min_capability = (8, 9)  # Ada, the first with matmuls in FP8
 
@@ -69,7 +71,8 @@ def record(slot_ptr, highest):
 def update_kernel(
     state_ptr,  # (slots + 1, 4) float32, see Scales
     slots,
-    headroom: tl.constexpr,
+    activation_headroom: tl.constexpr,
+    gradient_headroom: tl.constexpr,
     decay: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -78,6 +81,7 @@ def update_kernel(
     ptr = state_ptr + slot * 4
     scale, highest = tl.load(ptr + 1, mask=live, other=1.0), tl.load(ptr + 2, mask=live, other=0.0)
     peak, largest = tl.load(ptr + 3, mask=live, other=0.0), tl.where(slot % 2 == 0, 448.0, 57344.0)
+    headroom = tl.where(slot % 2 == 0, activation_headroom, gradient_headroom)
     # a slot without a peak had no scale yet; NaN is not <=
     clamped = tl.max(tl.where((peak == 0) | (highest * scale <= largest), 0.0, 1.0), 0)
     tl.store(state_ptr + slots * 4, tl.load(state_ptr + slots * 4) + clamped)
@@ -160,7 +164,7 @@ class Scales:
             (1,),
             (self.state,),
             (self.slots,),
-            (HEADROOM, DECAY, triton.next_power_of_2(self.slots)),
+            (*HEADROOM, DECAY, triton.next_power_of_2(self.slots)),
             Config(1, 0, 4),
         )
         self.measuring = not known
