@@ -12,7 +12,7 @@ curves.
     python benchmarks/bench_phase2.py matmuls --out=benchmarks/results/phase2_matmuls.json  # about 10 seconds
     python benchmarks/bench_phase2.py fp8 --out=benchmarks/results/fp8_matmuls.json         # about 10 seconds
     python benchmarks/bench_phase2.py ladder --only='+ half_residual;fp8' --together=7 --out=benchmarks/results/fp8_ladder.json
-    python benchmarks/bench_phase2.py curves --only='half_residual;fp8' --curve_steps=1500 --out=...
+    python benchmarks/bench_phase2.py curves --only='Triton, half_residual;Triton, fp8' --curve_steps=1500 --out=...
     python benchmarks/bench_phase2.py widths --out=benchmarks/results/phase2_widths.json    # about 20 seconds
     python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json  # tiny, on a CPU; also gradients
 
@@ -23,7 +23,7 @@ six. With --nanogpt, upstream's model takes its turn with them, in the same trai
 it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
-fp8: each matmul of forward and input gradient in bfloat16 and in FP8, and quantizing its operand by a kernel of its own.
+fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
 widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
 with them.
@@ -435,10 +435,13 @@ def matmuls(args, rows, save):
 
 
 def fp8(args, rows, save):
-    """For each weight: forward and dx in both formats, and quantizing x and dy; medians of CUDA-graph replays of 12 calls."""
+    """
+    Forward and dx of each weight in both formats, and kernels that only quantize x and dy; medians of CUDA-graph
+    replays of 12 calls.
+    """
     from bench_layer_norm import graph_us
 
-    C, M, lines = SIZES[args.size]['n_embd'], args.batch_size * 1024, []
+    C, M = SIZES[args.size]['n_embd'], args.batch_size * 1024
     scales = kernels.fp8.Scales(2)
     scales.begin(torch.device('cuda'), True)
     random = lambda *shape: torch.randn(*shape, device='cuda').bfloat16()
@@ -459,18 +462,12 @@ def fp8(args, rows, save):
             'dx, fp8': lambda: product(dy8, w8.columns.t(), dy_inverse, w8.inverse, use_fast_accum=False),
             'quantize dy': quantize[1],
         }
-        repetitions = range(args.repetitions)
-        us = {
-            kind: [graph_us([call] * (12 if name != 'head' else 3))[0] for _ in repetitions]
-            for kind, call in calls.items()
-        }
+        us = {kind: [] for kind in calls}
+        for _ in range(args.repetitions):
+            for kind, call in calls.items():
+                us[kind].append(graph_us([call] * (12 if name != 'head' else 3))[0])
         rows.append(dict(weight=name, shape=[out, into], tokens=M, us=us))
-        lines.append(
-            f'{name:6s} ' + ', '.join(f'{kind} {statistics.median(values):.1f}' for kind, values in us.items())
-        )
-        print(lines[-1], flush=True)
         save()
-    return f'{args.size}, {M} tokens, µs\n' + '\n'.join(lines)
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -668,7 +665,10 @@ def compared(rows):
 
 def shown(name):
     """Returns a variant's name as the documents have it; result files keep the one of their day."""
-    return name.replace('phase 2', 'Triton').replace('cuda_graph', 'CUDA graph')
+    now = {'phase 2': 'Triton', 'cuda_graph': 'CUDA graph', 'fp8, never a kernel': 'fp8, without kernels'}
+    for before, after in now.items():
+        name = name.replace(before, after)
+    return name
 
 
 def work_of(report):
@@ -824,6 +824,31 @@ def phase2_curves(report):
     return f'```\n{shown(chr(10).join(report["summary"]))}\n```' if 'summary' in report else ''
 
 
+@table('fp8_matmuls_*')
+def fp8_matmuls(report):
+    """Forward and input gradient (dx) of each weight, and quantizing their operands."""
+    kinds = list(report['rows'][0]['us'])
+    cells = [(row['weight'], *(with_spread(row['us'][kind], 1) for kind in kinds)) for row in report['rows']]
+    return markdown([f'{report["rows"][0]["tokens"]:,} tokens, µs', *kinds], cells)
+
+
+@table('fp8_ladder_*')
+def fp8_ladder(report):
+    return phase2_ladder(report)
+
+
+@table('fp8_curves_*')
+def fp8_curves(report):
+    """Each run, and how far the kinds are apart."""
+    cells = []
+    for row in report['rows']:
+        numbers = f'{statistics.fmean(row["losses"][-100:]):.4f}', f'{row["val_loss"]:.4f}', row.get('fp8_clamped', '')
+        cells.append((row['kind'], row['seed'], len(row['losses']), *numbers))
+    header = [report['size'], 'seed', 'steps', 'loss of the last 100', 'validation', 'steps with clamped values']
+    summary = compared(report['rows'])
+    return markdown(header, cells) + (f'\n\n```\n{summary}\n```' if summary else '')
+
+
 @table('phase2_profile_*')
 def phase2_profile(report):
     """The kernels that take more than 0.1 ms of a micro-step."""
@@ -947,6 +972,7 @@ def main():
         profile=phase2_profile,
         matmuls=phase2_matmuls,
         widths=phase2_widths,
+        fp8=fp8_matmuls,
     )
     print('\n' + (text or show[args.mode](report)))
 

@@ -113,9 +113,7 @@ class GPT(nn.Module):
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
-        self.rank_state = (
-            prepare_fp8(self) if config.fp8 and config.use_triton else None
-        )  # its scales; saved by resume.py
+        self.rank_state = prepare_fp8(self)  # with fp8 the scales of this rank, which resume.py saves, else None
         print(f'number of parameters: {self.get_num_params() / 1e6:.2f}M')
 
     def get_num_params(self, non_embedding=True):

@@ -44,12 +44,14 @@ def slot_of_input(layer):
     return layer.input_slot if active(layer) and layer.forward else None
 
 
-def prepare_fp8(model: nn.Module) -> Scales:
+def prepare_fp8(model: nn.Module) -> Scales | None:
     """
-    Decides which matmuls of a GPT run in FP8. Gives each Linear its Layer as the attribute `fp8`, and each LayerNorm
-    and GELU the Layer of the Linear that follows. Returns the Scales that they share. FP8 needs sizes that are
-    multiples of 16; other layers stay in bfloat16.
+    Decides which matmuls of a GPT run in FP8 if its config asks for that. Gives each Linear its Layer as the attribute
+    `fp8`, and each LayerNorm and GELU the Layer of the Linear that follows. Returns the Scales that they share, or None
+    without FP8. FP8 needs sizes that are multiples of 16; other layers stay in bfloat16.
     """
+    if not (model.config.fp8 and model.config.use_triton):
+        return None
     blocks, width, vocabulary = model.transformer.h, model.config.n_embd, model.config.vocab_size
     scales = Scales(2 * (4 * len(blocks) + 1))
     fits, wide = width % 16 == 0, width >= OWN_KERNEL_PAYS
