@@ -203,7 +203,7 @@ def test_layer_norm_compiles_without_spilling_registers(capability, backward):
     for case in cases.get(capability, added):
         check_layer_norm(*case, capability in cases, backward, capability)
     for case in added if capability in with_fp8 else ():
-        if (case[:2], capability, backward) != ((768, torch.bfloat16), 100, True):  # spills 8 bytes
+        if (case[:2], capability, backward) != ((768, torch.bfloat16), 100, True):  # spills 8 bytes with Triton 3.6
             check_layer_norm(*case, False, backward, capability, fp8=True)
 
 

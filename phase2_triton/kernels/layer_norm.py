@@ -213,7 +213,6 @@ def backward_kernel(
     db_ptr = partial_ptr + (tl.num_programs(0) + pid) * N
 
     if FP8:
-        fp8_scale = tl.load(slot_ptr + 1)
         highest = tl.zeros((ROWS,), tl.int32)
     dws, dbs = (), ()
     for c in tl.static_range(CHUNKS):
@@ -264,6 +263,8 @@ def backward_kernel(
         if NEED_DX:
             # one reduction for both sums: warps that share a row synchronize once
             sum_g, sum_gx = tl.split(tl.sum(tl.join(sum_g, sum_gx), 1))
+            if FP8:
+                fp8_scale = tl.load(slot_ptr + 1)  # here and not before the loop, where it would hold a register
             shift = (-rstd * sum_g / N)[:, None]
             slope = (-rstd * sum_gx / N)[:, None]
             for c in tl.static_range(CHUNKS):
