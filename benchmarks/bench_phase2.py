@@ -282,7 +282,7 @@ def ladder(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, BLOCK_SIZE[device] + 1), device=device, generator=generator)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
-    bases = {name: make(name) for name in ('reference, compiled', UPSTREAM) if name in variants}
+    bases = {name: make(name) for name in (args.base, UPSTREAM) if name in variants}
     sensors, names = Sensors(), chosen(args, variants)
     for first in range(0, len(names), args.together - 1):
         group = variant = None  # frees the memory of the variants before
@@ -297,7 +297,7 @@ def ladder(args, rows, save):
             print(f'{", ".join(names[first : first + args.together - 1])}: out of memory', flush=True)
             continue
         for name, variant in group.items():
-            ms, ms_reference = ([turn[key] for turn in turns] for key in (name, 'reference, compiled'))
+            ms, ms_reference = ([turn[key] for turn in turns] for key in (name, args.base))
             ratios = [reference / own for reference, own in zip(ms_reference, ms)]
             tokens_per_s = variant.tokens(args.micro_steps) / statistics.median(ms) * 1e3
             clock, power = sensors.median(variant.turns)
@@ -714,7 +714,9 @@ def phase2_ladder(report):
         cells.append((shown(row['name']), with_spread(ms, 1), *numbers, gib(row['peak_memory_bytes'])))
         more = ['× upstream'] * ('ms_upstream' in row) + ['MHz', 'W'] * bool(row.get('clock_mhz'))
     header = [f'{size}, {micro_steps} micro-steps of {batch_size} × 1024', 'ms of an iteration', 'tokens/s']
-    return markdown([*header, 'compiled reference in the same turns', '× the reference', *more, 'peak, GiB'], cells)
+    base = report.get('base', 'reference, compiled')
+    bases = ('compiled reference', 'the reference') if base == 'reference, compiled' else (base, base)
+    return markdown([*header, f'{bases[0]} in the same turns', f'× {bases[1]}', *more, 'peak, GiB'], cells)
 
 
 @table('phase2_changes_*')
@@ -918,6 +920,7 @@ def main():
     parser.add_argument(
         '--together', type=int, default=2, help='ladder: models in memory at a time, with the reference'
     )
+    parser.add_argument('--base', default='reference, compiled', help='ladder: takes turns with every variant')
     parser.add_argument('--nanogpt', default='', help='ladder: a checkout of karpathy/nanoGPT, which takes turns, too')
     parser.add_argument('--only', default='', help='semicolon-separated names of variants, or parts of names')
     parser.add_argument(
@@ -958,7 +961,7 @@ def main():
     if device == 'cuda':
         use_side_stream(device)  # for all variants, also those without CUDA graphs
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
-    settings = {key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')}
+    settings = {key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib', 'base')}
     report = {**facts(cpu=args.dry_run), **settings, 'rows': []}
     if args.nanogpt:
         report['nanogpt_commit'] = output_of('git', '-C', args.nanogpt, 'rev-parse', 'HEAD')

@@ -41,6 +41,7 @@ WHAT = {  # by the beginning of a result file's name
     'fp8_curves': 'FP8: loss curves',
     'fp8_ladder': 'FP8: speed of training',
     'fp8_matmuls': 'FP8: matmuls and quantization',
+    'fp8_tuning': 'FP8: launch configurations, errors of matmuls',
     'fsdp_checkpoint': 'FSDP: saves',
     'fsdp_curves': 'FSDP: loss curves',
     'fsdp_largest': 'the largest model',
