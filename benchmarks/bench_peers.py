@@ -6,6 +6,7 @@ the same tokens.
     python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --out=benchmarks/results/peers.json  # about 12 minutes on an H200
     python benchmarks/bench_peers.py --nanogpt=$HOME/nanoGPT --llmc=$HOME/llm.c/train_gpt2cu --out=...  # llm.c built with cuDNN
     python benchmarks/bench_peers.py --nanogpt=... --only='upstream;Triton' --rounds=1 --out=...
+    python benchmarks/bench_peers.py --nanogpt=... --steps=1500 --micro_steps=1 --out=benchmarks/results/peers_losses.json
 
 Each round starts every program once, as a process of its own: GPT-2 124M in bfloat16, --micro_steps of --batch_size x
 1024 tokens in an iteration, an evaluation before the first. A program's time of an iteration is the median of its last
@@ -14,6 +15,9 @@ the rounds. Memory is the GPU's, by nvidia-smi, less what was in use before the 
 programs draw the same batches, so their first evaluations should agree; llm.c reads the validation tokens in order, so
 its loss is another. llm.c keeps its weights in bfloat16 with a float32 copy, and its gradients and its residual stream
 in bfloat16.
+
+With --steps, the losses are compared, not the times: each program trains so many iterations at once with the others, and
+the result is its evaluations. All but llm.c draw the same batches.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +39,22 @@ from tables import gib, markdown, table, times, with_spread
 
 BLOCK_SIZE = 1024
 ITERATION = re.compile(r'^(?:iter|step) +\d+.*?(?:, time | \| )([\d.]+) ?ms', re.MULTILINE)  # nanoGPT's line or llm.c's
-EVALUATION = re.compile(r'^step 0: train loss ([\d.]+), val loss ([\d.]+)', re.MULTILINE)
+EVALUATION = re.compile(r'^step (\d+): train loss ([\d.]+), val loss ([\d.]+)', re.MULTILINE)
 LLMC_EVALUATION = re.compile(r'^val loss ([\d.]+)', re.MULTILINE)
 
 
 def nanogpt_flags(args):
     """Flags that upstream's train.py and ours both have."""
+    last = args.steps or args.iterations - 1
     return [
         f'--dataset={args.data}',
-        f'--out_dir={args.scratch}/out',
         f'--batch_size={args.batch_size}',
         f'--gradient_accumulation_steps={args.micro_steps}',
-        f'--max_iters={args.iterations - 1}',
-        f'--lr_decay_iters={args.iterations}',
-        f'--eval_interval={args.iterations * 10}',
+        f'--max_iters={last}',
+        f'--lr_decay_iters={last if args.steps else args.iterations}',
+        f'--eval_interval={args.steps // 2 or args.iterations * 10}',
         f'--eval_iters={args.eval_iters}',
-        '--log_interval=1',
+        *(['--warmup_iters=100', '--log_interval=100'] if args.steps else ['--log_interval=1']),
         '--always_save_checkpoint=False',
         *(['--compile=False', '--device=cpu', '--dtype=float32', *TINY] if args.dry_run else []),
     ]
@@ -72,17 +77,17 @@ def write_shard(source, target):
 
 def programs(args):
     """{name: (command, folder to run it in)}"""
-    ours = lambda folder, *more: (
-        [sys.executable, str(ROOT / folder / 'train.py'), *nanogpt_flags(args), *more],
-        ROOT / folder,
-    )
-    found = {
-        'upstream nanoGPT, compiled': ([sys.executable, 'train.py', *nanogpt_flags(args)], args.nanogpt),
-        'nanoGPT/ here': ours('nanoGPT'),
-        'Triton': ours('phase2_triton'),
-        'Triton, half_residual': ours('phase2_triton', '--half_residual'),
+    ours = {
+        'upstream nanoGPT, compiled': (args.nanogpt,),
+        'nanoGPT/ here': (ROOT / 'nanoGPT',),
+        'Triton': (ROOT / 'phase2_triton',),
+        'Triton, half_residual': (ROOT / 'phase2_triton', '--half_residual'),
     }
-    if args.llmc:
+    found = {}
+    for i, (name, (folder, *more)) in enumerate(ours.items()):
+        flags = [*nanogpt_flags(args), f'--out_dir={args.scratch}/out{i}', *more]
+        found[name] = ([sys.executable, str(folder / 'train.py'), *flags], folder)
+    if args.llmc and not args.steps:
         shards = {split: f'{args.scratch}/{split}_shard.bin' for split in ('train', 'val')}
         for split, shard in shards.items():
             write_shard(f'{args.data}/{split}.bin', shard)
@@ -104,7 +109,9 @@ def programs(args):
         }
         command = [str(args.llmc), *(str(part) for flag, value in flags.items() for part in (f'-{flag}', value))]
         found['llm.c'] = (command, args.llmc.parent)
-    return {name: found[name] for name in found if not args.only or any(p in name for p in args.only.split(';'))}
+    parts = args.only.split(';')
+    chosen = lambda name: any(part == name if part in found else part in name for part in parts)
+    return {name: found[name] for name in found if not args.only or chosen(name)}
 
 
 def gpu_bytes_in_use():
@@ -144,14 +151,21 @@ def measured(text, timed):
     evaluation, llmc = EVALUATION.search(text), LLMC_EVALUATION.search(text)
     if len(ms) < timed or not (evaluation or llmc):
         sys.exit(f'bench_peers.py: no {timed} iterations and no evaluation in this output:\n{text[-3000:]}')
-    train, val = evaluation.groups() if evaluation else (None, llmc[1])
+    train, val = evaluation.groups()[1:] if evaluation else (None, llmc[1])
     return {'ms': ms, 'first_train_loss': train and float(train), 'first_val_loss': float(val)}
+
+
+def evaluations(text):
+    """Returns the evaluations in a program's output: [iteration, train loss, val loss] of each."""
+    return [[int(step), float(train), float(val)] for step, train, val in EVALUATION.findall(text)]
 
 
 @table('peers_*')
 def peers(report):
     """Medians over the rounds, and ratios to upstream and to llm.c, whose spread is over the rounds."""
     rows, order = report['rows'], list(dict.fromkeys(row['name'] for row in report['rows']))
+    if 'steps' in report:
+        return ''
     tokens = report['batch_size'] * report['micro_steps'] * report.get('block_size', BLOCK_SIZE)
     speeds = {name: [tokens / statistics.median(r['ms']) * 1e3 for r in rows if r['name'] == name] for name in order}
     bases = [name for name in ('upstream nanoGPT, compiled', 'llm.c') if name in order]
@@ -169,6 +183,45 @@ def peers(report):
     return markdown(header, cells)
 
 
+@table('peers_*')
+def peers_losses(report):
+    """The losses of programs that trained on the same batches, and how far from upstream's they end."""
+    if 'steps' not in report:
+        return ''
+    found = {row['name']: row['evaluations'] for row in report['rows']}
+    upstream, cells = found.get('upstream nanoGPT, compiled'), []
+    for name, its in found.items():
+        apart = f'{its[-1][2] - upstream[-1][2]:+.4f}' if upstream else ''
+        cells.append((name, *(f'{train:.4f}, {val:.4f}' for _, train, val in its), apart))
+    steps = [f'step {step}: train, val' for step, *_ in next(iter(found.values()))]
+    return markdown(['', *steps, "last val - upstream's"], cells)
+
+
+def train_together(args, report):
+    """Runs every program at the same time, and adds its evaluations to the report as soon as it ends."""
+    turns = programs(args)
+    with ThreadPoolExecutor(len(turns)) as pool:
+        runs = {pool.submit(run, *turn): name for name, turn in turns.items()}
+        for done in as_completed(runs):
+            text, _ = done.result()
+            report['rows'].append(dict(name=runs[done], evaluations=evaluations(text)))
+            report['rows'].sort(key=lambda row: list(turns).index(row['name']))
+            print(f'{runs[done]}: {evaluations(text)}', flush=True)
+            write_json(args.out, report)
+
+
+def take_turns(args, report):
+    turns = programs(args)
+    for i in range(args.rounds):
+        for name, (command, folder) in turns.items():
+            began = time.perf_counter()
+            text, peak = run(command, folder)
+            row = dict(name=name, round=i, peak_memory_bytes=peak, **measured(text, args.timed))
+            report['rows'].append({**row, 'seconds': time.perf_counter() - began})
+            print(f'{name}, round {i}: {statistics.median(row["ms"]):.1f} ms', flush=True)
+            write_json(args.out, report)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--nanogpt', type=Path, required=True, help='a checkout of karpathy/nanoGPT')
@@ -183,7 +236,10 @@ def main():
     parser.add_argument('--timed', type=int, default=25, help='iterations, the last ones, that count')
     parser.add_argument('--eval_iters', type=int, default=20)
     parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--only', default='', help='semicolon-separated parts of the names of programs')
+    parser.add_argument(
+        '--steps', type=int, default=0, help='compare the losses after so many iterations, not the times'
+    )
+    parser.add_argument('--only', default='', help='semicolon-separated names of programs, or parts of names')
     parser.add_argument('--dry-run', action='store_true', help='tiny models on the CPU: only that everything runs')
     args = parser.parse_args()
     args.data, args.nanogpt = args.data.resolve(), args.nanogpt.resolve()
@@ -199,19 +255,13 @@ def main():
         'block_size': 32 if args.dry_run else BLOCK_SIZE,
         'rows': [],
     }
+    if args.steps:
+        report['steps'] = args.steps
     report['nanogpt_commit'] = output_of('git', '-C', str(args.nanogpt), 'rev-parse', 'HEAD')
     with tempfile.TemporaryDirectory() as args.scratch:
-        turns = programs(args)
-        for i in range(args.rounds):
-            for name, (command, folder) in turns.items():
-                began = time.perf_counter()
-                text, peak = run(command, folder)
-                row = dict(name=name, round=i, peak_memory_bytes=peak, **measured(text, args.timed))
-                report['rows'].append({**row, 'seconds': time.perf_counter() - began})
-                print(f'{name}, round {i}: {statistics.median(row["ms"]):.1f} ms', flush=True)
-                write_json(args.out, report)
+        (train_together if args.steps else take_turns)(args, report)
     write_json(args.out, report)
-    print(peers(report))
+    print(peers(report) or peers_losses(report))
 
 
 if __name__ == '__main__':

@@ -4,20 +4,27 @@ curves.
 
     python benchmarks/bench_phase2.py ladder --out=benchmarks/results/phase2_ladder.json    # about 3 minutes on an H200
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
+    python benchmarks/bench_phase2.py ladder --nanogpt=$HOME/nanoGPT --together=8 --out=...  # upstream in each turn, too
     python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json  # 5 minutes; needs data/python_gpt2
     python benchmarks/bench_phase2.py largest --out=benchmarks/results/phase2_largest.json  # about 5 minutes
     python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
     python benchmarks/bench_phase2.py gradients --batch_size=2 --out=...                    # about 1 minute
     python benchmarks/bench_phase2.py matmuls --out=benchmarks/results/phase2_matmuls.json  # about 10 seconds
+    python benchmarks/bench_phase2.py fp8 --out=benchmarks/results/fp8_matmuls.json         # about 10 seconds
+    python benchmarks/bench_phase2.py ladder --only='+ half_residual;fp8' --together=7 --out=benchmarks/results/fp8_ladder.json
+    python benchmarks/bench_phase2.py curves --only='Triton, half_residual;Triton, fp8' --curve_steps=1500 --out=...
+    python benchmarks/bench_phase2.py widths --out=benchmarks/results/phase2_widths.json    # about 20 seconds
     python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json  # tiny, on a CPU; also gradients
 
 ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens,
 clipping, fused AdamW) with one change after the other. Each variant takes turns with the compiled reference, five
 times. With --together=6, five variants at a time take turns with it, which compares them better and needs memory for
-six. Clock and power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better
+six. With --nanogpt, upstream's model takes its turn with them, in the same training step. Clock and power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better
 it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
+fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
+widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
 with them.
 profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
@@ -27,7 +34,10 @@ Triton.
 
 import argparse
 import contextlib
+import functools
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
@@ -39,7 +49,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import ROOT, facts, write_json
+from common import ROOT, facts, output_of, write_json
 from tables import cite, commit_of, gib, load, markdown, number, short, table, times, with_spread
 from trainer import SIZES, Trainer, collect, hardware, out_of_memory, use_side_stream
 
@@ -47,6 +57,8 @@ sys.path.append(str(ROOT / 'phase2_triton'))
 import kernels.attention
 import kernels.cross_entropy
 import kernels.embedding
+import kernels.fp8
+import kernels.fp8_linear
 import kernels.layer_norm_gradients
 import kernels.linear
 import kernels.modules
@@ -68,7 +80,7 @@ def clip_gradients(optimizer, parameters, max_norm):
 def off(*names):
     """PyTorch's own functions instead of the named ones of the kernel package, as {name: function}."""
 
-    def add_layer_norm(x, branch, weight, bias, eps, dtype):
+    def add_layer_norm(x, branch, weight, bias, eps, dtype, slot=None):
         total = x if branch is None else x + branch
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
@@ -77,7 +89,7 @@ def off(*names):
         linear_cross_entropy=lambda x, weight, targets, **_: F.cross_entropy(
             F.linear(x, weight).flatten(0, -2), targets.flatten(), ignore_index=-1
         ),
-        gelu=F.gelu,
+        gelu=lambda x, approximate='none', slot=None: F.gelu(x, approximate=approximate),
         linear=F.linear,
         embeddings=lambda idx, wte, wpe, dtype=None, use_triton=True: embeddings(idx, wte, wpe, dtype, False),
         scaled=lambda x, scale, out=None: torch.mul(x, scale, out=out),
@@ -89,6 +101,10 @@ def off(*names):
         rounded=lambda weight, dtype: weight.to(dtype),  # in each micro-step
     )
     return {name: own[name] for name in names}
+
+
+TRITON = '+ cuBLASLt where it is faster'  # the last change: the Triton model as train.py runs it
+UPSTREAM = 'upstream nanoGPT, compiled'
 
 
 def steps():
@@ -103,15 +119,13 @@ def steps():
         ('+ scaling of the loss by a kernel', 'scaled'),
         ('+ LayerNorm gradients summed together', 'may_wait'),
         ("+ attention's gradients packed by cuDNN", 'packed_plan'),
-        ('+ cuBLASLt where it is faster', 'takes_cublaslt'),
         ('+ exponentials written by the last matmul', 'fits'),
-        ('+ clipping by AdamW', 'clip'),
+        (TRITON, 'takes_cublaslt'),
     ]
-    later = ' '.join(names for _, names in changes)
-    yield 'cuda_graph, PyTorch only', tuple(later.split())
-    for name, names in changes:
-        later = later.removeprefix(names).lstrip()
-        yield name, tuple(later.split())
+    later = [name for _, name in changes]
+    yield 'cuda_graph, PyTorch only', (*later, 'clip')
+    for i, (name, _) in enumerate(changes):
+        yield name, (*later[i + 1 :], 'clip')
 
 
 # name: (folder, options of GPTConfig, compiled, recorded as a CUDA graph, functions switched off)
@@ -120,10 +134,22 @@ variants = {
     'reference, compiled': ('nanoGPT', {}, True, False, ('clip',)),
     'reference, compiled, no logits returned': ('nanoGPT', {'no_logits': True}, True, False, ('clip',)),
     'reference, compiled, cuda_graph': ('nanoGPT', {}, True, True, ('clip',)),
-    'phase 2, no cuda_graph': ('phase2_triton', {}, False, False, ()),
+    'phase 2, no cuda_graph': ('phase2_triton', {}, False, False, ('clip',)),
     **{name: ('phase2_triton', {}, False, True, switched_off) for name, switched_off in steps()},
-    '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ()),
-    'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ()),
+    'not kept: clipping by AdamW': ('phase2_triton', {}, False, True, ()),
+    '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ('clip',)),
+    'fp8': ('phase2_triton', {'half_residual': True, 'fp8': True}, False, True, ('clip',)),
+    'fp8, blocks alone': ('phase2_triton', {'half_residual': True, 'fp8': 'blocks'}, False, True, ('clip',)),
+    'fp8, head alone': ('phase2_triton', {'half_residual': True, 'fp8': 'head'}, False, True, ('clip',)),
+    'fp8, without kernels of its own': (
+        'phase2_triton',
+        {'half_residual': True, 'fp8': math.inf},
+        False,
+        True,
+        ('clip',),
+    ),
+    'fp8, every matmul': ('phase2_triton', {'half_residual': True, 'fp8': 0}, False, True, ('clip',)),
+    'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ('clip',)),
 }
 
 
@@ -177,11 +203,21 @@ class Variant(Trainer):
         self.functions, self.batches, self.turns = off(*switched_off), batches, []
         options = dict(options)
         options['logits'] = not options.pop('no_logits', False)
+        fp8 = options.pop('fp8', None)
+        if fp8 is not None:
+            options['fp8'] = True
+        pays = fp8 if type(fp8) in (int, float) else kernels.fp8_linear.OWN_KERNEL_PAYS
         options |= dict(model=folder, compile=compiled and device == 'cuda', cuda_graph=graph and device == 'cuda')
         collect()
         shape, (batch_size, block_size) = SIZES[size], batches[0][0].shape
         options |= dict(batch_size=batch_size, block_size=block_size, seed=seed, init='gpu')
-        super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
+        with replaced(kernels.fp8_linear, 'OWN_KERNEL_PAYS', pays):
+            super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
+        if isinstance(fp8, str):  # the other part stays in bfloat16
+            head = [self.raw_model.lm_head, self.raw_model.transformer.ln_f]
+            for module in head if fp8 == 'blocks' else self.raw_model.transformer.h.modules():
+                if hasattr(module, 'fp8'):
+                    module.fp8 = None
         self.feed(Variant.take)
         self.per_iteration, began = micro_steps, time.perf_counter()
         self.loss = sum(self.iteration().item() for _ in range(3)) if warm else None
@@ -238,8 +274,9 @@ def replaced(module, name, function):
 
 
 def chosen(args, names):
-    """The names, with --only those that have one of its parts."""
-    return [name for name in names if not args.only or any(part in name for part in args.only.split(';'))]
+    """The names; with --only, those that it names, and those that have a part of it that is no name."""
+    wanted = lambda name: any(part == name if part in names else part in name for part in args.only.split(';'))
+    return [name for name in names if not args.only or wanted(name)]
 
 
 def ladder(args, rows, save):
@@ -247,32 +284,31 @@ def ladder(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, BLOCK_SIZE[device] + 1), device=device, generator=generator)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
-    base, sensors, names = make('reference, compiled'), Sensors(), chosen(args, variants)
+    bases = {name: make(name) for name in (args.base, UPSTREAM) if name in variants}
+    sensors, names = Sensors(), chosen(args, variants)
     for first in range(0, len(names), args.together - 1):
-        group = None  # the variants before are dropped, and with them their memory
+        group = variant = None  # frees the memory of the variants before
         try:
-            group = {
-                name: base if name == 'reference, compiled' else make(name)
-                for name in names[first : first + args.together - 1]
-            }
-            turns = []
+            group = {name: bases.get(name) or make(name) for name in names[first : first + args.together - 1]}
+            turns = []  # {name: ms} of each
             for _ in range(args.repetitions):
-                reference = base.ms(args.iterations)
-                turns.append((reference, [variant.ms(args.iterations) for variant in group.values()]))
+                turns.append({name: variant.ms(args.iterations) for name, variant in (bases | group).items()})
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             print(f'{", ".join(names[first : first + args.together - 1])}: out of memory', flush=True)
             continue
-        for i, (name, variant) in enumerate(group.items()):
-            ms, ratios = [own[i] for _, own in turns], [reference / own[i] for reference, own in turns]
+        for name, variant in group.items():
+            ms, ms_reference = ([turn[key] for turn in turns] for key in (name, args.base))
+            ratios = [reference / own for reference, own in zip(ms_reference, ms)]
             tokens_per_s = variant.tokens(args.micro_steps) / statistics.median(ms) * 1e3
             clock, power = sensors.median(variant.turns)
             rows.append(
                 dict(
                     name=name,
                     ms=ms,
-                    ms_reference=[reference for reference, _ in turns],
+                    ms_reference=ms_reference,
+                    **({'ms_upstream': [turn[UPSTREAM] for turn in turns]} if UPSTREAM in bases else {}),
                     tokens_per_s=tokens_per_s,
                     ratio=statistics.median(ratios),
                     ratios=ratios,
@@ -312,7 +348,7 @@ def largest(args, rows, save):
         'reference, eager',
         'reference, compiled',
         'reference, compiled, cuda_graph',
-        '+ clipping by AdamW',
+        TRITON,
         '+ half_residual',
         'loss_rows=4096',
     )
@@ -350,7 +386,7 @@ def largest(args, rows, save):
 def profile(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, BLOCK_SIZE[device] + 1), device=device)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
-    three = ('reference, compiled', '+ clipping by AdamW', '+ half_residual')
+    three = ('reference, compiled', TRITON, '+ half_residual')
     for name in chosen(args, variants if args.only else three):
         variant = Variant(name, args.size, list(batches), args.micro_steps)
         for _ in range(20):  # until the clock has settled
@@ -400,6 +436,107 @@ def matmuls(args, rows, save):
             save()
 
 
+def fp8(args, rows, save):
+    """
+    Forward and dx of each weight in both formats, and kernels that only quantize x and dy; medians of CUDA-graph
+    replays of 12 calls.
+    """
+    from bench_layer_norm import graph_us
+
+    C, M = SIZES[args.size]['n_embd'], args.batch_size * 1024
+    scales = kernels.fp8.Scales(2)
+    scales.begin(torch.device('cuda'), True)
+    random = lambda *shape: torch.randn(*shape, device='cuda').bfloat16()
+    weights = {'qkv': (3 * C, C), 'proj': (C, C), 'fc': (4 * C, C), 'proj2': (C, 4 * C), 'head': (50304, C)}
+    for name, (out, into) in weights.items():
+        w, x, dy = random(out, into), random(M, into), random(M, out)
+        w8 = kernels.fp8.quantize_weight(w)
+        quantize = [
+            lambda t=t, slot=kernels.fp8.Slot(scales, i): kernels.fp8.quantize(t, slot) for i, t in enumerate((x, dy))
+        ]
+        (x8, x_inverse), (dy8, dy_inverse) = (call() for call in quantize)
+        product = functools.partial(torch._scaled_mm, out_dtype=torch.bfloat16)
+        calls = {
+            'forward': lambda: x @ w.t(),
+            'forward, fp8': lambda: product(x8, w8.rows.t(), x_inverse, w8.inverse, use_fast_accum=True),
+            'quantize x': quantize[0],
+            'dx': lambda: dy @ w,
+            'dx, fp8': lambda: product(dy8, w8.columns.t(), dy_inverse, w8.inverse, use_fast_accum=False),
+            'quantize dy': quantize[1],
+        }
+        us = {kind: [] for kind in calls}
+        for _ in range(args.repetitions):
+            for kind, call in calls.items():
+                us[kind].append(graph_us([call] * (12 if name != 'head' else 3))[0])
+        rows.append(dict(weight=name, shape=[out, into], tokens=M, us=us))
+        save()
+
+
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+def shapes_at(width):
+    """Returns {(weight, kind): (rows, columns, inner)} of the matmuls of a GPT-2 of this width, for 8 x 1024 tokens."""
+    tokens = 8 * 1024
+    weights = {'qkv': (3 * width, width), 'proj': (width, width), 'fc': (4 * width, width), 'proj2': (width, 4 * width)}
+    weights['head'] = (50304, width)
+    of = {}
+    for name, (out, into) in weights.items():
+        of[name, 'forward'], of[name, 'dx'], of[name, 'dw'] = (
+            (tokens, out, into),
+            (tokens, into, out),
+            (out, into, tokens),
+        )
+    return of
+
+
+def tiled(rows, columns, tile):
+    """
+    Returns (waves, tiles, share of the computed output that is padding, share of the multiprocessors' time that is idle
+    in the last wave) of an output of this shape. tile: columns x rows or rows x columns, whichever takes less.
+    """
+    found = []
+    for height, width in (tile, tile[::-1]):
+        down, across = -(-rows // height), -(-columns // width)
+        tiles, waves = down * across, -(-down * across // MULTIPROCESSORS)
+        padding = 1 - rows * columns / (down * height * across * width)
+        found.append((waves, tiles, padding, 1 - tiles / (waves * MULTIPROCESSORS)))
+    return min(found)
+
+
+def kernel_of(call):
+    """Returns the name of the kernel in which a call spends most of its time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return max(kernels, key=lambda event: event.time_range.elapsed_us()).name
+
+
+def widths(args, rows, save):
+    """The matmuls of 1.5B at 1600 columns and at 1664, the next multiple of 128, by cuBLAS in turns."""
+    from bench_layer_norm import graph_us
+
+    random = lambda *shape: torch.randn(*shape, device=device).bfloat16()
+    both = {width: shapes_at(width) for width in (1600, 1664)}
+    for key in both[1600]:
+        calls, us = {}, {width: [] for width in both}
+        for width, shapes in both.items():
+            M, N, K = shapes[key]
+            if key[1] == 'dw':  # added to float32, as in the step
+                a, b, out = random(K, M), random(K, N), torch.zeros(M, N, device=device)
+                calls[width] = lambda a=a, b=b, out=out: torch.addmm(out, a.t(), b, out_dtype=torch.float32, out=out)
+            else:
+                a, b = random(M, K), random(N, K).t() if key[1] == 'forward' else random(K, N)
+                calls[width] = lambda a=a, b=b: a @ b
+        for _ in range(args.repetitions):
+            for width, call in calls.items():
+                us[width].append(graph_us([call] * (3 if key[0] == 'head' else 12))[0])
+        by_width = {str(width): dict(us=us[width], kernel=kernel_of(call)) for width, call in calls.items()}
+        rows.append(dict(weight=key[0], kind=key[1], widths=by_width))
+        save()
+
+
 def gradients(args, rows, save):
     """
     Gradients of one micro-step in bfloat16 against the reference's in float64: the relative error of each parameter's,
@@ -416,7 +553,7 @@ def gradients(args, rows, save):
     truth(*batches[0])[1].backward()
     exact = {name: p.grad.cpu() for name, p in truth.named_parameters()}
     del truth
-    for name in ('reference, eager', 'reference, compiled', '+ clipping by AdamW', '+ half_residual'):
+    for name in ('reference, eager', 'reference, compiled', TRITON, '+ half_residual', 'fp8'):
         variant = Variant(name, args.size, list(batches), 1, warm=False)
         variant.micro_steps = 1
         for _ in range(5):  # the last is a replay, where the variant has CUDA graphs
@@ -443,11 +580,16 @@ def curves(args, rows, save):
     ).to(device)
     kinds = {
         'reference': 'reference, compiled',
-        'Triton': '+ clipping by AdamW',  # with all of its kernels
+        'Triton': TRITON,  # with all of its kernels
         'Triton, half_residual': '+ half_residual',
+        'Triton, half_residual, again': '+ half_residual',  # sums of atomics in another order: noise
+        'Triton, fp8': 'fp8',
     }
+    kinds = {kind: kinds[kind] for kind in (chosen(args, kinds) if args.only else list(kinds)[:3])}
+    val = np.fromfile(ROOT / 'nanoGPT' / 'data' / 'python_gpt2' / 'val.bin', np.uint16).astype(np.int64)
+    val = torch.from_numpy(val[: len(val) // 1025 * 1025]).to(device).view(-1, 1025)
     for seed in args.seeds:
-        for kind in chosen(args, kinds):
+        for kind in kinds:
             torch.manual_seed(seed)
             starts = torch.randint(len(data) - 1025, (args.curve_steps, args.batch_size, 1), device=device)
             train = Variant(
@@ -463,41 +605,60 @@ def curves(args, rows, save):
                 batch = data[start + torch.arange(1025, device=device)]
                 train.batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
                 for group in train.optimizer.param_groups:
-                    group['lr'] = 6e-4 * min(1.0, (i + 1) / 100)
+                    cosine = 0.5 * (1 + math.cos(math.pi * i / args.curve_steps))
+                    group['lr'] = min(6e-4 * (i + 1) / 100, 6e-5 + 5.4e-4 * cosine)
                 losses.append(train.iteration())
-            rows.append(dict(kind=kind, seed=seed, losses=[round(loss, 5) for loss in torch.stack(losses).tolist()]))
+            losses = [round(loss, 5) for loss in torch.stack(losses).tolist()]
+            rows.append(dict(kind=kind, seed=seed, losses=losses, val_loss=val_loss(train.model, val)))
+            if getattr(train.raw_model, 'rank_state', None):
+                rows[-1] |= train.raw_model.rank_state.log()
             save()
-            print(f'{kind}, seed {seed}: last 100 steps {statistics.fmean(rows[-1]["losses"][-100:]):.4f}', flush=True)
+            last = f'last 100 steps {statistics.fmean(losses[-100:]):.4f}, validation {rows[-1]["val_loss"]:.4f}'
+            print(f'{kind}, seed {seed}: {last}', flush=True)
             del train
     return compared(rows)
 
 
+@torch.no_grad()
+def val_loss(model, windows):
+    """Mean loss of tokens (n, 1025) on the GPU, in bfloat16."""
+    model.eval()
+    total = 0.0
+    for batch in windows.split(12):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            total += model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1].item() * len(batch)
+    return total / len(windows)
+
+
 def compared(rows):
     """
-    Returns lines of text: how far the Triton model's curves are from the reference's at the same seed, and how far the
-    reference's own seeds are apart.
+    Returns lines of text: how far each kind's curves are from the base's at the same seed, and how far the base's own
+    seeds are apart. The base is the reference or, where that was not run, the first kind.
     """
+    kinds = {row['kind']: None for row in rows}
+    base = 'reference' if 'reference' in kinds else next(iter(kinds))
     curves = {(row['kind'], row['seed']): row['losses'] for row in rows}
     # means of 25 steps, so that batches do not hide the models; each seed has its own batches, the same for all kinds
     smooth = {key: torch.tensor(losses).unfold(0, 25, 25).mean(-1) for key, losses in curves.items()}
-    seeds = sorted(seed for kind, seed in curves if kind == 'reference')
+    seeds = sorted(seed for kind, seed in curves if kind == base)
     lines = []
     if len(seeds) > 1:
-        noise = torch.stack(
-            [smooth['reference', a] - smooth['reference', b] for a in seeds for b in seeds if b < a]
-        ).abs()
-        lines.append(f'between seeds of the reference: mean {noise.mean():.4f}, largest {noise.max():.4f}')
-    for kind in sorted({kind for kind, _ in curves} - {'reference'}):
+        noise = torch.stack([smooth[base, a] - smooth[base, b] for a in seeds for b in seeds if b < a]).abs()
+        lines.append(
+            f'between seeds of {"the " * (base == "reference")}{base}: mean {noise.mean():.4f}, largest {noise.max():.4f}'
+        )
+    for kind in sorted(kinds.keys() - {base}):
         both = [seed for seed in seeds if (kind, seed) in curves]
         if both:
-            apart = torch.stack([smooth[kind, seed] - smooth['reference', seed] for seed in both])
-            last = [
-                statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves['reference', s][-100:]) for s in both
-            ]
+            apart = torch.stack([smooth[kind, seed] - smooth[base, seed] for seed in both])
+            last = [statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves[base, s][-100:]) for s in both]
             lines.append(
-                f'{kind} - reference at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, '
+                f'{kind} - {base} at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, '
                 f'largest {apart.abs().max():.4f}; last 100 steps: {", ".join(f"{d:+.4f}" for d in last)}'
             )
+        if both and all('val_loss' in row for row in rows):
+            val = {(row['kind'], row['seed']): row['val_loss'] for row in rows}
+            lines[-1] += f'; validation: {", ".join(f"{val[kind, s] - val[base, s]:+.4f}" for s in both)}'
     return '\n'.join(lines)
 
 
@@ -506,7 +667,10 @@ def compared(rows):
 
 def shown(name):
     """Returns a variant's name as the documents have it; result files keep the one of their day."""
-    return name.replace('phase 2', 'Triton').replace('cuda_graph', 'CUDA graph')
+    now = {'phase 2': 'Triton', 'cuda_graph': 'CUDA graph', 'fp8, never a kernel': 'fp8, without kernels'}
+    for before, after in now.items():
+        name = name.replace(before, after)
+    return name
 
 
 def work_of(report):
@@ -526,7 +690,7 @@ def changes(report):
     Returns the ladder's rows {short name: row}: the references, the last change of the Triton step, and half_residual.
     """
     rows = {row['name']: row for row in report['rows']}
-    steps = [name for name in rows if name.startswith('+ ') and name != '+ half_residual']
+    steps = [name for name in rows if name.startswith('+ ') and name not in ('+ half_residual', '+ clipping by AdamW')]
     names = {
         'reference, eager': 'reference, eager',
         'reference, compiled': 'reference, compiled',
@@ -540,14 +704,21 @@ def changes(report):
 @table('phase2_ladder_*')
 def phase2_ladder(report):
     size, batch_size, micro_steps = work_of(report)
-    cells = []
+    cells, more = [], []
     for row in report['rows']:
         ms = row['ms']
         speed, base = speed_of(row, report, ms), speed_of(row, report, row['ms_reference'])
-        numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', times(speed, base))
+        numbers = [f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', times(speed, base, 3)]
+        if 'ms_upstream' in row:
+            numbers.append(times(speed, speed_of(row, report, row['ms_upstream']), 3))
+        if row.get('clock_mhz'):
+            numbers += [f'{row["clock_mhz"]:.0f}', f'{row["power_w"]:.0f}']
         cells.append((shown(row['name']), with_spread(ms, 1), *numbers, gib(row['peak_memory_bytes'])))
+        more = ['× upstream'] * ('ms_upstream' in row) + ['MHz', 'W'] * bool(row.get('clock_mhz'))
     header = [f'{size}, {micro_steps} micro-steps of {batch_size} × 1024', 'ms of an iteration', 'tokens/s']
-    return markdown([*header, 'compiled reference in the same turns', '× the reference', 'peak, GiB'], cells)
+    base = report.get('base', 'reference, compiled')
+    bases = ('compiled reference', 'the reference') if base == 'reference, compiled' else (base, base)
+    return markdown([*header, f'{bases[0]} in the same turns', f'× {bases[1]}', *more, 'peak, GiB'], cells)
 
 
 @table('phase2_changes_*')
@@ -570,6 +741,56 @@ def phase2_matmuls(report):
         ratio = statistics.median(us['cublaslt']) / statistics.median(us['cublas'])
         cells.append((row['weight'], row['kind'], *(with_spread(us[key], 1) for key in us), f'{ratio:.2f}'))
     return markdown([f'{report["rows"][0]["tokens"]:,} tokens', '', 'cuBLAS, µs', 'cuBLASLt, µs', 'ratio'], cells)
+
+
+@table('phase2_widths_*')
+def phase2_widths(report):
+    """
+    Time of each matmul at 1600 and 1664 columns, next to what the tile in its kernel's name costs: waves of tiles,
+    padding, idle multiprocessors. Sums are over 48 layers and the head.
+    """
+    cells, times_us, flops = [], {'1600': 0, '1664': 0}, {'1600': 0, '1664': 0}
+    for row in report['rows']:
+        key, plan, speed, rates = (row['weight'], row['kind']), [], [], []
+        for width, its in row['widths'].items():
+            (M, N, K), us = shapes_at(int(width))[key], statistics.median(its['us'])
+            tile = re.search(r'_(\d+)x(\d+)_\d+x\d+_', its['kernel'])
+            waves, _, padding, idle = tiled(M, N, tuple(map(int, tile.groups()))) if tile else (0, 0, 0, 0)
+            split = ', K split' if 'splitK' in its['kernel'] else ''
+            plan.append(f'{tile[1]} × {tile[2]}{split}: {waves}, {padding:.0%}, {idle:.0%}' if tile else '')
+            rates.append(2 * M * N * K / us / 1e6)
+            speed.append(f'{us:.0f} ({rates[-1]:.0f})')
+            count = 1 if key[0] == 'head' else 48
+            times_us[width] += us * count
+            flops[width] += 2 * M * N * K * count
+        cells.append((*key, *plan, *speed, f'{rates[1] / rates[0]:.3f}'))
+    rates = [flops[width] / times_us[width] / 1e6 for width in times_us]
+    sums = [f'{times_us[width] / 1e3:.1f} ms ({rate:.0f})' for width, rate in zip(times_us, rates)]
+    cells.append(('all', '', '', '', *sums, f'{rates[1] / rates[0]:.3f}'))
+    header = [
+        '',
+        '',
+        'tile at 1600: waves, padding, idle',
+        'at 1664',
+        'µs at 1600 (TFLOP/s)',
+        'at 1664',
+        'ratio of TFLOP/s',
+    ]
+    return markdown(header, cells)
+
+
+@table('phase2_gradients_*')
+def phase2_gradients(report):
+    """Relative errors of all parameters' gradients against float64."""
+    base = next(row['errors'] for row in report['rows'] if row['name'] == 'reference, compiled')
+    cells = []
+    for row in report['rows']:
+        errors, ratios = row['errors'], [row['errors'][key] / base[key] for key in base]
+        numbers = (f'{statistics.fmean(errors.values()):.2e}', f'{max(errors.values()):.2e}')
+        name = {TRITON: 'Triton', '+ half_residual': 'Triton, half_residual'}.get(row['name'], row['name'])
+        cells.append((name, *numbers, f'{statistics.median(ratios):.3f}', f'{max(ratios):.3f}'))
+    header = ['mean error', 'largest', "÷ the compiled reference's: median", 'largest']
+    return markdown([f'one micro-step of {report["batch_size"]} × 1024, {len(base)} parameters', *header], cells)
 
 
 @table('phase2_ladder_*', together=True)
@@ -605,6 +826,31 @@ def ladder_in_short():
 @table('phase2_curves_*')
 def phase2_curves(report):
     return f'```\n{shown(chr(10).join(report["summary"]))}\n```' if 'summary' in report else ''
+
+
+@table('fp8_matmuls_*')
+def fp8_matmuls(report):
+    """Forward and input gradient (dx) of each weight, and quantizing their operands."""
+    kinds = list(report['rows'][0]['us'])
+    cells = [(row['weight'], *(with_spread(row['us'][kind], 1) for kind in kinds)) for row in report['rows']]
+    return markdown([f'{report["rows"][0]["tokens"]:,} tokens, µs', *kinds], cells)
+
+
+@table('fp8_ladder_*')
+def fp8_ladder(report):
+    return phase2_ladder(report)
+
+
+@table('fp8_curves_*')
+def fp8_curves(report):
+    """Each run, and how far the kinds are apart."""
+    cells = []
+    for row in report['rows']:
+        numbers = f'{statistics.fmean(row["losses"][-100:]):.4f}', f'{row["val_loss"]:.4f}', row.get('fp8_clamped', '')
+        cells.append((row['kind'], row['seed'], len(row['losses']), *numbers))
+    header = [report['size'], 'seed', 'steps', 'loss of the last 100', 'validation', 'steps with clamped values']
+    summary = compared(report['rows'])
+    return markdown(header, cells) + (f'\n\n```\n{summary}\n```' if summary else '')
 
 
 @table('phase2_profile_*')
@@ -655,7 +901,16 @@ def join(names):
 
 def main():
     global device
-    modes = dict(ladder=ladder, curves=curves, largest=largest, profile=profile, matmuls=matmuls, gradients=gradients)
+    modes = dict(
+        ladder=ladder,
+        curves=curves,
+        largest=largest,
+        profile=profile,
+        matmuls=matmuls,
+        widths=widths,
+        fp8=fp8,
+        gradients=gradients,
+    )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('mode', choices=list(modes))
     parser.add_argument('--out', required=True, help='path of the JSON file with everything measured')
@@ -667,7 +922,9 @@ def main():
     parser.add_argument(
         '--together', type=int, default=2, help='ladder: models in memory at a time, with the reference'
     )
-    parser.add_argument('--only', default='', help='semicolon-separated parts of the names of variants')
+    parser.add_argument('--base', default='reference, compiled', help='ladder: takes turns with every variant')
+    parser.add_argument('--nanogpt', default='', help='ladder: a checkout of karpathy/nanoGPT, which takes turns, too')
+    parser.add_argument('--only', default='', help='semicolon-separated names of variants, or parts of names')
     parser.add_argument(
         '--seeds',
         type=lambda text: [int(seed) for seed in text.split(',')],
@@ -697,17 +954,31 @@ def main():
         args.iterations = args.repetitions = 1
     elif not torch.cuda.is_available():
         sys.exit('bench_phase2.py: a benchmark of training on a GPU needs a CUDA GPU')
+    if args.nanogpt:
+        folder = Path(args.nanogpt).resolve()
+        if not (folder / 'model.py').is_file():
+            parser.error(f'--nanogpt: there is no {folder}/model.py')
+        variants[UPSTREAM] = (folder, {}, True, False, ('clip',))
     hardware.resolve_auto(device, 'auto', 'auto', 'auto')  # sets up the GPU's memory as train.py does
     if device == 'cuda':
         use_side_stream(device)  # for all variants, also those without CUDA graphs
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
-    settings = {key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')}
+    settings = {key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib', 'base')}
     report = {**facts(cpu=args.dry_run), **settings, 'rows': []}
+    if args.nanogpt:
+        report['nanogpt_commit'] = output_of('git', '-C', args.nanogpt, 'rev-parse', 'HEAD')
     text = modes[args.mode](args, report['rows'], lambda: write_json(args.out, report))
     if text:
         report['summary'] = text.splitlines()
     write_json(args.out, report)
-    show = dict(ladder=phase2_ladder, largest=phase2_largest, profile=phase2_profile, matmuls=phase2_matmuls)
+    show = dict(
+        ladder=phase2_ladder,
+        largest=phase2_largest,
+        profile=phase2_profile,
+        matmuls=phase2_matmuls,
+        widths=phase2_widths,
+        fp8=fp8_matmuls,
+    )
     print('\n' + (text or show[args.mode](report)))
 
 

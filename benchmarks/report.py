@@ -19,6 +19,7 @@ import bench_data  # noqa: F401
 import bench_fsdp  # noqa: F401
 import bench_kernels  # noqa: F401
 import bench_layer_norm  # noqa: F401
+import bench_longrun  # noqa: F401
 import bench_mlp  # noqa: F401
 import bench_peers  # noqa: F401
 import bench_reference  # noqa: F401
@@ -37,6 +38,10 @@ WHAT = {  # by the beginning of a result file's name
     'attention': "attention's backward",
     'checks': 'verification commands',
     'data': 'batches from many shards',
+    'fp8_curves': 'FP8: loss curves',
+    'fp8_ladder': 'FP8: speed of training',
+    'fp8_matmuls': 'FP8: matmuls and quantization',
+    'fp8_tuning': 'FP8: launch configurations, errors of matmuls',
     'fsdp_checkpoint': 'FSDP: saves',
     'fsdp_curves': 'FSDP: loss curves',
     'fsdp_largest': 'the largest model',
@@ -44,15 +49,18 @@ WHAT = {  # by the beginning of a result file's name
     'kernels': 'Triton kernels',
     'layer_norm_tuning': 'LayerNorm: launch configurations',
     'layer_norm': 'LayerNorm',
+    'longrun': 'a long run: loss curves',
     'memory': 'memory of one GPU, for the planner',
     'mlp': 'GELU inside a matmul',
     'peers': 'upstream nanoGPT, llm.c and our trainers',
+    'peers_losses': 'losses of upstream nanoGPT and our trainers',
     'phase2_changes': 'Triton: the latest changes',
     'phase2_curves': 'Triton: loss curves',
     'phase2_gradients': 'Triton: gradients against float64',
     'phase2_ladder': 'Triton: one change after the other',
     'phase2_largest': 'Triton: the largest batch',
     'phase2_matmuls': 'cuBLAS and cuBLASLt',
+    'phase2_widths': 'matmuls at 1600 and 1664 columns',
     'phase2_profile': 'Triton: kernels of a micro-step',
     'planner_8gpus': 'predictions for eight GPUs',
     'planner_error': "the planner's errors",

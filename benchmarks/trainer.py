@@ -8,6 +8,7 @@ phase3_fsdp/ (fsdp) makes, with the model of nanoGPT/ or phase2_triton/, and ste
 
 import gc
 import importlib.util
+import re
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
@@ -46,7 +47,7 @@ def start_ranks(cpu: bool):
 
 def load_model(folder):
     """Returns the module folder/model.py, loaded anew: two trainers may have different models."""
-    spec = importlib.util.spec_from_file_location(f'model_of_{folder}', ROOT / folder / 'model.py')
+    spec = importlib.util.spec_from_file_location(re.sub(r'\W', '_', f'model_of_{folder}'), ROOT / folder / 'model.py')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look it up
     spec.loader.exec_module(module)

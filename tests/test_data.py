@@ -12,11 +12,13 @@ import itertools
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,54 @@ def test_python_gpt2(prepare, small_stdlib):
     assert (train == ENDOFTEXT).sum() + (val == ENDOFTEXT).sum() == 121 and train[-1] == ENDOFTEXT
     texts = encoding.get_encoding(meta).decode([*train.tolist(), *val.tolist()]).split('<|endoftext|>')
     assert sorted(texts) == sorted([*prepare_common.stdlib_sources(), ''])
+
+
+@pytest.fixture
+def wheels(tmp_path):
+    """A folder of two wheels with sources, documentation, and everything that must be left out."""
+    folder = tmp_path / 'wheels'
+    folder.mkdir()
+    with zipfile.ZipFile(folder / 'a-1.0-py3-none-any.whl', 'w') as wheel:
+        for i in range(40):
+            wheel.writestr(f'a/module{i:02}.py', f'def f{i}(x):\r\n    return x + {i}\r\n')
+        wheel.writestr('a/guide.rst', 'Guide\n=====\n')
+        wheel.writestr('a/table.py', 'SKIPPED = 1\n' * 20_000)
+        wheel.writestr('a/latin.py', '# SKIPPED Löwis\n'.encode('latin-1'))
+        wheel.writestr('a/empty.py', '')
+        for name in ('tests/test_a.py', '_vendor/b.py', 'a_pb2.py', 'LICENSE.txt', 'data.json'):
+            wheel.writestr(f'a/{name}', 'SKIPPED\n')
+        wheel.writestr('a-1.0.dist-info/top.txt', 'SKIPPED\n')
+    with zipfile.ZipFile(folder / 'b-1.0-py3-none-any.whl', 'w') as wheel:
+        wheel.writestr('b/copy.py', 'def f0(x):\r\n    return x + 0\r\n')  # a's module00.py
+        wheel.writestr('b/own.py', 'y = 2\n')
+    return folder
+
+
+def test_packages(prepare, wheels):
+    folder = prepare('packages', '--wheels', wheels, '--val_fraction', 0.1)
+    train, val, meta = read(folder)
+    assert meta == {} and train[-1] == val[-1] == ENDOFTEXT
+    texts = [encoding.get_encoding(meta).decode(ids.tolist()).split('<|endoftext|>')[:-1] for ids in (train, val)]
+    expected = [f'def f{i}(x):\n    return x + {i}\n' for i in range(40)] + ['Guide\n=====\n', 'y = 2\n']
+    assert sorted(texts[0] + texts[1]) == sorted(expected), 'each text once, and no other'
+    assert 3 <= len(texts[1]) <= 5, 'whole files, a tenth of them'
+
+
+def test_packages_without_wheels(prepare, copy, tmp_path, wheels):
+    with pytest.raises(UserError) as error:
+        prepare('packages')
+    assert f'pip download --no-deps --only-binary=:all: --python-version=3.12 --require-hashes -r {copy}' in str(
+        error.value
+    )
+    (wheels / 'b-1.0-py3-none-any.whl').write_bytes(b'half a wheel')
+    with pytest.raises(UserError, match='b-1.0-py3-none-any.whl is not a complete wheel'):
+        prepare('packages', '--wheels', wheels)
+    assert not list((copy / 'data' / 'packages').glob('*.bin*'))
+
+
+def test_packages_are_pinned():
+    pins = (ROOT / 'nanoGPT/data/packages/requirements.txt').read_text().split('\n')[:-1]
+    assert pins == sorted(pins) and all(re.fullmatch(r'[\w-]+==[\w.]+ --hash=sha256:[0-9a-f]{64}', pin) for pin in pins)
 
 
 def test_python_without_sources(prepare, tmp_path, monkeypatch):

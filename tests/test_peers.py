@@ -12,6 +12,8 @@ from conftest import ROOT
 UPSTREAM = """import sys
 assert '--batch_size=2' in sys.argv and '--gradient_accumulation_steps=3' in sys.argv
 print('step 0: train loss 10.6224, val loss 10.6335')
+if '--max_iters=100' in sys.argv:
+    print('step 100: train loss 2.1000, val loss 2.2000')
 for i in range(4):
     print(f'iter {i}: loss 10.6, time {[9000, 200, 210, 190][i]:.2f}ms, mfu -100.00%')
 """
@@ -51,6 +53,14 @@ def test_times_and_first_losses_side_by_side(peers, tmp_path):
     assert llmc['first_val_loss'] == 11.012345
     ratios = '| 2.000 (2.000 to 2.000) | 1.000 (1.000 to 1.000) |'
     assert f'| llm.c | 100.0 | 61,440 (61,440 to 61,440) {ratios}' in done.stdout
+
+
+def test_losses_after_some_steps(peers, tmp_path):
+    done = peers('--steps=100', '--only=upstream', f'--out={tmp_path}/peers_losses.json')
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / 'peers_losses.json').read_text())['rows']
+    assert row['evaluations'] == [[0, 10.6224, 10.6335], [100, 2.1, 2.2]]
+    assert '| 10.6224, 10.6335 | 2.1000, 2.2000 | +0.0000 |' in done.stdout
 
 
 @pytest.mark.parametrize('missing', ['train.py', 'val.bin'])

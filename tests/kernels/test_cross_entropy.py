@@ -348,5 +348,5 @@ def test_scaling_of_gradients(dtype):
     exact, got = x.to(f64) * factor.to(f64), scaled(x, factor)
     assert got.dtype == dtype
     torch.testing.assert_close(got.to(f64), exact, rtol=torch.finfo(dtype).eps, atol=0)
-    assert got.to(f64).sum() / exact.sum() == pytest.approx(1, abs=2e-4)  # 3000 roundings of up to 4e-3
+    assert (got.to(f64).sum() / exact.sum()).item() == pytest.approx(1, abs=2e-4)  # 3000 roundings of up to 4e-3
     assert torch.equal(scaled(x, factor, out=x), got) and torch.equal(x, got), 'in place'
