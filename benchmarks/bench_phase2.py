@@ -10,6 +10,9 @@ curves.
     python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
     python benchmarks/bench_phase2.py gradients --batch_size=2 --out=...                    # about 1 minute
     python benchmarks/bench_phase2.py matmuls --out=benchmarks/results/phase2_matmuls.json  # about 10 seconds
+    python benchmarks/bench_phase2.py fp8 --out=benchmarks/results/fp8_matmuls.json         # about 10 seconds
+    python benchmarks/bench_phase2.py ladder --only='+ half_residual;fp8' --together=7 --out=benchmarks/results/fp8_ladder.json
+    python benchmarks/bench_phase2.py curves --only='Triton, half_residual;Triton, fp8' --curve_steps=1500 --out=...
     python benchmarks/bench_phase2.py widths --out=benchmarks/results/phase2_widths.json    # about 20 seconds
     python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json  # tiny, on a CPU; also gradients
 
@@ -20,6 +23,7 @@ six. With --nanogpt, upstream's model takes its turn with them, in the same trai
 it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
+fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
 widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
 with them.
@@ -30,6 +34,7 @@ Triton.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import re
@@ -52,6 +57,8 @@ sys.path.append(str(ROOT / 'phase2_triton'))
 import kernels.attention
 import kernels.cross_entropy
 import kernels.embedding
+import kernels.fp8
+import kernels.fp8_linear
 import kernels.layer_norm_gradients
 import kernels.linear
 import kernels.modules
@@ -73,7 +80,7 @@ def clip_gradients(optimizer, parameters, max_norm):
 def off(*names):
     """PyTorch's own functions instead of the named ones of the kernel package, as {name: function}."""
 
-    def add_layer_norm(x, branch, weight, bias, eps, dtype):
+    def add_layer_norm(x, branch, weight, bias, eps, dtype, slot=None):
         total = x if branch is None else x + branch
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
@@ -82,7 +89,7 @@ def off(*names):
         linear_cross_entropy=lambda x, weight, targets, **_: F.cross_entropy(
             F.linear(x, weight).flatten(0, -2), targets.flatten(), ignore_index=-1
         ),
-        gelu=F.gelu,
+        gelu=lambda x, approximate='none', slot=None: F.gelu(x, approximate=approximate),
         linear=F.linear,
         embeddings=lambda idx, wte, wpe, dtype=None, use_triton=True: embeddings(idx, wte, wpe, dtype, False),
         scaled=lambda x, scale, out=None: torch.mul(x, scale, out=out),
@@ -131,6 +138,17 @@ variants = {
     **{name: ('phase2_triton', {}, False, True, switched_off) for name, switched_off in steps()},
     'not kept: clipping by AdamW': ('phase2_triton', {}, False, True, ()),
     '+ half_residual': ('phase2_triton', {'half_residual': True}, False, True, ('clip',)),
+    'fp8': ('phase2_triton', {'half_residual': True, 'fp8': True}, False, True, ('clip',)),
+    'fp8, blocks alone': ('phase2_triton', {'half_residual': True, 'fp8': 'blocks'}, False, True, ('clip',)),
+    'fp8, head alone': ('phase2_triton', {'half_residual': True, 'fp8': 'head'}, False, True, ('clip',)),
+    'fp8, without kernels of its own': (
+        'phase2_triton',
+        {'half_residual': True, 'fp8': math.inf},
+        False,
+        True,
+        ('clip',),
+    ),
+    'fp8, every matmul': ('phase2_triton', {'half_residual': True, 'fp8': 0}, False, True, ('clip',)),
     'loss_rows=4096': ('phase2_triton', {'half_residual': True, 'loss_rows': 4096}, False, True, ('clip',)),
 }
 
@@ -185,11 +203,21 @@ class Variant(Trainer):
         self.functions, self.batches, self.turns = off(*switched_off), batches, []
         options = dict(options)
         options['logits'] = not options.pop('no_logits', False)
+        fp8 = options.pop('fp8', None)
+        if fp8 is not None:
+            options['fp8'] = True
+        pays = fp8 if type(fp8) in (int, float) else kernels.fp8_linear.OWN_KERNEL_PAYS
         options |= dict(model=folder, compile=compiled and device == 'cuda', cuda_graph=graph and device == 'cuda')
         collect()
         shape, (batch_size, block_size) = SIZES[size], batches[0][0].shape
         options |= dict(batch_size=batch_size, block_size=block_size, seed=seed, init='gpu')
-        super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
+        with replaced(kernels.fp8_linear, 'OWN_KERNEL_PAYS', pays):
+            super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
+        if isinstance(fp8, str):  # the other part stays in bfloat16
+            head = [self.raw_model.lm_head, self.raw_model.transformer.ln_f]
+            for module in head if fp8 == 'blocks' else self.raw_model.transformer.h.modules():
+                if hasattr(module, 'fp8'):
+                    module.fp8 = None
         self.feed(Variant.take)
         self.per_iteration, began = micro_steps, time.perf_counter()
         self.loss = sum(self.iteration().item() for _ in range(3)) if warm else None
@@ -256,10 +284,10 @@ def ladder(args, rows, save):
     tokens = torch.randint(50257, (16, args.batch_size, BLOCK_SIZE[device] + 1), device=device, generator=generator)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     make = lambda name: Variant(name, args.size, list(batches), args.micro_steps)
-    bases = {name: make(name) for name in ('reference, compiled', UPSTREAM) if name in variants}
+    bases = {name: make(name) for name in (args.base, UPSTREAM) if name in variants}
     sensors, names = Sensors(), chosen(args, variants)
     for first in range(0, len(names), args.together - 1):
-        group = None  # the variants before are dropped, and with them their memory
+        group = variant = None  # frees the memory of the variants before
         try:
             group = {name: bases.get(name) or make(name) for name in names[first : first + args.together - 1]}
             turns = []  # {name: ms} of each
@@ -271,7 +299,7 @@ def ladder(args, rows, save):
             print(f'{", ".join(names[first : first + args.together - 1])}: out of memory', flush=True)
             continue
         for name, variant in group.items():
-            ms, ms_reference = ([turn[key] for turn in turns] for key in (name, 'reference, compiled'))
+            ms, ms_reference = ([turn[key] for turn in turns] for key in (name, args.base))
             ratios = [reference / own for reference, own in zip(ms_reference, ms)]
             tokens_per_s = variant.tokens(args.micro_steps) / statistics.median(ms) * 1e3
             clock, power = sensors.median(variant.turns)
@@ -408,6 +436,42 @@ def matmuls(args, rows, save):
             save()
 
 
+def fp8(args, rows, save):
+    """
+    Forward and dx of each weight in both formats, and kernels that only quantize x and dy; medians of CUDA-graph
+    replays of 12 calls.
+    """
+    from bench_layer_norm import graph_us
+
+    C, M = SIZES[args.size]['n_embd'], args.batch_size * 1024
+    scales = kernels.fp8.Scales(2)
+    scales.begin(torch.device('cuda'), True)
+    random = lambda *shape: torch.randn(*shape, device='cuda').bfloat16()
+    weights = {'qkv': (3 * C, C), 'proj': (C, C), 'fc': (4 * C, C), 'proj2': (C, 4 * C), 'head': (50304, C)}
+    for name, (out, into) in weights.items():
+        w, x, dy = random(out, into), random(M, into), random(M, out)
+        w8 = kernels.fp8.quantize_weight(w)
+        quantize = [
+            lambda t=t, slot=kernels.fp8.Slot(scales, i): kernels.fp8.quantize(t, slot) for i, t in enumerate((x, dy))
+        ]
+        (x8, x_inverse), (dy8, dy_inverse) = (call() for call in quantize)
+        product = functools.partial(torch._scaled_mm, out_dtype=torch.bfloat16)
+        calls = {
+            'forward': lambda: x @ w.t(),
+            'forward, fp8': lambda: product(x8, w8.rows.t(), x_inverse, w8.inverse, use_fast_accum=True),
+            'quantize x': quantize[0],
+            'dx': lambda: dy @ w,
+            'dx, fp8': lambda: product(dy8, w8.columns.t(), dy_inverse, w8.inverse, use_fast_accum=False),
+            'quantize dy': quantize[1],
+        }
+        us = {kind: [] for kind in calls}
+        for _ in range(args.repetitions):
+            for kind, call in calls.items():
+                us[kind].append(graph_us([call] * (12 if name != 'head' else 3))[0])
+        rows.append(dict(weight=name, shape=[out, into], tokens=M, us=us))
+        save()
+
+
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -489,7 +553,7 @@ def gradients(args, rows, save):
     truth(*batches[0])[1].backward()
     exact = {name: p.grad.cpu() for name, p in truth.named_parameters()}
     del truth
-    for name in ('reference, eager', 'reference, compiled', TRITON, '+ half_residual'):
+    for name in ('reference, eager', 'reference, compiled', TRITON, '+ half_residual', 'fp8'):
         variant = Variant(name, args.size, list(batches), 1, warm=False)
         variant.micro_steps = 1
         for _ in range(5):  # the last is a replay, where the variant has CUDA graphs
@@ -518,9 +582,14 @@ def curves(args, rows, save):
         'reference': 'reference, compiled',
         'Triton': TRITON,  # with all of its kernels
         'Triton, half_residual': '+ half_residual',
+        'Triton, half_residual, again': '+ half_residual',  # sums of atomics in another order: noise
+        'Triton, fp8': 'fp8',
     }
+    kinds = {kind: kinds[kind] for kind in (chosen(args, kinds) if args.only else list(kinds)[:3])}
+    val = np.fromfile(ROOT / 'nanoGPT' / 'data' / 'python_gpt2' / 'val.bin', np.uint16).astype(np.int64)
+    val = torch.from_numpy(val[: len(val) // 1025 * 1025]).to(device).view(-1, 1025)
     for seed in args.seeds:
-        for kind in chosen(args, kinds):
+        for kind in kinds:
             torch.manual_seed(seed)
             starts = torch.randint(len(data) - 1025, (args.curve_steps, args.batch_size, 1), device=device)
             train = Variant(
@@ -536,41 +605,60 @@ def curves(args, rows, save):
                 batch = data[start + torch.arange(1025, device=device)]
                 train.batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
                 for group in train.optimizer.param_groups:
-                    group['lr'] = 6e-4 * min(1.0, (i + 1) / 100)
+                    cosine = 0.5 * (1 + math.cos(math.pi * i / args.curve_steps))
+                    group['lr'] = min(6e-4 * (i + 1) / 100, 6e-5 + 5.4e-4 * cosine)
                 losses.append(train.iteration())
-            rows.append(dict(kind=kind, seed=seed, losses=[round(loss, 5) for loss in torch.stack(losses).tolist()]))
+            losses = [round(loss, 5) for loss in torch.stack(losses).tolist()]
+            rows.append(dict(kind=kind, seed=seed, losses=losses, val_loss=val_loss(train.model, val)))
+            if getattr(train.raw_model, 'rank_state', None):
+                rows[-1] |= train.raw_model.rank_state.log()
             save()
-            print(f'{kind}, seed {seed}: last 100 steps {statistics.fmean(rows[-1]["losses"][-100:]):.4f}', flush=True)
+            last = f'last 100 steps {statistics.fmean(losses[-100:]):.4f}, validation {rows[-1]["val_loss"]:.4f}'
+            print(f'{kind}, seed {seed}: {last}', flush=True)
             del train
     return compared(rows)
 
 
+@torch.no_grad()
+def val_loss(model, windows):
+    """Mean loss of tokens (n, 1025) on the GPU, in bfloat16."""
+    model.eval()
+    total = 0.0
+    for batch in windows.split(12):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            total += model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1].item() * len(batch)
+    return total / len(windows)
+
+
 def compared(rows):
     """
-    Returns lines of text: how far the Triton model's curves are from the reference's at the same seed, and how far the
-    reference's own seeds are apart.
+    Returns lines of text: how far each kind's curves are from the base's at the same seed, and how far the base's own
+    seeds are apart. The base is the reference or, where that was not run, the first kind.
     """
+    kinds = {row['kind']: None for row in rows}
+    base = 'reference' if 'reference' in kinds else next(iter(kinds))
     curves = {(row['kind'], row['seed']): row['losses'] for row in rows}
     # means of 25 steps, so that batches do not hide the models; each seed has its own batches, the same for all kinds
     smooth = {key: torch.tensor(losses).unfold(0, 25, 25).mean(-1) for key, losses in curves.items()}
-    seeds = sorted(seed for kind, seed in curves if kind == 'reference')
+    seeds = sorted(seed for kind, seed in curves if kind == base)
     lines = []
     if len(seeds) > 1:
-        noise = torch.stack(
-            [smooth['reference', a] - smooth['reference', b] for a in seeds for b in seeds if b < a]
-        ).abs()
-        lines.append(f'between seeds of the reference: mean {noise.mean():.4f}, largest {noise.max():.4f}')
-    for kind in sorted({kind for kind, _ in curves} - {'reference'}):
+        noise = torch.stack([smooth[base, a] - smooth[base, b] for a in seeds for b in seeds if b < a]).abs()
+        lines.append(
+            f'between seeds of {"the " * (base == "reference")}{base}: mean {noise.mean():.4f}, largest {noise.max():.4f}'
+        )
+    for kind in sorted(kinds.keys() - {base}):
         both = [seed for seed in seeds if (kind, seed) in curves]
         if both:
-            apart = torch.stack([smooth[kind, seed] - smooth['reference', seed] for seed in both])
-            last = [
-                statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves['reference', s][-100:]) for s in both
-            ]
+            apart = torch.stack([smooth[kind, seed] - smooth[base, seed] for seed in both])
+            last = [statistics.fmean(curves[kind, s][-100:]) - statistics.fmean(curves[base, s][-100:]) for s in both]
             lines.append(
-                f'{kind} - reference at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, '
+                f'{kind} - {base} at the same seed: mean {apart.mean():+.4f}, mean size {apart.abs().mean():.4f}, '
                 f'largest {apart.abs().max():.4f}; last 100 steps: {", ".join(f"{d:+.4f}" for d in last)}'
             )
+        if both and all('val_loss' in row for row in rows):
+            val = {(row['kind'], row['seed']): row['val_loss'] for row in rows}
+            lines[-1] += f'; validation: {", ".join(f"{val[kind, s] - val[base, s]:+.4f}" for s in both)}'
     return '\n'.join(lines)
 
 
@@ -579,7 +667,10 @@ def compared(rows):
 
 def shown(name):
     """Returns a variant's name as the documents have it; result files keep the one of their day."""
-    return name.replace('phase 2', 'Triton').replace('cuda_graph', 'CUDA graph')
+    now = {'phase 2': 'Triton', 'cuda_graph': 'CUDA graph', 'fp8, never a kernel': 'fp8, without kernels'}
+    for before, after in now.items():
+        name = name.replace(before, after)
+    return name
 
 
 def work_of(report):
@@ -625,7 +716,9 @@ def phase2_ladder(report):
         cells.append((shown(row['name']), with_spread(ms, 1), *numbers, gib(row['peak_memory_bytes'])))
         more = ['× upstream'] * ('ms_upstream' in row) + ['MHz', 'W'] * bool(row.get('clock_mhz'))
     header = [f'{size}, {micro_steps} micro-steps of {batch_size} × 1024', 'ms of an iteration', 'tokens/s']
-    return markdown([*header, 'compiled reference in the same turns', '× the reference', *more, 'peak, GiB'], cells)
+    base = report.get('base', 'reference, compiled')
+    bases = ('compiled reference', 'the reference') if base == 'reference, compiled' else (base, base)
+    return markdown([*header, f'{bases[0]} in the same turns', f'× {bases[1]}', *more, 'peak, GiB'], cells)
 
 
 @table('phase2_changes_*')
@@ -773,6 +866,31 @@ def phase2_curves(report):
     return f'```\n{shown(chr(10).join(report["summary"]))}\n```' if 'summary' in report else ''
 
 
+@table('fp8_matmuls_*')
+def fp8_matmuls(report):
+    """Forward and input gradient (dx) of each weight, and quantizing their operands."""
+    kinds = list(report['rows'][0]['us'])
+    cells = [(row['weight'], *(with_spread(row['us'][kind], 1) for kind in kinds)) for row in report['rows']]
+    return markdown([f'{report["rows"][0]["tokens"]:,} tokens, µs', *kinds], cells)
+
+
+@table('fp8_ladder_*')
+def fp8_ladder(report):
+    return phase2_ladder(report)
+
+
+@table('fp8_curves_*')
+def fp8_curves(report):
+    """Each run, and how far the kinds are apart."""
+    cells = []
+    for row in report['rows']:
+        numbers = f'{statistics.fmean(row["losses"][-100:]):.4f}', f'{row["val_loss"]:.4f}', row.get('fp8_clamped', '')
+        cells.append((row['kind'], row['seed'], len(row['losses']), *numbers))
+    header = [report['size'], 'seed', 'steps', 'loss of the last 100', 'validation', 'steps with clamped values']
+    summary = compared(report['rows'])
+    return markdown(header, cells) + (f'\n\n```\n{summary}\n```' if summary else '')
+
+
 @table('phase2_profile_*')
 def phase2_profile(report):
     """The kernels that take more than 0.1 ms of a micro-step."""
@@ -835,6 +953,7 @@ def main():
         profile=profile,
         matmuls=matmuls,
         widths=widths,
+        fp8=fp8,
         gradients=gradients,
     )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -848,6 +967,7 @@ def main():
     parser.add_argument(
         '--together', type=int, default=2, help='ladder: models in memory at a time, with the reference'
     )
+    parser.add_argument('--base', default='reference, compiled', help='ladder: takes turns with every variant')
     parser.add_argument('--nanogpt', default='', help='ladder: a checkout of karpathy/nanoGPT, which takes turns, too')
     parser.add_argument('--only', default='', help='semicolon-separated names of variants, or parts of names')
     parser.add_argument(
@@ -888,7 +1008,7 @@ def main():
     if device == 'cuda':
         use_side_stream(device)  # for all variants, also those without CUDA graphs
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
-    settings = {key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib')}
+    settings = {key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib', 'base')}
     report = {**facts(cpu=args.dry_run), **settings, 'rows': []}
     if args.nanogpt:
         report['nanogpt_commit'] = output_of('git', '-C', args.nanogpt, 'rev-parse', 'HEAD')
@@ -902,6 +1022,7 @@ def main():
         profile=phase2_profile,
         matmuls=phase2_matmuls,
         widths=phase2_widths,
+        fp8=fp8_matmuls,
     )
     print('\n' + (text or show[args.mode](report)))
 

@@ -129,6 +129,8 @@ def _resume(field, resume):
             torch.Generator().set_state(state['rng'])
         except RuntimeError:
             field.wrong(f'{name}.rng', state['rng'], 'the state of a random generator')
+        if 'model' in state:  # see resume.load_rank_state; the model checks the numbers
+            field.tensor(f'{name}.model', state['model'], floating=True)
         for k in ('X', 'Y'):
             tokens = field.tensor(f'{name}.{k}', state.get(k))
             if (

@@ -231,7 +231,7 @@ def get_lr(it):
 if master_process:
     make_out_dir(out_dir, init_from)
 facts = run_facts(__file__, config, world_size, raw_model, optimizer, tokens_per_iter)
-report = RunReport(config, facts, master_process, iter_num, resume.log)
+report = RunReport(config, facts, raw_model, master_process, iter_num, resume.log)
 
 
 # returns False if the best checkpoint could not be written; if a required one cannot, the run ends
@@ -264,7 +264,7 @@ peak_flops = hardware.peak_flops(device, dtype, peak_tflops)
 first_iter = iter_num  # where this process starts
 timer = StepTimer(device, iter_num)
 while True:
-    resume_point = rank_state(device, X, Y)  # a checkpoint of this iteration continues from here
+    resume_point = rank_state(device, X, Y, raw_model)  # a checkpoint of this iteration continues from here
     done = iter_num > max_iters or stop_signal.requested()
 
     lr = get_lr(iter_num) if decay_lr else learning_rate

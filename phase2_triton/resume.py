@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 
 import torch
+import torch.distributed as dist
 
 from checkpoint import fit_names, load_checkpoint, load_model, saved_options
 from checkpoint_fields import check_finite
@@ -87,12 +88,26 @@ def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) ->
         scaler.load_state_dict(scaler_state)
 
 
-def rank_state(device: str, X: torch.Tensor, Y: torch.Tensor) -> dict:
+def load_rank_state(model: torch.nn.Module, checkpoint: dict) -> None:
     """
-    Returns the state from which this rank can resume exactly: its random generators and the batch X, Y (int64 tokens)
-    that it has already drawn.
+    Passes this rank's entry of the checkpoint to model.rank_state, if the model has one: an object with save(), which
+    returns a dict of tensors, load(dict) and log(), which returns numbers for the log. At another world size the entry
+    is {}.
+    """
+    ranks = checkpoint.get('resume', {}).get('ranks', [])
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if getattr(model, 'rank_state', None):
+        model.rank_state.load(ranks[rank] if len(ranks) == world_size else {})
+
+
+def rank_state(device: str, X: torch.Tensor, Y: torch.Tensor, model: torch.nn.Module) -> dict:
+    """
+    Returns the state from which this rank can resume exactly: its random generators, the batch X, Y (int64 tokens)
+    that it has already drawn, and the model's own, which state_dict() leaves out (see load_rank_state).
     """
     state = {'rng': torch.get_rng_state(), 'X': X, 'Y': Y}
+    if getattr(model, 'rank_state', None):
+        state |= model.rank_state.save()
     if device.startswith('cuda'):
         state['cuda_rng'] = torch.cuda.get_rng_state(device)
     if device == 'mps':
@@ -198,6 +213,7 @@ class Resume:
         if self.path:
             load_model(model, crop_positions(self.checkpoint, model))
             load_optimizer(optimizer, scaler, self.checkpoint)
+            load_rank_state(model, self.checkpoint)
 
     def next_batch(self, rank: int, world_size: int, config: dict):
         """

@@ -9,16 +9,18 @@ from training_logger import TrainingLogger
 
 class RunReport:
     """
-    Prints, logs and tracks a run. config: all flags. facts: the log's `run` block. enabled: True on rank 0; on other
-    ranks the methods do nothing. resumed_from: see TrainingLogger.
+    Prints, logs and tracks a run. config: all flags. facts: the log's `run` block. model: its rank_state, if it has
+    one, adds numbers to each iteration's record. enabled: True on rank 0; on other ranks the methods do nothing.
+    resumed_from: see TrainingLogger.
     """
 
-    def __init__(self, config: dict, facts: dict, enabled: bool, first_iter: int, resumed_from: dict | None):
+    def __init__(self, config: dict, facts: dict, model, enabled: bool, first_iter: int, resumed_from: dict | None):
         self.log = TrainingLogger(config['out_dir'], config, facts, enabled and config['json_log'], resumed_from)
         self.tracker = Tracker(config, enabled)
         # without its own log, a checkpoint refers to the predecessor's
         self.log_name = os.path.basename(self.log.path or (resumed_from or {}).get('log') or '')
         self.max_iters, self.first_iter, self.running_mfu = config['max_iters'], first_iter, None
+        self.rank_state = getattr(model, 'rank_state', None) if enabled else None
         self.for_tracker = {}  # sent after the save that may follow, or with the next iteration
 
     def evaluation(self, iter_num: int, losses: dict, lr: float) -> None:
@@ -47,7 +49,8 @@ class RunReport:
         line += f', {record["tokens_per_sec"]:,.0f} tokens/s'
         line += f', {skipped_steps} steps skipped' if skipped_steps else ''
         print(line + f', {duration((self.max_iters - iter_num) * record["time_ms"] / 1000)} left')
-        self.log.iteration(iter_num, **record, skipped_steps=skipped_steps)
+        own = self.rank_state.log() if self.rank_state else {}
+        self.log.iteration(iter_num, **record, skipped_steps=skipped_steps, **own)
         self._track()
 
     def flush(self) -> None:

@@ -88,7 +88,7 @@ def noted_launch(launch):
 
 def install(monkeypatch):
     """Installs the fake CUDA graphs for one test."""
-    for name in ('cross_entropy', 'embedding', 'gelu', 'layer_norm', 'layer_norm_gradients'):
+    for name in ('cross_entropy', 'embedding', 'fp8', 'gelu', 'layer_norm', 'layer_norm_gradients'):
         module = importlib.import_module(f'kernels.{name}')
         monkeypatch.setattr(module, 'launch', noted_launch(module.launch))
     linear = importlib.import_module('kernels.linear')

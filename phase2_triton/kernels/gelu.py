@@ -1,10 +1,16 @@
-"""GELU at the speed of memory: x * Phi(x), Phi the normal distribution function, and its derivative Phi(x) + x * phi(x).
+"""
+GELU at the speed of memory: x * Phi(x), where Phi is the normal distribution function, and its derivative
+Phi(x) + x * phi(x).
 
-The library's erf takes some 40 instructions an element, more than the memory does. For 16-bit x this uses formula 7.1.26 of Abramowitz
-and Stegun, Handbook of Mathematical Functions, 1964: 1 - erf(z) = (a1 t + ... + a5 t^5) exp(-z^2), t = 1 / (1 + p z), for z >= 0, which
-is off by at most 1.5e-7, where 16 bits round by 4e-3 or 5e-4 of the value; its exponential is the one that phi needs. float32 x gets erf.
+The library's erf takes about 40 instructions per element, which is slower than memory. For 16-bit x, the kernels use
+formula 7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions, 1964:
 
-The tanh form (Hendrycks & Gimpel 2016, arxiv.org/abs/1606.08415) has another function in the place of Phi:
+    1 - erf(z) = (a1 t + ... + a5 t^5) exp(-z^2),  t = 1 / (1 + p z),  for z >= 0
+
+Its error is at most 1.5e-7, while 16 bits round by 4e-3 or 5e-4 of the value. phi needs the same exponential. float32 x
+uses erf.
+
+The tanh form (Hendrycks & Gimpel 2016, arxiv.org/abs/1606.08415) replaces Phi by
 (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 """
 
@@ -13,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .device import available, interpreted, jit, tl
+from .fp8 import as_fp8, attach, magnitude, record
 from .launch import Config, launch
 
 float_dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,7 +27,7 @@ float_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
 @jit
 def normal(x, EXACT: tl.constexpr):
-    """(Phi(x), phi(x)) of float32 x."""
+    """Returns (Phi(x), phi(x)) for float32 x."""
     bell = tl.exp2(x * x * -0.7213475204444817)  # exp(-x^2 / 2)
     if EXACT:
         below = 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
@@ -35,8 +42,8 @@ def normal(x, EXACT: tl.constexpr):
 
 @jit
 def sigmoid(x):
-    """(sigmoid(2 u), its derivative) of float32 x."""
-    square = tl.minimum(x * x, 1e4)  # both are constant beyond |x| = 100, and the cube of a large x is infinite
+    """Returns (sigmoid(2 u), its derivative in x) for float32 x."""
+    square = tl.minimum(x * x, 1e4)  # both are constant beyond |x| = 100, where the cube might overflow
     below = 1.0 / (1.0 + tl.exp2(x * (1.0 + 0.044715 * square) * -2.302208198144325))  # -2 sqrt(2 / pi) / ln(2)
     return below, below * (1.0 - below) * (1.0 + 0.134145 * square) * 1.5957691216057308
 
@@ -64,41 +71,89 @@ def backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr, EXACT: tl.
     tl.store(dx_ptr + at, (dy * (below + x * bell)).to(dx_ptr.dtype.element_ty), mask=at < size)
 
 
-def launch_elementwise(kernel, *tensors, tanh=False):
-    """Runs kernel, in the tanh form if asked for, on contiguous tensors of one shape and dtype; writes and returns the last one."""
-    size = tensors[0].numel()
-    config = Config(1, 65536 if interpreted else 2048, 4)
+@jit
+def store_twice(y, y_ptr, q_ptr, slot_ptr, at, size):
+    """Writes y, float32, and its fp8 form, and measures it; see fp8.py."""
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
+    tl.store(q_ptr + at, as_fp8(y, tl.load(slot_ptr + 1), q_ptr.dtype.element_ty), mask=at < size)
+    record(slot_ptr, tl.max(magnitude(y), 0))
+
+
+@jit
+def forward_fp8_kernel(
+    x_ptr, y_ptr, q_ptr, slot_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr, TANH: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    if TANH:
+        below, _ = sigmoid(x)
+    else:
+        below, _ = normal(x, EXACT)
+    store_twice(x * below, y_ptr, q_ptr, slot_ptr, at, size)
+
+
+@jit
+def backward_fp8_kernel(
+    dy_ptr, x_ptr, dx_ptr, q_ptr, slot_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr, TANH: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    if TANH:
+        below, bell = sigmoid(x)
+    else:
+        below, bell = normal(x, EXACT)
+    store_twice(dy * (below + x * bell), dx_ptr, q_ptr, slot_ptr, at, size)
+
+
+def launch_elementwise(kernel, *tensors, tanh=False, config=Config(1, 2048, 4)):
+    """
+    Runs kernel on contiguous tensors, which have one shape and dtype, except for an fp8 kernel's last two. tanh: in the
+    tanh form.
+    """
+    size, chunk = tensors[0].numel(), 65536 if interpreted else config.chunk
     if size > 0:
-        launch(
-            kernel,
-            (-(-size // config.chunk),),
-            tensors,
-            (size,),
-            (config.chunk, tensors[0].dtype == torch.float32, tanh),
-            config,
-        )
-    return tensors[-1]
+        constants = chunk, tensors[0].dtype == torch.float32, tanh
+        launch(kernel, (-(-size // chunk),), tensors, (size,), constants, config)
+
+
+def launch_gelu(kernel, fp8_kernel, *inputs, tanh, slot):
+    """
+    Returns a tensor like the inputs, written by kernel. With an fp8.Slot, fp8_kernel writes it and its fp8 form, which
+    is attached to it.
+    """
+    y = torch.empty_like(inputs[0])
+    if slot is None:
+        launch_elementwise(kernel, *inputs, y, tanh=tanh)
+    else:
+        attach(y, slot.empty_like(y), slot)
+        # 8 elements per thread: with 16, the fp8 store has another layout, and Triton computes all of it twice
+        config = Config(1, 2048, 8)
+        launch_elementwise(fp8_kernel, *inputs, y, y.fp8.q, slot.row, tanh=tanh, config=config)
+    return y
 
 
 class GeluFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, tanh):
+    def forward(ctx, x, tanh, slot):
+        ctx.tanh, ctx.gradient_slot = tanh, getattr(x, 'gradient_slot', None)
         x = x.contiguous()
         ctx.save_for_backward(x)
-        ctx.tanh = tanh
-        return launch_elementwise(forward_kernel, x, torch.empty_like(x), tanh=tanh)
+        return launch_gelu(forward_kernel, forward_fp8_kernel, x, tanh=tanh, slot=slot)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        return launch_elementwise(backward_kernel, dy.contiguous(), x, torch.empty_like(x), tanh=ctx.tanh), None
+        how = dict(tanh=ctx.tanh, slot=ctx.gradient_slot)
+        return launch_gelu(backward_kernel, backward_fp8_kernel, dy.contiguous(), x, **how), None, None
 
 
-def gelu(x, approximate='none'):
+def gelu(x, approximate='none', slot=None):
     """
-    torch.nn.functional.gelu(x, approximate=approximate), 'none' or 'tanh', for x of any shape in float32, bfloat16 or float16, by a Triton
-    kernel where it can run and by that very function elsewhere. Differentiable once.
+    Returns torch.nn.functional.gelu(x, approximate=approximate), 'none' or 'tanh', for x of any shape in float32,
+    bfloat16 or float16. Uses a Triton kernel where it can run, and that function elsewhere. Differentiable once. slot:
+    the fp8.Slot in which the kernel also writes the result.
     """
     if (
         type(x) is torch.Tensor
@@ -106,5 +161,5 @@ def gelu(x, approximate='none'):
         and available(x.device)
         and not torch.compiler.is_compiling()
     ):
-        return GeluFunction.apply(x, approximate == 'tanh')
+        return GeluFunction.apply(x, approximate == 'tanh', slot)
     return F.gelu(x, approximate=approximate)

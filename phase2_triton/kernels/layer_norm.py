@@ -1,23 +1,28 @@
-"""LayerNorm as Triton kernels: one pass over x forward, one pass over x and dy backward, statistics and sums in float32.
+"""
+LayerNorm as Triton kernels. The forward makes one pass over x, the backward one pass over x and dy. Statistics and sums
+are float32.
 
-    y = (x - mean) * rstd * weight + bias,  mean and rstd = 1 / sqrt(variance + eps) of each row
+    y = (x - mean) * rstd * weight + bias,  with the mean and rstd = 1 / sqrt(variance + eps) of each row
 
-Rows are the last dimension. A program holds ROWS whole rows at a time as a tuple of tiles (ROWS, CHUNK), so that a width that is
-no power of two pads at most its last tile, and that rows fit their warps: with CHUNK as wide as one warp's 16-byte loads and ROWS
-the number of warps, each warp owns a row and the row's sums never leave it.
+A row is the last dimension. A program holds ROWS whole rows as a tuple of tiles (ROWS, CHUNK), so a width that is not
+a power of two pads only its last tile. Where CHUNK is the width of one warp's 16-byte loads and ROWS is the number of
+warps, each warp owns a row, and the row's sums need no other warp.
 
-Forward: two-pass variance on the registers (Welford's accuracy at no extra traffic), mean and rstd kept in float32.
+Forward: the variance is computed in two passes over the registers, which is as accurate as Welford's method and costs
+no traffic. mean and rstd stay float32.
 Backward, with xhat = (x - mean) * rstd and g = weight * dy:
 
-    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   dweight = sum over rows of dy * xhat,   dbias = sum over rows of dy
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
+    dweight = sum over rows of dy * xhat,  dbias = sum over rows of dy
 
-The grid is persistent: a fixed number of programs per multiprocessor stride over the rows, each keeping its share of dweight and
-dbias in float32 registers and writing it once as a row of partial sums; a second small kernel adds those rows in a fixed order.
-There are no atomics, and the grid depends on the shape and the GPU alone, so the same call gives the same bits every time.
+The backward's grid is persistent: a fixed number of programs per multiprocessor stride over the rows. Each program
+keeps its share of dweight and dbias in float32 registers and writes it once, as a row of partial sums. A second small
+kernel adds these rows in a fixed order. There are no atomics, and the grid depends only on the shape and the GPU, so
+the same call always gives the same bits.
 
-Sources: Ba et al., Layer Normalization, 2016 (arXiv:1607.06450); the idea of partial sums per program without atomics as in Apex
-and Liger-Kernel's RMSNorm. Layers here: kernels; launchers; the autograd function; the function layer_norm(). The module is
-AddLayerNorm in modules.py.
+Sources: Ba et al., Layer Normalization, 2016 (arXiv:1607.06450); partial sums per program without atomics, as in Apex
+and in Liger-Kernel's RMSNorm. This file has the kernels, their launchers, the autograd function and layer_norm(). The
+module is AddLayerNorm in modules.py.
 """
 
 from functools import cache
@@ -26,7 +31,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import fp8
 from .device import available, jit, num_multiprocessors, programmatic_launch, tl, triton
+from .fp8 import as_fp8, magnitude, record
 from .launch import Config, launch
 from .layer_norm_gradients import cdiv, launch_reduce, place_of_shares, read_early
 
@@ -37,7 +44,7 @@ float_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
 @jit
 def load_rows(ptr, rows, stride, M, N: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows of a matrix (M, N) as a tuple of tiles (ROWS, CHUNK), zero where there is no row or no column."""
+    """Returns rows of a matrix (M, N) as a tuple of tiles (ROWS, CHUNK), zero beyond the matrix."""
     tiles = ()
     for start in tl.static_range(0, N, CHUNK):
         cols = (start + tl.arange(0, CHUNK))[None, :]
@@ -49,14 +56,20 @@ def load_rows(ptr, rows, stride, M, N: tl.constexpr, CHUNK: tl.constexpr):
 
 @jit
 def load_vector(ptr, cols, ROWS: tl.constexpr, N: tl.constexpr):
-    """Columns (1, CHUNK) of a vector of N as (ROWS, CHUNK) float32: each warp loads what it needs instead of getting it through shared memory."""
+    """
+    Returns columns (1, CHUNK) of a vector of N elements as (ROWS, CHUNK) float32. Each warp loads the elements that it
+    needs, instead of receiving them through shared memory.
+    """
     cols = tl.broadcast_to(cols, (ROWS, cols.shape[1]))
     return tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
 
 
 @jit
 def sum_rows(x, CHUNK: tl.constexpr):
-    """(ROWS, CHUNK) summed over ROWS, each in another warp. tl.sum does it with 32-way bank conflicts: 10 µs a backward on an H200."""
+    """
+    Returns x (ROWS, CHUNK) summed over ROWS, where each row is in another warp. tl.sum has 32-way bank conflicts here,
+    which cost 10 µs per backward on an H200.
+    """
     x = tl.trans(x)
     for _ in tl.static_range(12):  # ROWS is a power of two, far under 4096
         if x.shape[1] > 1:
@@ -67,7 +80,10 @@ def sum_rows(x, CHUNK: tl.constexpr):
 
 @jit
 def add_rows(xs, ptr, branches, rows, M, N: tl.constexpr, CHUNK: tl.constexpr):
-    """Adds the tiles `branches` to the tiles `xs`, writes the sums to ptr (M, N) contiguous, and returns them in its dtype."""
+    """
+    Adds the tiles `branches` to the tiles `xs` and writes the sums to ptr, (M, N) contiguous. Returns the sums in the
+    dtype of ptr.
+    """
     sums = ()
     for c in tl.static_range((N + CHUNK - 1) // CHUNK):
         cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
@@ -80,21 +96,24 @@ def add_rows(xs, ptr, branches, rows, M, N: tl.constexpr, CHUNK: tl.constexpr):
 @jit
 def forward_kernel(
     x_ptr,  # (M, N), rows x_stride elements apart
-    branch_ptr,  # (M, N) contiguous, added to x; not read unless ADD
+    branch_ptr,  # (M, N) contiguous, added to x; read only if ADD
     weight_ptr,  # (N,)
-    bias_ptr,  # (N,), not read unless HAS_BIAS
-    sum_ptr,  # (M, N) contiguous: x + branch in the dtype of x; not written unless ADD
+    bias_ptr,  # (N,), read only if HAS_BIAS
+    sum_ptr,  # (M, N) contiguous: x + branch in the dtype of x; written only if ADD
     y_ptr,  # (M, N) contiguous
     stats_ptr,  # (2, M) float32: mean, rstd
+    q_ptr,  # (M, N) contiguous: y in fp8; written only if FP8
+    slot_ptr,  # row of fp8.Scales.state; read only if FP8
     x_stride,
     M,
     eps,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    RESIDENT: tl.constexpr,  # the rows stay in registers; otherwise they are read three times, the last two from cache
+    RESIDENT: tl.constexpr,  # keep the rows in registers; otherwise read them three times, the last two from cache
     ADD: tl.constexpr,  # normalize x + branch; needs RESIDENT
     HAS_BIAS: tl.constexpr,
+    FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -110,8 +129,8 @@ def forward_kernel(
         if ADD:
             xs = add_rows(xs, sum_ptr, load_rows(branch_ptr, rows, N, M, N, CHUNK), rows, M, N, CHUNK)
 
-    # the mean of a row of equal elements must be exactly that element, for what is left would be multiplied by 1 / sqrt(eps);
-    # sums of equal 16-bit floats are exact in float32, sums of float32 are not: there, sum differences from the first element
+    # the mean of a row of equal elements must be exactly that element: 1 / sqrt(eps) would multiply any difference.
+    # float32 sums of equal 16-bit floats are exact; for float32, sum differences from the first element
     first = tl.zeros((ROWS,), tl.float32)
     if x_ptr.dtype.element_ty == tl.float32:
         first = tl.load(x_ptr + rows * x_stride, mask=rows < M, other=0.0)
@@ -120,7 +139,7 @@ def forward_kernel(
     total = tl.zeros((ROWS, CHUNK), tl.float32)
     for c in tl.static_range(CHUNKS):
         if not RESIDENT:
-            tl.debug_barrier()  # or the compiler loads all chunks at once, and spills
+            tl.debug_barrier()  # otherwise the compiler loads all chunks at once, and spills
         cols = (c * CHUNK + tl.arange(0, CHUNK))[None, :]
         x = xs[c] if RESIDENT else tl.load(x_rows + cols, mask=live & (cols < N), other=0.0)
         total += tl.where(cols < N, x.to(tl.float32) - first[:, None], 0.0)
@@ -136,6 +155,9 @@ def forward_kernel(
         total += centred * centred
     rstd = tl.math.rsqrt(tl.sum(total, 1) / N + eps)
 
+    if FP8:
+        fp8_scale = tl.load(slot_ptr + 1)
+        highest = tl.zeros((ROWS, CHUNK), tl.int32)
     for c in tl.static_range(CHUNKS):
         if not RESIDENT:
             tl.debug_barrier()
@@ -145,8 +167,14 @@ def forward_kernel(
         if HAS_BIAS:
             y += load_vector(bias_ptr, cols, ROWS, N)
         tl.store(y_ptr + rows[:, None] * N + cols, y.to(y_ptr.dtype.element_ty), mask=live & (cols < N))
+        if FP8:
+            q = as_fp8(y, fp8_scale, q_ptr.dtype.element_ty)
+            tl.store(q_ptr + rows[:, None] * N + cols, q, mask=live & (cols < N))
+            highest = tl.maximum(highest, tl.where(live & (cols < N), magnitude(y), 0))
     tl.store(stats_ptr + rows, mean, mask=rows < M)
     tl.store(stats_ptr + M + rows, rstd, mask=rows < M)
+    if FP8:
+        record(slot_ptr, tl.max(highest))
 
 
 @jit
@@ -155,22 +183,25 @@ def backward_kernel(
     x_ptr,  # (M, N), rows x_stride elements apart
     weight_ptr,  # (N,)
     stats_ptr,  # (2, M) float32: mean, rstd
-    dsum_ptr,  # (M, N) contiguous: what else flows back to x, added to dx; not read unless ADD
-    dx_ptr,  # (M, N) contiguous, not written unless NEED_DX
-    dbranch_ptr,  # (M, N) contiguous: dx again in another dtype; not written unless COPY
-    partial_ptr,  # (2, P, N) float32 for P programs: shares of dweight, of dbias
+    dsum_ptr,  # (M, N) contiguous: the other gradient of x, added to dx; read only if ADD
+    dx_ptr,  # (M, N) contiguous, written only if NEED_DX
+    dbranch_ptr,  # (M, N) contiguous: dx in another dtype; written only if COPY
+    partial_ptr,  # (2, P, N) float32 for P programs: their shares of dweight and of dbias
+    q_ptr,  # (M, N) contiguous: the branch's dx in fp8; written only if FP8
+    slot_ptr,  # row of fp8.Scales.state; read only if FP8
     dy_stride,
     x_stride,
     M,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    PREFETCH: tl.constexpr,  # load the next rows to registers while these are computed
+    PREFETCH: tl.constexpr,  # load the next rows to registers during the computation of these
     ADD: tl.constexpr,
     COPY: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DW: tl.constexpr,
     NEED_DB: tl.constexpr,
+    FP8: tl.constexpr,  # needs NEED_DX
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -181,6 +212,8 @@ def backward_kernel(
     dw_ptr = partial_ptr + pid * N
     db_ptr = partial_ptr + (tl.num_programs(0) + pid) * N
 
+    if FP8:
+        highest = tl.zeros((ROWS,), tl.int32)
     dws, dbs = (), ()
     for c in tl.static_range(CHUNKS):
         dws = dws + (tl.zeros((ROWS, CHUNK), tl.float32),)
@@ -212,7 +245,7 @@ def backward_kernel(
 
         dsums = ()
         if ADD:
-            dsums = load_rows(dsum_ptr, rows, N, M, N, CHUNK)  # early: needed last
+            dsums = load_rows(dsum_ptr, rows, N, M, N, CHUNK)  # load early, use last
         sum_g = tl.zeros((ROWS, CHUNK), tl.float32)
         sum_gx = tl.zeros((ROWS, CHUNK), tl.float32)
         new_dws, new_dbs = (), ()
@@ -228,9 +261,10 @@ def backward_kernel(
             new_dbs = new_dbs + (dbs[c] + dy if NEED_DB else dbs[c],)
 
         if NEED_DX:
-            sum_g, sum_gx = tl.split(
-                tl.sum(tl.join(sum_g, sum_gx), 1)
-            )  # together, so that warps that share a row meet once
+            # one reduction for both sums: warps that share a row synchronize once
+            sum_g, sum_gx = tl.split(tl.sum(tl.join(sum_g, sum_gx), 1))
+            if FP8:
+                fp8_scale = tl.load(slot_ptr + 1)  # here and not before the loop, where it would hold a register
             shift = (-rstd * sum_g / N)[:, None]
             slope = (-rstd * sum_gx / N)[:, None]
             for c in tl.static_range(CHUNKS):
@@ -244,6 +278,10 @@ def backward_kernel(
                 tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
                 if COPY:
                     tl.store(dbranch_ptr + rows[:, None] * N + cols, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
+                if FP8:
+                    q = as_fp8(dx, fp8_scale, q_ptr.dtype.element_ty)
+                    tl.store(q_ptr + rows[:, None] * N + cols, q, mask=mask)
+                    highest = tl.maximum(highest, tl.max(tl.where(mask, magnitude(dx), 0), 1))
         dws, dbs = new_dws, new_dbs
 
     for c in tl.static_range(CHUNKS):
@@ -252,11 +290,16 @@ def backward_kernel(
             tl.store(dw_ptr + cols, sum_rows(dws[c], CHUNK), mask=cols < N)
         if NEED_DB:
             tl.store(db_ptr + cols, sum_rows(dbs[c], CHUNK), mask=cols < N)
+    if FP8:
+        record(slot_ptr, tl.max(highest, 0))
 
 
 @cache
 def forward_config(N, itemsize, pdl):
-    """Config of forward_kernel for a width, the bytes of an element of x, and whether programs may start early."""
+    """
+    Returns the Config of forward_kernel for a width N and the bytes of an element of x. pdl: whether programs may start
+    early.
+    """
     vector = 32 * 16 // itemsize  # elements that one warp loads at once
     if N < vector:
         chunk = triton.next_power_of_2(N)
@@ -267,10 +310,12 @@ def forward_config(N, itemsize, pdl):
     return Config(2 if warps == 1 and itemsize == 2 else 1, warps * vector, warps, pdl=pdl)
 
 
-# backward_kernel, by bytes of an element of x and largest width: measured with bench_layer_norm.py --tune, 2 bytes on an H200, 4 on an H100
+# Configs of backward_kernel by the bytes of an element of x and the largest width. Measured with
+# bench_layer_norm.py --tune: 2 bytes on an H200, 4 bytes on an H100.
 backward_configs = {
     2: {
-        768: Config(8, 256, 8, programs=2, registers=128),  # a warp a row; without the cap half as many programs fit
+        # one warp per row; without the cap on registers half as many programs fit
+        768: Config(8, 256, 8, programs=2, registers=128),
         2048: Config(2, 1024, 8, programs=2, prefetch=True, registers=128),
         8192: Config(1, 2048, 8, programs=2, prefetch=True),
         12288: Config(1, 2048, 8, programs=1, prefetch=True),
@@ -286,7 +331,7 @@ backward_configs = {
 
 @cache
 def backward_config(N, itemsize, pdl):
-    """The same for backward_kernel; N is at most max_backward_width."""
+    """Returns the Config of backward_kernel, like forward_config. N is at most max_backward_width."""
     vector = 32 * 16 // itemsize
     if N < vector:
         chunk = triton.next_power_of_2(N)
@@ -296,7 +341,9 @@ def backward_config(N, itemsize, pdl):
 
 
 def rows_of(x):
-    """x (..., N) and the elements from one of its rows to the next; a copy of x only where its strides force it."""
+    """
+    Returns x (..., N) as rows, and the elements from one row to the next. Copies x only if its strides require it.
+    """
     N = x.shape[-1]
     if x.is_contiguous():
         return x, N
@@ -305,10 +352,11 @@ def rows_of(x):
     return rows, rows.stride(0)
 
 
-def launch_forward(x, branch, weight, bias, eps, out_dtype):
+def launch_forward(x, branch, weight, bias, eps, out_dtype, slot=None):
     """
-    x (..., N), weight and bias (N,) -> y (..., N) contiguous in out_dtype, and stats (2, M) float32: mean and rstd of each row.
-    With branch (..., N): of x + branch, which is returned too, contiguous in the dtype of x; otherwise it is x.
+    Returns (y, stats, x) for x (..., N), weight (N,) and bias (N,) or None: y (..., N) contiguous in out_dtype, and
+    stats (2, M) float32, the mean and rstd of each row. With branch (..., N), x + branch replaces x, also in the
+    result, where it is contiguous and in the dtype of x. With a Slot, y carries its fp8 form, see fp8.attach().
     """
     N = x.shape[-1]
     rows, stride = rows_of(x)
@@ -330,18 +378,31 @@ def launch_forward(x, branch, weight, bias, eps, out_dtype):
                 total,
                 y,
                 stats,
+                *fp8_operands(y, slot),
             ),
             (stride, M, eps),
-            (N, c.rows, c.chunk, c.resident, branch is not None, bias is not None, c.pdl),
+            (N, c.rows, c.chunk, c.resident, branch is not None, bias is not None, slot is not None, c.pdl),
             c,
         )
     return y, stats, total
 
 
+def fp8_operands(y, slot):
+    """
+    Returns the kernels' q_ptr and slot_ptr for y, and attaches the fp8 tensor to y. Without a Slot, y stands in for
+    both.
+    """
+    if slot is None:
+        return y, y
+    q = slot.empty_like(y)
+    fp8.attach(y, q, slot)
+    return q, slot.row
+
+
 def pytorch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db):
-    """launch_backward's dx, dweight and dbias by PyTorch, in float32, from the forward kernel's statistics."""
+    """Returns launch_backward's dx, dweight and dbias, computed by PyTorch in float32 from the kernel's statistics."""
     mean, rstd = stats.view(2, *x.shape[:-1], 1)
-    weight_float = weight.float()  # stands for the bias as well, of which only the shape counts
+    weight_float = weight.float()  # also passed as the bias, of which only the shape matters
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
         dy.float(), x.float(), weight.shape, mean, rstd, weight_float, weight_float, [need_dx, need_dw, need_db]
     )
@@ -353,12 +414,15 @@ def pytorch_backward(dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db
 
 
 def launch_backward(
-    dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db, dsum=None, branch_dtype=None, place=None
+    dy, x, weight, bias_dtype, stats, need_dx, need_dw, need_db, dsum=None, branch_dtype=None, place=None, slot=None
 ):
     """
-    dx (..., N) like x, dweight and dbias (N,) in their own dtypes; None for what is not needed. With dsum (..., N), in the dtype
-    of x, dx is plus dsum; with a branch_dtype other than x's there is a fourth result, dx in that dtype. N is at most
-    max_backward_width. With place(P, N) -> (2, P, N) float32 the programs' shares of dweight and dbias are left there, and both are None.
+    Returns (dx, dweight, dbias, dbranch): dx (..., N) like x, dweight and dbias (N,) in their own dtypes, None for each
+    that is not needed. N is at most max_backward_width.
+
+    dsum (..., N), in the dtype of x, is added to dx. dbranch is dx in branch_dtype, and dx itself if that is None or
+    x's. With place(P, N), which returns (2, P, N) float32, the programs leave their shares of dweight and dbias there,
+    and both results are None. With a Slot, dbranch carries its fp8 form.
     """
     N = x.shape[-1]
     (rows, stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
@@ -389,9 +453,10 @@ def launch_backward(
             rows if dx is None else dx,
             rows if dbranch is None else dbranch,
             partial,
+            *fp8_operands(rows if dbranch is None else dbranch, slot),
         ),
         (dy_stride, stride, M),
-        (N, c.rows, c.chunk, c.prefetch, dsum is not None, copy, need_dx, need_dw, need_db, c.pdl),
+        (N, c.rows, c.chunk, c.prefetch, dsum is not None, copy, need_dx, need_dw, need_db, slot is not None, c.pdl),
         c,
     )
     if (need_dw or need_db) and not later:
@@ -419,7 +484,7 @@ class LayerNormFunction(torch.autograd.Function):
 
 
 def check_parameters(x, weight, bias):
-    """Raises where the kernels would read other memory than the caller means; see layer_norm."""
+    """Raises if the kernels would read memory outside weight or bias; see layer_norm."""
     for name, p in (('weight', weight), ('bias', bias)):
         if p is None:
             continue
@@ -434,20 +499,26 @@ def check_parameters(x, weight, bias):
 
 
 def runs_eagerly(x):
-    """Whether x is a plain tensor outside torch.compile, which fuses PyTorch's own operations and cannot see into kernels."""
+    """
+    Returns whether x is a plain tensor outside torch.compile. torch.compile fuses PyTorch's own operations and cannot
+    see into kernels.
+    """
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
     """
-    LayerNorm over the last dimension, like torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps), by Triton kernels
-    where they can run (see kernels.available) and by that very function elsewhere.
+    LayerNorm over the last dimension, like torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps). Uses
+    Triton kernels where they can run (see kernels.available), and that function elsewhere.
 
-    x: (..., N), float32, bfloat16 or float16, any strides, any number of rows, also none. weight, bias (or None): (N,), in the
-    dtype of x or a wider one. Returns (..., N), contiguous where the kernels ran, in out_dtype: by default F.layer_norm's, which
-    is x's, and float32 under autocast; pass torch.get_autocast_dtype(...) there if a matmul comes next, and no cast is needed.
-    Differentiable once in x, weight and bias; the backward is deterministic. PyTorch computes the gradients of rows wider than
-    12,288, and everything under torch.compile, for other dtypes (float64) and for rows wider than 65,536.
+    x: (..., N), float32, bfloat16 or float16, with any strides and any number of rows, including none. weight, bias (or
+    None): (N,), in the dtype of x or a wider one. Returns (..., N) in out_dtype, contiguous if the kernels ran.
+    out_dtype defaults to F.layer_norm's: float32 under autocast, otherwise the dtype of x. If a matmul follows, pass
+    torch.get_autocast_dtype(...), and no cast is needed.
+
+    Differentiable once in x, weight and bias; the backward is deterministic. PyTorch computes the gradients of rows
+    wider than 12,288. It also computes everything under torch.compile, for other dtypes (float64) and for rows wider
+    than 65,536.
 
     Raises ValueError for a weight or bias of another shape or device, TypeError for one narrower than x.
     """
@@ -466,7 +537,7 @@ def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
 
 
 def reference_dtype(x):
-    """What F.layer_norm would return for x: autocast on CUDA (not on the CPU) makes it float32."""
+    """Returns the dtype of F.layer_norm's result for x. Autocast on CUDA (not on the CPU) makes it float32."""
     return (
         torch.float32
         if x.device.type == 'cuda' and x.dtype in float_dtypes and torch.is_autocast_enabled('cuda')
@@ -475,7 +546,7 @@ def reference_dtype(x):
 
 
 def reference(x, weight, bias=None, eps=1e-5, out_dtype=None):
-    """F.layer_norm, also for weights wider than x, which CUDA's refuses."""
+    """Returns F.layer_norm, also for weights wider than x, which CUDA refuses."""
     wide = torch.promote_types(x.dtype, weight.dtype)
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(
         out_dtype or x.dtype

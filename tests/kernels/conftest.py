@@ -10,6 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
 
-from interpreter import look_up_language_once
+from interpreter import look_up_language_once, round_to_fp8
 
 look_up_language_once()
+round_to_fp8()

@@ -1,0 +1,267 @@
+"""
+FP8: matmul operands of 8 bits, and the scales that fit tensors into their range.
+
+    q = clamp(x * scale) in e4m3 (activations and weights, up to 448) or e5m2 (gradients, up to 57,344),  x ≈ q / scale
+
+Each tensor has one scale. It is a power of two, so scaling rounds nothing. A weight is measured before it is quantized.
+Measuring an activation or a gradient first would take another pass over it, so its scale is delayed: it comes from the
+largest values of earlier micro-steps, with headroom. The kernel that writes a tensor's q also measures the tensor, and
+a small kernel at the start of the next micro-step turns the measurements into scales. The CPU takes no part, so CUDA
+graphs can capture all of it.
+
+Values beyond the headroom are clamped in this micro-step, and the next one has the new scale. The state counts such
+micro-steps. NaN stays NaN. An infinity is clamped here, but the weight gradients, which are computed in bfloat16, still
+show it.
+
+Sources: Micikevicius et al., FP8 formats for deep learning, 2022 (arXiv:2209.05433); delayed scaling as in NVIDIA's
+Transformer Engine; clamping and headroom as in modded-nanogpt.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from .device import interpreted, jit, tl, triton, unavailable_reason
+from .launch import Config, launch
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# least factors by which activations and gradients may grow before they are clamped; rounding a scale leaves up to twice
+# that. Headroom costs range at the small end only: 2^13 of the 2^15 of e4m3's normal numbers remain, 2^24 of e5m2's 2^30
+HEADROOM = 2.0, 32.0
+DECAY = 0.98  # of the peak per micro-step: a single large value is half forgotten after 35
+min_capability = (8, 9)  # Ada, the first with matmuls in FP8
+
+
+@jit
+def power_of_two(largest, peak):
+    """
+    Returns the largest power of two that scales peak to at most `largest`, or 1 if peak is 0, infinite or NaN. All
+    float32.
+    """
+    usable = (peak > 0) & (peak < float('inf'))
+    scale = tl.minimum(tl.maximum(largest / tl.where(usable, peak, 1.0), 2.0**-60), 2.0**60)
+    scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # the exponent alone
+    return tl.where(usable, scale, 1.0)
+
+
+@jit
+def magnitude(x):
+    """Returns |x| of float32 x as int32 in the same order, with NaN above infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def as_fp8(x, scale, dtype: tl.constexpr):
+    """Returns float32 x * scale in an fp8 dtype, clamped. NaN stays NaN."""
+    largest: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 57344.0
+    return tl.clamp(x * scale, -largest, largest, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@jit
+def record(slot_ptr, highest):
+    """
+    Raises the slot's measurement to `highest`, a magnitude(). Most programs find a higher one and skip the atomic.
+    """
+    ptr = (slot_ptr + 2).to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.atomic_max(ptr, highest, mask=highest > tl.load(ptr), sem='relaxed')
+
+
+@jit
+def update_kernel(
+    state_ptr,  # (slots + 1, 4) float32, see Scales
+    slots,
+    activation_headroom: tl.constexpr,
+    gradient_headroom: tl.constexpr,
+    decay: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.arange(0, BLOCK)
+    live = slot < slots
+    ptr = state_ptr + slot * 4
+    scale, highest = tl.load(ptr + 1, mask=live, other=1.0), tl.load(ptr + 2, mask=live, other=0.0)
+    peak, largest = tl.load(ptr + 3, mask=live, other=0.0), tl.where(slot % 2 == 0, 448.0, 57344.0)
+    headroom = tl.where(slot % 2 == 0, activation_headroom, gradient_headroom)
+    # a slot without a peak had no scale yet; NaN is not <=
+    clamped = tl.max(tl.where((peak == 0) | (highest * scale <= largest), 0.0, 1.0), 0)
+    tl.store(state_ptr + slots * 4, tl.load(state_ptr + slots * 4) + clamped)
+    usable = (highest > 0) & (highest < float('inf'))  # otherwise keep the scale
+    peak = tl.where(usable, tl.maximum(highest, peak * decay), peak)
+    scale = power_of_two(largest, peak * headroom)
+    tl.store(ptr, 1.0 / scale, mask=live)
+    tl.store(ptr + 1, scale, mask=live)
+    tl.store(ptr + 2, tl.zeros((BLOCK,), tl.float32), mask=live)
+    tl.store(ptr + 3, peak, mask=live)
+
+
+@jit
+def quantize_kernel(x_ptr, slot_ptr, q_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64: size may pass 2^31
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(q_ptr + at, as_fp8(x, tl.load(slot_ptr + 1), q_ptr.dtype.element_ty), mask=at < size)
+    record(slot_ptr, tl.max(magnitude(x), 0))
+
+
+@jit
+def quantize_weight_kernel(
+    w_ptr,  # (OUT, IN) contiguous
+    highest_ptr,  # (1,): the largest absolute value of w
+    inverse_ptr,  # (1,) float32, written: 1 / scale
+    rows_ptr,  # (OUT, IN) e4m3, written
+    columns_ptr,  # (IN, OUT) e4m3, written
+    OUT,
+    IN,
+    BLOCK: tl.constexpr,
+):
+    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    into = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (out < OUT)[:, None] & (into < IN)[None, :]
+    w = tl.load(w_ptr + out.to(tl.int64)[:, None] * IN + into[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = power_of_two(448.0, tl.load(highest_ptr).to(tl.float32))
+    q = as_fp8(w, scale, rows_ptr.dtype.element_ty)
+    tl.store(rows_ptr + out.to(tl.int64)[:, None] * IN + into[None, :], q, mask=mask)
+    # read q back to transpose it: ptxas 12.8 (Triton 3.6) writes wrong bytes if the same registers are also shuffled
+    tl.debug_barrier()
+    mask = (into < IN)[:, None] & (out < OUT)[None, :]
+    q = tl.load(rows_ptr + out.to(tl.int64)[None, :] * IN + into[:, None], mask=mask)
+    tl.store(columns_ptr + into.to(tl.int64)[:, None] * OUT + out[None, :], q, mask=mask)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(inverse_ptr, 1.0 / scale)
+
+
+class Scales:
+    """
+    The scales of a model's activations (even slots, e4m3) and gradients (odd slots, e5m2). resume.load_rank_state
+    describes save(), load() and log().
+
+    state: float32 (slots + 1, 4) on the model's device, None before the first micro-step. The row of a slot holds 1 /
+    scale, scale, the largest absolute value in this micro-step so far, and the decaying maximum of earlier ones. The
+    last row starts with the number of micro-steps in which values were clamped. Under DDP and FSDP each rank scales the
+    tensors of its own batches, without communication.
+    """
+
+    def __init__(self, slots: int):
+        self.slots, self.state = slots, None
+        self.on = False  # whether the current micro-step quantizes, or at least measures
+        self.measuring = False  # the first micro-step only measures, and computes in bfloat16
+        self.loaded = None  # state from a checkpoint
+        self.lost = False  # whether a checkpoint lacked it
+
+    def begin(self, device: torch.device, on: bool):
+        """Updates the scales. Call it at the start of each forward. on: the micro-step trains in FP8."""
+        self.on = on
+        if not on:
+            return
+        known = self.state is not None or self.loaded is not None
+        if self.lost:
+            print('the checkpoint has no scales for FP8: they are measured anew')
+            self.lost = False
+        if self.state is None:
+            state = torch.zeros((self.slots + 1, 4)) if self.loaded is None else self.loaded
+            self.state, self.loaded = state.to(device), None
+        launch(
+            update_kernel,
+            (1,),
+            (self.state,),
+            (self.slots,),
+            (*HEADROOM, DECAY, triton.next_power_of_2(self.slots)),
+            Config(1, 0, 4),
+        )
+        self.measuring = not known
+
+    def save(self) -> dict:
+        """Returns {'model': a copy of the state}, or {} before the first micro-step."""
+        state = self.loaded if self.state is None else self.state.clone()
+        return {} if state is None else {'model': state}
+
+    def load(self, saved: dict):
+        """
+        Takes the state from this rank's entry in a checkpoint. If there is none, or it is not finite or belongs to
+        another model, the next micro-step prints a line and measures anew.
+        """
+        state = saved.get('model')
+        fits = state is not None and state.shape == (self.slots + 1, 4) and state.dtype == torch.float32
+        fits = fits and bool(state[:, [0, 1, 3]].isfinite().all() and (state[:-1, :2] > 0).all())
+        self.state, self.loaded, self.lost = None, state.cpu().clone() if fits else None, not fits
+
+    def log(self) -> dict:
+        """
+        Returns {'fp8_clamped': micro-steps of this run in which this rank clamped a value}. Waits for the GPU.
+        """
+        return {'fp8_clamped': 0 if self.state is None else int(self.state[-1, 0].item())}
+
+
+class Slot(NamedTuple):
+    """The place of one activation or gradient in Scales."""
+
+    scales: Scales
+    number: int
+
+    @property
+    def row(self):
+        """(4,) float32, see Scales; aligned to 16 bytes."""
+        return self.scales.state[self.number]
+
+    def empty_like(self, x):
+        """Returns an uninitialized fp8 tensor of the shape of x, in the format of this slot."""
+        return torch.empty(x.shape, dtype=E5M2 if self.number % 2 else E4M3, device=x.device)
+
+
+class Quantized(NamedTuple):
+    q: torch.Tensor  # fp8
+    inverse: torch.Tensor  # () float32: 1 / scale
+
+
+def move(x, y):
+    """Moves the fp8 form attached to x to y, which has the same elements in another shape."""
+    if 'fp8' in vars(x):
+        y.fp8 = vars(x).pop('fp8')
+
+
+def attach(x, q, slot):
+    """Attaches q, the fp8 form of x from the kernel that wrote x, for the matmul that takes x next; see quantize()."""
+    x.fp8 = Quantized(q, slot.row[0])
+
+
+def quantize(x, slot):
+    """Returns x, bfloat16 and contiguous, as Quantized: the form that attach() left, or else the result of a kernel."""
+    ready = vars(x).pop('fp8', None)  # removed, so that it is freed before x
+    if ready is not None:
+        return ready
+    q, block = slot.empty_like(x), 65536 if interpreted else 4096
+    if x.numel() > 0:
+        launch(
+            quantize_kernel, (-(-x.numel() // block),), (x, slot.row, q), (x.numel(),), (block,), Config(1, block, 4)
+        )
+    return Quantized(q, slot.row[0])
+
+
+class QuantizedWeight(NamedTuple):
+    rows: torch.Tensor  # (out, in) e4m3
+    columns: torch.Tensor  # (in, out) e4m3: the transposed copy that the gradient's matmul needs
+    inverse: torch.Tensor  # () float32
+
+
+def quantize_weight(weight):
+    """Returns a weight (out, in) as QuantizedWeight, with the scale that fits its largest value."""
+    weight = weight.detach().contiguous()
+    (out, into), device = weight.shape, weight.device
+    rows, columns = (torch.empty(shape, dtype=E4M3, device=device) for shape in ((out, into), (into, out)))
+    highest, inverse = torch.linalg.vector_norm(weight, float('inf')), torch.empty((), device=device)
+    block = 1024 if interpreted else 64
+    grid = -(-out // block), -(-into // block)
+    tensors = weight, highest, inverse, rows, columns
+    launch(quantize_weight_kernel, grid, tensors, (out, into), (block,), Config(1, block, 4))
+    return QuantizedWeight(rows, columns, inverse)
+
+
+@cache
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns why FP8 cannot replace matmuls in dtype on the device, in words, or None if it can."""
+    reason = unavailable_reason(device)
+    if reason is None and dtype != torch.bfloat16:
+        reason = f'it takes the place of bfloat16, and this run is in {str(dtype).removeprefix("torch.")}'
+    if reason is None and device.type == 'cuda' and torch.cuda.get_device_capability(device) < min_capability:
+        have, need = ('.'.join(map(str, c)) for c in (torch.cuda.get_device_capability(device), min_capability))
+        reason = f'{torch.cuda.get_device_name(device)} has compute capability {have}, FP8 needs {need}'
+    return reason
