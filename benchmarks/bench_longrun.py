@@ -5,6 +5,7 @@ over each other.
     python nanoGPT/data/packages/prepare.py      # after the download that it names: 106 million tokens
     python benchmarks/bench_longrun.py --work=out-longrun --out=benchmarks/results/longrun.json  # 10 minutes a run, one H200
     python benchmarks/bench_longrun.py --work=out-longrun --only=Triton --seconds=560 --out=...  # again until it is done
+    python benchmarks/bench_longrun.py --work=out-longrun --processes=4 --out=...                # four GPUs for each run
     python benchmarks/bench_longrun.py --draw --out=benchmarks/results/longrun.json              # only the picture
 
 Each run is train.py as a user starts it, with the same flags, seed and batches. After --seconds it gets SIGTERM and saves;
@@ -21,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, facts, write_json
+from common import ROOT, facts, torchrun, write_json
 from tables import gib, markdown, table
 
 sys.path.insert(0, str(ROOT / 'nanoGPT'))
@@ -34,9 +35,9 @@ RUNS = {  # name: (trainer's folder, more flags)
     'Triton, half_residual': ('phase2_triton', ['--half_residual']),
     'Triton, fp8': ('phase2_triton', ['--half_residual', '--fp8']),
 }
-FLAGS = [  # 3061 iterations of 3 x 32 x 1024 tokens: 0.301 billion
-    '--batch_size=32',
-    '--gradient_accumulation_steps=3',
+FLAGS = [  # 3061 iterations of 4 x 24 x 1024 tokens: 0.301 billion
+    '--batch_size=24',
+    '--gradient_accumulation_steps=4',
     '--max_iters=3060',
     '--lr_decay_iters=3060',
     '--warmup_iters=200',
@@ -74,8 +75,12 @@ def train(name, args):
         print(f'{name} is complete: remove {folder_of(args.work, name)} to train it again')
         return
     folder, flags = RUNS[name]
-    command = [sys.executable, str(ROOT / folder / 'train.py'), *FLAGS, *(DRY if args.dry_run else []), *flags]
-    command += [f'--dataset={args.data}', f'--out_dir={folder_of(args.work, name)}', '--init_from=auto']
+    script, flags = ROOT / folder / 'train.py', [*FLAGS, *(DRY if args.dry_run else []), *flags]
+    flags += [f'--dataset={args.data}', f'--out_dir={folder_of(args.work, name)}', '--init_from=auto']
+    flags += ['--cuda_graph=False'] if args.no_graph else []
+    command = [sys.executable, str(script), *flags]
+    if args.processes > 1:
+        command = torchrun(args.processes, script, *flags)
     process = subprocess.Popen(command, cwd=ROOT / folder)
     # the run saves before it ends, so wait for it
     signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
@@ -84,7 +89,8 @@ def train(name, args):
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         code = process.wait()
-    if code:
+    stopped = args.processes > 1 and getattr(log_of(args.work, name), 'status', None) == 'stopped'  # torchrun returns 1
+    if code and not stopped:
         sys.exit(f'bench_longrun.py: {name} failed with exit status {code}')
 
 
@@ -134,7 +140,7 @@ def longrun(report):
         losses = [f'{its[mark]:.4f} ({its[mark] - base[mark]:+.4f})' if mark in its else '' for mark in marks]
         summary = row['summary']
         speed = f'{summary["tokens_per_sec_median"]:,.0f}'
-        gap = max((abs(loss - base[mark]) for mark, loss in its.items() if mark), default=0)
+        gap = max((abs(loss - base[mark]) for mark, loss in its.items() if mark and mark in base), default=0)
         cells.append(
             (row['name'], *losses, f'{gap:.4f}', speed, gib(summary['peak_memory_bytes'] or 0, 1), row['parts'])
         )
@@ -151,6 +157,8 @@ def main():
         '--data', type=Path, default=ROOT / 'nanoGPT/data/packages', help='folder of train.bin, val.bin'
     )
     parser.add_argument('--only', default='reference;Triton', help=f'semicolon-separated names: {"; ".join(RUNS)}')
+    parser.add_argument('--processes', type=int, default=1, help='GPUs of each run, by DDP: 1, 2 or 4')
+    parser.add_argument('--no-graph', action='store_true', help='train with --cuda_graph=False')
     parser.add_argument('--seconds', type=float, default=0, help='stop each run after so long; 0: when it is done')
     parser.add_argument('--draw', action='store_true', help='train nothing: draw the picture of the result file')
     parser.add_argument('--dry-run', action='store_true', help='a tiny model on the CPU')
@@ -168,7 +176,7 @@ def main():
         train(name, args)
         print(f'{name}: {time.perf_counter() - began:.0f} s', flush=True)
         rows = collected(args.work)
-        write_json(args.out, {**facts(cpu=args.dry_run), 'rows': rows})
+        write_json(args.out, {**facts(cpu=args.dry_run), 'processes': args.processes, 'rows': rows})
     draw_rows(rows, args.out.with_suffix('.png'))
     print(longrun({'rows': rows}))
 

@@ -777,6 +777,42 @@ def phase2_widths(report):
     return markdown(header, cells)
 
 
+def useful(rows, columns, tile):
+    """Returns the share of the multiprocessors' time that computes the output and not padding or nothing."""
+    waves, *_ = tiled(rows, columns, tile)
+    return rows * columns / (waves * MULTIPROCESSORS * tile[0] * tile[1])
+
+
+def rate(row):
+    """Returns the TFLOP/s of a matmul with cuBLAS."""
+    return 2 * math.prod(shapes_at(1600)[row['weight'], row['kind']]) / statistics.median(row['us']['cublas']) / 1e6
+
+
+@table('phase2_matmuls_*_xl')
+def phase2_quantization(report):
+    """The useful share of each matmul of 1.5B for two tiles, at 1600 columns and at 1664, and its measured speed."""
+    cells = []
+    for row in report['rows']:
+        key = row['weight'], row['kind']
+        rows, columns, _ = shapes_at(1600)[key]
+        shares = [
+            f'{useful(*shapes_at(width)[key][:2], tile):.0%}'
+            for width in (1600, 1664)
+            for tile in ((128, 256), (192, 192))
+        ]
+        cells.append((*key, f'{rows:,} × {columns:,}', *shares, f'{rate(row):.0f}'))
+    tiles = [f'{tile} tiles, {width}' for width in (1600, 1664) for tile in ('128 × 256', '192 × 192')]
+    return markdown(['', '', 'output', *tiles, 'TFLOP/s at 1600'], cells)
+
+
+@number
+def matmul_rate(kind):
+    """Mean TFLOP/s, over 1.5B's forwards and input gradients, of those with 1600 columns (narrow) or with more (wide)."""
+    rows = [row for row in load('phase2_matmuls_h200_xl')['rows'] if row['kind'] != 'dw']
+    narrow = lambda row: shapes_at(1600)[row['weight'], row['kind']][1] == 1600
+    return f'{statistics.fmean(rate(row) for row in rows if narrow(row) == (kind == "narrow")):.0f}'
+
+
 @table('phase2_gradients_*')
 def phase2_gradients(report):
     """Relative errors of all parameters' gradients against float64."""
@@ -878,6 +914,13 @@ def phase2_largest(report):
     limit = f' in {report["gib"]:g} GiB' if report.get('gib') else ''
     header = [f'the most that fits into a micro-step{limit}', 'sequences of 1024', 'tokens/s', 'peak, GiB']
     return markdown([*header, 'MiB a sequence'], cells)
+
+
+@number
+def times_upstream(file, *name):
+    """Speed of a short name (see changes) in multiples of upstream nanoGPT's in the same turns."""
+    row = changes(load(file))[' '.join(name)]
+    return f'{statistics.median(row["ms_upstream"]) / statistics.median(row["ms"]):.2f}'
 
 
 @number
