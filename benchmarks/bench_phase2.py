@@ -2,25 +2,25 @@
 The Triton model against the reference's on one GPU, in one process: speed of training GPT-2, memory, gradients, loss
 curves.
 
-    python benchmarks/bench_phase2.py ladder --out=benchmarks/results/phase2_ladder.json    # about 3 minutes on an H200
+    python benchmarks/bench_phase2.py ladder --out=ladder.json                # about 3 minutes on an H200
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
-    python benchmarks/bench_phase2.py ladder --nanogpt=$HOME/nanoGPT --together=8 --out=...  # upstream in each turn, too
-    python benchmarks/bench_phase2.py curves --out=benchmarks/results/phase2_curves.json  # 5 minutes; needs data/python_gpt2
-    python benchmarks/bench_phase2.py largest --out=benchmarks/results/phase2_largest.json  # about 5 minutes
-    python benchmarks/bench_phase2.py profile --out=benchmarks/results/phase2_profile.json  # about 1 minute
-    python benchmarks/bench_phase2.py gradients --batch_size=2 --out=...                    # about 1 minute
-    python benchmarks/bench_phase2.py matmuls --out=benchmarks/results/phase2_matmuls.json  # about 10 seconds
-    python benchmarks/bench_phase2.py fp8 --out=benchmarks/results/fp8_matmuls.json         # about 10 seconds
-    python benchmarks/bench_phase2.py ladder --only='+ half_residual;fp8' --together=7 --out=benchmarks/results/fp8_ladder.json
+    python benchmarks/bench_phase2.py ladder --nanogpt=$HOME/nanoGPT --together=8 --out=...  # upstream in each turn
+    python benchmarks/bench_phase2.py ladder --only='+ half_residual;fp8' --together=7 --out=fp8_ladder.json
+    python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json      # tiny, on a CPU; also gradients
+    python benchmarks/bench_phase2.py curves --out=phase2_curves.json         # 5 minutes; needs data/python_gpt2
     python benchmarks/bench_phase2.py curves --only='Triton, half_residual;Triton, fp8' --curve_steps=1500 --out=...
-    python benchmarks/bench_phase2.py widths --out=benchmarks/results/phase2_widths.json    # about 20 seconds
-    python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json  # tiny, on a CPU; also gradients
+    python benchmarks/bench_phase2.py largest --out=phase2_largest.json       # about 5 minutes
+    python benchmarks/bench_phase2.py profile --out=phase2_profile.json       # about 1 minute
+    python benchmarks/bench_phase2.py gradients --batch_size=2 --out=...      # about 1 minute
+    python benchmarks/bench_phase2.py matmuls --out=phase2_matmuls.json       # about 10 seconds
+    python benchmarks/bench_phase2.py fp8 --out=fp8_matmuls.json              # about 10 seconds
+    python benchmarks/bench_phase2.py widths --out=phase2_widths.json         # about 20 seconds
 
 ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro-steps of 12 x 1024 random tokens,
 clipping, fused AdamW) with one change after the other. Each variant takes turns with the compiled reference, five
 times. With --together=6, five variants at a time take turns with it, which compares them better and needs memory for
-six. With --nanogpt, upstream's model takes its turn with them, in the same training step. Clock and power are nvidia-smi's during its own turns: a GPU at its power limit slows down, and the more the better
-it is used.
+six. With --nanogpt, upstream's model takes its turn with them, in the same training step. nvidia-smi reports clock and
+power during each variant's own turns: a GPU at its power limit lowers its clock, the more the better it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
 fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
@@ -567,8 +567,8 @@ def gradients(args, rows, save):
         ratios = [errors[k] / all_errors['reference, compiled'][k] for k in errors] if len(all_errors) > 1 else [1.0]
         rows.append(dict(name=name, errors=errors))
         lines.append(
-            f'{name:28s} mean error {statistics.fmean(errors.values()):.2e}, largest {max(errors.values()):.2e}; of the compiled '
-            f"reference's {statistics.median(ratios):.3f} in the median, at most {max(ratios):.3f}"
+            f'{name:28s} mean error {statistics.fmean(errors.values()):.2e}, largest {max(errors.values()):.2e}; '
+            f"of the compiled reference's {statistics.median(ratios):.3f} in the median, at most {max(ratios):.3f}"
         )
         save()
     return '\n'.join(lines)
@@ -645,7 +645,8 @@ def compared(rows):
     if len(seeds) > 1:
         noise = torch.stack([smooth[base, a] - smooth[base, b] for a in seeds for b in seeds if b < a]).abs()
         lines.append(
-            f'between seeds of {"the " * (base == "reference")}{base}: mean {noise.mean():.4f}, largest {noise.max():.4f}'
+            f'between seeds of {"the " * (base == "reference")}{base}: mean {noise.mean():.4f}, '
+            f'largest {noise.max():.4f}'
         )
     for kind in sorted(kinds.keys() - {base}):
         both = [seed for seed in seeds if (kind, seed) in curves]
@@ -809,7 +810,7 @@ def phase2_quantization(report):
 
 @number
 def matmul_rate(kind):
-    """Mean TFLOP/s, over 1.5B's forwards and input gradients, of those with 1600 columns (narrow) or with more (wide)."""
+    """Mean TFLOP/s of 1.5B's forwards and input gradients: those with 1600 columns (narrow) or with more (wide)."""
     rows = [row for row in load('phase2_matmuls_h200_xl')['rows'] if row['kind'] != 'dw']
     narrow = lambda row: shapes_at(1600)[row['weight'], row['kind']][1] == 1600
     return f'{statistics.fmean(rate(row) for row in rows if narrow(row) == (kind == "narrow")):.0f}'

@@ -26,8 +26,8 @@ from .device import interpreted, jit, tl, triton, unavailable_reason
 from .launch import Config, launch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# least factors by which activations and gradients may grow before they are clamped; rounding a scale leaves up to twice
-# that. Headroom costs range at the small end only: 2^13 of the 2^15 of e4m3's normal numbers remain, 2^24 of e5m2's 2^30
+# Activations and gradients may grow by at least these factors before they are clamped; rounding a scale leaves up to
+# twice as much. Headroom costs range only at the small end: e4m3 keeps 2^13 of its 2^15, e5m2 2^24 of its 2^30.
 HEADROOM = 2.0, 32.0
 DECAY = 0.98  # of the peak per micro-step: a single large value is half forgotten after 35
 min_capability = (8, 9)  # Ada, the first with matmuls in FP8

@@ -41,7 +41,10 @@ def measured(scales):
 @pytest.mark.parametrize('number, dtype', [(0, E4M3), (1, E5M2)])
 @pytest.mark.parametrize('peak', [1.0, 3.0, 1e-6, 1e6])
 def test_quantization(number, dtype, peak):
-    """Equal bits: a scale of 2^k changes no digit, and then both round to the nearest. What is too large is clamped, and NaN stays."""
+    """
+    Equal bits: a scale of 2^k changes no digit, and then both round to the nearest. What is too large is clamped,
+    and NaN stays.
+    """
     scales = scales_of(peak, peak)
     _, scale, *_ = scales.state[number].tolist()
     assert scale == 2.0 ** round(torch.tensor(scale).log2().item()), 'a power of two'
@@ -70,8 +73,11 @@ def test_a_weight_is_quantized_with_its_own_largest_value():
 
 
 def assert_is_fp8_of(ready, x, scales, number):
-    """Asserts that ready is x in fp8, where x has been rounded to bfloat16 and ready has not, and that x was measured."""
-    # half a unit in the last place of e4m3 is 1/16, of e5m2 1/8; bfloat16 has rounded by 1/256, in the interpreter 1/128
+    """
+    Asserts that ready is x in fp8, where x has been rounded to bfloat16 and ready has not, and that x was measured.
+    """
+    # half a unit in the last place of e4m3 is 1/16, of e5m2 1/8; bfloat16 has rounded by 1/256, in the
+    # interpreter 1/128
     rtol = 0.13 if number % 2 else 0.07
     largest = LARGEST[ready.q.dtype] * ready.inverse.item()
     torch.testing.assert_close(
@@ -143,7 +149,10 @@ def test_loss_writes_fp8_too(V):
 
 
 def test_scales_follow_the_values():
-    """The scale of a step comes from the steps before. A larger value is clamped once and counted; a smaller one lowers the peak slowly."""
+    """
+    The scale of a step comes from the steps before. A larger value is clamped once and counted; a smaller one
+    lowers the peak slowly.
+    """
     scales = scales_of(1.0)
     slot = Slot(scales, 0)
 
@@ -217,7 +226,9 @@ def with_optimizer(model):
 
 @pytest.mark.parametrize('options', OPTIONS)
 def test_a_model_in_fp8(options, capsys):
-    """The first micro-step is bfloat16's, bit for bit; later gradients are as near to bfloat16's as 2 or 3 bits allow."""
+    """
+    The first micro-step is bfloat16's, bit for bit; later gradients are as near to bfloat16's as 2 or 3 bits allow.
+    """
     (first, *later), grads = train(with_optimizer(eight_bits(**options)), 2)
     assert 'using FP8 in forward and for input gradients\n' in capsys.readouterr().out
     (expected, *others), bf16_grads = train(with_optimizer(eight_bits(**options, fp8=False)), 2)
@@ -266,7 +277,10 @@ def test_producers_leave_little_to_quantize(monkeypatch):
 
 
 def test_recorded_micro_steps(monkeypatch):
-    """CUDA graphs hold the updates of the scales, and quantize weights once an iteration. Without a GPU, the graphs are faked."""
+    """
+    CUDA graphs hold the updates of the scales, and quantize weights once an iteration. Without a GPU, the graphs
+    are faked.
+    """
     import cuda_graph
 
     if not gpu:
@@ -296,7 +310,10 @@ def test_recorded_micro_steps(monkeypatch):
 
 
 def test_resuming_is_exact(tmp_path, capsys):
-    """Through a checkpoint's extra key, with its checks. A checkpoint without scales, or with those of another model, measures anew."""
+    """
+    Through a checkpoint's extra key, with its checks. A checkpoint without scales, or with those of another model,
+    measures anew.
+    """
     from checkpoint_fields import check_fields
     from resume import load_rank_state, rank_state
 
