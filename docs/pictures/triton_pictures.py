@@ -120,8 +120,8 @@ def draw_roofline(plt, numbers):
     axes.text(1900, PEAK * 1.12, 'bfloat16 tensor cores: 989 TFLOP/s', ha='right')
     colours = dict(zip([label for label, *_ in numbers['dots']], (ORANGE, BLUE, RED, '#777777', '#777777', SKY)))
     places = {  # positions of labels that are not below and right of their dots
-        'matmul 768 → 2304': (60, -50, 'right'),
-        'matmul 3072 → 768': (60, -68, 'right'),
+        'matmul 768 → 2304': (60, -56, 'right'),
+        'matmul 3072 → 768': (60, -74, 'right'),
         'residual + LayerNorm': (-8, 7, 'right'),
     }
     for label, gpu, intensity, theirs, ours in numbers['dots']:
@@ -196,7 +196,7 @@ def draw_ladder(plt, panels):
             axes.text(max(ms, before) + 1, y, f'{ms - before:+.1f}'.replace('-', '−'), va='center')
         axes.barh(-len(times), end, color=GREEN)
         axes.text(end + 1, -len(times), f'{end:.1f}: {start / end:.2f} × the reference', va='center')
-        axes.set_yticks(range(0, -len(times) - 1, -1), [*names, 'Triton'])
+        axes.set_yticks(range(0, -len(times) - 1, -1), [*names, 'all of these'])
         axes.set_xlim(150, max(times) + 30)
         axes.set_xlabel('ms of an iteration of 98,304 tokens (axis from 150)')
         axes.set_title(f'one {gpu}')
