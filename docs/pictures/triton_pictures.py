@@ -120,8 +120,8 @@ def draw_roofline(plt, numbers):
     axes.text(1900, PEAK * 1.12, 'bfloat16 tensor cores: 989 TFLOP/s', ha='right')
     colours = dict(zip([label for label, *_ in numbers['dots']], (ORANGE, BLUE, RED, '#777777', '#777777', SKY)))
     places = {  # positions of labels that are not below and right of their dots
-        'matmul 768 → 2304': (60, -56, 'right'),
-        'matmul 3072 → 768': (60, -74, 'right'),
+        'matmul 768 → 2304': (60, -70, 'right'),
+        'matmul 3072 → 768': (60, -88, 'right'),
         'residual + LayerNorm': (-8, 7, 'right'),
     }
     for label, gpu, intensity, theirs, ours in numbers['dots']:
