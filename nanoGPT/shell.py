@@ -38,7 +38,8 @@ def shortest_path(path: str) -> str:
     """
     path, here = os.path.abspath(path), os.getcwd()
     near = os.path.dirname(os.path.dirname(here)) + os.sep
-    return os.path.relpath(path) if path.startswith(near) and near.count(os.sep) > 1 else path
+    near = near if near.count(os.sep) > 1 else here + os.sep  # not the whole disk
+    return os.path.relpath(path) if path.startswith(near) else path
 
 
 def python() -> str:

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_said_with_a_way_out():
     assert run.returncode == 1 and 'ddp does not fit on 4 × a100-40gb' in run.stdout
     command = run.stdout.strip().splitlines()[-1].split()
     flags = [word for word in command if word.startswith('--') and not word.startswith(('--nproc', '--standalone'))]
-    folder = next(word for word in command if word.endswith('train.py')).split('/')[0]
+    folder = Path(next(word for word in command if word.endswith('train.py'))).parent.name
     trainer = next(name for name, its_folder in options.FOLDERS.items() if its_folder == folder)
     again = run_plan(*flags, '--gpu=a100-40gb', f'--gpus={command[2].split("=")[1]}', f'--trainer={trainer}')
     assert again.returncode == 0, again.stdout
