@@ -162,6 +162,19 @@ def prepare(folder: str) -> None:
         os.makedirs(saving)
 
 
+class Writer(dcp.FileSystemWriter):
+    """
+    Gives the reason why a write failed, such as a full disk. torch raises a RuntimeError about positions in the file,
+    whose cause is lost on the way to other ranks.
+    """
+
+    def write_data(self, *args, **kwargs):
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as e:
+            raise RuntimeError(reason(e)) from None
+
+
 def write_sharded(
     tensors: dict, rest: dict, folder: str, best: bool, group=None
 ) -> tuple[str | None, int | None, float]:
@@ -173,7 +186,7 @@ def write_sharded(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         # copying ahead would wait for GPU 0 every 10 MB, which on all ranks but one is another rank's GPU
-        writer = dcp.FileSystemWriter(saving, per_thread_copy_ahead=0)
+        writer = Writer(saving, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = 0 if group is None else dist.get_rank()
     crcs = {name: crc32_of_chunks(os.path.join(saving, name)) for name in glob.glob(f'__{rank}_*', root_dir=saving)}
