@@ -38,6 +38,7 @@ from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import reason
 from out_dir import set_aside
+from regular_file import check_regular
 from shell import python_command, quote
 
 FOLDER = 'ckpt_sharded'
@@ -55,6 +56,7 @@ def named_by(pointer: str, folder: str) -> str | None:
     UserError if the file is unreadable.
     """
     try:
+        check_regular(os.path.join(folder, pointer))
         with open(os.path.join(folder, pointer), errors='replace') as f:
             return os.path.join(folder, os.path.basename(f.read().strip()))
     except (FileNotFoundError, NotADirectoryError):
@@ -107,6 +109,7 @@ def _iteration(path):
     Returns the checkpoint's iteration, or -1 if the file is unreadable. Does not check other fields and checksums.
     """
     try:
+        check_regular(path)
         return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num'])
     except Exception:  # damaged bytes can raise any error; loading the checkpoint reports it
         return -1
@@ -228,6 +231,7 @@ class SafeReader(dcp.FileSystemReader):
     """
 
     def read_metadata(self, *args, **kwargs):
+        check_regular(os.path.join(self.path, '.metadata'))
         with open(os.path.join(self.path, '.metadata'), 'rb') as f:
             metadata = _MetadataUnpickler(f).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()

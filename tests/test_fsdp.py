@@ -285,6 +285,11 @@ def test_mistakes_end_with_one_message(launch, work):
     with open(f'{folder}/.metadata', 'wb') as f:
         pickle.dump(Evil(), f)
     assert 'which could run code' in message(RESUME) and not os.path.exists('executed')
+    for path in (f'{folder}/.metadata', 'out/ckpt.pt', f'{folder}/unsharded.pt', 'out/ckpt_sharded/latest'):
+        if os.path.exists(path):
+            os.remove(path)
+        os.mkfifo(path)  # opening it would wait for its writer
+        assert 'not a regular file' in message(RESUME)
 
 
 CUDA = pytest.param(
