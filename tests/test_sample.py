@@ -117,4 +117,4 @@ def test_bench(launch, work):
         )
     assert 'aten::' in launch(BENCH, *shape, '--real_data=False', '--profile').stdout and os.listdir('bench_log')
     run = launch(BENCH, *shape, '--dataset=nowhere', check=False)
-    assert run.returncode == 2 and "no data set 'nowhere'" in run.stderr
+    assert run.returncode == 2 and "no data set 'nowhere'" in run.stderr and '--real_data=False' in run.stderr
