@@ -277,6 +277,8 @@ def test_mistakes_end_with_one_message(launch, work):
     assert '__1_0.distcp has been cut short' in message(RESUME)
     os.remove(f'{folder}/__1_0.distcp')
     assert '__1_0.distcp is missing' in message(RESUME)
+    os.mkfifo(f'{folder}/__1_0.distcp')
+    assert '__1_0.distcp has been cut short' in message(RESUME)
 
     class Evil:
         def __reduce__(self):
