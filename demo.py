@@ -27,6 +27,7 @@ import errors  # noqa: F401  reports a missing package
 from run_logs import load_runs, summarize
 from shell import python, python_command, quote
 
+TORCHRUN = 'torch.distributed.run'
 TRITON = '--model_dir=../phase2_triton'
 EACH_BLOCK = '--fsdp_min_num_params=1'  # by default, the whole of such a small model would be one unit
 TECHNIQUES = {  # name: (folder of the trainer, further flags)
@@ -69,17 +70,30 @@ class Demo:
         """
         Runs Python with these arguments, shows its output and returns it. On a terminal, the lines of its iterations
         replace each other and end with the time left in all. If it fails, the demo exits with its status.
+
+        The command has a process group of its own, so a terminal's Ctrl-C reaches the demo only: torchrun would answer
+        with a traceback. Training saves and ends once nobody reads its output.
         """
         title, seconds = self.parts[self.next]
         print(f'\n{self.next + 1} of {len(self.parts)}: {title} (about {duration(self.left())} left in all)')
         print(f'$ {python()} {" ".join(quote(str(part)) for part in command)}', flush=True)
         started, printed = time.monotonic(), []
         env = dict(os.environ, PYTHONUNBUFFERED='1', **env)
-        with subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                printed.append(line)
-                iteration = re.match(r'iter (\d+):', line) if iterations else None
-                show(line, self.left(int(iteration[1]) / iterations) if iteration else None)
+        options = dict(env=env, stdout=subprocess.PIPE, text=True, process_group=0)
+        with subprocess.Popen([sys.executable, *command], **options) as process:
+            try:
+                for line in process.stdout:
+                    printed.append(line)
+                    iteration = re.match(r'iter (\d+):', line) if iterations else None
+                    show(line, self.left(int(iteration[1]) / iterations) if iteration else None)
+            except KeyboardInterrupt:
+                process.stdout.close()
+                if TORCHRUN in command:
+                    print('\nInterrupted: training saves a checkpoint first.', flush=True)
+                else:
+                    process.terminate()
+                process.wait()
+                raise
         if process.returncode:
             sys.exit(process.returncode)
         self.spent += time.monotonic() - started
@@ -101,6 +115,11 @@ def show(line, left=None):
 
 def duration(seconds):
     return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min'
+
+
+def train_longer():
+    """Returns the command that continues the training of the GPT."""
+    return python_command(NANOGPT / 'train.py', CONFIG, f'--out_dir={OUT}', '--init_from=resume')
 
 
 def newest_log(folder):
@@ -158,7 +177,7 @@ def main():
     demo.print_plan()
 
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    torchrun = ['-m', TORCHRUN, '--standalone', f'--nproc_per_node={processes}']
     ranks = [f'--gradient_accumulation_steps={processes}', f'--batch_size={max(1, 16 // processes)}', *device]
     if gpus == 1:
         alone = [NANOGPT / 'train.py', CONFIG, '--gradient_accumulation_steps=2', '--batch_size=8']
@@ -200,7 +219,6 @@ to step, with one letter for each byte per parameter: P for parameters, G for gr
 
     entropy = pickle.loads((DATA / 'meta.pkl').read_bytes())['unigram_entropy']  # prepare.py has just written it
     val_loss = json.loads(log.read_text())['summary']['best_val_loss']
-    resume = [CONFIG, f'--out_dir={OUT}', '--init_from=resume']
     print(f"""
 The GPT learnt from the sources of Python's standard library, one character at a time. Its best validation loss is
 {val_loss:.3f} nats per character. A model that knows only how frequent each character is would reach {entropy:.3f}.
@@ -210,7 +228,7 @@ The GPT learnt from the sources of Python's standard library, one character at a
   picture       {log.with_name(log.stem + '_analysis.png')}
   comparison    {comparison}
   more samples  {python_command(NANOGPT / 'sample.py', f'--out_dir={OUT}', '--start=class ')}
-  train longer  {python_command(NANOGPT / 'train.py', *resume)}""")
+  train longer  {train_longer()}""")
     if not val_loss < 0.75 * entropy:
         sys.exit(f'the validation loss is not clearly below {entropy:.3f}: something is wrong')
 
@@ -218,5 +236,9 @@ The GPT learnt from the sources of Python's standard library, one character at a
 if __name__ == '__main__':
     try:
         main()
-    except KeyboardInterrupt:  # training has saved a checkpoint
+    except KeyboardInterrupt:
+        if (OUT / 'ckpt.pt').exists():
+            print(f'\n{OUT / "ckpt.pt"} is the latest checkpoint. To train its GPT longer, run:\n  {train_longer()}')
+        else:
+            print('\nThe demo was interrupted before it saved a checkpoint.')
         sys.exit(130)

@@ -32,6 +32,7 @@ from distributed import check_environment, join_ranks, leave_ranks, mean_over_ra
 from encoding import download, get_encoding
 from evaluation import bits_per_byte, mean_bytes_per_token, mean_loss
 from progress import show_progress
+from regular_file import check_regular
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # folder of the checkpoint
@@ -190,6 +191,7 @@ def add_to_log(path, results):
     which.
     """
     try:
+        check_regular(path)
         with open(path, encoding='utf-8') as f:
             log = json.load(f)
         if log['run']['status'] == 'running':

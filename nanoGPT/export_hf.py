@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -206,6 +207,9 @@ tensors = hf_format.to_hf(weights, vocab_size, torch_dtype)
 parent, name = os.path.split(os.path.abspath(hf_dir))
 folder = os.path.join(parent, f'.{name}.tmp')
 shutil.rmtree(folder, ignore_errors=True)  # left by a killed export
+for number in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # through `finally` below
 try:
     os.makedirs(folder)
     write_weights(folder, tensors)

@@ -13,6 +13,7 @@ import os
 import torch
 
 from errors import UserError
+from regular_file import check_regular
 
 ACTIVATIONS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}  # GPTConfig's gelu
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
@@ -217,6 +218,7 @@ def write_json(path, content):
 def read_json(path):
     """Returns the dict in the JSON file at path. Raises UserError if there is none."""
     try:
+        check_regular(path)
         with open(path, encoding='utf-8') as f:
             content = json.load(f)
     except FileNotFoundError:
@@ -250,5 +252,6 @@ def check_checksum(folder, name):
 
 
 def sha256_of(path):
+    check_regular(path)
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()

@@ -19,6 +19,7 @@ from checkpoint import write_checkpoint
 from configurator import configure
 from model import GPT, GPTConfig
 from out_dir import make_out_dir
+from regular_file import check_regular
 from shell import pip_install
 
 # -----------------------------------------------------------------------------
@@ -73,6 +74,7 @@ def read_weights(folder):
             raise UserError(f'{path} does not exist; other formats of weights are not read, because they can run code')
         hf_format.check_checksum(folder, name)
         try:
+            check_regular(path)
             tensors |= load_file(path)
         except (SafetensorError, OSError) as e:
             raise UserError(

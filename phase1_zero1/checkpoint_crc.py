@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
+from regular_file import check_regular
+
 COMMENT = b'CRC-32 of all bytes outside the members: '  # 8 hexadecimal digits follow
 CHUNK = 64 * 2**20  # bytes
 
@@ -42,6 +44,7 @@ def check_archive(path: str, contents: bool = True) -> None:
     Raises DamagedFile if a byte changed since torch.save and add_crc() wrote the file, OSError if it is unreadable.
     contents: also checks the tensors, which takes the time of reading the whole file.
     """
+    check_regular(path)
     with open(path, 'rb') as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(0)

@@ -1,7 +1,8 @@
 """Builds the plan.py command for a run, which train.py suggests when memory runs out."""
 
 import os
-import shlex
+
+from shell import python_command
 
 
 def plan_command(argv: list[str], world_size: int, device_name: str) -> str | None:
@@ -18,6 +19,5 @@ def plan_command(argv: list[str], world_size: int, device_name: str) -> str | No
     with open(gpus, encoding='utf-8') as f:
         if f"'{device_name}'" not in f.read():
             return None
-    words = ['python', os.path.relpath(script), *argv[1:]]
-    words += [f'--trainer={os.path.basename(folder)}', f'--gpu={device_name}', f'--gpus={world_size}']
-    return shlex.join(words)
+    trainer = f'--trainer={os.path.basename(folder)}'
+    return python_command(script, *argv[1:], trainer, f'--gpu={device_name}', f'--gpus={world_size}')

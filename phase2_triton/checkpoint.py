@@ -26,6 +26,7 @@ from checkpoint_crc import DamagedFile, add_crc, check_archive
 from checkpoint_fields import check_fields, check_finite
 from errors import UserError, first_line, reason
 from out_dir import is_checkpoint_folder, set_aside, temporary
+from regular_file import check_regular
 from shell import quote
 
 # prefixes that torch.compile, DDP, FSDP and activation checkpointing add to parameter names
@@ -145,6 +146,7 @@ def _copy(source, target):
 def sync(path):
     """Flushes a file, or the names in a folder, to the disk, if that is possible."""
     with suppress(OSError):  # the best checkpoint may be unreadable, and some file systems cannot sync a folder
+        check_regular(path)
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)

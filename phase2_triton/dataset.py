@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from data_identity import check_same_encoding, make_manifest, without_fingerprints
 from encoding import encoding_fingerprint, get_encoding
+from regular_file import check_regular
 from shell import python_command, quote
 from token_files import TokenFiles, recognize
 
@@ -308,6 +309,7 @@ def load_meta(data_dir: str) -> dict:
     if not os.path.exists(path):
         return {}
     try:
+        check_regular(path)
         with open(path, 'rb') as f:
             meta = _PlainUnpickler(f).load()
         if not isinstance(meta, dict):

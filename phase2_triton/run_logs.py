@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from regular_file import check_regular
+
 # a 'running' log without a new record for this long (and for 20 of its slowest steps, and 3 records) is from a dead
 # process
 DEAD_AFTER_S = 600
@@ -64,6 +66,7 @@ def load_log(path: str) -> dict:
 def _read(path):
     for attempt in range(5):
         try:
+            check_regular(path)
             with open(path, 'rb') as file:
                 log = json.loads(file.read())
             break

@@ -77,7 +77,14 @@ if start.startswith('FILE:'):
         raise UserError(f'--start={start}: {e}') from None
 if not start:
     raise UserError('start is empty: give at least one character to continue, such as --start=A')
-x = torch.tensor(encoding.encode(start), dtype=torch.long, device=device)[None, :]  # (1, T)
+try:
+    prompt = encoding.encode(start)
+except UserError:
+    if 'start' in flags_set:
+        raise
+    prompt = [0]
+    print(f'the alphabet has no newline to start from, so samples start with {encoding.decode(prompt)!r} (see --start)')
+x = torch.tensor(prompt, dtype=torch.long, device=device)[None, :]  # (1, T)
 
 # generation
 sys.stdout.reconfigure(errors='backslashreplace')  # for characters that a terminal cannot show

@@ -12,7 +12,6 @@ import codecs
 import glob
 import os
 import resource
-import stat
 import weakref
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from errors import UserError
+from regular_file import check_regular
 from shell import quote
 
 HEADER_BYTES = 256 * 4
@@ -74,8 +74,7 @@ def recognize(path: str, dtype: str = 'uint16', known_count: bool = False, advic
     if os.path.islink(path) and not os.path.exists(path):
         raise UserError(f'{path} is a link to {os.readlink(path)}, which does not exist')
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
-            raise UserError(f'{path} is not a regular file')  # a pipe, which would block
+        check_regular(path)
         with open(path, 'rb') as f:
             size = os.fstat(f.fileno()).st_size
             head = f.read(HEADER_BYTES)

@@ -5,7 +5,7 @@ $ python bench.py --batch_size=12 --compile=True
 $ python bench.py --real_data=False --profile=True
 """
 
-import errors  # isort: skip  # noqa: F401  first: it reports a missing package
+from errors import UserError  # isort: skip  first: it also reports a missing package
 
 import os
 import statistics
@@ -53,7 +53,10 @@ ctx = hardware.autocast(device, dtype)
 
 # data
 if real_data:
-    data = open_dataset(dataset, block_size, splits=('train',))
+    try:
+        data = open_dataset(dataset, block_size, splits=('train',))
+    except UserError as e:
+        raise UserError(f'{e}\nTo time random tokens instead of a data set, use --real_data=False') from None
     vocab_size = data.meta.get('vocab_size', 50304)
 
     def get_batch():

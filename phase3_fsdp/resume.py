@@ -15,6 +15,7 @@ from configurator import ARCHITECTURE
 from data_identity import check_same_data
 from distributed import max_over_ranks, same_on_all_ranks
 from errors import UserError
+from regular_file import check_regular
 
 
 def resume_model_args(checkpoint: dict, model_args: dict, flags_set: set[str]) -> dict:
@@ -164,7 +165,9 @@ def _loss_of_best(path):
     write ckpt.pt but not its copy leaves an older ckpt_best.pt, with a larger loss, which is the one to beat.
     """
     with suppress(Exception):  # a damaged file can raise any error
-        best = torch.load(os.path.join(os.path.dirname(path), 'ckpt_best.pt'), 'cpu', weights_only=True, mmap=True)
+        best_path = os.path.join(os.path.dirname(path), 'ckpt_best.pt')
+        check_regular(best_path)
+        best = torch.load(best_path, 'cpu', weights_only=True, mmap=True)
         return float(best['best_val_loss'])
     return -math.inf
 

@@ -38,6 +38,7 @@ from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import reason
 from out_dir import set_aside
+from regular_file import check_regular
 from shell import python_command, quote
 
 FOLDER = 'ckpt_sharded'
@@ -55,6 +56,7 @@ def named_by(pointer: str, folder: str) -> str | None:
     UserError if the file is unreadable.
     """
     try:
+        check_regular(os.path.join(folder, pointer))
         with open(os.path.join(folder, pointer), errors='replace') as f:
             return os.path.join(folder, os.path.basename(f.read().strip()))
     except (FileNotFoundError, NotADirectoryError):
@@ -107,6 +109,7 @@ def _iteration(path):
     Returns the checkpoint's iteration, or -1 if the file is unreadable. Does not check other fields and checksums.
     """
     try:
+        check_regular(path)
         return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num'])
     except Exception:  # damaged bytes can raise any error; loading the checkpoint reports it
         return -1
@@ -162,6 +165,19 @@ def prepare(folder: str) -> None:
         os.makedirs(saving)
 
 
+class Writer(dcp.FileSystemWriter):
+    """
+    Gives the reason why a write failed, such as a full disk. torch raises a RuntimeError about positions in the file,
+    whose cause is lost on the way to other ranks.
+    """
+
+    def write_data(self, *args, **kwargs):
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as e:
+            raise RuntimeError(reason(e)) from None
+
+
 def write_sharded(
     tensors: dict, rest: dict, folder: str, best: bool, group=None
 ) -> tuple[str | None, int | None, float]:
@@ -173,7 +189,7 @@ def write_sharded(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         # copying ahead would wait for GPU 0 every 10 MB, which on all ranks but one is another rank's GPU
-        writer = dcp.FileSystemWriter(saving, per_thread_copy_ahead=0)
+        writer = Writer(saving, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = 0 if group is None else dist.get_rank()
     crcs = {name: crc32_of_chunks(os.path.join(saving, name)) for name in glob.glob(f'__{rank}_*', root_dir=saving)}
@@ -215,6 +231,7 @@ class SafeReader(dcp.FileSystemReader):
     """
 
     def read_metadata(self, *args, **kwargs):
+        check_regular(os.path.join(self.path, '.metadata'))
         with open(os.path.join(self.path, '.metadata'), 'rb') as f:
             metadata = _MetadataUnpickler(f).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()

@@ -391,6 +391,18 @@ def test_read_errors_are_named(launch, run, prepare, out_dir, message):
     assert ended.returncode == 2 and message in ended.stderr and acceptable(2, ended.stderr), ended.stderr
 
 
+def test_a_named_pipe_is_a_message(launch, run):
+    """Opening it would wait for its writer."""
+    checkpoint = load('out/ckpt.pt')
+    for name in ('ckpt.pt', 'ckpt_best.pt'):
+        os.remove(f'out/{name}')
+        os.mkfifo(f'out/{name}')
+    with pytest.raises(UserError, match='out/ckpt.pt cannot be read: not a regular file'):
+        load_checkpoint('out/ckpt.pt')
+    assert write_checkpoint(checkpoint, 'out', best=False, required=True)['bytes']
+    launch(TRAIN, *RESUME, '--n_layer=1')
+
+
 def test_an_unreadable_folder_is_one_message(launch, run):
     """With init_from=auto it must not start from scratch. root may read everything, so the system call is replaced."""
     patch = (

@@ -595,6 +595,12 @@ def test_bad_meta(tmp_path, monkeypatch, content, message):
     assert os.listdir(tmp_path) == ['meta.pkl']  # nothing was executed
 
 
+def test_a_named_pipe_is_no_meta(tmp_path):
+    os.mkfifo(tmp_path / 'meta.pkl')  # opening it would wait for its writer
+    with pytest.raises(UserError, match='meta.pkl cannot be read: not a regular file'):
+        dataset.load_meta(str(tmp_path))
+
+
 def test_pretrained_models_want_their_own_tokens():
     with pytest.raises(UserError, match='set has 96 tokens of its own'):
         encoding.check_encoding({'vocab_size': 96}, 'set')

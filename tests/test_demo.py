@@ -82,6 +82,36 @@ def test_plan_and_time_left(capsys):
     assert ended.value.code == 3
 
 
+def test_ctrl_c_lets_torchrun_finish(tmp_path):
+    """A signal would make torchrun print a traceback. Training saves and ends when nobody reads its output."""
+    (tmp_path / 'rank.py').write_text(
+        """
+import os, sys, time
+try:
+    while True:
+        print('iter 1: loss 4', flush=True)
+        time.sleep(0.01)
+except BrokenPipeError:
+    print('saved', file=sys.stderr)
+    os._exit(0)
+"""
+    )
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import demo
+demo.TORCHRUN = 'rank'
+demo.Demo([('train', 1)]).run('-m', 'rank')
+"""
+    command = [sys.executable, '-c', code]
+    options = dict(cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **options) as process:
+        while 'iter 1' not in process.stdout.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        out, err = process.communicate(timeout=60)
+    assert 'training saves a checkpoint first' in out and err.startswith('saved\ninterrupted in line')
+
+
 def on_terminal(*command, lines, columns=100, stop_at=None, **env):
     """
     Runs a command on a pseudo-terminal. Returns (its exit status, what it wrote); stop_at: text at which it gets

@@ -7,6 +7,8 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -309,6 +311,19 @@ class AutoModelForCausalLM:
 class AutoTokenizer:
     pass
 """
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_export_that_a_signal_ends_leaves_nothing(launch, work, number):
+    write_random_checkpoint('elsewhere', 40, False, 'erf')
+    os.makedirs('fake')
+    with open('fake/transformers.py', 'w') as f:
+        f.write('import time; open("loading", "w").close(); time.sleep(600)')
+    process = launch.start(EXPORT, '--hf_dir=hf', env={'PYTHONPATH': os.path.abspath('fake')})
+    while not os.path.exists('loading') and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(30) not in (0, None) and sorted(os.listdir('.')) == ['data', 'fake', 'loading', 'out']
 
 
 @pytest.mark.parametrize(

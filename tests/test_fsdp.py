@@ -277,6 +277,8 @@ def test_mistakes_end_with_one_message(launch, work):
     assert '__1_0.distcp has been cut short' in message(RESUME)
     os.remove(f'{folder}/__1_0.distcp')
     assert '__1_0.distcp is missing' in message(RESUME)
+    os.mkfifo(f'{folder}/__1_0.distcp')
+    assert '__1_0.distcp has been cut short' in message(RESUME)
 
     class Evil:
         def __reduce__(self):
@@ -285,6 +287,11 @@ def test_mistakes_end_with_one_message(launch, work):
     with open(f'{folder}/.metadata', 'wb') as f:
         pickle.dump(Evil(), f)
     assert 'which could run code' in message(RESUME) and not os.path.exists('executed')
+    for path in (f'{folder}/.metadata', 'out/ckpt.pt', f'{folder}/unsharded.pt', 'out/ckpt_sharded/latest'):
+        if os.path.exists(path):
+            os.remove(path)
+        os.mkfifo(path)  # opening it would wait for its writer
+        assert 'not a regular file' in message(RESUME)
 
 
 CUDA = pytest.param(

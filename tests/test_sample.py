@@ -42,6 +42,14 @@ def test_samples_look_like_the_data(launch, trained):
     assert launch(SAMPLE, '--start=0', '--num_samples=3', '--max_new_tokens=100', '--seed=1').stdout != out
 
 
+def test_an_alphabet_without_a_newline(launch, trained):
+    out = launch(SAMPLE, '--num_samples=2', '--max_new_tokens=5').stdout
+    assert "no newline to start from, so samples start with '0' (see --start)" in out
+    assert len(re.findall(r'^0.{5}$', out, re.M)) == 2
+    ended = launch(SAMPLE, '--start=\n', check=False)
+    assert ended.returncode == 2 and "the character '\\n' (U+000A) is not among" in ended.stderr
+
+
 def test_prompt_from_a_file_and_other_checkpoint(launch, trained):
     (trained / 'prompt.txt').write_text('012', encoding='utf-8-sig')  # as editors on Windows do
     out = launch(
@@ -109,4 +117,4 @@ def test_bench(launch, work):
         )
     assert 'aten::' in launch(BENCH, *shape, '--real_data=False', '--profile').stdout and os.listdir('bench_log')
     run = launch(BENCH, *shape, '--dataset=nowhere', check=False)
-    assert run.returncode == 2 and "no data set 'nowhere'" in run.stderr
+    assert run.returncode == 2 and "no data set 'nowhere'" in run.stderr and '--real_data=False' in run.stderr

@@ -311,7 +311,7 @@ def test_files_that_are_named_are_refused_as_what_they_are(tmp_path):
     refuse(folder, 'val.bin does not exist')
     refuse(tmp_path / 'a/train.bin', 'val.bin does not exist')
     write(tmp_path / 'a', {'val.bin': headerless(ENOUGH)})
-    refuse(folder, 'train.bin is not a regular file')  # opening a pipe would wait for its writer
+    refuse(folder, 'train.bin cannot be read: not a regular file')  # opening a pipe would wait for its writer
 
 
 def test_names_with_the_brackets_of_patterns(tmp_path):

@@ -630,6 +630,12 @@ def test_what_is_no_log_gets_one_message(tmp_path, capsys, content, words):
     assert error.count('\n') == 1 and words in error and str(path) in error
 
 
+def test_a_named_pipe_is_no_log(tmp_path, capsys):
+    path = str(tmp_path / 'run_1.json')
+    os.mkfifo(path)  # opening it would wait for its writer
+    assert main([path]) == 2 and capsys.readouterr().err == f'visualize_training: {path}: not a regular file\n'
+
+
 def test_other_mistakes_get_one_message(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_log(Path('elsewhere'), steps=2)
