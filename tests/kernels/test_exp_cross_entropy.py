@@ -3,11 +3,14 @@ Tests of the head whose matmul writes exponentials (kernels/exp_cross_entropy.py
 exponentials, and the tests check the algebra around them; on a Hopper GPU they also check the matmul.
 """
 
+import sys
+
 import pytest
 import torch
 from numerics import bf16, bound, device, digest, f64, gpu, leaf
 from torch.nn import functional as F
 
+import kernels
 from kernels import cross_entropy, exp_cross_entropy
 
 hopper = gpu and torch.cuda.get_device_capability() == (9, 0)
@@ -124,6 +127,21 @@ def test_ignored_rows_and_targets_outside_the_vocabulary():
     loss = ours(x, w, torch.full_like(targets, -1))
     dx, dw = torch.autograd.grad(loss, (x, w))
     assert loss.isnan() and not dx.any() and not dw.any()
+
+
+def test_a_triton_with_another_gluon(monkeypatch, capsys):
+    """It computes the loss from logits."""
+    monkeypatch.setattr(kernels, 'matmul_hopper', None, raising=False)
+    monkeypatch.delattr(kernels, 'matmul_hopper')
+    monkeypatch.delitem(sys.modules, 'kernels.matmul_hopper', raising=False)
+    monkeypatch.setitem(sys.modules, 'triton.experimental.gluon.nvidia.hopper', None)
+    exp_cross_entropy.matmul_hopper.cache_clear()
+    try:
+        for _ in range(2):
+            assert exp_cross_entropy.matmul_hopper() is None
+    finally:
+        exp_cross_entropy.matmul_hopper.cache_clear()
+    assert capsys.readouterr().out.count('computing the loss in a pass over the logits: Triton ') == 1
 
 
 @pytest.mark.skipif(not gpu, reason='needs a Hopper GPU')
