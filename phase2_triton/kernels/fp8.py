@@ -211,6 +211,7 @@ class Quantized(NamedTuple):
     q: torch.Tensor  # fp8
     inverse: torch.Tensor  # () float32: 1 / scale
 
+    version: int = 0  # PyTorch's count of in-place changes of the tensor, when this was attached to it
 
 def move(x, y):
     """Moves the fp8 form attached to x to y, which has the same elements in another shape."""
@@ -220,13 +221,16 @@ def move(x, y):
 
 def attach(x, q, slot):
     """Attaches q, the fp8 form of x from the kernel that wrote x, for the matmul that takes x next; see quantize()."""
-    x.fp8 = Quantized(q, slot.row[0])
+    x.fp8 = Quantized(q, slot.row[0], x._version)
 
 
 def quantize(x, slot):
-    """Returns x, bfloat16 and contiguous, as Quantized: the form that attach() left, or else the result of a kernel."""
+    """
+    Returns x, bfloat16 and contiguous, as Quantized: the form that attach() left, or else, also if a hook has changed x
+    in place since then, the result of a kernel.
+    """
     ready = vars(x).pop('fp8', None)  # removed, so that it is freed before x
-    if ready is not None:
+    if ready is not None and ready.version == x._version:
         return ready
     q, block = slot.empty_like(x), 65536 if interpreted else 4096
     if x.numel() > 0:
