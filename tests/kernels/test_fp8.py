@@ -423,3 +423,4 @@ def test_compiled_it_is_bfloat16(capsys):
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     results = [accumulated(m, bf16, micro_steps=2)[0] for m in (compiled, eight_bits(n_layer=1, fp8=False))]
     assert results[0] == pytest.approx(results[1], rel=3e-3) and model.rank_state.save() == {}
+    assert capsys.readouterr().out.count('not using FP8: torch.compile cannot see into its kernels\n') == 1
