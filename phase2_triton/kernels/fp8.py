@@ -154,11 +154,12 @@ class Scales:
             return
         known = self.state is not None or self.loaded is not None
         if self.lost:
-            print('the checkpoint has no scales for FP8: they are measured anew')
+            print('the checkpoint has no FP8 scales for this model and number of ranks: they are measured anew')
             self.lost = False
         if self.state is None:
-            state = torch.zeros((self.slots + 1, 4)) if self.loaded is None else self.loaded
-            self.state, self.loaded = state.to(device), None
+            self.state = torch.zeros((self.slots + 1, 4)) if self.loaded is None else self.loaded
+            self.loaded = None
+        self.state = self.state.to(device)  # the model may have moved to another GPU
         launch(
             update_kernel,
             (1,),
@@ -210,8 +211,8 @@ class Slot(NamedTuple):
 class Quantized(NamedTuple):
     q: torch.Tensor  # fp8
     inverse: torch.Tensor  # () float32: 1 / scale
-
     version: int = 0  # PyTorch's count of in-place changes of the tensor, when this was attached to it
+
 
 def move(x, y):
     """Moves the fp8 form attached to x to y, which has the same elements in another shape."""
