@@ -122,13 +122,16 @@ def target_logits(x, weight, targets):
 @cache
 def matmul_hopper():
     """
-    Returns the module matmul_hopper, or None if this Triton's Gluon, which is experimental, lacks what it imports. Then
-    it prints that once.
+    Returns the module matmul_hopper, or None, after a printed line, if this Triton's Gluon, which is experimental,
+    lacks what it imports.
     """
     try:
         from . import matmul_hopper
     except (ImportError, AttributeError) as error:
-        print(f'computing the loss in a pass over the logits: Triton {triton.__version__} has another Gluon ({error})')
+        print(
+            'computing the loss from logits, which is slower: kernels/matmul_hopper.py does not fit Triton '
+            f'{triton.__version__} ({error})'
+        )
         return None
     return matmul_hopper
 
