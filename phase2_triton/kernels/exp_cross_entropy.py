@@ -23,6 +23,8 @@ above. Logits further below would change S by less than 1e-6. Logits further abo
 saturates near 137 nats, and its gradient still lowers the logits that are too large.
 """
 
+from functools import cache
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -117,14 +119,29 @@ def target_logits(x, weight, targets):
     return shifts
 
 
+@cache
+def matmul_hopper():
+    """
+    Returns the module matmul_hopper, or None, after a printed line, if this Triton's Gluon, which is experimental,
+    lacks what it imports.
+    """
+    try:
+        from . import matmul_hopper
+    except (ImportError, AttributeError) as error:
+        print(
+            'computing the loss from logits, which is slower: kernels/matmul_hopper.py does not fit Triton '
+            f'{triton.__version__} ({error})'
+        )
+        return None
+    return matmul_hopper
+
+
 def exponentials(x, weight, shifts):
     """
     Returns exp2(log2(e) * x @ weight.T - shifts[:, None]) (M, V) in the dtype of x (M, C) and weight (V, C), and its
     sums over the columns of each tile, float32 (tiles, M).
     """
-    from . import matmul_hopper  # it cannot be imported without Triton
-
-    return matmul_hopper.exponentials(x, weight, shifts, MAX_EXPONENT, num_multiprocessors(x.device))
+    return matmul_hopper().exponentials(x, weight, shifts, MAX_EXPONENT, num_multiprocessors(x.device))
 
 
 def take_losses(exps, sums, targets, ignore_index):
@@ -152,7 +169,8 @@ def fits(x, weight, dtype):
     if len(x) < MIN_ROWS:
         return False
     # the GPU's copy engine wants rows that start at multiples of 16 bytes
-    return weight.is_contiguous() and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+    aligned = (x.data_ptr() | weight.data_ptr()) % 16 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+    return aligned and weight.is_contiguous() and matmul_hopper() is not None
 
 
 class ExpCrossEntropyFunction(torch.autograd.Function):

@@ -154,11 +154,12 @@ class Scales:
             return
         known = self.state is not None or self.loaded is not None
         if self.lost:
-            print('the checkpoint has no scales for FP8: they are measured anew')
+            print('the checkpoint has no FP8 scales for this model and number of ranks: they are measured anew')
             self.lost = False
         if self.state is None:
-            state = torch.zeros((self.slots + 1, 4)) if self.loaded is None else self.loaded
-            self.state, self.loaded = state.to(device), None
+            self.state = torch.zeros((self.slots + 1, 4)) if self.loaded is None else self.loaded
+            self.loaded = None
+        self.state = self.state.to(device)  # the model may have moved to another GPU
         launch(
             update_kernel,
             (1,),
@@ -210,6 +211,7 @@ class Slot(NamedTuple):
 class Quantized(NamedTuple):
     q: torch.Tensor  # fp8
     inverse: torch.Tensor  # () float32: 1 / scale
+    version: int = 0  # PyTorch's count of in-place changes of the tensor, when this was attached to it
 
 
 def move(x, y):
@@ -220,13 +222,16 @@ def move(x, y):
 
 def attach(x, q, slot):
     """Attaches q, the fp8 form of x from the kernel that wrote x, for the matmul that takes x next; see quantize()."""
-    x.fp8 = Quantized(q, slot.row[0])
+    x.fp8 = Quantized(q, slot.row[0], x._version)
 
 
 def quantize(x, slot):
-    """Returns x, bfloat16 and contiguous, as Quantized: the form that attach() left, or else the result of a kernel."""
+    """
+    Returns x, bfloat16 and contiguous, as Quantized: the form that attach() left, or else, also if a hook has changed x
+    in place since then, the result of a kernel.
+    """
     ready = vars(x).pop('fp8', None)  # removed, so that it is freed before x
-    if ready is not None:
+    if ready is not None and ready.version == x._version:
         return ready
     q, block = slot.empty_like(x), 65536 if interpreted else 4096
     if x.numel() > 0:

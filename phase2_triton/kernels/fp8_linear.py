@@ -76,14 +76,20 @@ def begin_fp8(model: nn.Module, device: torch.device, dtype: torch.dtype):
     Call it at the start of a forward of the model, which computes in dtype. In training it updates the scales and turns
     FP8 on, otherwise off.
     """
-    if model.rank_state and not torch.compiler.is_compiling():
+    if model.rank_state:
+        compiling = torch.compiler.is_compiling()
         training = model.training and torch.is_grad_enabled()
-        model.rank_state.begin(device, training and announce_fp8(device, dtype))
+        on = training and announce_fp8(device, dtype, compiling)
+        if not compiling:
+            model.rank_state.begin(device, on)
 
 
-def announce_fp8(device: torch.device, dtype: torch.dtype) -> bool:
+@torch.compiler.assume_constant_result  # called while torch.compile traces, so that the print breaks no graph
+def announce_fp8(device: torch.device, dtype: torch.dtype, compiling: bool) -> bool:
     """Prints once whether FP8 replaces dtype on the device, and the reason if not. Returns whether it does."""
-    asked, reason = ('fp8', device, dtype), unsupported_reason(device, dtype)
+    asked, reason = ('fp8', device, dtype, compiling), unsupported_reason(device, dtype)
+    if reason is None and compiling:
+        reason = 'torch.compile cannot see into its kernels'
     if asked not in answers:
         answers[asked] = f'not using FP8: {reason}' if reason else 'using FP8 in forward and for input gradients'
         print(answers[asked])
