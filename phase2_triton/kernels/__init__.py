@@ -3,7 +3,7 @@ The model's Triton kernels, one file per function, each with a PyTorch fallback.
 
 from kernels import layer_norm          # like torch.nn.functional.layer_norm, differentiable
 kernels.available('cuda')               # True if Triton's kernels run there
-kernels.unavailable_reason('cpu')       # 'Triton does not run on cpu tensors ...'; None where they run
+kernels.unavailable_reason('cpu')       # 'Triton does not run on CPUs, ...'; None where they run
 """
 
 from .device import available, unavailable_reason

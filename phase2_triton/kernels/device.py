@@ -52,10 +52,10 @@ def _unavailable_reason(kind, index):
         return f'Triton is not installed ({missing})'
     if interpreted and kind in ('cpu', 'cuda'):
         return None
+    if kind == 'cpu':
+        return 'Triton does not run on CPUs, apart from its slow interpreter (TRITON_INTERPRET=1)'
     if kind != 'cuda':
-        return f'Triton does not run on {kind} tensors' + (
-            ' (TRITON_INTERPRET=1 was not set at import)' if kind == 'cpu' else ''
-        )
+        return f'Triton does not run on {kind} devices'
     if not torch.cuda.is_available():
         return 'no CUDA device is available'
     if torch.version.hip:
