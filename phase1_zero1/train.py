@@ -12,7 +12,6 @@ $ torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_id=gpt --rdz
 """
 
 from errors import UserError  # isort: skip  first: it also reports a missing package
-
 import math
 import sys
 
@@ -169,7 +168,7 @@ if compile:
     print('compiling the model... (takes a ~minute)')
     model.compile()  # in place
 
-# every rank computes the gradients of its own batches; DDP averages them, also under ZeRO-1
+# every rank computes the gradients of its own batches; DDP averages them
 if world_size > 1:
     model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
 

@@ -12,7 +12,6 @@ $ torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_id=gpt --rdz
 """
 
 from errors import UserError  # isort: skip  first: it also reports a missing package
-
 import math
 import sys
 from contextlib import nullcontext

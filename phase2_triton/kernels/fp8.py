@@ -1,7 +1,9 @@
 """
 FP8: matmul operands of 8 bits, and the scales that fit tensors into their range.
 
-    q = clamp(x * scale) in e4m3 (activations and weights, up to 448) or e5m2 (gradients, up to 57,344),  x ≈ q / scale
+    q = clamp(x * scale),  x ≈ q / scale
+
+q is e4m3 for activations and weights (up to 448), and e5m2 for gradients (up to 57,344).
 
 Each tensor has one scale. It is a power of two, so scaling rounds nothing. A weight is measured before it is quantized.
 Measuring an activation or a gradient first would take another pass over it, so its scale is delayed: it comes from the

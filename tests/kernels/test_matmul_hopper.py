@@ -1,6 +1,6 @@
 """
-Tests of the Gluon matmul (kernels/matmul_hopper.py) on a Hopper GPU, the only place where it runs. It is compiled
-without one in test_triton.py.
+Tests of the Gluon matmul (kernels/matmul_hopper.py) on a Hopper GPU, the only place where it runs.
+test_hopper_compile.py compiles it without one.
 """
 
 import pytest
