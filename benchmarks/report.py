@@ -60,6 +60,7 @@ WHAT = {  # beginning of a result file's name -> what it measures
     'phase2_gradients': 'Triton: gradients against float64',
     'phase2_ladder': 'Triton: one change after the other',
     'phase2_largest': 'Triton: the largest batch',
+    'phase2_hopper': 'the Gluon matmul and cuBLAS',
     'phase2_matmuls': 'cuBLAS and cuBLASLt',
     'phase2_widths': 'matmuls at 1600 and 1664 columns',
     'phase2_profile': 'Triton: kernels of a micro-step',

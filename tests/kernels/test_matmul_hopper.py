@@ -5,7 +5,8 @@ test_hopper_compile.py compiles it without one.
 
 import pytest
 import torch
-from numerics import bf16, bound, device, f32, f64, gpu
+from numerics import bf16, bound, device, f32, f64, gpu, leaf
+from torch.nn import functional as F
 
 if not gpu or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip('the kernel needs a Hopper GPU', allow_module_level=True)
@@ -46,6 +47,33 @@ def test_exponentials_and_their_sums(M, N, K):
     torch.testing.assert_close(total.to(f64), truth.sum(1), rtol=1e-5, atol=0)
     again, sums_again = matmul_hopper.exponentials(a, b, shifts, 100, num_multiprocessors(a.device))
     assert torch.equal(again, ours) and torch.equal(sums_again, sums)
+
+
+@pytest.mark.parametrize('M, N, K', shapes)
+def test_gelu_of_the_product(M, N, K):
+    """Over the range in which GELU bends: products of these operands lie mostly between -4 and 4."""
+    a, b = operands(M, N, K)
+    x, y = matmul_hopper.matmul_gelu(a, b, num_multiprocessors(a.device))
+    bound('x', x, a.to(f64) @ b.to(f64).t(), a @ b.t())
+    bound('gelu(x)', y, F.gelu(x.to(f64)), F.gelu(x))
+    # for negative x, PyTorch's 1 + erf cancels; the formula of gelu.py does not
+    error = (y.to(f64) - x.to(f64) * torch.special.erfc(-x.to(f64) / 2**0.5) / 2).abs()
+    assert (error <= 1.5e-7 * x.abs() + 2**-8 * y.abs()).all()
+    again = matmul_hopper.matmul_gelu(a, b, num_multiprocessors(a.device))
+    assert torch.equal(again[0], x) and torch.equal(again[1], y)
+
+
+@pytest.mark.parametrize('M, N, K', shapes)
+def test_gradient_of_gelu(M, N, K):
+    a, b = operands(M, N, K)
+    b = b.t().contiguous()
+    x = 3 * torch.randn(M, N, device=device).to(bf16)
+    ours = matmul_hopper.matmul_gelu_gradient(a, b, x, num_multiprocessors(a.device))
+    x64, x32 = leaf(x, f64), leaf(x)
+    truth = torch.autograd.grad(F.gelu(x64), x64, a.to(f64) @ b.to(f64))[0]
+    theirs = torch.autograd.grad(F.gelu(x32), x32, a @ b)[0]
+    bound('dx', ours, truth, theirs)
+    assert torch.equal(matmul_hopper.matmul_gelu_gradient(a, b, x, num_multiprocessors(a.device)), ours)
 
 
 def test_large_exponents_are_clamped_and_nan_stays():
