@@ -251,7 +251,7 @@ def multiply(
 @gluon.jit
 def matmul_kernel(
     a_desc,  # (M, K) in blocks (rows of a tile, depth of a step)
-    b_desc,  # with B_ROWS (N, K) in blocks (columns of a tile, depth of a step), without (K, N), blocks (depth, columns)
+    b_desc,  # (N, K) in blocks (columns of a tile, depth of a step), or without B_ROWS (K, N) in (depth, columns)
     c_desc,  # (M, N) in blocks of half a tile: its left and right half are stored one after the other
     x_desc,  # GELU's input, (M, N), like c; the others: not used
     shifts_ptr,  # of exponentials: (M,) float32
@@ -301,15 +301,14 @@ def matmul_kernel(
     )
 
 
-def launch_arguments(
-    a, b, c, x=None, shifts=None, sums=None, max_exponent=0.0, epilogue='product', b_rows=True, tiles=Tiles()
-):
-    """Returns positional arguments and options of matmul_kernel. b_rows: b is (N, K), not (K, N)."""
+def launch_arguments(a, b, c, x=None, shifts=None, sums=None, max_exponent=0.0, epilogue='product', b_rows=True):
+    """Returns positional arguments and options of matmul_kernel. a, c, x: 2-D. b_rows: b is (N, K), not (K, N)."""
 
     def describe(x, *block):
         layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
         return TensorDescriptor.from_tensor(x, list(block), layout)
 
+    tiles = Tiles()
     b_block = (tiles.cols, tiles.depth) if b_rows else (tiles.depth, tiles.cols)
     a_desc, b_desc = describe(a, tiles.rows, tiles.depth), describe(b, *b_block)
     c_desc = describe(c, tiles.rows, tiles.cols // 2)
@@ -321,29 +320,33 @@ def launch_arguments(
     return (a_desc, b_desc, c_desc, x_desc, *pointers, len(a), c.shape[1], a.shape[1], *constants), options
 
 
-def launch(programs, a, b, c, **more):
-    """Runs the kernel, which writes c (M, N). programs: the number of multiprocessors; more: see launch_arguments()."""
-    arguments, options = launch_arguments(a, b, c, **more)
+def launch(programs, a, b, c, x=None, **more):
+    """
+    Runs the kernel, which writes c (..., N) for a (..., K), contiguous. programs: the number of multiprocessors. x and
+    more: see launch_arguments().
+    """
+    a, c, x = (t if t is None else t.view(-1, t.shape[-1]) for t in (a, c, x))
+    arguments, options = launch_arguments(a, b, c, x, **more)
     tiles = -(-len(c) // Tiles().rows) * -(-c.shape[1] // Tiles().cols)
     with torch.cuda.device(a.device):  # Triton launches on the current device
         matmul_kernel[(min(programs, tiles),)](*arguments, **options)
 
 
-def matmul(a, b, programs):
+def matmul(a, b, programs, b_rows=True):
     """
-    Returns a @ b.T (M, N) for contiguous bfloat16 a (M, K) and b (N, K) on a Hopper GPU; N and K are multiples of 8.
-    programs: the number of multiprocessors.
+    Returns a @ b.T (..., N) for contiguous bfloat16 a (..., K) and b (N, K) on a Hopper GPU, or without b_rows a @ b
+    for b (K, N); N and K are multiples of 8. programs: the number of multiprocessors.
     """
-    c = torch.empty(len(a), len(b), dtype=a.dtype, device=a.device)
-    launch(programs, a, b, c)
+    c = torch.empty(*a.shape[:-1], b.shape[0 if b_rows else 1], dtype=a.dtype, device=a.device)
+    launch(programs, a, b, c, b_rows=b_rows)
     return c
 
 
 def exponentials(a, b, shifts, max_exponent, programs):
     """
     Returns exp2(min(log2(e) * a @ b.T - shifts[:, None], max_exponent)), bfloat16 (M, N), and sums over groups of 128
-    of its columns before they are rounded, float32 (N / 128, M). a, b and programs as for matmul(); shifts: float32
-    (M,).
+    of its columns before they are rounded, float32 (N / 128, M), for a (M, K). a, b and programs as for matmul();
+    shifts: float32 (M,).
     """
     c = torch.empty(len(a), len(b), dtype=a.dtype, device=a.device)
     sums = torch.empty(-(-len(b) // Tiles().cols), len(a), dtype=torch.float32, device=a.device)
@@ -353,14 +356,14 @@ def exponentials(a, b, shifts, max_exponent, programs):
 
 
 def matmul_gelu(a, b, programs):
-    """Returns x = a @ b.T and gelu(x), bfloat16 (M, N). a, b and programs as for matmul()."""
-    x, c = (torch.empty(len(a), len(b), dtype=a.dtype, device=a.device) for _ in range(2))
-    launch(programs, a, b, c, x=x, epilogue='gelu')
+    """Returns x = a @ b.T and gelu(x), bfloat16 (..., N). a, b and programs as for matmul()."""
+    x, c = (torch.empty(*a.shape[:-1], len(b), dtype=a.dtype, device=a.device) for _ in range(2))
+    launch(programs, a, b, c, x, epilogue='gelu')
     return x, c
 
 
 def matmul_gelu_gradient(a, b, x, programs):
-    """Returns (a @ b) * gelu'(x) (M, N) for a (M, K), b (K, N) and x (M, N), contiguous and bfloat16."""
+    """Returns (a @ b) * gelu'(x) like x (..., N), for a (..., K) and b (K, N), all contiguous and bfloat16."""
     c = torch.empty_like(x)
-    launch(programs, a, b, c, x=x, epilogue='gelu gradient', b_rows=False)
+    launch(programs, a, b, c, x, epilogue='gelu gradient', b_rows=False)
     return c

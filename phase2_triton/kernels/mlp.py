@@ -12,7 +12,6 @@ columns, and in backward 151 MB.
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from . import hopper
 from .device import num_multiprocessors
@@ -22,12 +21,12 @@ from .modules import Gelu, Linear
 
 
 def matmul_gelu(a, b):
-    """a (M, K) and b (N, K) -> x = a @ b.T and gelu(x), both (M, N)."""
+    """a (..., K) and b (N, K) -> x = a @ b.T and gelu(x), both (..., N)."""
     return hopper.matmul_hopper().matmul_gelu(a, b, num_multiprocessors(a.device))
 
 
 def matmul_gelu_gradient(a, b, x):
-    """a (M, K), b (K, N) and x (M, N) -> (a @ b) * gelu'(x), (M, N)."""
+    """a (..., K), b (K, N) and x (..., N) -> (a @ b) * gelu'(x), like x."""
     return hopper.matmul_hopper().matmul_gelu_gradient(a, b, x, num_multiprocessors(a.device))
 
 
@@ -37,26 +36,25 @@ class MLPFunction(torch.autograd.Function):
         if input.is_cuda:
             hush_cublaslt()
         fc, proj = rounded(fc_weight, dtype), rounded(proj_weight, dtype)
-        rows = input.to(dtype).reshape(-1, input.shape[-1]).contiguous()
-        x, h = matmul_gelu(rows, fc)
-        ctx.save_for_backward(rows, x, h, fc, proj)
+        input = input.to(dtype).contiguous()
+        x, h = matmul_gelu(input, fc)
+        ctx.save_for_backward(input, x, h, fc, proj)
         ctx.fc_weight, ctx.proj_weight = fc_weight, proj_weight
-        return F.linear(h.view(*input.shape[:-1], -1), proj)
+        return hopper.linear(h, proj)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        rows, x, h, fc, proj = ctx.saved_tensors
+        input, x, h, fc, proj = ctx.saved_tensors
         need_input, need_fc, need_proj, _ = ctx.needs_input_grad
-        dinput = dfc = dproj = None
-        flat = dy.reshape(len(rows), -1).contiguous()
-        dx = matmul_gelu_gradient(flat, proj, x) if need_input or need_fc else None
+        dy, dinput, dfc, dproj = dy.contiguous(), None, None, None
+        dx = matmul_gelu_gradient(dy, proj, x) if need_input or need_fc else None
         if need_proj:
-            dproj = weight_gradient(ctx.proj_weight, flat, h)
+            dproj = weight_gradient(ctx.proj_weight, dy.flatten(0, -2), h.flatten(0, -2))
         if need_input:
-            dinput = (dx @ fc).view(*dy.shape[:-1], -1)
+            dinput = hopper.input_gradient(dx, fc)
         if need_fc:
-            dfc = weight_gradient(ctx.fc_weight, dx, rows)
+            dfc = weight_gradient(ctx.fc_weight, dx.flatten(0, -2), input.flatten(0, -2))
         return dinput, dfc, dproj, None
 
 

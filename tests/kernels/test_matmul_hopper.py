@@ -11,7 +11,7 @@ from torch.nn import functional as F
 if not gpu or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip('the kernel needs a Hopper GPU', allow_module_level=True)
 
-from kernels import matmul_hopper
+from kernels import hopper, matmul_hopper
 from kernels.device import num_multiprocessors
 
 # one tile; edges in every direction; fewer and more tiles than multiprocessors; an odd number of tiles of a program;
@@ -32,6 +32,30 @@ def test_product_against_float64(M, N, K, programs):
     a, b = operands(M, N, K)
     ours = matmul_hopper.matmul(a, b, programs or num_multiprocessors(a.device))
     bound(f'{M} {N} {K}', ours, a.to(f64) @ b.to(f64).t(), a @ b.t())
+
+
+@pytest.mark.parametrize('M, N, K', shapes)
+def test_product_with_rows_and_columns_exchanged(M, N, K):
+    a, b = operands(M, N, K)
+    b = b.t().contiguous()
+    ours = matmul_hopper.matmul(a, b, num_multiprocessors(a.device), b_rows=False)
+    bound(f'{M} {N} {K}', ours, a.to(f64) @ b.to(f64), a @ b)
+
+
+@pytest.mark.parametrize('shape', hopper.FEWEST_ROWS)
+def test_where_it_is_faster(shape, monkeypatch):
+    """linear() and input_gradient(), with rows in two dimensions, for each shape of the table."""
+    calls, matmul = [], matmul_hopper.matmul
+    monkeypatch.setattr(matmul_hopper, 'matmul', lambda *args, **more: calls.append(more) or matmul(*args, **more))
+    for gradient, rows in enumerate(hopper.FEWEST_ROWS[shape]):
+        w = torch.randn(shape, device=device).to(bf16)
+        x = torch.randn(2, max(min(rows, 24_576) // 2, 520), shape[1 - gradient], device=device).to(bf16)
+        function = hopper.input_gradient if gradient else hopper.linear
+        w_t = w if gradient else w.t()
+        bound(f'{shape} {gradient}', function(x, w), x.to(f64) @ w_t.to(f64), x @ w_t)
+        assert len(calls) == (rows < float('inf')) and function(x[:, :8], w).shape == (x @ w_t)[:, :8].shape
+        assert len(calls) == (rows < float('inf'))  # 16 rows are too few
+        calls.clear()
 
 
 @pytest.mark.parametrize('M, N, K', shapes)
