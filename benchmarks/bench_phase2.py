@@ -24,7 +24,7 @@ six. With --nanogpt, upstream's model takes its turn with them, in the same trai
 power during each variant's own turns: a GPU at its power limit lowers its clock, the more the better it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
-hopper: matmuls by cuBLAS and by the Gluon matmul, and GELU and the loss in a kernel of their own or in the matmul's.
+hopper: matmuls by cuBLAS and by the Gluon matmul, the last one also with the loss.
 fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
 widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
@@ -61,7 +61,6 @@ import kernels.cross_entropy
 import kernels.embedding
 import kernels.fp8
 import kernels.fp8_linear
-import kernels.hopper
 import kernels.layer_norm_gradients
 import kernels.linear
 import kernels.modules
@@ -99,16 +98,14 @@ def off(*names):
         may_wait=lambda *_: False,
         packed_plan=lambda *_: None,
         takes_cublaslt=lambda *_: False,
-        fits=lambda *_, **__: False,
-        fuses_gelu=lambda *_: False,
-        gluon_is_faster=lambda *_, **__: False,
+        fits=lambda *_: False,
         clip=None,
         rounded=lambda weight, dtype: weight.to(dtype),  # in each micro-step
     )
     return {name: own[name] for name in names}
 
 
-TRITON = '+ more matmuls in Gluon'  # the last change: the Triton model as train.py runs it
+TRITON = '+ exponentials written by the last matmul'  # the last change: the Triton model as train.py runs it
 UPSTREAM = 'upstream nanoGPT, compiled'
 
 
@@ -125,9 +122,7 @@ def steps():
         ('+ LayerNorm gradients summed together', 'may_wait'),
         ("+ attention's gradients packed by cuDNN", 'packed_plan'),
         ('+ cuBLASLt where it is faster', 'takes_cublaslt'),
-        ('+ exponentials written by the last matmul', 'fits'),
-        ('+ GELU computed by matmuls', 'fuses_gelu'),
-        (TRITON, 'gluon_is_faster'),
+        (TRITON, 'fits'),
     ]
     later = [name for _, name in changes]
     yield 'cuda_graph, PyTorch only', (*later, 'clip')
@@ -445,26 +440,16 @@ def matmuls(args, rows, save):
 
 def hopper(args, rows, save):
     """
-    Matmuls of the forward and of the input gradients by cuBLAS and by the Gluon matmul, and those that replace a kernel
-    of their own, in turns; medians of CUDA-graph replays of 12 calls.
+    Forward matmuls by cuBLAS and by the Gluon matmul, and the last one with the loss, in turns; medians of CUDA-graph
+    replays of 12 calls.
     """
     from bench_layer_norm import graph_us
-    from kernels import cross_entropy, exp_cross_entropy, mlp
-    from kernels.gelu import backward_kernel, forward_kernel, launch_elementwise
+    from kernels import cross_entropy, exp_cross_entropy
 
-    ours = kernels.hopper.matmul_hopper()
-    programs = kernels.device.num_multiprocessors(device)
+    gluon, programs = exp_cross_entropy.matmul_hopper(), kernels.device.num_multiprocessors(device)
     C, M = SIZES[args.size]['n_embd'], args.batch_size * 1024
     random = lambda *shape: torch.randn(*shape, device=device).bfloat16()
     weights = {'qkv': (3 * C, C), 'proj': (C, C), 'fc': (4 * C, C), 'proj2': (C, 4 * C), 'head': (50304, C)}
-
-    def gelu(x, w):
-        h = x @ w.t()
-        launch_elementwise(forward_kernel, h, torch.empty_like(h))
-
-    def gelu_gradient(dy, w, h):
-        dh = dy @ w
-        launch_elementwise(backward_kernel, dh, h, torch.empty_like(dh))
 
     def loss(x, w, targets):
         cross_entropy.launch_cross_entropy(x @ w.t(), targets, -1, True)
@@ -474,23 +459,15 @@ def hopper(args, rows, save):
         exp_cross_entropy.take_losses(exps, sums, targets, -1)
 
     for name, (out, into) in weights.items():
-        w, x, dy = random(out, into) * into**-0.5, random(M, into), random(M, out)
-        kinds = {
-            'forward': (lambda: x @ w.t(), lambda: ours.matmul(x, w, programs)),
-            'dx': (lambda: dy @ w, lambda: ours.matmul(dy, w, programs, b_rows=False)),
-        }
-        if name == 'fc':
-            kinds['forward, GELU'] = lambda: gelu(x, w), lambda: mlp.matmul_gelu(x, w)
-        if name == 'proj2':
-            h = random(M, into)
-            kinds["dx, GELU's gradient"] = lambda: gelu_gradient(dy, w, h), lambda: mlp.matmul_gelu_gradient(dy, w, h)
+        w, x = random(out, into) * into**-0.5, random(M, into)
+        kinds = {'forward': (lambda: x @ w.t(), lambda: gluon.matmul(x, w, programs))}
         if name == 'head':
             targets = torch.randint(out, (M,), device=device)
             kinds['forward, loss'] = lambda: loss(x, w, targets), lambda: exponential_loss(x, w, targets)
-        for kind, (theirs, own) in kinds.items():
+        for kind, calls in kinds.items():
             us = {'separate': [], 'gluon': []}
             for _ in range(args.repetitions):
-                for key, call in zip(us, (theirs, own)):
+                for key, call in zip(us, calls):
                     us[key].append(graph_us([call] * (12 if name != 'head' else 2))[0])
             rows.append(dict(weight=name, shape=[out, into], tokens=M, kind=kind, us=us))
             save()

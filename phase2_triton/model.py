@@ -24,7 +24,6 @@ from kernels.device import announce_triton
 from kernels.embedding import embeddings
 from kernels.fp8_linear import begin_fp8, layer_of, prepare_fp8, release_weights
 from kernels.linear import autocast_dtype
-from kernels.mlp import mlp
 from kernels.modules import AddLayerNorm, Gelu, Linear
 
 
@@ -56,7 +55,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(mlp(x, self.c_fc, self.gelu, self.c_proj))
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):

@@ -82,12 +82,6 @@ def num_multiprocessors(device):
 
 
 @cache
-def capability(device):
-    """Returns the compute capability of a GPU, such as (9, 0)."""
-    return torch.cuda.get_device_capability(device)
-
-
-@cache
 def l2_bytes(device):
     """Returns the size of a GPU's L2 cache in bytes; infinity in the interpreter."""
     return math.inf if interpreted else torch.cuda.get_device_properties(device).L2_cache_size

@@ -23,15 +23,17 @@ above. Logits further below would change S by less than 1e-6. Logits further abo
 saturates near 137 nats, and its gradient still lowers the logits that are too large.
 """
 
+from functools import cache
+
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import hopper
-from .device import jit, num_multiprocessors, tl, triton
+from .device import interpreted, jit, num_multiprocessors, tl, triton
 from .launch import Config, launch
-from .linear import leave_gradient, rounded, weight_gradient
+from .linear import capability, leave_gradient, rounded, weight_gradient
 
 OFFSET = 90.0 if triton is None else tl.constexpr(90.0)  # in powers of 2
+MIN_ROWS = 1024  # fewer would not keep the GPU busy
 MAX_EXPONENT = 108  # of an entry of E; the sum of 50304 of these is below float32's largest number, 2**128
 
 
@@ -117,12 +119,29 @@ def target_logits(x, weight, targets):
     return shifts
 
 
+@cache
+def matmul_hopper():
+    """
+    Returns the module matmul_hopper, or None, after a printed line, if this Triton's Gluon, which is experimental,
+    lacks what it imports.
+    """
+    try:
+        from . import matmul_hopper
+    except (ImportError, AttributeError) as error:
+        print(
+            'computing the loss from logits, which is slower: kernels/matmul_hopper.py does not fit Triton '
+            f'{triton.__version__} ({error})'
+        )
+        return None
+    return matmul_hopper
+
+
 def exponentials(x, weight, shifts):
     """
     Returns exp2(log2(e) * x @ weight.T - shifts[:, None]) (M, V) in the dtype of x (M, C) and weight (V, C), and its
     sums over the columns of each tile, float32 (tiles, M).
     """
-    return hopper.matmul_hopper().exponentials(x, weight, shifts, MAX_EXPONENT, num_multiprocessors(x.device))
+    return matmul_hopper().exponentials(x, weight, shifts, MAX_EXPONENT, num_multiprocessors(x.device))
 
 
 def take_losses(exps, sums, targets, ignore_index):
@@ -144,8 +163,14 @@ def scaled_rows(x, inverses, scale, out=None):
 
 
 def fits(x, weight, dtype):
-    """Returns whether the matmul of x (M, C) and weight (V, C) in dtype can write exponentials."""
-    return hopper.fits(x, weight, dtype=dtype)
+    """Whether the Gluon matmul can compute the logits of x (M, C) and weight (V, C) in this dtype."""
+    if interpreted or not x.is_cuda or dtype != torch.bfloat16 or capability(x.device) != (9, 0):
+        return False
+    if len(x) < MIN_ROWS:
+        return False
+    # the GPU's copy engine wants rows that start at multiples of 16 bytes
+    aligned = (x.data_ptr() | weight.data_ptr()) % 16 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+    return aligned and weight.is_contiguous() and matmul_hopper() is not None
 
 
 class ExpCrossEntropyFunction(torch.autograd.Function):

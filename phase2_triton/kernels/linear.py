@@ -5,7 +5,7 @@ Autocast writes the gradient in 16 bits (2 bytes per element), casts it to float
 weight.grad (reads 4 + 4, writes 4): 20 bytes per element and micro-step. cuBLAS can add to float32 as it writes: 8.
 
 In CUDA graphs, the weight is rounded to 16 bits once per iteration. For some shapes cuBLASLt computes the gradient,
-because it chooses a faster kernel. On Hopper GPUs, the matmul of matmul_hopper.py computes some of the others.
+because it chooses a faster kernel.
 """
 
 import contextlib
@@ -17,8 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import hopper
-from .device import available, capability
+from .device import available
 
 half_dtypes = (torch.bfloat16, torch.float16)
 
@@ -67,6 +66,11 @@ cublaslt_rows = {
         (768, 3072): (0, math.inf),
     }
 }
+
+
+@cache
+def capability(device):
+    return torch.cuda.get_device_capability(device)
 
 
 def takes_cublaslt(weight, rows):
@@ -156,7 +160,7 @@ class LinearFunction(torch.autograd.Function):
         x, w = x.to(dtype), rounded(weight, dtype)
         ctx.save_for_backward(x, w)
         ctx.weight = weight
-        return hopper.linear(x, w) if bias is None else F.linear(x, w, bias.to(dtype))
+        return F.linear(x, w, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -164,7 +168,7 @@ class LinearFunction(torch.autograd.Function):
         x, w = ctx.saved_tensors
         need_dx, need_dw, need_db, _ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
-        dx = hopper.input_gradient(dy, w) if need_dx else None
+        dx = dy @ w if need_dx else None
         dw = weight_gradient(ctx.weight, rows, x.reshape(-1, x.shape[-1])) if need_dw else None
         db = rows.sum(0, dtype=torch.float32) if need_db else None
         return dx, dw, db, None

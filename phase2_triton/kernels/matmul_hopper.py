@@ -1,12 +1,10 @@
 """
-A matmul for Hopper GPUs (H100, H200) that changes its result before it writes it.
+A matmul for Hopper GPUs (H100, H200) that changes its result before it writes it. Here it writes exponentials of
+logits.
 
-    product        c = a @ b.T
-    exponentials   c = exp2(log2(e) * a @ b.T - shift), and sums of its rows
-    gelu           x = a @ b.T  and  c = gelu(x)
-    gelu gradient  c = (a @ b) * gelu'(x)
+    c = a @ b.T    or    c = exp2(log2(e) * a @ b.T - shift)
 
-All matrices are bfloat16, sums are float32: a (M, K), b (N, K) or (K, N), c and x (M, N).
+a (M, K), b (N, K) and c (M, N) are bfloat16, sums are float32.
 
 A matmul that computes a function f of its result saves the kernel that would read the result again. But while a
 program computes f and stores, in its *epilogue*, its tensor cores have nothing to do. That can cost more than it
@@ -35,9 +33,9 @@ Four warps are a *warpgroup*, the unit for which Hopper's tensor cores multiply 
 in registers: 128 x 128 numbers for 128 threads are 128 registers of each thread. The loading warp needs few registers
 and gives up most of its share, so each multiplying thread may have 240.
 
-**A ring of stages.** Shared memory holds 5 steps of a and b, with 32 KB each. It also holds a tile for each part that
-stores, in two halves with 16 KB each. The loading warp fills stage 0 to stage 4, then stage 0 again. Two barriers per
-stage say when it can be read and when it can be overwritten:
+**A ring of stages.** Shared memory holds 5 steps of a and b, with 32 KB each, and a tile of c for each part that
+stores. The loading warp fills stage 0 to stage 4, then stage 0 again. Two barriers per stage say when it can be read
+and when it can be overwritten:
 
     load        waits for freed[stage],    starts two copies, which arrive at filled[stage] when they are complete
     multiply    waits for filled[stage],   multiplies, then arrives at freed[stage]
@@ -99,13 +97,13 @@ def position(tile, size, ROWS: gl.constexpr, COLS: gl.constexpr, STRIP: gl.const
 
 
 @gluon.jit
-def load(a_desc, b_desc, ring, size, tiles, STRIP: gl.constexpr, B_ROWS: gl.constexpr):
+def load(a_desc, b_desc, ring, size, tiles, STRIP: gl.constexpr):
     """The loading warp: copies a and b to the stages of the ring, step after step."""
     a_ring, b_ring, filled, freed = ring
     STAGES: gl.constexpr = a_ring.shape[0]
     ROWS: gl.constexpr = a_ring.shape[1]
     DEPTH: gl.constexpr = a_ring.shape[2]
-    COLS: gl.constexpr = b_ring.shape[1 if B_ROWS else 2]
+    COLS: gl.constexpr = b_ring.shape[1]
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, col = position(tile, size, ROWS, COLS, STRIP)
@@ -114,8 +112,7 @@ def load(a_desc, b_desc, ring, size, tiles, STRIP: gl.constexpr, B_ROWS: gl.cons
             mbarrier.wait(freed.index(stage), phase ^ 1)  # freed in the previous round
             mbarrier.expect(filled.index(stage), a_desc.block_type.nbytes + b_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(a_desc, [row, k], filled.index(stage), a_ring.index(stage))
-            b_from = [col, k] if B_ROWS else [k, col]
-            tma.async_copy_global_to_shared(b_desc, b_from, filled.index(stage), b_ring.index(stage))
+            tma.async_copy_global_to_shared(b_desc, [col, k], filled.index(stage), b_ring.index(stage))
             step += 1
 
 
@@ -126,49 +123,26 @@ def halves(x):
 
 
 @gluon.jit
-def approximate(NAME: gl.constexpr, x):
-    """The instruction NAME of the special function unit: one, where gl.exp2 and a division take several."""
-    return gl.inline_asm_elementwise(NAME + '.approx.ftz.f32 $0, $1;', '=r,r', [x], gl.float32, True, 1)
-
-
-@gluon.jit
-def rounded(x):
-    """x in bfloat16, two numbers per instruction."""
-    return gl.inline_asm_elementwise('cvt.rn.bf16x2.f32 $0, $2, $1;', '=r,r,r', [x], gl.bfloat16, True, 2)
-
-
-@gluon.jit
-def normal(x):
-    """Returns (Phi(-|x|), phi(x)) for float32 x, by the formula in gelu.py with its constants halved."""
-    bell = approximate('ex2', x * x * -0.7213475204444817)  # exp(-x^2 / 2)
-    t = approximate('rcp', 1.0 + 0.23164189 * gl.abs(x))
-    poly = (((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796
-    return poly * t * bell, bell * 0.3989422804014327
-
-
-@gluon.jit
 def multiply(
     c_desc,
-    extra,
+    exp_ptrs,
     ring,
-    out,
-    signals,
+    c_halves,
+    turn,
     size,
     tiles,
     STRIP: gl.constexpr,
-    B_ROWS: gl.constexpr,
-    EPILOGUE: gl.constexpr,
+    EXP: gl.constexpr,
     MAX_EXPONENT: gl.constexpr,
     ME: gl.constexpr,
 ):
-    """A multiplying part, ME = 0 or 1: computes every other tile of this program. out: its two halves of a tile."""
+    """A multiplying part, ME = 0 or 1: computes every other tile of this program."""
     M, N, K = size
-    x_desc, shifts_ptr, sums_ptr = extra
+    shifts_ptr, sums_ptr = exp_ptrs
     a_ring, b_ring, filled, freed = ring
-    turn, arrived = signals
     STAGES: gl.constexpr = a_ring.shape[0]
     ROWS: gl.constexpr = a_ring.shape[1]
-    COLS: gl.constexpr = b_ring.shape[1 if B_ROWS else 2]
+    COLS: gl.constexpr = b_ring.shape[1]
     HALF: gl.constexpr = COLS // 2
     # wgmma decides which thread holds which numbers of a tile: here, each warp holds 16 rows of every 64
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
@@ -180,23 +154,15 @@ def multiply(
     for tile in range(gl.program_id(0) + ME * gl.num_programs(0), tiles, 2 * gl.num_programs(0)):
         row, col = position(tile, size, ROWS, COLS, STRIP)
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, half_layout))
-        # what the epilogue needs is loaded long before
-        if EPILOGUE == 'exponentials':
+        if EXP:  # loaded long before it is needed
             shift = gl.load(shifts_ptr + rows, mask=rows < M, other=0.0)
-        if EPILOGUE == 'gelu gradient':
-            tma.store_wait(0)  # until the copy engine has read the previous tile
-            mbarrier.expect(arrived.index(ME), 2 * x_desc.block_type.nbytes)
-            for i in gl.static_range(2):
-                tma.async_copy_global_to_shared(x_desc, [row, col + i * HALF], arrived.index(ME), out.index(i))
 
         mbarrier.wait(turn.index(ME), (computed + 1 - ME) & 1)
         acc = gl.zeros([ROWS, COLS], gl.float32, layout)
         for k in range(steps):
             stage, phase = step % STAGES, step // STAGES & 1
             mbarrier.wait(filled.index(stage), phase)
-            b = b_ring.index(stage)
-            if B_ROWS:
-                b = b.permute([1, 0])  # a view: wgmma can read b in either order
+            b = b_ring.index(stage).permute([1, 0])  # a view: wgmma can read b in either order
             acc = warpgroup_mma(a_ring.index(stage), b, acc, use_acc=k > 0, is_async=True)
             # one step stays in flight; the step before is complete, so free its stage
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -212,37 +178,18 @@ def multiply(
         for i in gl.static_range(2):
             z = gl.convert_layout(parts[i], half_layout, assert_trivial=True)
             first = col + i * HALF
-            if EPILOGUE == 'exponentials':
+            if EXP:
                 if first + HALF > N:  # columns beyond the edge must not count in the sums
                     cols = first + gl.arange(0, HALF, gl.SliceLayout(0, half_layout))
                     z = gl.where((cols < N)[None, :], z, float('-inf'))
                 exponent = z * 1.4426950408889634 - shift[:, None]
                 z = gl.exp2(gl.minimum(exponent, MAX_EXPONENT, propagate_nan=KEEP_NAN))
                 sums += gl.sum(z, 1)
-            if EPILOGUE == 'gelu':
-                x = rounded(z)
-                z = x.to(gl.float32)
-                below, _ = normal(z)
-                y = gl.maximum(z, 0.0, propagate_nan=KEEP_NAN) - gl.abs(z) * below
-                tma.store_wait(0)
-                out.index(0).store(x)
-                out.index(1).store(rounded(y))
-                fence_async_shared()
-                tma.async_copy_shared_to_global(x_desc, [row, first], out.index(0))
-                tma.async_copy_shared_to_global(c_desc, [row, first], out.index(1))
-            if EPILOGUE == 'gelu gradient':
-                if i == 0:
-                    mbarrier.wait(arrived.index(ME), computed & 1)
-                x = out.index(i).load(half_layout).to(gl.float32)
-                below, bell = normal(x)
-                z *= x * bell + gl.where(x < 0, below, 1.0 - below)
-            if EPILOGUE != 'gelu':
-                if EPILOGUE != 'gelu gradient':
-                    tma.store_wait(1)  # until the copy engine has read what this half of the previous tile left here
-                out.index(i).store(z.to(c_desc.dtype))
-                fence_async_shared()  # makes these writes visible to the copy engine
-                tma.async_copy_shared_to_global(c_desc, [row, first], out.index(i))
-        if EPILOGUE == 'exponentials':
+            tma.store_wait(1)  # until the copy engine has read this half of the previous tile
+            c_halves.index(i).store(z.to(c_desc.dtype))
+            fence_async_shared()  # makes these writes visible to the copy engine
+            tma.async_copy_shared_to_global(c_desc, [row, first], c_halves.index(i))
+        if EXP:
             gl.store(sums_ptr + col // COLS * M + rows, sums, mask=rows < M)
         computed += 1
     tma.store_wait(0)
@@ -251,119 +198,89 @@ def multiply(
 @gluon.jit
 def matmul_kernel(
     a_desc,  # (M, K) in blocks (rows of a tile, depth of a step)
-    b_desc,  # (N, K) in blocks (columns of a tile, depth of a step), or without B_ROWS (K, N) in (depth, columns)
+    b_desc,  # (N, K) in blocks (columns of a tile, depth of a step)
     c_desc,  # (M, N) in blocks of half a tile: its left and right half are stored one after the other
-    x_desc,  # GELU's input, (M, N), like c; the others: not used
-    shifts_ptr,  # of exponentials: (M,) float32
-    sums_ptr,  # of exponentials: (N / columns of a tile, M) float32, sums over the columns of a tile
+    shifts_ptr,  # with EXP: (M,) float32
+    sums_ptr,  # with EXP: (N / columns of a tile, M) float32, sums over the columns of a tile
     M,
     N,
     K,
     STAGES: gl.constexpr,
     STRIP: gl.constexpr,
-    B_ROWS: gl.constexpr,
-    EPILOGUE: gl.constexpr,  # 'product', 'exponentials', 'gelu' or 'gelu gradient'
+    EXP: gl.constexpr,
     MAX_EXPONENT: gl.constexpr,
 ):
     ROWS: gl.constexpr = a_desc.block_type.shape[0]
     DEPTH: gl.constexpr = a_desc.block_type.shape[1]
-    COLS: gl.constexpr = b_desc.block_type.shape[0 if B_ROWS else 1]
+    COLS: gl.constexpr = b_desc.block_type.shape[0]
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, ROWS, DEPTH], a_desc.layout)
-    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
-    out_0 = gl.allocate_shared_memory(c_desc.dtype, [2, ROWS, COLS // 2], c_desc.layout)
-    out_1 = gl.allocate_shared_memory(c_desc.dtype, [2, ROWS, COLS // 2], c_desc.layout)
+    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, COLS, DEPTH], b_desc.layout)
+    c_0 = gl.allocate_shared_memory(c_desc.dtype, [2, ROWS, COLS // 2], c_desc.layout)
+    c_1 = gl.allocate_shared_memory(c_desc.dtype, [2, ROWS, COLS // 2], c_desc.layout)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    arrived = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(filled.index(i), count=1)
         mbarrier.init(freed.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
-        mbarrier.init(arrived.index(i), count=1)
 
     tiles = gl.cdiv(M, ROWS) * gl.cdiv(N, COLS)
-    extra, ring, signals, size = (
-        (x_desc, shifts_ptr, sums_ptr),
-        (a_ring, b_ring, filled, freed),
-        (turn, arrived),
-        (M, N, K),
-    )
+    ring, size, exp_ptrs = (a_ring, b_ring, filled, freed), (M, N, K), (shifts_ptr, sums_ptr)
     gl.warp_specialize(
         [
-            (multiply, (c_desc, extra, ring, out_0, signals, size, tiles, STRIP, B_ROWS, EPILOGUE, MAX_EXPONENT, 0)),
-            (multiply, (c_desc, extra, ring, out_1, signals, size, tiles, STRIP, B_ROWS, EPILOGUE, MAX_EXPONENT, 1)),
-            (load, (a_desc, b_desc, ring, size, tiles, STRIP, B_ROWS)),
+            (multiply, (c_desc, exp_ptrs, ring, c_0, turn, size, tiles, STRIP, EXP, MAX_EXPONENT, 0)),
+            (multiply, (c_desc, exp_ptrs, ring, c_1, turn, size, tiles, STRIP, EXP, MAX_EXPONENT, 1)),
+            (load, (a_desc, b_desc, ring, size, tiles, STRIP)),
         ],
         [4, 1],  # warps of the second and third part; the first has num_warps
         [240, 24],  # registers per thread of these parts; the first gets the remaining 240
     )
 
 
-def launch_arguments(a, b, c, x=None, shifts=None, sums=None, max_exponent=0.0, epilogue='product', b_rows=True):
-    """Returns positional arguments and options of matmul_kernel. a, c, x: 2-D. b_rows: b is (N, K), not (K, N)."""
+def launch_arguments(a, b, c, shifts=None, sums=None, max_exponent=0.0, tiles=Tiles()):
+    """Returns positional arguments and options of matmul_kernel, which computes exponentials if shifts are given."""
 
     def describe(x, *block):
         layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
         return TensorDescriptor.from_tensor(x, list(block), layout)
 
-    tiles = Tiles()
-    b_block = (tiles.cols, tiles.depth) if b_rows else (tiles.depth, tiles.cols)
-    a_desc, b_desc = describe(a, tiles.rows, tiles.depth), describe(b, *b_block)
+    a_desc, b_desc = describe(a, tiles.rows, tiles.depth), describe(b, tiles.cols, tiles.depth)
     c_desc = describe(c, tiles.rows, tiles.cols // 2)
-    x_desc = c_desc if x is None else describe(x, tiles.rows, tiles.cols // 2)
-    pointers = (c, c) if shifts is None else (shifts, sums)  # not used without exponentials
-    constants = (tiles.stages, tiles.strip, b_rows, epilogue, max_exponent)
+    exp = shifts is not None
+    pointers = (shifts, sums) if exp else (c, c)  # not used without exponentials
+    constants = (tiles.stages, tiles.strip, exp, max_exponent)
     # 12 warps (the loading warp counts as 4) x 32 threads x 168 registers fill a multiprocessor
     options = dict(num_warps=4, maxnreg=168)
-    return (a_desc, b_desc, c_desc, x_desc, *pointers, len(a), c.shape[1], a.shape[1], *constants), options
+    return (a_desc, b_desc, c_desc, *pointers, len(a), len(b), a.shape[1], *constants), options
 
 
-def launch(programs, a, b, c, x=None, **more):
-    """
-    Runs the kernel, which writes c (..., N) for a (..., K), contiguous. programs: the number of multiprocessors. x and
-    more: see launch_arguments().
-    """
-    a, c, x = (t if t is None else t.view(-1, t.shape[-1]) for t in (a, c, x))
-    arguments, options = launch_arguments(a, b, c, x, **more)
-    tiles = -(-len(c) // Tiles().rows) * -(-c.shape[1] // Tiles().cols)
+def launch(programs, a, b, c, *exponentials):
+    """Runs the kernel for c (M, N), which it writes; exponentials: shifts, sums and max_exponent, or nothing."""
+    arguments, options = launch_arguments(a, b, c, *exponentials)
+    tiles = -(-len(a) // Tiles().rows) * -(-len(b) // Tiles().cols)
     with torch.cuda.device(a.device):  # Triton launches on the current device
         matmul_kernel[(min(programs, tiles),)](*arguments, **options)
 
 
-def matmul(a, b, programs, b_rows=True):
+def matmul(a, b, programs):
     """
-    Returns a @ b.T (..., N) for contiguous bfloat16 a (..., K) and b (N, K) on a Hopper GPU, or without b_rows a @ b
-    for b (K, N); N and K are multiples of 8. programs: the number of multiprocessors.
+    Returns a @ b.T (M, N) for contiguous bfloat16 a (M, K) and b (N, K) on a Hopper GPU; N and K are multiples of 8.
+    programs: the number of multiprocessors.
     """
-    c = torch.empty(*a.shape[:-1], b.shape[0 if b_rows else 1], dtype=a.dtype, device=a.device)
-    launch(programs, a, b, c, b_rows=b_rows)
+    c = torch.empty(len(a), len(b), dtype=a.dtype, device=a.device)
+    launch(programs, a, b, c)
     return c
 
 
 def exponentials(a, b, shifts, max_exponent, programs):
     """
     Returns exp2(min(log2(e) * a @ b.T - shifts[:, None], max_exponent)), bfloat16 (M, N), and sums over groups of 128
-    of its columns before they are rounded, float32 (N / 128, M), for a (M, K). a, b and programs as for matmul();
-    shifts: float32 (M,).
+    of its columns before they are rounded, float32 (N / 128, M). a, b and programs as for matmul(); shifts: float32
+    (M,).
     """
     c = torch.empty(len(a), len(b), dtype=a.dtype, device=a.device)
     sums = torch.empty(-(-len(b) // Tiles().cols), len(a), dtype=torch.float32, device=a.device)
-    more = dict(shifts=shifts, sums=sums, max_exponent=float(max_exponent))
-    launch(programs, a, b, c, epilogue='exponentials', **more)
+    launch(programs, a, b, c, shifts, sums, float(max_exponent))
     return c, sums
-
-
-def matmul_gelu(a, b, programs):
-    """Returns x = a @ b.T and gelu(x), bfloat16 (..., N). a, b and programs as for matmul()."""
-    x, c = (torch.empty(*a.shape[:-1], len(b), dtype=a.dtype, device=a.device) for _ in range(2))
-    launch(programs, a, b, c, x, epilogue='gelu')
-    return x, c
-
-
-def matmul_gelu_gradient(a, b, x, programs):
-    """Returns (a @ b) * gelu'(x) like x (..., N), for a (..., K) and b (K, N), all contiguous and bfloat16."""
-    c = torch.empty_like(x)
-    launch(programs, a, b, c, x, epilogue='gelu gradient', b_rows=False)
-    return c

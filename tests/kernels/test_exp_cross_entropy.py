@@ -3,13 +3,15 @@ Tests of the head whose matmul writes exponentials (kernels/exp_cross_entropy.py
 exponentials, and the tests check the algebra around them; on a Hopper GPU they also check the matmul.
 """
 
+import sys
+
 import pytest
 import torch
 from numerics import bf16, bound, device, digest, f64, gpu, leaf
 from torch.nn import functional as F
 
+import kernels
 from kernels import cross_entropy, exp_cross_entropy
-from kernels.hopper import MIN_ROWS
 
 hopper = gpu and torch.cuda.get_device_capability() == (9, 0)
 
@@ -125,12 +127,49 @@ def test_ignored_rows_and_targets_outside_the_vocabulary():
     assert loss.isnan() and not dx.any() and not dw.any()
 
 
+class OnHopper(torch.Tensor):
+    is_cuda = True
+
+
+def test_where_the_matmul_is_used(monkeypatch):
+    """Elsewhere the loss is computed from logits."""
+    found = [(9, 0)]
+    monkeypatch.setattr(exp_cross_entropy, 'interpreted', False)
+    monkeypatch.setattr(exp_cross_entropy, 'capability', lambda device: found[0])
+    monkeypatch.setattr(exp_cross_entropy, 'matmul_hopper', lambda: 'the module')
+
+    def fits(rows=exp_cross_entropy.MIN_ROWS, V=48, C=16, dtype=bf16, offset=0):
+        x, w = torch.zeros(rows, C), torch.zeros(V * C + offset)[offset:].view(V, C)
+        return exp_cross_entropy.fits(x.as_subclass(OnHopper), w, dtype)
+
+    assert fits() and fits(rows=1337, V=8, C=1600)
+    assert not fits(rows=exp_cross_entropy.MIN_ROWS - 1) and not fits(V=50257) and not fits(C=20)
+    assert not fits(dtype=torch.float16) and not fits(dtype=torch.float32) and not fits(offset=1)
+    monkeypatch.setattr(exp_cross_entropy, 'matmul_hopper', lambda: None)
+    assert not fits()
+    monkeypatch.setattr(exp_cross_entropy, 'matmul_hopper', lambda: 'the module')
+    for found[0] in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        assert not fits()
+
+
+def test_a_triton_with_another_gluon(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, 'matmul_hopper', None, raising=False)
+    monkeypatch.delattr(kernels, 'matmul_hopper')
+    monkeypatch.delitem(sys.modules, 'kernels.matmul_hopper', raising=False)
+    monkeypatch.setitem(sys.modules, 'triton.experimental.gluon.nvidia.hopper', None)
+    exp_cross_entropy.matmul_hopper.cache_clear()
+    for _ in range(2):
+        assert exp_cross_entropy.matmul_hopper() is None
+    exp_cross_entropy.matmul_hopper.cache_clear()
+    assert capsys.readouterr().out.count('computing the loss from logits, which is slower: ') == 1
+
+
 @pytest.mark.skipif(not gpu, reason='needs a Hopper GPU')
-@pytest.mark.parametrize('rows', [MIN_ROWS - 1, MIN_ROWS])
+@pytest.mark.parametrize('rows', [exp_cross_entropy.MIN_ROWS - 1, exp_cross_entropy.MIN_ROWS])
 def test_many_rows_in_bfloat16_take_it(rows):
     x, w, targets = head(rows, 1000, 64)
     with torch.autocast(device, dtype=bf16):
         loss = cross_entropy.linear_cross_entropy(x, w, targets)
         chunked = cross_entropy.linear_cross_entropy(x, w, targets, chunk_rows=rows)
-    assert (loss == ours(x, w, targets)).item() == (rows == MIN_ROWS)
+    assert (loss == ours(x, w, targets)).item() == (rows == exp_cross_entropy.MIN_ROWS)
     assert chunked != ours(x, w, targets)  # logits rounded to bfloat16 give another loss
