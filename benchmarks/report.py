@@ -47,6 +47,7 @@ WHAT = {  # beginning of a result file's name -> what it measures
     'fsdp_curves': 'FSDP: loss curves',
     'fsdp_largest': 'the largest model',
     'fsdp_variants': 'FSDP: single choices',
+    'gluon_step': 'the Gluon matmul in the step',
     'kernels': 'Triton kernels',
     'layer_norm_tuning': 'LayerNorm: launch configurations',
     'layer_norm': 'LayerNorm',
