@@ -286,6 +286,7 @@ def test_other_kernels_compile_without_spilling_registers(capability):
         types |= {'rows_ptr': '*fp8e4nv', 'columns_ptr': '*fp8e4nv'}
         launches.append((fp8_kernels.quantize_weight_kernel, dict(BLOCK=64), types, Config(1, 64, 4)))
         constants = dict(activation_headroom=2.0, gradient_headroom=32.0, decay=fp8_kernels.DECAY, BLOCK=128)
+        constants |= dict(unmeasured_activation=1.0, unmeasured_gradient=2.0**20)
         launches.append((fp8_kernels.update_kernel, constants, {'state_ptr': '*fp32', 'slots': 'i32'}, Config(1, 0, 4)))
     for kernel, *launch in launches:
         compiled, report = compile_offline(kernel, *launch, capability)

@@ -32,6 +32,9 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # twice as much. Headroom costs range only at the small end: e4m3 keeps 2^13 of its 2^15, e5m2 2^24 of its 2^30.
 HEADROOM = 2.0, 32.0
 DECAY = 0.98  # of the peak per micro-step: a single large value is half forgotten after 35
+# Scales of tensors that have only been zeros so far, or were not computed: the gradients of a batch without targets, or
+# of frozen parameters. They hold activations up to 448, and gradients between 1e-10 and 0.05.
+UNMEASURED = 1.0, 2.0**20
 min_capability = (8, 9)  # Ada, the first with matmuls in FP8
 
 
@@ -76,20 +79,23 @@ def update_kernel(
     activation_headroom: tl.constexpr,
     gradient_headroom: tl.constexpr,
     decay: tl.constexpr,
+    unmeasured_activation: tl.constexpr,
+    unmeasured_gradient: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     slot = tl.arange(0, BLOCK)
-    live = slot < slots
+    live, gradient = slot < slots, slot % 2 == 1
     ptr = state_ptr + slot * 4
-    scale, highest = tl.load(ptr + 1, mask=live, other=1.0), tl.load(ptr + 2, mask=live, other=0.0)
-    peak, largest = tl.load(ptr + 3, mask=live, other=0.0), tl.where(slot % 2 == 0, 448.0, 57344.0)
-    headroom = tl.where(slot % 2 == 0, activation_headroom, gradient_headroom)
-    # a slot without a peak had no scale yet; NaN is not <=
-    clamped = tl.max(tl.where((peak == 0) | (highest * scale <= largest), 0.0, 1.0), 0)
+    scale, highest = tl.load(ptr + 1, mask=live, other=0.0), tl.load(ptr + 2, mask=live, other=0.0)
+    peak, largest = tl.load(ptr + 3, mask=live, other=0.0), tl.where(gradient, 57344.0, 448.0)
+    headroom = tl.where(gradient, gradient_headroom, activation_headroom)
+    # the scale is 0 after the micro-step that only measured; NaN is not <=
+    clamped = tl.max(tl.where((scale == 0) | (highest * scale <= largest), 0.0, 1.0), 0)
     tl.store(state_ptr + slots * 4, tl.load(state_ptr + slots * 4) + clamped)
-    usable = (highest > 0) & (highest < float('inf'))  # otherwise keep the scale
+    usable = (highest > 0) & (highest < float('inf'))  # otherwise keep the peak, and with it the scale
     peak = tl.where(usable, tl.maximum(highest, peak * decay), peak)
     scale = power_of_two(largest, peak * headroom)
+    scale = tl.where(peak > 0, scale, tl.where(gradient, unmeasured_gradient, unmeasured_activation))
     tl.store(ptr, 1.0 / scale, mask=live)
     tl.store(ptr + 1, scale, mask=live)
     tl.store(ptr + 2, tl.zeros((BLOCK,), tl.float32), mask=live)
@@ -154,23 +160,18 @@ class Scales:
         self.on = on
         if not on:
             return
-        known = self.state is not None or self.loaded is not None
         if self.lost:
             print('the checkpoint has no FP8 scales for this model and number of ranks: they are measured anew')
             self.lost = False
         if self.state is None:
-            self.state = torch.zeros((self.slots + 1, 4)) if self.loaded is None else self.loaded
-            self.loaded = None
+            self.state, self.loaded = self.loaded, None
+        self.measuring = self.state is None
+        if self.measuring:
+            self.state = torch.zeros((self.slots + 1, 4), device=device)
+            return
         self.state = self.state.to(device)  # the model may have moved to another GPU
-        launch(
-            update_kernel,
-            (1,),
-            (self.state,),
-            (self.slots,),
-            (*HEADROOM, DECAY, triton.next_power_of_2(self.slots)),
-            Config(1, 0, 4),
-        )
-        self.measuring = not known
+        constants = *HEADROOM, DECAY, *UNMEASURED, triton.next_power_of_2(self.slots)
+        launch(update_kernel, (1,), (self.state,), (self.slots,), constants, Config(1, 0, 4))
 
     def save(self) -> dict:
         """Returns {'model': a copy of the state}, or {} before the first micro-step."""
@@ -184,7 +185,7 @@ class Scales:
         """
         state = saved.get('model')
         fits = state is not None and state.shape == (self.slots + 1, 4) and state.dtype == torch.float32
-        fits = fits and bool(state[:, [0, 1, 3]].isfinite().all() and (state[:-1, :2] > 0).all())
+        fits = fits and bool(state[:, [0, 1, 3]].isfinite().all() and (state[:-1, :2] >= 0).all())
         self.state, self.loaded, self.lost = None, state.cpu().clone() if fits else None, not fits
 
     def log(self) -> dict:
