@@ -282,7 +282,7 @@ def test_other_kernels_compile_without_spilling_registers(capability):
         ]
         types = {'x_ptr': '*bf16', 'slot_ptr': '*fp32', 'q_ptr': '*fp8e5', 'size': 'i32'}
         launches.append((fp8_kernels.quantize_kernel, dict(BLOCK=4096), types, Config(1, 4096, 4)))
-        types = dict.fromkeys(('w_ptr', 'highest_ptr', 'inverse_ptr'), '*fp32') | {'OUT': 'i32', 'IN': 'i32'}
+        types = dict.fromkeys(('w_ptr', 'amax_ptr', 'inverse_scale_ptr'), '*fp32') | {'OUT': 'i32', 'IN': 'i32'}
         types |= {'rows_ptr': '*fp8e4nv', 'columns_ptr': '*fp8e4nv'}
         launches.append((fp8_kernels.quantize_weight_kernel, dict(BLOCK=64), types, Config(1, 64, 4)))
         constants = dict(activation_headroom=2.0, gradient_headroom=32.0, decay=fp8_kernels.DECAY, BLOCK=128)

@@ -206,8 +206,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         scale = dloss / count
         dx = None
         if ctx.needs_input_grad[0] and len(operands) == 3:
-            columns, inverse, q = operands
-            dx = fp8_input_gradient(Quantized(q, scale / GRADIENT_SCALE), columns, inverse, x.dtype)
+            columns, inverse_scale, q = operands
+            dx = fp8_input_gradient(Quantized(q, scale / GRADIENT_SCALE), columns, inverse_scale, x.dtype)
         elif ctx.needs_input_grad[0]:
             dx = d @ operands[0]
             scaled(dx, scale, out=dx)

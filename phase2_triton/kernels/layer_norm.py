@@ -157,7 +157,7 @@ def forward_kernel(
 
     if FP8:
         fp8_scale = tl.load(slot_ptr + 1)
-        highest = tl.zeros((ROWS, CHUNK), tl.int32)
+        amax = tl.zeros((ROWS, CHUNK), tl.int32)
     for c in tl.static_range(CHUNKS):
         if not RESIDENT:
             tl.debug_barrier()
@@ -170,11 +170,11 @@ def forward_kernel(
         if FP8:
             q = as_fp8(y, fp8_scale, q_ptr.dtype.element_ty)
             tl.store(q_ptr + rows[:, None] * N + cols, q, mask=live & (cols < N))
-            highest = tl.maximum(highest, tl.where(live & (cols < N), magnitude(y), 0))
+            amax = tl.maximum(amax, tl.where(live & (cols < N), magnitude(y), 0))
     tl.store(stats_ptr + rows, mean, mask=rows < M)
     tl.store(stats_ptr + M + rows, rstd, mask=rows < M)
     if FP8:
-        record(slot_ptr, tl.max(highest))
+        record(slot_ptr, tl.max(amax))
 
 
 @jit
@@ -213,7 +213,7 @@ def backward_kernel(
     db_ptr = partial_ptr + (tl.num_programs(0) + pid) * N
 
     if FP8:
-        highest = tl.zeros((ROWS,), tl.int32)
+        amax = tl.zeros((ROWS,), tl.int32)
     dws, dbs = (), ()
     for c in tl.static_range(CHUNKS):
         dws = dws + (tl.zeros((ROWS, CHUNK), tl.float32),)
@@ -281,7 +281,7 @@ def backward_kernel(
                 if FP8:
                     q = as_fp8(dx, fp8_scale, q_ptr.dtype.element_ty)
                     tl.store(q_ptr + rows[:, None] * N + cols, q, mask=mask)
-                    highest = tl.maximum(highest, tl.max(tl.where(mask, magnitude(dx), 0), 1))
+                    amax = tl.maximum(amax, tl.max(tl.where(mask, magnitude(dx), 0), 1))
         dws, dbs = new_dws, new_dbs
 
     for c in tl.static_range(CHUNKS):
@@ -291,7 +291,7 @@ def backward_kernel(
         if NEED_DB:
             tl.store(db_ptr + cols, sum_rows(dbs[c], CHUNK), mask=cols < N)
     if FP8:
-        record(slot_ptr, tl.max(highest, 0))
+        record(slot_ptr, tl.max(amax, 0))
 
 
 @cache

@@ -55,8 +55,8 @@ def test_quantization(number, dtype, peak):
     tiny = torch.logspace(-12, 0, 500) * peak
     special = torch.tensor([float('nan'), float('inf'), -float('inf'), 0.0, -0.0, peak, 5 * peak, -100 * peak])
     x = torch.cat((x, tiny, -tiny, special)).to(device, bf16)
-    q, inverse, _ = quantize(x, Slot(scales, number))
-    assert q.dtype == dtype and inverse.item() * scale == 1.0
+    q, inverse_scale, _ = quantize(x, Slot(scales, number))
+    assert q.dtype == dtype and inverse_scale.item() * scale == 1.0
     expected = (x.float() * scale).clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
     assert torch.equal(bits(q), bits(expected))
     assert measured(scales)[number] != measured(scales)[number], 'NaN is the largest of all'
@@ -65,11 +65,11 @@ def test_quantization(number, dtype, peak):
 def test_a_weight_is_quantized_with_its_own_largest_value():
     for shape in ((48, 80), (1040, 16), (16, 16)):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
-        rows, columns, inverse = quantize_weight(weight)
+        rows, columns, inverse_scale = quantize_weight(weight)
         assert torch.equal(bits(rows.t()), bits(columns)) and columns.is_contiguous()
-        assert 224 < (weight.abs().max() / inverse).item() <= 448
-        assert torch.equal(bits(rows), bits((weight / inverse).to(E4M3)))
-    assert quantize_weight(torch.zeros(16, 16, device=device)).inverse == 1.0
+        assert 224 < (weight.abs().max() / inverse_scale).item() <= 448
+        assert torch.equal(bits(rows), bits((weight / inverse_scale).to(E4M3)))
+    assert quantize_weight(torch.zeros(16, 16, device=device)).inverse_scale == 1.0
 
 
 def assert_is_fp8_of(ready, x, scales, number):
@@ -79,9 +79,9 @@ def assert_is_fp8_of(ready, x, scales, number):
     # half a unit in the last place of e4m3 is 1/16, of e5m2 1/8; bfloat16 has rounded by 1/256, in the
     # interpreter 1/128
     rtol = 0.13 if number % 2 else 0.07
-    largest = LARGEST[ready.q.dtype] * ready.inverse.item()
+    largest = LARGEST[ready.q.dtype] * ready.inverse_scale.item()
     torch.testing.assert_close(
-        ready.q.float() * ready.inverse, x.float().clamp(-largest, largest), rtol=rtol, atol=2**-17 * largest
+        ready.q.float() * ready.inverse_scale, x.float().clamp(-largest, largest), rtol=rtol, atol=2**-17 * largest
     )
     assert measured(scales)[number] == pytest.approx(x.abs().max().item(), rel=2**-7)
 
@@ -157,8 +157,8 @@ def test_scales_follow_the_values():
     slot = Slot(scales, 0)
 
     def step(*values):
-        q, inverse, _ = quantize(torch.tensor(values, device=device, dtype=bf16), slot)
-        result = (q.float() * inverse).tolist()
+        q, inverse_scale, _ = quantize(torch.tensor(values, device=device, dtype=bf16), slot)
+        result = (q.float() * inverse_scale).tolist()
         scales.begin(torch.device(device), True)
         return result
 
@@ -187,8 +187,8 @@ def test_all_zeros():
     for slot, (scale, values) in enumerate(((1.0, [448.0, 1.0]), (2.0**20, [2.0**-5, 2.0**-36]))):
         assert quantize(torch.zeros(5, device=device, dtype=bf16), Slot(scales, slot)).q.float().tolist() == [0.0] * 5
         assert scales.state[slot].tolist() == [1 / scale, scale, 0.0, 0.0]
-        q, inverse, _ = quantize(torch.tensor(values, device=device, dtype=bf16), Slot(scales, slot))
-        assert (q.float() * inverse).tolist() == values
+        q, inverse_scale, _ = quantize(torch.tensor(values, device=device, dtype=bf16), Slot(scales, slot))
+        assert (q.float() * inverse_scale).tolist() == values
     quantize(torch.tensor([0.125], device=device, dtype=bf16), Slot(scales, 1))
     scales.begin(torch.device(device), True)
     assert scales.log() == {'fp8_clamped': 1}, '0.125 is too large for it'
