@@ -295,10 +295,10 @@ def backward_kernel(
 
 
 @cache
-def forward_config(N, itemsize, pdl):
+def forward_config(N, itemsize, pdl, fp8=False):
     """
     Returns the Config of forward_kernel for a width N and the bytes of an element of x. pdl: whether programs may start
-    early.
+    early. fp8: whether they write FP8 too.
     """
     vector = 32 * 16 // itemsize  # elements that one warp loads at once
     if N < vector:
@@ -307,7 +307,9 @@ def forward_config(N, itemsize, pdl):
     warps = triton.next_power_of_2(cdiv(N * itemsize, 3072))  # 24 to 96 bytes of a row in a thread
     if warps > 32 or N > 32_768:
         return Config(1, 4096, 16, resident=False, pdl=pdl)
-    return Config(2 if warps == 1 and itemsize == 2 else 1, warps * vector, warps, pdl=pdl)
+    # with 16 elements per thread, the fp8 store has another layout, and Triton computes y in both
+    rows = 2 if warps == 1 and itemsize == 2 and not fp8 else 1
+    return Config(rows, warps * vector, warps, pdl=pdl)
 
 
 # Configs of backward_kernel by the bytes of an element of x and the largest width. Measured with
@@ -366,7 +368,7 @@ def launch_forward(x, branch, weight, bias, eps, out_dtype, slot=None):
     stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
     total = x if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if M > 0:
-        c = forward_config(N, x.element_size(), programmatic_launch(x.device))
+        c = forward_config(N, x.element_size(), programmatic_launch(x.device), slot is not None)
         launch(
             forward_kernel,
             (cdiv(M, c.rows),),
