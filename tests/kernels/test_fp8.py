@@ -194,6 +194,18 @@ def test_all_zeros():
     assert scales.log() == {'fp8_clamped': 1}, '0.125 is too large for it'
 
 
+def test_scales_saved_before_there_are_any():
+    """After the micro-step that only measures, a resumed run continues with its measurements."""
+    scales, resumed = Scales(2), Scales(2)
+    scales.begin(torch.device(device), True)
+    quantize(torch.tensor([3.0], device=device, dtype=bf16), Slot(scales, 0))
+    resumed.load(scales.save())
+    for each in (scales, resumed):
+        each.begin(torch.device(device), True)
+        assert not each.measuring and each.state[0].tolist() == [1 / 64, 64.0, 0.0, 3.0]
+    assert torch.equal(scales.state, resumed.state)
+
+
 OPTIONS = [
     {},
     {'half_residual': True, 'bias': False, 'activation_checkpointing': True},
