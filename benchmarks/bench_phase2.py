@@ -491,14 +491,17 @@ def fp8(args, rows, save):
         quantize = [
             lambda t=t, slot=kernels.fp8.Slot(scales, i): kernels.fp8.quantize(t, slot) for i, t in enumerate((x, dy))
         ]
-        (x8, x_inverse), (dy8, dy_inverse) = (call() for call in quantize)
+        for call in quantize:
+            call()  # records amax, from which the next line makes scales
+        scales.begin(torch.device('cuda'), True)
+        (x8, x_inverse, _), (dy8, dy_inverse, _) = (call() for call in quantize)
         product = functools.partial(torch._scaled_mm, out_dtype=torch.bfloat16)
         calls = {
             'forward': lambda: x @ w.t(),
-            'forward, fp8': lambda: product(x8, w8.rows.t(), x_inverse, w8.inverse, use_fast_accum=True),
+            'forward, fp8': lambda: product(x8, w8.rows.t(), x_inverse, w8.inverse_scale, use_fast_accum=True),
             'quantize x': quantize[0],
             'dx': lambda: dy @ w,
-            'dx, fp8': lambda: product(dy8, w8.columns.t(), dy_inverse, w8.inverse, use_fast_accum=False),
+            'dx, fp8': lambda: product(dy8, w8.columns.t(), dy_inverse, w8.inverse_scale, use_fast_accum=False),
             'quantize dy': quantize[1],
         }
         us = {kind: [] for kind in calls}

@@ -111,6 +111,18 @@ def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def sum_over_ranks(counts: dict[str, int], device: str) -> dict[str, int]:
+    """
+    Returns the sum of each count over all ranks, for counts with the same keys on every rank. They are added on the
+    device, where a collective takes less time than on the CPU.
+    """
+    if not counts or not dist.is_initialized():
+        return counts
+    sums = torch.tensor(list(counts.values()), device=device)
+    dist.all_reduce(sums)
+    return dict(zip(counts, sums.tolist()))
+
+
 def max_over_ranks(number: float) -> float:
     """Returns the largest of all ranks' numbers. It uses the CPU, so it does not wait for the GPU."""
     if not dist.is_initialized():

@@ -3,6 +3,7 @@
 import math
 import os
 
+from distributed import sum_over_ranks
 from tracker import Tracker
 from training_logger import TrainingLogger
 
@@ -10,8 +11,8 @@ from training_logger import TrainingLogger
 class RunReport:
     """
     Prints, logs and tracks a run. config: all flags. facts: the log's `run` block. model: its rank_state, if it has
-    one, adds numbers to each iteration's record. enabled: True on rank 0; on other ranks the methods do nothing.
-    resumed_from: see TrainingLogger.
+    one, adds counts to each iteration's record. enabled: True on rank 0; on other ranks the methods print and write
+    nothing. Every rank must call iteration(), which sums the counts. resumed_from: see TrainingLogger.
     """
 
     def __init__(self, config: dict, facts: dict, model, enabled: bool, first_iter: int, resumed_from: dict | None):
@@ -20,7 +21,7 @@ class RunReport:
         # without its own log, a checkpoint refers to the predecessor's
         self.log_name = os.path.basename(self.log.path or (resumed_from or {}).get('log') or '')
         self.max_iters, self.first_iter, self.running_mfu = config['max_iters'], first_iter, None
-        self.rank_state = getattr(model, 'rank_state', None) if enabled else None
+        self.rank_state, self.device = getattr(model, 'rank_state', None), config['device']
         self.for_tracker = {}  # sent after the save that may follow, or with the next iteration
 
     def evaluation(self, iter_num: int, losses: dict, lr: float) -> None:
@@ -41,6 +42,7 @@ class RunReport:
         Reports an iteration. record: loss, lr, time_ms, tokens_per_sec, mfu (a fraction, or None), grad_norm,
         peak_memory_bytes.
         """
+        counts = sum_over_ranks(self.rank_state.log(), self.device) if self.rank_state else {}
         mfu = record['mfu']
         if mfu is not None and iter_num >= self.first_iter + 5:  # the first iterations compile and warm up
             self.running_mfu = mfu if self.running_mfu is None else 0.9 * self.running_mfu + 0.1 * mfu
@@ -49,8 +51,7 @@ class RunReport:
         line += f', {record["tokens_per_sec"]:,.0f} tokens/s'
         line += f', {skipped_steps} steps skipped' if skipped_steps else ''
         print(line + f', {duration((self.max_iters - iter_num) * record["time_ms"] / 1000)} left')
-        own = self.rank_state.log() if self.rank_state else {}
-        self.log.iteration(iter_num, **record, skipped_steps=skipped_steps, **own)
+        self.log.iteration(iter_num, **record, skipped_steps=skipped_steps, **counts)
         self._track()
 
     def flush(self) -> None:

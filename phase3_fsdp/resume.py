@@ -92,8 +92,8 @@ def load_optimizer(optimizer, scaler: torch.amp.GradScaler, checkpoint: dict) ->
 def load_rank_state(model: torch.nn.Module, checkpoint: dict) -> None:
     """
     Passes this rank's entry of the checkpoint to model.rank_state, if the model has one: an object with save(), which
-    returns a dict of tensors, load(dict) and log(), which returns numbers for the log. At another world size the entry
-    is {}.
+    returns a dict of tensors, load(dict) and log(), which returns a dict of counts for the log. At another world size
+    the entry is {}.
     """
     ranks = checkpoint.get('resume', {}).get('ranks', [])
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -144,9 +144,10 @@ def import_what_scripts_import():
 
     torch.set_num_threads(1)
     if os.environ.get('TRITON_INTERPRET') == '1':
-        from interpreter import look_up_language_once
+        from interpreter import look_up_language_once, round_to_fp8
 
         look_up_language_once()
+        round_to_fp8()
     gc.collect()
     gc.freeze()  # a child's garbage collection would write to, and so copy, memory that it shares with the parent
 

@@ -173,9 +173,11 @@ def check_layer_norm(N, x, y, add, bias, backward, capability, fp8=False):
     types |= dict.fromkeys(('stats_ptr', 'partial_ptr'), '*fp32')
     types |= dict.fromkeys(('x_stride', 'dy_stride', 'M'), 'i32') | {'eps': 'fp32', 'slot_ptr': '*fp32'}
     types['q_ptr'] = ('*fp8e5' if backward else '*fp8e4nv') if fp8 else '*bf16'
-    configure = layer_norm_kernels.backward_config if backward else layer_norm_kernels.forward_config
     kernel = layer_norm_kernels.backward_kernel if backward else layer_norm_kernels.forward_kernel
-    c = configure(N, x.itemsize, capability >= 90)
+    if backward:
+        c = layer_norm_kernels.backward_config(N, x.itemsize, capability >= 90)
+    else:
+        c = layer_norm_kernels.forward_config(N, x.itemsize, capability >= 90, fp8)
     constants = dict(N=N, ROWS=c.rows, CHUNK=c.chunk, PDL=c.pdl, ADD=add, FP8=fp8)
     if backward:
         constants |= dict(PREFETCH=c.prefetch, COPY=add and x != y, NEED_DX=True, NEED_DW=True, NEED_DB=bias)
@@ -186,6 +188,8 @@ def check_layer_norm(N, x, y, add, bias, backward, capability, fp8=False):
     assert compiled.metadata.shared <= shared_memory[capability]
     wide = [line for line in compiled.asm['ptx'].splitlines() if 'ld.global' in line and '.v4.b32' in line]
     assert wide, f'{N} {x}: no 16-byte loads'
+    if fp8:  # threads would exchange values if y and its fp8 form had different layouts
+        assert 'shfl.sync.idx' not in compiled.asm['ptx'], f'{N} {x} {c}'
 
 
 @pytest.mark.skipif(not has_triton, reason='Triton is not installed')
@@ -282,10 +286,11 @@ def test_other_kernels_compile_without_spilling_registers(capability):
         ]
         types = {'x_ptr': '*bf16', 'slot_ptr': '*fp32', 'q_ptr': '*fp8e5', 'size': 'i32'}
         launches.append((fp8_kernels.quantize_kernel, dict(BLOCK=4096), types, Config(1, 4096, 4)))
-        types = dict.fromkeys(('w_ptr', 'highest_ptr', 'inverse_ptr'), '*fp32') | {'OUT': 'i32', 'IN': 'i32'}
+        types = dict.fromkeys(('w_ptr', 'amax_ptr', 'inverse_scale_ptr'), '*fp32') | {'OUT': 'i32', 'IN': 'i32'}
         types |= {'rows_ptr': '*fp8e4nv', 'columns_ptr': '*fp8e4nv'}
         launches.append((fp8_kernels.quantize_weight_kernel, dict(BLOCK=64), types, Config(1, 64, 4)))
         constants = dict(activation_headroom=2.0, gradient_headroom=32.0, decay=fp8_kernels.DECAY, BLOCK=128)
+        constants |= dict(unmeasured_activation=1.0, unmeasured_gradient=2.0**20)
         launches.append((fp8_kernels.update_kernel, constants, {'state_ptr': '*fp32', 'slots': 'i32'}, Config(1, 0, 4)))
     for kernel, *launch in launches:
         compiled, report = compile_offline(kernel, *launch, capability)

@@ -30,15 +30,17 @@ GRADIENT_SCALE = 32768.0  # scale of softmax - onehot in e5m2; its values are be
 
 
 @jit
-def load_logits(ptr, start, V: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr, MASKED: tl.constexpr):
+def load_logits(
+    ptr, start, V: tl.constexpr, LANES: tl.constexpr, ITEMS: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr
+):
     """
     Returns logits start to start + LANES * ITEMS of a row as (LANES, ITEMS). A row of the tile holds ITEMS neighbours
     in memory, which belong to one thread.
     """
     cols = start + tl.arange(0, LANES)[:, None] * ITEMS + tl.arange(0, ITEMS)[None, :]
     if MASKED:
-        return tl.load(ptr + cols, mask=cols < V, other=float('-inf')), cols
-    return tl.load(ptr + cols), cols
+        return tl.load(ptr + cols, mask=cols < V, other=float('-inf'), eviction_policy=EVICTION), cols
+    return tl.load(ptr + cols, eviction_policy=EVICTION), cols
 
 
 @jit
@@ -79,6 +81,11 @@ def cross_entropy_kernel(
 ):
     CHUNK: tl.constexpr = LANES * ITEMS
     WHOLE: tl.constexpr = V // CHUNK * CHUNK  # columns in whole chunks, which need no mask
+    # the cache should hold the logits until their second read, not the results: 12288 x 50304 with e5m2 take 0.82 ms
+    # on an H200 instead of 0.95. Not measured without e5m2
+    FIRST_READ: tl.constexpr = 'evict_last' if FP8 else ''
+    SECOND_READ: tl.constexpr = 'evict_first' if FP8 else ''
+    WRITE: tl.constexpr = '.cs' if FP8 else ''
     for row in tl.range(tl.program_id(0).to(tl.int64), M, tl.num_programs(0)):  # int64: M * V may pass 2^31
         row_ptr = logits_ptr + row * V
         target = tl.load(targets_ptr + row)
@@ -89,10 +96,10 @@ def cross_entropy_kernel(
         top = tl.full((LANES,), float('-inf'), tl.float32)
         sums = tl.zeros((LANES,), tl.float32)
         for start in tl.range(0, WHOLE, CHUNK):
-            x, _ = load_logits(row_ptr, start, V, LANES, ITEMS, False)
+            x, _ = load_logits(row_ptr, start, V, LANES, ITEMS, False, FIRST_READ)
             top, sums = online_softmax(x, top, sums)
         if WHOLE < V:
-            x, _ = load_logits(row_ptr, WHOLE, V, LANES, ITEMS, True)
+            x, _ = load_logits(row_ptr, WHOLE, V, LANES, ITEMS, True, FIRST_READ)
             top, sums = online_softmax(x, top, sums)
         highest = tl.max(top, 0)
         log_sum = tl.log2(tl.sum(sums * exp(top - highest, 0.0), 0))  # log2 of the sum of exp(logit - highest)
@@ -101,17 +108,19 @@ def cross_entropy_kernel(
         if GRAD:
             log_sum = tl.where(ignored, float('inf'), log_sum)  # makes every exponential 0
             for start in tl.range(0, WHOLE, CHUNK):
-                x, cols = load_logits(row_ptr, start, V, LANES, ITEMS, False)
+                x, cols = load_logits(row_ptr, start, V, LANES, ITEMS, False, SECOND_READ)
                 d = exp(x.to(tl.float32) - highest, log_sum)
-                tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty))
+                tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), cache_modifier=WRITE)
                 if FP8:
-                    tl.store(q_ptr + row * V + cols, (d * fp8_scale).to(q_ptr.dtype.element_ty))
+                    q = (d * fp8_scale).to(q_ptr.dtype.element_ty)
+                    tl.store(q_ptr + row * V + cols, q, cache_modifier=WRITE)
             if WHOLE < V:
-                x, cols = load_logits(row_ptr, WHOLE, V, LANES, ITEMS, True)
+                x, cols = load_logits(row_ptr, WHOLE, V, LANES, ITEMS, True, SECOND_READ)
                 d = exp(x.to(tl.float32) - highest, log_sum)
-                tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V)
+                tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V, cache_modifier=WRITE)
                 if FP8:
-                    tl.store(q_ptr + row * V + cols, (d * fp8_scale).to(q_ptr.dtype.element_ty), mask=cols < V)
+                    q = (d * fp8_scale).to(q_ptr.dtype.element_ty)
+                    tl.store(q_ptr + row * V + cols, q, mask=cols < V, cache_modifier=WRITE)
             tl.debug_barrier()  # another thread has written the target's element
             d = exp(logit - highest, log_sum) - 1.0
             tl.store(row_ptr + target, d.to(logits_ptr.dtype.element_ty), mask=inside & (target != ignore_index))
@@ -206,8 +215,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         scale = dloss / count
         dx = None
         if ctx.needs_input_grad[0] and len(operands) == 3:
-            columns, inverse, q = operands
-            dx = fp8_input_gradient(Quantized(q, scale / GRADIENT_SCALE), columns, inverse, x.dtype)
+            columns, inverse_scale, q = operands
+            dx = fp8_input_gradient(Quantized(q, scale / GRADIENT_SCALE), columns, inverse_scale, x.dtype)
         elif ctx.needs_input_grad[0]:
             dx = d @ operands[0]
             scaled(dx, scale, out=dx)

@@ -5,11 +5,12 @@ FP8: matmul operands of 8 bits, and the scales that fit tensors into their range
 
 q is e4m3 for activations and weights (up to 448), and e5m2 for gradients (up to 57,344).
 
-Each tensor has one scale. It is a power of two, so scaling rounds nothing. A weight is measured before it is quantized.
-Measuring an activation or a gradient first would take another pass over it, so its scale is delayed: it comes from the
-largest values of earlier micro-steps, with headroom. The kernel that writes a tensor's q also measures the tensor, and
-a small kernel at the start of the next micro-step turns the measurements into scales. The CPU takes no part, so CUDA
-graphs can capture all of it.
+Each tensor has one scale. It is a power of two, so scaling rounds nothing. It follows from the tensor's amax, the
+largest absolute value. The amax of a weight is computed before the weight is quantized. For an activation or a gradient
+this would take another pass, so its scaling is delayed: the scale comes from the amax of earlier micro-steps, with
+headroom. The kernel that writes a tensor's q also records its amax, and a small kernel at the start of the next
+micro-step turns these records into scales. The CPU takes no part, so CUDA graphs can capture all of it. The first
+micro-step has no scales yet: it computes in bfloat16 and only records.
 
 Values beyond the headroom are clamped in this micro-step, and the next one has the new scale. The state counts such
 micro-steps. NaN stays NaN. An infinity is clamped here, but the weight gradients, which are computed in bfloat16, still
@@ -32,6 +33,9 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # twice as much. Headroom costs range only at the small end: e4m3 keeps 2^13 of its 2^15, e5m2 2^24 of its 2^30.
 HEADROOM = 2.0, 32.0
 DECAY = 0.98  # of the peak per micro-step: a single large value is half forgotten after 35
+# Scales of activations and gradients without an amax so far, for example of gradients if the first batch had no targets
+# or the layers were frozen. They cover activations up to 448, and gradients from 1e-10 to 0.05.
+UNMEASURED = 1.0, 2.0**20
 min_capability = (8, 9)  # Ada, the first with matmuls in FP8
 
 
@@ -61,12 +65,12 @@ def as_fp8(x, scale, dtype: tl.constexpr):
 
 
 @jit
-def record(slot_ptr, highest):
+def record(slot_ptr, amax):
     """
-    Raises the slot's measurement to `highest`, a magnitude(). Most programs find a higher one and skip the atomic.
+    Raises the slot's amax to this one, a magnitude(). Most programs find a higher one there and skip the atomic.
     """
     ptr = (slot_ptr + 2).to(tl.pointer_type(tl.int32), bitcast=True)
-    tl.atomic_max(ptr, highest, mask=highest > tl.load(ptr), sem='relaxed')
+    tl.atomic_max(ptr, amax, mask=amax > tl.load(ptr), sem='relaxed')
 
 
 @jit
@@ -76,20 +80,23 @@ def update_kernel(
     activation_headroom: tl.constexpr,
     gradient_headroom: tl.constexpr,
     decay: tl.constexpr,
+    unmeasured_activation: tl.constexpr,
+    unmeasured_gradient: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     slot = tl.arange(0, BLOCK)
-    live = slot < slots
+    live, gradient = slot < slots, slot % 2 == 1
     ptr = state_ptr + slot * 4
-    scale, highest = tl.load(ptr + 1, mask=live, other=1.0), tl.load(ptr + 2, mask=live, other=0.0)
-    peak, largest = tl.load(ptr + 3, mask=live, other=0.0), tl.where(slot % 2 == 0, 448.0, 57344.0)
-    headroom = tl.where(slot % 2 == 0, activation_headroom, gradient_headroom)
-    # a slot without a peak had no scale yet; NaN is not <=
-    clamped = tl.max(tl.where((peak == 0) | (highest * scale <= largest), 0.0, 1.0), 0)
+    scale, amax = tl.load(ptr + 1, mask=live, other=0.0), tl.load(ptr + 2, mask=live, other=0.0)
+    peak, largest = tl.load(ptr + 3, mask=live, other=0.0), tl.where(gradient, 57344.0, 448.0)
+    headroom = tl.where(gradient, gradient_headroom, activation_headroom)
+    # the scale is 0 after the micro-step that only measured; NaN is not <=
+    clamped = tl.max(tl.where((scale == 0) | (amax * scale <= largest), 0.0, 1.0), 0)
     tl.store(state_ptr + slots * 4, tl.load(state_ptr + slots * 4) + clamped)
-    usable = (highest > 0) & (highest < float('inf'))  # otherwise keep the scale
-    peak = tl.where(usable, tl.maximum(highest, peak * decay), peak)
+    usable = (amax > 0) & (amax < float('inf'))  # otherwise keep the peak, and with it the scale
+    peak = tl.where(usable, tl.maximum(amax, peak * decay), peak)
     scale = power_of_two(largest, peak * headroom)
+    scale = tl.where(peak > 0, scale, tl.where(gradient, unmeasured_gradient, unmeasured_activation))
     tl.store(ptr, 1.0 / scale, mask=live)
     tl.store(ptr + 1, scale, mask=live)
     tl.store(ptr + 2, tl.zeros((BLOCK,), tl.float32), mask=live)
@@ -107,8 +114,8 @@ def quantize_kernel(x_ptr, slot_ptr, q_ptr, size, BLOCK: tl.constexpr):
 @jit
 def quantize_weight_kernel(
     w_ptr,  # (OUT, IN) contiguous
-    highest_ptr,  # (1,): the largest absolute value of w
-    inverse_ptr,  # (1,) float32, written: 1 / scale
+    amax_ptr,  # (1,), in the dtype of w
+    inverse_scale_ptr,  # (1,) float32, written: 1 / scale
     rows_ptr,  # (OUT, IN) e4m3, written
     columns_ptr,  # (IN, OUT) e4m3, written
     OUT,
@@ -119,7 +126,7 @@ def quantize_weight_kernel(
     into = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (out < OUT)[:, None] & (into < IN)[None, :]
     w = tl.load(w_ptr + out.to(tl.int64)[:, None] * IN + into[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = power_of_two(448.0, tl.load(highest_ptr).to(tl.float32))
+    scale = power_of_two(448.0, tl.load(amax_ptr).to(tl.float32))
     q = as_fp8(w, scale, rows_ptr.dtype.element_ty)
     tl.store(rows_ptr + out.to(tl.int64)[:, None] * IN + into[None, :], q, mask=mask)
     # read q back to transpose it: ptxas 12.8 (Triton 3.6) writes wrong bytes if the same registers are also shuffled
@@ -128,7 +135,7 @@ def quantize_weight_kernel(
     q = tl.load(rows_ptr + out.to(tl.int64)[None, :] * IN + into[:, None], mask=mask)
     tl.store(columns_ptr + into.to(tl.int64)[:, None] * OUT + out[None, :], q, mask=mask)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(inverse_ptr, 1.0 / scale)
+        tl.store(inverse_scale_ptr, 1.0 / scale)
 
 
 class Scales:
@@ -137,15 +144,15 @@ class Scales:
     describes save(), load() and log().
 
     state: float32 (slots + 1, 4) on the model's device, None before the first micro-step. The row of a slot holds 1 /
-    scale, scale, the largest absolute value in this micro-step so far, and the decaying maximum of earlier ones. The
-    last row starts with the number of micro-steps in which values were clamped. Under DDP and FSDP each rank scales the
-    tensors of its own batches, without communication.
+    scale, scale, the amax of this micro-step so far, and the peak, a decaying maximum of the amax of earlier ones. The
+    last row starts with the number of micro-steps in which values were clamped. Each rank scales the tensors of its own
+    batches, without communication.
     """
 
     def __init__(self, slots: int):
         self.slots, self.state = slots, None
-        self.on = False  # whether the current micro-step quantizes, or at least measures
-        self.measuring = False  # the first micro-step only measures, and computes in bfloat16
+        self.on = False  # whether the current micro-step quantizes or measures
+        self.measuring = False  # whether it only measures, and computes in bfloat16, as the first one does
         self.loaded = None  # state from a checkpoint
         self.lost = False  # whether a checkpoint lacked it
 
@@ -154,23 +161,18 @@ class Scales:
         self.on = on
         if not on:
             return
-        known = self.state is not None or self.loaded is not None
         if self.lost:
             print('the checkpoint has no FP8 scales for this model and number of ranks: they are measured anew')
             self.lost = False
         if self.state is None:
-            self.state = torch.zeros((self.slots + 1, 4)) if self.loaded is None else self.loaded
-            self.loaded = None
+            self.state, self.loaded = self.loaded, None
+        self.measuring = self.state is None
+        if self.measuring:
+            self.state = torch.zeros((self.slots + 1, 4), device=device)
+            return
         self.state = self.state.to(device)  # the model may have moved to another GPU
-        launch(
-            update_kernel,
-            (1,),
-            (self.state,),
-            (self.slots,),
-            (*HEADROOM, DECAY, triton.next_power_of_2(self.slots)),
-            Config(1, 0, 4),
-        )
-        self.measuring = not known
+        constants = *HEADROOM, DECAY, *UNMEASURED, triton.next_power_of_2(self.slots)
+        launch(update_kernel, (1,), (self.state,), (self.slots,), constants, Config(1, 0, 4))
 
     def save(self) -> dict:
         """Returns {'model': a copy of the state}, or {} before the first micro-step."""
@@ -184,12 +186,12 @@ class Scales:
         """
         state = saved.get('model')
         fits = state is not None and state.shape == (self.slots + 1, 4) and state.dtype == torch.float32
-        fits = fits and bool(state[:, [0, 1, 3]].isfinite().all() and (state[:-1, :2] > 0).all())
+        fits = fits and bool(state[:, [0, 1, 3]].isfinite().all() and (state[:-1, :2] >= 0).all())
         self.state, self.loaded, self.lost = None, state.cpu().clone() if fits else None, not fits
 
     def log(self) -> dict:
         """
-        Returns {'fp8_clamped': micro-steps of this run in which this rank clamped a value}. Waits for the GPU.
+        Returns {'fp8_clamped': number of micro-steps in which this rank clamped a value}. Waits for the GPU.
         """
         return {'fp8_clamped': 0 if self.state is None else int(self.state[-1, 0].item())}
 
@@ -212,7 +214,7 @@ class Slot(NamedTuple):
 
 class Quantized(NamedTuple):
     q: torch.Tensor  # fp8
-    inverse: torch.Tensor  # () float32: 1 / scale
+    inverse_scale: torch.Tensor  # () float32: 1 / scale
     version: int = 0  # PyTorch's count of in-place changes of the tensor, when this was attached to it
 
 
@@ -229,8 +231,8 @@ def attach(x, q, slot):
 
 def quantize(x, slot):
     """
-    Returns x, bfloat16 and contiguous, as Quantized: the form that attach() left, or else, also if a hook has changed x
-    in place since then, the result of a kernel.
+    Returns x, bfloat16 and contiguous, as Quantized. Takes the form that attach() left. Without one, or if a hook has
+    changed x in place since then, a kernel quantizes x.
     """
     ready = vars(x).pop('fp8', None)  # removed, so that it is freed before x
     if ready is not None and ready.version == x._version:
@@ -246,20 +248,20 @@ def quantize(x, slot):
 class QuantizedWeight(NamedTuple):
     rows: torch.Tensor  # (out, in) e4m3
     columns: torch.Tensor  # (in, out) e4m3: the transposed copy that the gradient's matmul needs
-    inverse: torch.Tensor  # () float32
+    inverse_scale: torch.Tensor  # () float32
 
 
 def quantize_weight(weight):
-    """Returns a weight (out, in) as QuantizedWeight, with the scale that fits its largest value."""
+    """Returns a weight (out, in) as QuantizedWeight, with the scale that fits its amax."""
     weight = weight.detach().contiguous()
     (out, into), device = weight.shape, weight.device
     rows, columns = (torch.empty(shape, dtype=E4M3, device=device) for shape in ((out, into), (into, out)))
-    highest, inverse = torch.linalg.vector_norm(weight, float('inf')), torch.empty((), device=device)
+    amax, inverse_scale = torch.linalg.vector_norm(weight, float('inf')), torch.empty((), device=device)
     block = 1024 if interpreted else 64
     grid = -(-out // block), -(-into // block)
-    tensors = weight, highest, inverse, rows, columns
+    tensors = weight, amax, inverse_scale, rows, columns
     launch(quantize_weight_kernel, grid, tensors, (out, into), (block,), Config(1, block, 4))
-    return QuantizedWeight(rows, columns, inverse)
+    return QuantizedWeight(rows, columns, inverse_scale)
 
 
 @cache

@@ -5,6 +5,9 @@ bfloat16.
 The weight gradient dW = dy.T x is computed as in linear.py, from the bfloat16 dy and x. The forward uses the tensor
 cores' fast accumulation, which has fewer bits than float32. The input gradients use accurate accumulation, because
 small gradients need the bits.
+
+Under FSDP, each rank quantizes the gathered weights, so all ranks have the same scales. It does so in every micro-step.
+The transposed copies stay in memory from forward to backward, even if FSDP frees the gathered weights in between.
 """
 
 import torch
@@ -34,7 +37,8 @@ class Layer:
 
 def active(layer):
     """
-    Returns the Layer if the current micro-step computes or measures in FP8, otherwise None. None under torch.compile.
+    Returns the Layer if the current micro-step computes in FP8 or measures for it, otherwise None. None under
+    torch.compile.
     """
     return layer if layer is not None and layer.scales.on and not torch.compiler.is_compiling() else None
 
@@ -116,7 +120,7 @@ def release_weights(model: nn.Module):
 def forward_matmul(layer, x, weight, bias, dtype):
     """
     Returns x @ weight.T + bias in dtype, bfloat16, for contiguous x (..., in) in dtype, and the weight for the matmul
-    of dx: (columns, inverse) of its QuantizedWeight, or (the weight in dtype,).
+    of dx: (columns, inverse_scale) of its QuantizedWeight, or (the weight in dtype,).
     """
     in_fp8 = not layer.scales.measuring
     w8 = quantized(weight) if in_fp8 else None
@@ -125,16 +129,18 @@ def forward_matmul(layer, x, weight, bias, dtype):
     q = quantize(x, layer.input_slot) if layer.forward else None
     if q is not None and in_fp8:
         rows = q.q.view(-1, x.shape[-1])
-        y = torch._scaled_mm(rows, w8.rows.t(), q.inverse, w8.inverse, bias=bias, out_dtype=dtype, use_fast_accum=True)
+        y = torch._scaled_mm(
+            rows, w8.rows.t(), q.inverse_scale, w8.inverse_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # not a view: nobody else has y
     else:
         y = F.linear(x, w, bias)
-    return y, (w8.columns, w8.inverse) if in_fp8 and layer.gradient else (w,)
+    return y, (w8.columns, w8.inverse_scale) if in_fp8 and layer.gradient else (w,)
 
 
-def fp8_input_gradient(q, columns, inverse, dtype):
-    """Returns dy @ weight in dtype, for Quantized dy (M, out) and the (columns, inverse) of a QuantizedWeight."""
-    return torch._scaled_mm(q.q, columns.t(), q.inverse, inverse, out_dtype=dtype, use_fast_accum=False)
+def fp8_input_gradient(q, columns, inverse_scale, dtype):
+    """Returns dy @ weight in dtype, for Quantized dy (M, out) and the (columns, inverse_scale) of a QuantizedWeight."""
+    return torch._scaled_mm(q.q, columns.t(), q.inverse_scale, inverse_scale, out_dtype=dtype, use_fast_accum=False)
 
 
 class Fp8LinearFunction(torch.autograd.Function):

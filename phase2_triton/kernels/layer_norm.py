@@ -157,7 +157,7 @@ def forward_kernel(
 
     if FP8:
         fp8_scale = tl.load(slot_ptr + 1)
-        highest = tl.zeros((ROWS, CHUNK), tl.int32)
+        amax = tl.zeros((ROWS, CHUNK), tl.int32)
     for c in tl.static_range(CHUNKS):
         if not RESIDENT:
             tl.debug_barrier()
@@ -170,11 +170,11 @@ def forward_kernel(
         if FP8:
             q = as_fp8(y, fp8_scale, q_ptr.dtype.element_ty)
             tl.store(q_ptr + rows[:, None] * N + cols, q, mask=live & (cols < N))
-            highest = tl.maximum(highest, tl.where(live & (cols < N), magnitude(y), 0))
+            amax = tl.maximum(amax, tl.where(live & (cols < N), magnitude(y), 0))
     tl.store(stats_ptr + rows, mean, mask=rows < M)
     tl.store(stats_ptr + M + rows, rstd, mask=rows < M)
     if FP8:
-        record(slot_ptr, tl.max(highest))
+        record(slot_ptr, tl.max(amax))
 
 
 @jit
@@ -213,7 +213,7 @@ def backward_kernel(
     db_ptr = partial_ptr + (tl.num_programs(0) + pid) * N
 
     if FP8:
-        highest = tl.zeros((ROWS,), tl.int32)
+        amax = tl.zeros((ROWS,), tl.int32)
     dws, dbs = (), ()
     for c in tl.static_range(CHUNKS):
         dws = dws + (tl.zeros((ROWS, CHUNK), tl.float32),)
@@ -281,7 +281,7 @@ def backward_kernel(
                 if FP8:
                     q = as_fp8(dx, fp8_scale, q_ptr.dtype.element_ty)
                     tl.store(q_ptr + rows[:, None] * N + cols, q, mask=mask)
-                    highest = tl.maximum(highest, tl.max(tl.where(mask, magnitude(dx), 0), 1))
+                    amax = tl.maximum(amax, tl.max(tl.where(mask, magnitude(dx), 0), 1))
         dws, dbs = new_dws, new_dbs
 
     for c in tl.static_range(CHUNKS):
@@ -291,14 +291,14 @@ def backward_kernel(
         if NEED_DB:
             tl.store(db_ptr + cols, sum_rows(dbs[c], CHUNK), mask=cols < N)
     if FP8:
-        record(slot_ptr, tl.max(highest, 0))
+        record(slot_ptr, tl.max(amax, 0))
 
 
 @cache
-def forward_config(N, itemsize, pdl):
+def forward_config(N, itemsize, pdl, fp8=False):
     """
     Returns the Config of forward_kernel for a width N and the bytes of an element of x. pdl: whether programs may start
-    early.
+    early. fp8: whether they write FP8 too.
     """
     vector = 32 * 16 // itemsize  # elements that one warp loads at once
     if N < vector:
@@ -307,7 +307,9 @@ def forward_config(N, itemsize, pdl):
     warps = triton.next_power_of_2(cdiv(N * itemsize, 3072))  # 24 to 96 bytes of a row in a thread
     if warps > 32 or N > 32_768:
         return Config(1, 4096, 16, resident=False, pdl=pdl)
-    return Config(2 if warps == 1 and itemsize == 2 else 1, warps * vector, warps, pdl=pdl)
+    # with 16 elements per thread, the fp8 store has another layout, and Triton computes y in both
+    rows = 2 if warps == 1 and itemsize == 2 and not fp8 else 1
+    return Config(rows, warps * vector, warps, pdl=pdl)
 
 
 # Configs of backward_kernel by the bytes of an element of x and the largest width. Measured with
@@ -366,7 +368,7 @@ def launch_forward(x, branch, weight, bias, eps, out_dtype, slot=None):
     stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
     total = x if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if M > 0:
-        c = forward_config(N, x.element_size(), programmatic_launch(x.device))
+        c = forward_config(N, x.element_size(), programmatic_launch(x.device), slot is not None)
         launch(
             forward_kernel,
             (cdiv(M, c.rows),),
