@@ -37,6 +37,7 @@ RESULTS = ROOT / 'benchmarks' / 'results'
 EFFICIENCIES = (
     'matmul',
     'narrow',
+    'narrow_fp8',
     'attention',
     'compiled',
     'kernels',
@@ -89,16 +90,27 @@ def memory_error(row, values):
 
 
 def full(row):
-    """Returns whether the run had so little memory left that torch freed and reallocated blocks in each iteration."""
-    return bool(row.allocated) and row.allocated > plan.FULL * row.run.gpu.memory_bytes
+    """Returns whether the run launched kernels and its tensors left little memory, so that torch may have freed some."""
+    return bool(row.allocated) and not row.run.graphs and row.allocated > 0.94 * row.run.gpu.memory_bytes
 
 
 def fits_speed(row):
     """
-    Returns whether the fit uses the row's speed. It leaves out searches for the largest model, which time two steps,
-    and runs slowed down by a full GPU.
+    Returns whether the fit uses the row's speed. It leaves out searches for the largest model, which time two steps.
     """
-    return row.tokens_per_sec and row.kind != 'largest' and not (full(row) and row.run.compiled and not row.run.kernels)
+    return row.tokens_per_sec and row.kind != 'largest'
+
+
+def fit_speed(rows):
+    """Returns the fitted efficiencies: `mapping` from the rows that a full GPU slows down, all others without these."""
+    start = asdict(speed.Efficiencies())
+    slow = [row for row in rows if row.tokens_per_sec and memory.tight(row.run) and not row.run.graphs]
+    values = fit(speed_error, start, EFFICIENCIES, [row for row in rows if fits_speed(row) and row not in slow])
+    return values | fit(lambda row, more: speed_error(row, values | more), start, ('mapping',), slow)
+
+
+def fit_memory(rows):
+    return fit(memory_error, asdict(memory.Allocator()), ALLOCATOR, [row for row in rows if row.reserved])
 
 
 def configuration(row):
@@ -106,18 +118,15 @@ def configuration(row):
     return replace(row.run, micro_steps=1, gpu=None, gpus=1)
 
 
-def leave_one_out(rows, error, start, names, fitting=lambda row: True):
+def leave_one_out(rows, error, fitted):
     """
-    Returns (row, relative error) for every row, predicted by a fit to the rows of all other configurations. fitting:
-    whether the fit uses a row.
+    Returns (row, relative error) for every row, predicted with the values of fitted(rows of all other configurations).
     """
-    whole = fit(error, start, names, [row for row in rows if fitting(row)])
     result, folds = [], defaultdict(list)
     for row in rows:
         folds[configuration(row)].append(row)
     for left_out, its_rows in folds.items():
-        others = [row for row in rows if fitting(row) and configuration(row) != left_out]
-        values = whole if len(others) == sum(map(fitting, rows)) else fit(error, start, names, others)
+        values = fitted([row for row in rows if configuration(row) != left_out])
         result += [(row, math.exp(error(row, values)) - 1) for row in its_rows]
     return result
 
@@ -203,7 +212,7 @@ def external_checks():
     h100, h200 = GPUS['h100'], GPUS['h200']
     small = Run(h100, 8, 12, 12, 768, batch_size=64, block_size=1024, micro_steps=1)
     checks = []
-    for name, run in (('ddp', small), ('triton', small.change(kernels=True))):
+    for name, run in (('ddp', small), ('triton', small.change(kernels=True, exponentials=True))):
         seconds = 19560 * 2**19 / speed.tokens_per_sec(run)
         checks.append(
             {
@@ -214,7 +223,7 @@ def external_checks():
             }
         )
     large = Run(h100, 8, 48, 25, 1600, batch_size=8, block_size=1024, micro_steps=16)
-    for name, run in (('ddp', large), ('triton', large.change(kernels=True))):
+    for name, run in (('ddp', large), ('triton', large.change(kernels=True, exponentials=True))):
         seconds = 32000 * 2**20 / speed.tokens_per_sec(run)
         checks.append(
             {
@@ -402,19 +411,14 @@ def put_tables(report, path=ROOT / 'docs' / 'planner.md'):
 
 def fit_all(rows):
     """Returns {'efficiencies': {...}, 'allocator': {...}}, fitted to all rows and rounded to four digits."""
-    timed, reserved = [row for row in rows if fits_speed(row)], [row for row in rows if row.reserved]
-    found = fit(speed_error, asdict(speed.Efficiencies()), EFFICIENCIES, timed)
-    stale = fit(memory_error, asdict(memory.Allocator()), ALLOCATOR, reserved)
-    return {
-        'efficiencies': {k: float(f'{v:.4g}') for k, v in found.items()},
-        'allocator': {k: float(f'{v:.4g}') for k, v in stale.items()},
-    }
+    found = {'efficiencies': fit_speed(rows), 'allocator': fit_memory(rows)}
+    return {kind: {k: float(f'{v:.4g}') for k, v in values.items()} for kind, values in found.items()}
 
 
 def report_on(rows):
     timed, reserved = [row for row in rows if row.tokens_per_sec], [row for row in rows if row.reserved]
-    speeds = leave_one_out(timed, speed_error, asdict(speed.Efficiencies()), EFFICIENCIES, fits_speed)
-    memories = leave_one_out(reserved, memory_error, asdict(memory.Allocator()), ALLOCATOR)
+    speeds = leave_one_out(timed, speed_error, fit_speed)
+    memories = leave_one_out(reserved, memory_error, fit_memory)
     kinds = {True: 'one GPU', False: 'several GPUs'}
     report = {
         'memory': [

@@ -1,7 +1,7 @@
 """Formats plan.py's output: the tables, the recommendation, the JSON object and the picture."""
 
 from errors import UserError
-from planner import options, plan, speed
+from planner import memory, options, plan, speed
 from planner.gpus import GIB
 from planner.memory import COMPONENTS
 from shell import pip_install
@@ -96,7 +96,7 @@ def speed_table(found, tokens, gpus, price):
             rows.append([name, *['-'] * (len(header) - 2), 'does not fit'])
             continue
         hours = e.hours(tokens)
-        cost = [f'{hours * gpus * price:,.0f}'] * bool(price)
+        cost = [f'{hours * gpus * price:,.2f}'] * bool(price)
         bounds = f'{e.low:,.0f} to {e.high:,.0f}'
         rows.append([name, f'{e.tokens_per_sec:,.0f}', bounds, f'{e.mfu:.1%}', f'{hours:,.2f}', *cost, e.basis])
     return table(header, rows)
@@ -108,8 +108,14 @@ def without_doubles(found):
     for name, e in found.items():
         first.setdefault(e.run, name)
     doubles = [f'{name} as {first[e.run]}' for name, e in found.items() if first[e.run] != name]
+    doubles += ['fsdp+checkpointing as ddp with recomputed activations'] * bool(doubles)
     line = f'One GPU shards nothing: {", ".join(doubles)}.' if doubles else ''
     return {name: found[name] for name in first.values()}, line
+
+
+def machines_memory(e):
+    """Returns a clause about the memory of each machine that CPU offload takes, or ''."""
+    return f"; it takes {memory.offloaded(e.run) / GIB:,.0f} GiB of each machine's memory" if e.run.offload else ''
 
 
 def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
@@ -123,7 +129,7 @@ def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
         steps = ', '.join(filter(None, [more, e.name, *changed]))
         return (
             f'{problem} on {gpus} × {gpu.name}. The smallest change that fits: {steps} '
-            f'({gib(e.memory_bytes["total"])} GiB reserved, {e.tokens_per_sec:,.0f} tokens/s):\n'
+            f'({gib(e.memory_bytes["total"])} GiB reserved, {e.tokens_per_sec:,.0f} tokens/s{machines_memory(e)}):\n'
             f'  {options.command(e.name, e.run, [*kept, *changed], config | flags)}'
         )
     if asked and not found[asked].fits:
@@ -138,7 +144,7 @@ def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
     room = (gpu.memory_bytes - best.context_bytes - best.memory_bytes['total']) / GIB
     return (
         (f'{asked} fits. ' if asked and asked != best.name else '')
-        + f'Recommended: {best.name}, {why}; {room:.1f} GiB of each GPU stay free:\n'
+        + f'Recommended: {best.name}, {why}; {room:.1f} GiB of each GPU stay free{machines_memory(best)}:\n'
         f'  {options.command(best.name, best.run, arguments, config)}'
     )
 
@@ -173,7 +179,9 @@ def largest_of(what, found, config, gpu, gpus, network):
 def largest_text(what, found, config, gpu, gpus, network):
     lines = []
     for name, most in largest_of(what, found, config, gpu, gpus, network).items():
-        if what == 'batch':
+        if not any(most.values()):
+            text = 'none'
+        elif what == 'batch':
             text = f'{most["batch_size"]} × {config["block_size"]}'
         else:
             text = f'{most["n_layer"]} layers, {most["parameters"] / 1e9:.2f} billion parameters'
