@@ -203,8 +203,27 @@ def summary(errors, limit):
 def by_class(rows, limit):
     classes = defaultdict(list)
     for row in rows:
-        classes[row['class']].append(row['error'])
-    return {name: summary(errors, limit) for name, errors in classes.items()}
+        classes[row['class']].append(row)
+    result = {name: summary([row['error'] for row in its], limit) for name, its in classes.items()}
+    for name, its in classes.items():
+        if spreads := [row['spread'] for row in its if row.get('spread')]:
+            result[name]['spread'] = statistics.median(spreads)
+    return result
+
+
+def remapping(rows):
+    """Returns how long the runs took that lacked memory, next to what the formulas say without and with that."""
+    return [
+        describe(row)
+        | {
+            'measured': row.run.tokens_per_iter / row.tokens_per_sec,
+            'without': speed.iteration_seconds(row.run, full=False),
+            'with': speed.iteration_seconds(row.run),
+            'remapped_bytes': speed.remapped_bytes(row.run),
+        }
+        for row in rows
+        if row.tokens_per_sec and memory.tight(row.run) and not row.run.graphs
+    ]
 
 
 def external_checks():
@@ -336,14 +355,15 @@ def tables(report):
     """Returns {name: lines}, the Markdown tables of docs/planner.md."""
     result = {}
     for key, limit in (('memory', '5%'), ('speed', '7%')):
+        spread = ' spread of the measurement |' * (key == 'speed')
         lines = [
-            f'| rows | number | within {limit} | mean error | 90% of rows within | largest |',
-            '| --- | --- | --- | --- | --- | --- |',
+            f'| rows | number | within {limit} | mean error | 90% of rows within | largest |{spread}',
+            '| --- | --- | --- | --- | --- | --- |' + ' --- |' * bool(spread),
         ]
         for name, s in report[f'{key}_summary'].items():
-            lines.append(
-                f'| {name} | {s["rows"]} | {s["within_limit"]} | {s["mean"]:.1%} | {s["p90"]:.1%} | {s["max"]:.1%} |'
-            )
+            cells = [name, s['rows'], s['within_limit'], *(f'{s[k]:.1%}' for k in ('mean', 'p90', 'max'))]
+            cells += [f'{s["spread"]:.1%}' if 'spread' in s else ''] * bool(spread)
+            lines.append(f'| {" | ".join(map(str, cells))} |')
         result[key] = lines
     worst = sorted(report['memory'] + report['speed'], key=lambda row: -abs(row['error']))
     lines = [
@@ -359,6 +379,23 @@ def tables(report):
         cells = [name, *(row[key] for key in ('gpus', 'model', 'batch', 'trainer')), *numbers, f'{row["error"]:+.0%}']
         lines.append(f'| {" | ".join(cells)} |')
     result['outside'] = lines
+    lines = [
+        '| GPUs | model | trainer | measured, ms | formulas without this line | with it | GB given back | GB/s |',
+        '| --- | --- | --- | --- | --- | --- | --- | --- |',
+    ]
+    for row in report['remapping']:
+        ms = [f'{row[k] * 1e3:,.0f}' for k in ('measured', 'without', 'with')]
+        rate = row['remapped_bytes'] / (row['measured'] - row['without'])
+        cells = [
+            row['gpus'],
+            row['model'],
+            row['trainer'],
+            *ms,
+            f'{row["remapped_bytes"] / 1e9:.1f}',
+            f'{rate / 1e9:.0f}',
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+    result['remapping'] = lines
     lines = ['| limit | trained | plan.py | difference |', '| --- | --- | --- | --- |']
     for check in report['largest']:
         form = '.1f' if check['unit'].startswith('billion') else '.0f'
@@ -430,7 +467,7 @@ def report_on(rows):
         'speed': [
             describe(row)
             | {'class': speed_class(row), 'measured': row.tokens_per_sec, 'predicted': row.tokens_per_sec * (1 + error)}
-            | {'error': error}
+            | {'error': error, 'spread': (row.high - row.low) / row.tokens_per_sec if row.low else None}
             for row, error in speeds
         ],
         'tensors': [
@@ -441,6 +478,7 @@ def report_on(rows):
             if row.allocated
         ],
         'flagged': [describe(row) | {'allocated': row.flagged} for row in rows if row.flagged],
+        'remapping': remapping(rows),
         'largest': largest_checks(),
         'external': external_checks(),
     }

@@ -243,8 +243,8 @@ def needed(run: Run, allocator: Allocator | None = None) -> float:
     """
     allocator = allocator or ALLOCATOR
     result = memory(run, replace(allocator, pool_compiled=0.0, pool_kernels=0.0))
-    elsewhere = sum(streams_apart(run).values()) - sum(tensors(run).values())
-    return result['total'] - stale_logits(run) - (1 + allocator.rounding) * elsewhere
+    apart = run.reshard * (sum(streams_apart(run).values()) - sum(tensors(run).values()))
+    return result['total'] - stale_logits(run) - (1 + allocator.rounding) * apart
 
 
 def outside_torch(run: Run) -> float:
