@@ -104,13 +104,16 @@ def speed_table(found, tokens, gpus, price):
 
 def without_doubles(found):
     """Returns found without trainers that run like an earlier one, as on one GPU, and a line about them or ''."""
-    first = {}
+    alike = {}
     for name, e in found.items():
-        first.setdefault(e.run, name)
-    doubles = [f'{name} as {first[e.run]}' for name, e in found.items() if first[e.run] != name]
-    doubles += ['fsdp+checkpointing as ddp with recomputed activations'] * bool(doubles)
-    line = f'One GPU shards nothing: {", ".join(doubles)}.' if doubles else ''
-    return {name: found[name] for name in first.values()}, line
+        alike.setdefault(e.run, []).append(name)
+    doubles = [f'{", ".join(names)} like {first}' for first, *names in alike.values() if names]
+    one_gpu = next(iter(alike)).gpus == 1
+    if one_gpu and ['fsdp+checkpointing'] in alike.values():
+        doubles.append('fsdp+checkpointing like ddp with --activation_checkpointing')
+    start = 'One GPU shards nothing, so these run alike: ' if one_gpu else 'These run alike: '
+    line = f'{start}{"; ".join(doubles)}.' if doubles else ''
+    return {names[0]: found[names[0]] for names in alike.values()}, line
 
 
 def machines_memory(e):
@@ -137,14 +140,19 @@ def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
         return f'{problem}: use a smaller model.'
     if not best:
         return f'No trainer fits on {gpus} × {gpu.name}, nor on up to 1,024 of them: use a smaller model.'
-    fastest = max(e.tokens_per_sec for e in found.values() if e.fits)
-    why = (
-        'the fastest that fits' if best.tokens_per_sec == fastest else 'within 2% of the fastest that fits, and simpler'
-    )
+    others = [e for e in found.values() if e.fits and e.tokens_per_sec > best.tokens_per_sec]
+    why = 'the fastest that fits'
+    if any(not e.tight for e in others):
+        why = 'within 2% of the fastest that fits, and simpler'
+    elif others:
+        why = 'the fastest that fits with room to spare'
     room = (gpu.memory_bytes - best.context_bytes - best.memory_bytes['total']) / GIB
+    left = (
+        'it fits only because torch gives unused memory back' if best.tight else f'{room:.1f} GiB of each GPU stay free'
+    )
     return (
         (f'{asked} fits. ' if asked and asked != best.name else '')
-        + f'Recommended: {best.name}, {why}; {room:.1f} GiB of each GPU stay free{machines_memory(best)}:\n'
+        + f'Recommended: {best.name}, {why}; {left}{machines_memory(best)}:\n'
         f'  {options.command(best.name, best.run, arguments, config)}'
     )
 

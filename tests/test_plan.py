@@ -327,8 +327,23 @@ def test_machines_are_filled_evenly():
 
 def test_one_gpu_shards_nothing():
     text = run_plan('--trainer=zero1').stdout
-    assert 'One GPU shards nothing: zero1 as ddp, fsdp as ddp, zero1+triton as triton' in text
+    assert 'One GPU shards nothing, so these run alike: zero1, fsdp, fsdp+offload like ddp; ' in text
+    assert 'zero1+triton, fsdp+triton like triton; fsdp+checkpointing like ddp with --activation' in text
     assert not re.search('^fsdp  ', text, re.M)
+
+
+def test_a_tight_run_is_called_that():
+    run = run_plan('--batch_size=178', '--gpu=h100', '--trainer=triton')
+    assert run.returncode == 0 and re.search('^triton .* tight ', run.stdout, re.M)
+    assert 'Recommended: fsdp+checkpointing, the fastest that fits with room to spare' in run.stdout
+    run = run_plan('--batch_size=300', '--gpu=h100', '--activation_checkpointing=True')
+    assert 'Recommended: triton, the fastest that fits; it fits only because torch gives unused memory' in run.stdout
+
+
+def test_trainers_that_run_alike_appear_once():
+    text = run_plan('--gpus=4', '--activation_checkpointing=True').stdout
+    assert '\nThese run alike: fsdp+checkpointing like fsdp.\n' in text
+    assert not re.search(r'^fsdp\+checkpointing  ', text, re.M)
 
 
 def test_a_gpu_may_have_less_memory():
