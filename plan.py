@@ -145,7 +145,7 @@ def main():
             result['largest'] = report.largest_of(config['largest'], found, config, gpu, gpus, network)
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        print(report.as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out))
+        print(report.as_text(found, config, gpu, gpus, tokens, asked, best, arguments, in_files, way_out))
         if config['largest']:
             print(report.largest_text(config['largest'], found, config, gpu, gpus, network))
     return 0 if fits else 1

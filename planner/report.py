@@ -121,7 +121,7 @@ def machines_memory(e):
     return f"; it takes {memory.offloaded(e.run) / GIB:,.0f} GiB of each machine's memory" if e.run.offload else ''
 
 
-def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
+def advice(found, config, gpu, gpus, asked, best, arguments, in_files, way_out):
     """Returns one paragraph: the command to run and why, or the change that makes it fit."""
     if way_out:
         flags, count, e = way_out
@@ -140,7 +140,8 @@ def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
         return f'{problem}: use a smaller model.'
     if not best:
         return f'No trainer fits on {gpus} × {gpu.name}, nor on up to 1,024 of them: use a smaller model.'
-    others = [e for e in found.values() if e.fits and e.tokens_per_sec > best.tokens_per_sec]
+    possible = [e for e in found.values() if e.fits and options.known_to(e.name).issuperset(in_files)]
+    others = [e for e in possible if e.tokens_per_sec > best.tokens_per_sec]
     why = 'the fastest that fits'
     if any(not e.tight for e in others):
         why = 'within 2% of the fastest that fits, and simpler'
@@ -157,7 +158,7 @@ def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
     )
 
 
-def as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out):
+def as_text(found, config, gpu, gpus, tokens, asked, best, arguments, in_files, way_out):
     first = next(iter(found.values())).run
     steps = f'{first.micro_steps} micro-step{"s" * (first.micro_steps > 1)}'
     title = (
@@ -170,7 +171,7 @@ def as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out):
     parts += [doubles] if doubles else []
     if gpus > gpu.per_machine:
         parts.append(f'Between machines of {gpu.per_machine}: {config["network"]:g} GB/s per GPU (--network).')
-    parts.append(advice(found, config, gpu, gpus, asked, best, arguments, way_out))
+    parts.append(advice(found, config, gpu, gpus, asked, best, arguments, in_files, way_out))
     return '\n\n'.join(parts)
 
 
