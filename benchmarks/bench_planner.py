@@ -32,7 +32,9 @@ from planner import report as report_module
 from planner.gpus import GIB, GPUS
 from planner.run import Run
 
-RESULTS = ROOT / 'benchmarks' / 'results'
+from common import RESULTS
+from tables import load, number
+
 # the fields of Efficiencies that are fitted; the others keep their defaults
 EFFICIENCIES = (
     'matmul',
@@ -90,7 +92,7 @@ def memory_error(row, values):
 
 
 def full(row):
-    """Returns whether the run launched kernels and its tensors left little memory, so that torch may have freed some."""
+    """Returns whether kernels were launched and tensors left so little memory that torch may have freed some."""
     return bool(row.allocated) and not row.run.graphs and row.allocated > 0.94 * row.run.gpu.memory_bytes
 
 
@@ -198,6 +200,14 @@ def summary(errors, limit):
         'p90': sizes[int(0.9 * (len(sizes) - 1))],
         'max': sizes[-1],
     }
+
+
+@number
+def planned(kind, *name):
+    """Returns how many rows are within the limit, "89 of 95". kind: speed or memory. name: of a class, if not all."""
+    classes = load('planner_error')[f'{kind}_summary']
+    own = [classes[' '.join(name)]] if name else [classes['one GPU'], classes['several GPUs']]
+    return f'{sum(s["within_limit"] for s in own)} of {sum(s["rows"] for s in own)}'
 
 
 def by_class(rows, limit):
