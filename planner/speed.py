@@ -82,6 +82,15 @@ def weight_bytes(run):
     return 4 + half + add + half
 
 
+def flops_in_fp8(run):
+    """Returns the FLOPs per token of matmuls in 8 bits: forward and input gradients, but no weight gradients."""
+    if not run.fp8:
+        return 0.0
+    h, forwards = run.n_embd, 1 + run.checkpointing
+    weights = 12 * (forwards + 1) if run.fp8_everywhere else 11 * forwards + 9  # in units of h * h
+    return 2 * (weights * h * h * run.n_layer + 2 * run.fp8_head * run.vocab_size * h)
+
+
 def micro_step_parts(run, e):
     """Returns the seconds of one micro-step on one GPU, by kind of work."""
     h, tokens, gpu = run.n_embd, run.tokens, run.gpu
@@ -91,9 +100,7 @@ def micro_step_parts(run, e):
     blocks = 6 * (12 + run.checkpointing * again / 3) * h * h * run.n_layer
     head = 6 * run.vocab_size * h
     matmul = e.matmul * h / (h + e.narrow) * gpu.peak_flops * 2 / run.half_bytes
-    # FP8 takes the forward and the input gradients, but not the weight gradients
-    products = 12 * (2 + run.checkpointing) if run.fp8_everywhere else 11 * (1 + run.checkpointing) + 9  # of h * h
-    in_fp8 = run.fp8 * 2 * products * h * h * run.n_layer + run.fp8_head * 4 * run.vocab_size * h
+    in_fp8 = flops_in_fp8(run)
     matmul_fp8 = e.matmul * h / (h + e.narrow_fp8) * 2 * gpu.peak_flops
     forward, backward = element_bytes(run)
     moved = tokens * run.n_layer * (forward * (1 + run.checkpointing) + backward)
