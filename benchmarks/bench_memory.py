@@ -25,11 +25,10 @@ With --set=timed, each process also times iterations. Processes compile and warm
 are ready, each has the GPU to itself in turn; the first half of its iterations warms the GPU up again and does not
 count. --set=fp8 does the same for --fp8, next to processes that are not timed.
 
-With --history, processes that are not timed also write each allocation of their GPU memory into a file next to --out.
+With --history, the result of a process that is not timed also states why torch reserved memory (growth()).
 """
 
 import argparse
-import gzip
 import json
 import os
 import runpy
@@ -37,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from itertools import chain
 from pathlib import Path
 
@@ -278,27 +278,45 @@ def wait_for_turn(hardware, ready):
     hardware.now = waits_once
 
 
-def write_history(path):
-    """
-    Writes what torch's allocator did as gzipped JSON: [[action, address, bytes, stream, functions that asked for it]].
-    """
+def history():
+    """Returns what torch's allocator did: (action, address, bytes, stream, functions that asked for it) each time."""
 
     def function(frame):
         return f'{Path(frame["filename"]).stem}:{frame["line"]} {frame["name"]}'
 
-    trace = torch.cuda.memory._snapshot()['device_traces'][0]
     facts = ('action', 'addr', 'size', 'stream')
-    rows = [[*map(entry.get, facts), [function(f) for f in entry.get('frames', ())[:12]]] for entry in trace]
-    with gzip.open(path, 'wt') as file:
-        json.dump(rows, file)
+    trace = torch.cuda.memory._snapshot()['device_traces'][0]
+    return [[*map(entry.get, facts), [function(f) for f in entry.get('frames', ())[:12]]] for entry in trace]
 
 
-def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, ready='', history=''):
+def growth(events):
+    """
+    Returns why torch reserved memory: the bytes per stream at the end, and each step of at least 256 MiB with the bytes
+    reserved and live before it, and the functions that asked. events: of history().
+    """
+    live, reserved, steps = {}, defaultdict(int), []
+    for i, (action, address, size, stream, _) in enumerate(events):
+        if action == 'alloc':
+            live[address] = size
+        elif action == 'free_completed':
+            live.pop(address, None)
+        elif action == 'segment_unmap':
+            reserved[stream] -= size
+        elif action == 'segment_map':
+            if size >= 2**28:
+                functions = next((functions for kind, *_, functions in events[i:] if kind == 'alloc'), [])
+                before = {'reserved': sum(reserved.values()), 'live': sum(live.values())}
+                steps.append({'bytes': size} | before | {'functions': functions[:4]})
+            reserved[stream] += size
+    return {'reserved_by_stream': [*reserved.values()], 'growth': steps}
+
+
+def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, ready='', traced=False):
     """
     Runs one configuration in this process, which may be one of several ranks. Returns its memory in bytes and, if
-    `ready` names a file to create before the timed iterations, their tokens/s. history: file for write_history().
+    `ready` names a file to create before the timed iterations, their tokens/s. traced: adds growth().
     """
-    if history:
+    if traced:
         torch.cuda.memory._record_memory_history(context='alloc', stacks='python', max_entries=100_000)
     options = {'gradient_accumulation_steps': 2} | options
     launched, times = {}, []
@@ -332,9 +350,8 @@ def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, read
         kept = runpy.run_path(sys.argv[0])
         times = kept['times'][len(kept['times']) // 2 :]
     after = memory_now()
-    if history:
-        write_history(history)
-    result = {f'{key}_launched': launched[key] for key in ('reserved', 'allocated') if launched}
+    result = growth(history()) if traced else {}
+    result |= {f'{key}_launched': launched[key] for key in ('reserved', 'allocated') if launched}
     result |= {f'{key}_captured': after[key] for key in ('reserved', 'allocated') if launched}
     if launched:
         after |= {key: max(after[key], launched[key]) for key in ('reserved', 'allocated')}
@@ -508,7 +525,7 @@ def main():
     parser.add_argument('--gib', type=float, default=0, help='memory for all processes, on a GPU that others use too')
     parser.add_argument('--ranks', type=int, default=1, help='GPUs per configuration')
     parser.add_argument('--set', default='first', choices=[*SETS], help='configurations (default: first)')
-    parser.add_argument('--history', action='store_true', help='write the allocations of processes that are not timed')
+    parser.add_argument('--history', action='store_true', help='state why torch reserved memory')
     parser.add_argument('--dry-run', action='store_true')
     parser.add_argument('--child', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -518,8 +535,6 @@ def main():
         sys.exit('bench_memory.py: needs a CUDA GPU; --dry-run tries it without')
     if (args.set == 'several') != (args.ranks > 1) and not args.dry_run:
         parser.error('--set=several needs --ranks=2 or more, and the other sets run on one GPU')
-    if args.history and not args.out:
-        parser.error('--history needs --out')
     started = time.time()
     chosen = SETS['tiny' if args.dry_run else args.set]()
     wanted = [
@@ -544,7 +559,7 @@ def main():
                     if timed(args.set, spec):
                         more['ready'] = f'{folder}/{key}.ready'
                     elif args.history and not args.dry_run:
-                        more['history'] = f'{Path(args.out).resolve().with_suffix("")}_{key}.json.gz'
+                        more['traced'] = True
                     children.start(key, spec | more)
                     used[key] = needs
                     del pending[key]

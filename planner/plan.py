@@ -70,7 +70,8 @@ def speed_basis(run):
 def memory_basis(run):
     """Returns 'interpolated' if architecture, batch, context and number of GPUs are within the measured ones."""
     shape = 768 <= run.n_embd <= 8192 and 4 <= run.n_layer <= 76 and 256 <= run.block_size <= 2048
-    inside = shape and run.gpu.measured and run.gpus <= 4 and 1024 <= run.tokens <= 260 * 1024 and not run.fp8
+    inside = shape and run.gpu.measured and run.gpus <= 4 and 1024 <= run.tokens <= 260 * 1024
+    inside = inside and not (run.fp8 and run.gpus > 1)
     return 'interpolated' if inside and run.half_bytes == 2 and run.vocab_size == 50304 else 'extrapolated'
 
 
