@@ -476,3 +476,25 @@ def test_eleutherai_formula():
     run = SimpleNamespace(**asdict(small_run(n_layer=1, vocab_size=100)), tokens=64)
     n = 2 * 100 * 64 + 32 * 64 + 8 * 64 + 12 * 64 * 64 + 2 * 64
     assert bench_planner.eleuther(run) == 18 * n + 64 * 64 * (34 + 5 * 2 * 32 / 64)
+
+
+def test_growth_says_why_torch_reserved_memory():
+    """bench_memory.py --history: the second logits need new memory, because gradients sit where the first ones were."""
+    import bench_memory
+
+    gib = 2**30
+    events = [
+        ['segment_map', 0, gib, 7, []],
+        ['alloc', 0, gib, 7, ['model:9 forward']],
+        ['free_requested', 0, gib, 7, []],
+        ['free_completed', 0, gib, 7, []],
+        ['alloc', 0, 2**20, 7, ['linear:5 backward']],
+        ['segment_map', gib, gib, 7, []],
+        ['alloc', gib, gib, 7, ['model:9 forward']],
+        ['segment_map', 9 * gib, 2**21, 8, []],
+        ['segment_unmap', 0, 2**21, 7, []],
+    ]
+    found = bench_memory.growth(events)
+    assert found['reserved_by_stream'] == [2 * gib - 2**21, 2**21]
+    step = {'bytes': gib, 'functions': ['model:9 forward']}
+    assert found['growth'] == [step | {'reserved': 0, 'live': 0}, step | {'reserved': gib, 'live': 2**20}]
