@@ -161,6 +161,13 @@ VARIANTS = {  # names in bench_phase2.py
 }
 
 
+LAST_CHANGES = (  # of the ladders in bench_phase2.py: the last one in a file is the Triton model of its time
+    '+ weights rounded once an iteration',
+    '+ cuBLASLt where it is faster',
+    '+ exponentials written by the last matmul',
+)
+
+
 def kernel_rows(results=RESULTS):
     """Yields the rows of bench_phase2.py: its ladders of kernels, and the largest batches."""
     for path in sorted([*Path(results).glob('phase2_l*_h*.json'), *Path(results).glob('fp8_l*_h*.json')]):
@@ -168,13 +175,12 @@ def kernel_rows(results=RESULTS):
         ladder, gpu = 'ladder' in path.name, gpu_of_device(report['device'])
         if report.get('gib'):  # a limit for torch alone
             gpu = replace(gpu, memory_bytes=report['gib'] * GIB + CONTEXT)
-        changes = [row['name'] for row in report['rows'] if row['name'].startswith('+ ')]
-        model = [name for name in changes if name not in ('+ half_residual', '+ clipping by AdamW')][-1:]
-        variants = VARIANTS | {name: dict(kernels=True) for name in model}  # the last change is the Triton model
+        names = {*(row['name'] for row in report['rows']), report.get('base')}
+        model = [name for name in LAST_CHANGES if name in names][-1:]
+        variants = VARIANTS | {name: dict(kernels=True) for name in model}
         rows = [row for row in report['rows'] if row['name'] in variants]
-        if 'base' in report:  # timed in the same turns
-            ms = rows[0]['ms_reference']
-            rows.append({'name': report['base'], 'ms': ms, 'peak_memory_bytes': None})
+        if rows and report.get('base') in variants:  # timed in the same turns
+            rows.append({'name': report['base'], 'ms': rows[0]['ms_reference'], 'peak_memory_bytes': None})
         for row in rows:
             batch_size = report.get('batch_size') or 12
             run = Run(
