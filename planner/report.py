@@ -78,7 +78,7 @@ def memory_table(found, gpu):
         'reserved',
         'context',
         f'of {gib(gpu.memory_bytes)}',
-        'numbers',
+        'basis',
     ]
     rows = []
     for name, e in found.items():
@@ -89,7 +89,7 @@ def memory_table(found, gpu):
 
 
 def speed_table(found, tokens, gpus, price):
-    header = ['speed', 'tokens/s', 'range', 'MFU', 'hours', *['cost'] * bool(price), 'numbers']
+    header = ['speed', 'tokens/s', 'range', 'MFU', 'hours', *['cost'] * bool(price), 'basis']
     rows = []
     for name, e in found.items():
         if not e.fits:
