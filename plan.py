@@ -9,7 +9,7 @@ $ python plan.py config/train_gpt2.py --gpu=h200 --gpus=8 --picture=plan.png
 
 Takes train.py's flags and config files, and the flags below. The exit status is 1 if the selected trainer does not fit
 (selected with --trainer, or with flags such as --use_fsdp=True or --model_dir=../phase2_triton; without any: if no
-trainer fits), and 2 if a flag is wrong. docs/planner.md explains the columns, states every formula, and says how far the
+trainer fits), and 2 if a flag is wrong. docs/planner.md explains the columns and every formula, and states how far the
 numbers are from measured ones.
 """
 
