@@ -163,6 +163,7 @@ def describe(row):
         'checkpointing' * run.checkpointing,
         'offload' * run.offload,
         'half residual' * run.half_residual,
+        'FP8' * run.fp8,
         f'loss_rows {run.loss_rows}' * bool(run.loss_rows),
         'one unit' * (run.min_num_params > 10**10),
     ]

@@ -179,8 +179,9 @@ def kernel_rows(results=RESULTS):
         model = [name for name in LAST_CHANGES if name in names][-1:]
         variants = VARIANTS | {name: dict(kernels=True) for name in model}
         rows = [row for row in report['rows'] if row['name'] in variants]
-        if rows and report.get('base') in variants:  # timed in the same turns
-            rows.append({'name': report['base'], 'ms': rows[0]['ms_reference'], 'peak_memory_bytes': None})
+        base = report.get('base')
+        if rows and base in variants and base not in [row['name'] for row in rows]:  # timed in the same turns
+            rows.append({'name': base, 'ms': rows[0]['ms_reference'], 'peak_memory_bytes': None})
         for row in rows:
             batch_size = report.get('batch_size') or 12
             run = Run(
