@@ -249,7 +249,7 @@ def test_a_full_gpu_is_slow_unless_a_graph_replays():
 def test_fp8_changes_the_triton_model_alone():
     """
     By hand at 12 x 1024 x 50304: the gradient of the logits in 8 bits takes one more byte per logit, 0.58 GiB. So
-    measured in fp8_ladder_h200.json: 7,858 MB against 7,184. One H200 with half_residual: 1.16 x the speed there.
+    measured in fp8_ladder_h200.json: 7,858 MB against 7,184. Speed on one H200: 1.08 x (phase2_ladder_h200.json).
     """
     flags = ('--gpu=h200', '--gpus=4', '--half_residual=True')
     without, with_fp8 = as_json(*flags)['trainers'], as_json(*flags, '--fp8')['trainers']
@@ -259,7 +259,7 @@ def test_fp8_changes_the_triton_model_alone():
             assert before == after, name
             continue
         assert after['basis'] == after['memory_basis'] == 'extrapolated'
-        assert 1.1 < after['tokens_per_sec'] / before['tokens_per_sec'] < 1.25, name
+        assert 1.03 < after['tokens_per_sec'] / before['tokens_per_sec'] < 1.15, name
         logits = after['memory_bytes']['logits'] - before['memory_bytes']['logits']
         assert logits == 12 * 1024 * 50304, name
         assert '--fp8' in after['command'] and '--fp8' not in with_fp8['ddp']['command']
