@@ -535,6 +535,8 @@ def main():
         sys.exit('bench_memory.py: needs a CUDA GPU; --dry-run tries it without')
     if (args.set == 'several') != (args.ranks > 1) and not args.dry_run:
         parser.error('--set=several needs --ranks=2 or more, and the other sets run on one GPU')
+    if args.history and args.ranks > 1:
+        parser.error('--history works with one rank only')
     started = time.time()
     chosen = SETS['tiny' if args.dry_run else args.set]()
     wanted = [
