@@ -9,8 +9,8 @@ $ python plan.py config/train_gpt2.py --gpu=h200 --gpus=8 --picture=plan.png
 
 Takes train.py's flags and config files, and the flags below. The exit status is 1 if the selected trainer does not fit
 (selected with --trainer, or with flags such as --use_fsdp=True or --model_dir=../phase2_triton; without any: if no
-trainer fits), and 2 if a flag is wrong. docs/planner.md states every formula and how far the numbers are from measured
-ones.
+trainer fits), and 2 if a flag is wrong. docs/planner.md explains the columns and every formula, and states how far the
+numbers are from measured ones.
 """
 
 import json
@@ -123,6 +123,12 @@ def main():
     if config['gpu_memory']:
         gpu = replace(gpu, memory_bytes=config['gpu_memory'] * GIB)
     found = plan.make_plan(config, gpu, gpus, network, measured.all_rows())
+    if config['ckpt_format'] == 'sharded' and (gpus == 1 or not config['use_fsdp']):  # as reference_trainer.py
+        raise UserError('ckpt_format=sharded needs FSDP: several processes under torchrun, and use_fsdp=True')
+    if config['fp8']:
+        reason = options.why_not_fp8(found['triton'].run, config)
+        fp8 = f'not using FP8: {reason}' if reason else 'fp8=True: only in the rows with triton'
+        print(f'note: {fp8}', file=sys.stderr)
     asked = options.asked_for(config, flags_set)
     if asked and asked not in found:
         raise UserError(f'trainer={asked} needs 4 GPUs or more, in two equal groups or more; gpus is {gpus}')
@@ -139,7 +145,7 @@ def main():
             result['largest'] = report.largest_of(config['largest'], found, config, gpu, gpus, network)
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        print(report.as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out))
+        print(report.as_text(found, config, gpu, gpus, tokens, asked, best, arguments, in_files, way_out))
         if config['largest']:
             print(report.largest_text(config['largest'], found, config, gpu, gpus, network))
     return 0 if fits else 1

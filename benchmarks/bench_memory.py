@@ -6,6 +6,7 @@ result.
     python benchmarks/bench_memory.py --set=more --out=benchmarks/results/memory_more_h200.json --seconds=90
     python benchmarks/bench_memory.py --set=timed --out=benchmarks/results/memory_times_h200.json --seconds=118
     python benchmarks/bench_memory.py --set=alone --out=benchmarks/results/memory_alone_h200.json --seconds=90
+    python benchmarks/bench_memory.py --set=fp8 --history --out=benchmarks/results/memory_fp8_h200.json --seconds=57
     python benchmarks/bench_memory.py --set=several --ranks=2 --out=benchmarks/results/memory_h200x2.json --seconds=60
     python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: only checks the script
 
@@ -22,7 +23,9 @@ is listed in `not_run`.
 
 With --set=timed, each process also times iterations. Processes compile and warm up at the same time. Once all of them
 are ready, each has the GPU to itself in turn; the first half of its iterations warms the GPU up again and does not
-count.
+count. --set=fp8 does the same for --fp8, next to processes that are not timed.
+
+With --history, the result of a process that is not timed also states why torch reserved memory (growth()).
 """
 
 import argparse
@@ -33,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from itertools import chain
 from pathlib import Path
 
@@ -159,6 +163,21 @@ def more_configurations():
     ]
 
 
+def fp8_configurations():
+    """Returns configurations with FP8, and three others, in the form of configurations()."""
+    fp8 = GRAPHS | {'fp8': True, 'half_residual': True}
+    return [
+        ('fsdp', '124M', 32, 1024, GRAPHS),
+        ('fsdp+triton', '124M', 12, 1024, GRAPHS | {'fp8': True}),
+        ('triton', '124M', 32, 1024, GRAPHS),
+        ('triton', '350M', 12, 1024, fp8),
+        ('triton', '774M', 4, 1024, fp8),
+        ('triton', '124M', 12, 1024, GRAPHS),
+        ('triton', '124M', 12, 1024, fp8),
+        ('triton', '124M', 32, 1024, fp8),
+    ]
+
+
 def several_ranks():
     """Returns configurations for several ranks, in the form of configurations()."""
     one_step, five_steps = {'gradient_accumulation_steps': 1}, {'gradient_accumulation_steps': 5}
@@ -207,6 +226,7 @@ SETS = {  # for --set
     'first': configurations,
     'more': more_configurations,
     'timed': timed_configurations,
+    'fp8': fp8_configurations,
     'alone': ranks_alone,
     'several': several_ranks,
     'tiny': tiny,
@@ -258,11 +278,46 @@ def wait_for_turn(hardware, ready):
     hardware.now = waits_once
 
 
-def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, ready=''):
+def history():
+    """Returns what torch's allocator did: (action, address, bytes, stream, functions that asked for it) each time."""
+
+    def function(frame):
+        return f'{Path(frame["filename"]).stem}:{frame["line"]} {frame["name"]}'
+
+    facts = ('action', 'addr', 'size', 'stream')
+    trace = torch.cuda.memory._snapshot()['device_traces'][0]
+    return [[*map(entry.get, facts), [function(f) for f in entry.get('frames', ())[:12]]] for entry in trace]
+
+
+def growth(events):
+    """
+    Returns why torch reserved memory: the bytes per stream at the end, and each step of at least 256 MiB with the bytes
+    reserved and live before it, and the functions that asked. events: of history().
+    """
+    live, reserved, steps = {}, defaultdict(int), []
+    for i, (action, address, size, stream, _) in enumerate(events):
+        if action == 'alloc':
+            live[address] = size
+        elif action == 'free_completed':
+            live.pop(address, None)
+        elif action == 'segment_unmap':
+            reserved[stream] -= size
+        elif action == 'segment_map':
+            if size >= 2**28:
+                functions = next((functions for kind, *_, functions in events[i:] if kind == 'alloc'), [])
+                before = {'reserved': sum(reserved.values()), 'live': sum(live.values())}
+                steps.append({'bytes': size} | before | {'functions': functions[:4]})
+            reserved[stream] += size
+    return {'reserved_by_stream': [*reserved.values()], 'growth': steps}
+
+
+def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, ready='', traced=False):
     """
     Runs one configuration in this process, which may be one of several ranks. Returns its memory in bytes and, if
-    `ready` names a file to create before the timed iterations, their tokens/s.
+    `ready` names a file to create before the timed iterations, their tokens/s. traced: adds growth().
     """
+    if traced:
+        torch.cuda.memory._record_memory_history(context='alloc', stacks='python', max_entries=100_000)
     options = {'gradient_accumulation_steps': 2} | options
     launched, times = {}, []
     if ranks > 1 or 'fsdp' in trainer or 'one_of' in options:
@@ -295,7 +350,8 @@ def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, read
         kept = runpy.run_path(sys.argv[0])
         times = kept['times'][len(kept['times']) // 2 :]
     after = memory_now()
-    result = {f'{key}_launched': launched[key] for key in ('reserved', 'allocated') if launched}
+    result = growth(history()) if traced else {}
+    result |= {f'{key}_launched': launched[key] for key in ('reserved', 'allocated') if launched}
     result |= {f'{key}_captured': after[key] for key in ('reserved', 'allocated') if launched}
     if launched:
         after |= {key: max(after[key], launched[key]) for key in ('reserved', 'allocated')}
@@ -401,6 +457,13 @@ def child(arguments):
     os._exit(0)  # destroying NCCL's graphs and the interpreter would take seconds
 
 
+def timed(name, spec):
+    """Returns whether the set of this name times the configuration. Only nanoGPT/bench.py can wait for its turn."""
+    if name == 'fp8':
+        return 'half_residual' in spec['options'] or (spec['trainer'], spec['batch_size']) == ('triton', 12)
+    return name == 'timed' and spec['trainer'] in ('ddp', 'triton')
+
+
 class Children:
     """Processes that run this file, several at a time."""
 
@@ -462,6 +525,7 @@ def main():
     parser.add_argument('--gib', type=float, default=0, help='memory for all processes, on a GPU that others use too')
     parser.add_argument('--ranks', type=int, default=1, help='GPUs per configuration')
     parser.add_argument('--set', default='first', choices=[*SETS], help='configurations (default: first)')
+    parser.add_argument('--history', action='store_true', help='state why torch reserved memory')
     parser.add_argument('--dry-run', action='store_true')
     parser.add_argument('--child', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -471,6 +535,8 @@ def main():
         sys.exit('bench_memory.py: needs a CUDA GPU; --dry-run tries it without')
     if (args.set == 'several') != (args.ranks > 1) and not args.dry_run:
         parser.error('--set=several needs --ranks=2 or more, and the other sets run on one GPU')
+    if args.history and args.ranks > 1:
+        parser.error('--history works with one rank only')
     started = time.time()
     chosen = SETS['tiny' if args.dry_run else args.set]()
     wanted = [
@@ -491,16 +557,16 @@ def main():
             for key, spec in list(pending.items()):
                 needs = estimate(spec)
                 if len(children.running) < args.at_a_time and sum(used.values()) + needs <= capacity:
-                    ready = (
-                        {'ready': f'{folder}/{key}.ready'}
-                        if args.set == 'timed' and spec['trainer'] in ('ddp', 'triton')
-                        else {}
-                    )
-                    children.start(key, spec | {'dry_run': args.dry_run} | ready)
+                    more = {'dry_run': args.dry_run}
+                    if timed(args.set, spec):
+                        more['ready'] = f'{folder}/{key}.ready'
+                    elif args.history and not args.dry_run:
+                        more['traced'] = True
+                    children.start(key, spec | more)
                     used[key] = needs
                     del pending[key]
             for key, result, seconds in chain(
-                children.finished(), children.take_turns() if args.set == 'timed' else ()
+                children.finished(), children.take_turns() if args.set in ('timed', 'fp8') else ()
             ):
                 del used[key]
                 row = wanted[key] | result | {'seconds': round(seconds, 1)}

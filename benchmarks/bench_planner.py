@@ -32,11 +32,14 @@ from planner import report as report_module
 from planner.gpus import GIB, GPUS
 from planner.run import Run
 
-RESULTS = ROOT / 'benchmarks' / 'results'
+from common import RESULTS
+from tables import load, number
+
 # the fields of Efficiencies that are fitted; the others keep their defaults
 EFFICIENCIES = (
     'matmul',
     'narrow',
+    'narrow_fp8',
     'attention',
     'compiled',
     'kernels',
@@ -89,16 +92,27 @@ def memory_error(row, values):
 
 
 def full(row):
-    """Returns whether the run had so little memory left that torch freed and reallocated blocks in each iteration."""
-    return bool(row.allocated) and row.allocated > plan.FULL * row.run.gpu.memory_bytes
+    """Returns whether kernels were launched and tensors left so little memory that torch may have freed some."""
+    return bool(row.allocated) and not row.run.graphs and row.allocated > 0.94 * row.run.gpu.memory_bytes
 
 
 def fits_speed(row):
     """
-    Returns whether the fit uses the row's speed. It leaves out searches for the largest model, which time two steps,
-    and runs slowed down by a full GPU.
+    Returns whether the fit uses the row's speed. It leaves out searches for the largest model, which time two steps.
     """
-    return row.tokens_per_sec and row.kind != 'largest' and not (full(row) and row.run.compiled and not row.run.kernels)
+    return row.tokens_per_sec and row.kind != 'largest'
+
+
+def fit_speed(rows):
+    """Returns the fitted efficiencies: `mapping` from the rows that a full GPU slows down, all others without these."""
+    start = asdict(speed.Efficiencies())
+    slow = [row for row in rows if row.tokens_per_sec and memory.tight(row.run) and not row.run.graphs]
+    values = fit(speed_error, start, EFFICIENCIES, [row for row in rows if fits_speed(row) and row not in slow])
+    return values | fit(lambda row, more: speed_error(row, values | more), start, ('mapping',), slow)
+
+
+def fit_memory(rows):
+    return fit(memory_error, asdict(memory.Allocator()), ALLOCATOR, [row for row in rows if row.reserved])
 
 
 def configuration(row):
@@ -106,18 +120,15 @@ def configuration(row):
     return replace(row.run, micro_steps=1, gpu=None, gpus=1)
 
 
-def leave_one_out(rows, error, start, names, fitting=lambda row: True):
+def leave_one_out(rows, error, fitted):
     """
-    Returns (row, relative error) for every row, predicted by a fit to the rows of all other configurations. fitting:
-    whether the fit uses a row.
+    Returns (row, relative error) for every row, predicted with the values of fitted(rows of all other configurations).
     """
-    whole = fit(error, start, names, [row for row in rows if fitting(row)])
     result, folds = [], defaultdict(list)
     for row in rows:
         folds[configuration(row)].append(row)
     for left_out, its_rows in folds.items():
-        others = [row for row in rows if fitting(row) and configuration(row) != left_out]
-        values = whole if len(others) == sum(map(fitting, rows)) else fit(error, start, names, others)
+        values = fitted([row for row in rows if configuration(row) != left_out])
         result += [(row, math.exp(error(row, values)) - 1) for row in its_rows]
     return result
 
@@ -152,6 +163,7 @@ def describe(row):
         'checkpointing' * run.checkpointing,
         'offload' * run.offload,
         'half residual' * run.half_residual,
+        'FP8' * run.fp8,
         f'loss_rows {run.loss_rows}' * bool(run.loss_rows),
         'one unit' * (run.min_num_params > 10**10),
     ]
@@ -191,11 +203,38 @@ def summary(errors, limit):
     }
 
 
+@number
+def planned(kind, *name):
+    """Returns how many rows are within the limit, "89 of 95". kind: speed or memory. name: of a class, if not all."""
+    classes = load('planner_error')[f'{kind}_summary']
+    own = [classes[' '.join(name)]] if name else [classes['one GPU'], classes['several GPUs']]
+    return f'{sum(s["within_limit"] for s in own)} of {sum(s["rows"] for s in own)}'
+
+
 def by_class(rows, limit):
     classes = defaultdict(list)
     for row in rows:
-        classes[row['class']].append(row['error'])
-    return {name: summary(errors, limit) for name, errors in classes.items()}
+        classes[row['class']].append(row)
+    result = {name: summary([row['error'] for row in its], limit) for name, its in classes.items()}
+    for name, its in classes.items():
+        if spreads := [row['spread'] for row in its if row.get('spread')]:
+            result[name]['spread'] = statistics.median(spreads)
+    return result
+
+
+def remapping(rows):
+    """Returns how long the runs took that lacked memory, next to what the formulas say without and with that."""
+    return [
+        describe(row)
+        | {
+            'measured': row.run.tokens_per_iter / row.tokens_per_sec,
+            'without': speed.iteration_seconds(row.run, full=False),
+            'with': speed.iteration_seconds(row.run),
+            'remapped_bytes': speed.remapped_bytes(row.run),
+        }
+        for row in rows
+        if row.tokens_per_sec and memory.tight(row.run) and not row.run.graphs
+    ]
 
 
 def external_checks():
@@ -203,7 +242,7 @@ def external_checks():
     h100, h200 = GPUS['h100'], GPUS['h200']
     small = Run(h100, 8, 12, 12, 768, batch_size=64, block_size=1024, micro_steps=1)
     checks = []
-    for name, run in (('ddp', small), ('triton', small.change(kernels=True))):
+    for name, run in (('ddp', small), ('triton', small.change(kernels=True, exponentials=True))):
         seconds = 19560 * 2**19 / speed.tokens_per_sec(run)
         checks.append(
             {
@@ -214,7 +253,7 @@ def external_checks():
             }
         )
     large = Run(h100, 8, 48, 25, 1600, batch_size=8, block_size=1024, micro_steps=16)
-    for name, run in (('ddp', large), ('triton', large.change(kernels=True))):
+    for name, run in (('ddp', large), ('triton', large.change(kernels=True, exponentials=True))):
         seconds = 32000 * 2**20 / speed.tokens_per_sec(run)
         checks.append(
             {
@@ -327,14 +366,15 @@ def tables(report):
     """Returns {name: lines}, the Markdown tables of docs/planner.md."""
     result = {}
     for key, limit in (('memory', '5%'), ('speed', '7%')):
+        spread = ' spread of the measurement |' * (key == 'speed')
         lines = [
-            f'| rows | number | within {limit} | mean error | 90% of rows within | largest |',
-            '| --- | --- | --- | --- | --- | --- |',
+            f'| rows | number | within {limit} | mean error | 90% of rows within | largest |{spread}',
+            '| --- | --- | --- | --- | --- | --- |' + ' --- |' * bool(spread),
         ]
         for name, s in report[f'{key}_summary'].items():
-            lines.append(
-                f'| {name} | {s["rows"]} | {s["within_limit"]} | {s["mean"]:.1%} | {s["p90"]:.1%} | {s["max"]:.1%} |'
-            )
+            cells = [name, s['rows'], s['within_limit'], *(f'{s[k]:.1%}' for k in ('mean', 'p90', 'max'))]
+            cells += [f'{s["spread"]:.1%}' if 'spread' in s else ''] * bool(spread)
+            lines.append(f'| {" | ".join(map(str, cells))} |')
         result[key] = lines
     worst = sorted(report['memory'] + report['speed'], key=lambda row: -abs(row['error']))
     lines = [
@@ -350,6 +390,23 @@ def tables(report):
         cells = [name, *(row[key] for key in ('gpus', 'model', 'batch', 'trainer')), *numbers, f'{row["error"]:+.0%}']
         lines.append(f'| {" | ".join(cells)} |')
     result['outside'] = lines
+    lines = [
+        '| GPUs | model | trainer | measured, ms | formulas without this line | with it | GB given back | GB/s |',
+        '| --- | --- | --- | --- | --- | --- | --- | --- |',
+    ]
+    for row in report['remapping']:
+        ms = [f'{row[k] * 1e3:,.0f}' for k in ('measured', 'without', 'with')]
+        rate = row['remapped_bytes'] / (row['measured'] - row['without'])
+        cells = [
+            row['gpus'],
+            row['model'],
+            row['trainer'],
+            *ms,
+            f'{row["remapped_bytes"] / 1e9:.1f}',
+            f'{rate / 1e9:.0f}',
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+    result['remapping'] = lines
     lines = ['| limit | trained | plan.py | difference |', '| --- | --- | --- | --- |']
     for check in report['largest']:
         form = '.1f' if check['unit'].startswith('billion') else '.0f'
@@ -402,19 +459,14 @@ def put_tables(report, path=ROOT / 'docs' / 'planner.md'):
 
 def fit_all(rows):
     """Returns {'efficiencies': {...}, 'allocator': {...}}, fitted to all rows and rounded to four digits."""
-    timed, reserved = [row for row in rows if fits_speed(row)], [row for row in rows if row.reserved]
-    found = fit(speed_error, asdict(speed.Efficiencies()), EFFICIENCIES, timed)
-    stale = fit(memory_error, asdict(memory.Allocator()), ALLOCATOR, reserved)
-    return {
-        'efficiencies': {k: float(f'{v:.4g}') for k, v in found.items()},
-        'allocator': {k: float(f'{v:.4g}') for k, v in stale.items()},
-    }
+    found = {'efficiencies': fit_speed(rows), 'allocator': fit_memory(rows)}
+    return {kind: {k: float(f'{v:.4g}') for k, v in values.items()} for kind, values in found.items()}
 
 
 def report_on(rows):
     timed, reserved = [row for row in rows if row.tokens_per_sec], [row for row in rows if row.reserved]
-    speeds = leave_one_out(timed, speed_error, asdict(speed.Efficiencies()), EFFICIENCIES, fits_speed)
-    memories = leave_one_out(reserved, memory_error, asdict(memory.Allocator()), ALLOCATOR)
+    speeds = leave_one_out(timed, speed_error, fit_speed)
+    memories = leave_one_out(reserved, memory_error, fit_memory)
     kinds = {True: 'one GPU', False: 'several GPUs'}
     report = {
         'memory': [
@@ -426,7 +478,7 @@ def report_on(rows):
         'speed': [
             describe(row)
             | {'class': speed_class(row), 'measured': row.tokens_per_sec, 'predicted': row.tokens_per_sec * (1 + error)}
-            | {'error': error}
+            | {'error': error, 'spread': (row.high - row.low) / row.tokens_per_sec if row.low else None}
             for row, error in speeds
         ],
         'tensors': [
@@ -437,6 +489,7 @@ def report_on(rows):
             if row.allocated
         ],
         'flagged': [describe(row) | {'allocated': row.flagged} for row in rows if row.flagged],
+        'remapping': remapping(rows),
         'largest': largest_checks(),
         'external': external_checks(),
     }

@@ -18,37 +18,40 @@ class GPU:
     bandwidth: float  # bytes/s of its memory
     peak_flops: float
     link: float  # bytes/s to the other GPUs of a machine, one direction: NVLink, or else PCIe
+    capability: tuple[int, int]  # compute capability
     per_machine: int = 8
     measured: bool = False  # whether the efficiencies were fitted on this GPU
 
 
-def _gpu(name, device_name, gib, terabytes_per_s, tflops, link_gb_per_s, **more):
-    return GPU(name, device_name, gib * GIB, terabytes_per_s * 1e12, tflops * 1e12, link_gb_per_s * 1e9, **more)
+def _gpu(name, device_name, capability, gib, terabytes_per_s, tflops, link_gb_per_s, **more):
+    sizes = gib * GIB, terabytes_per_s * 1e12, tflops * 1e12, link_gb_per_s * 1e9
+    return GPU(name, device_name, *sizes, capability, **more)
 
 
 # Memory: torch's total_memory; measured on the H200, approximate for the others (2% less than the data sheet in most).
 # Bandwidth: NVIDIA's data sheets. Peak: hardware.PEAK_TFLOPS; a test compares the two. Link: NVLink 4 has 450 GB/s in
-# each direction, NVLink 3 300, NVLink 5 900, PCIe 4.0 x16 32, PCIe 5.0 x16 64.
+# each direction, NVLink 3 300, NVLink 5 900, PCIe 4.0 x16 32, PCIe 5.0 x16 64. Compute capability: NVIDIA's table
+# (developer.nvidia.com/cuda-gpus).
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu('h100', 'NVIDIA H100 80GB HBM3', 79.18, 3.35, 989.4, 450, measured=True),
-        _gpu('h200', 'NVIDIA H200', 139.80, 4.8, 989.4, 450, measured=True),
-        _gpu('h100-pcie', 'NVIDIA H100 PCIe', 79.1, 2.0, 756.0, 64),
-        _gpu('h100-nvl', 'NVIDIA H100 NVL', 93.1, 3.9, 835.5, 64),
-        _gpu('b200', 'NVIDIA B200', 178.4, 8.0, 2250.0, 900),
-        _gpu('a100', 'NVIDIA A100-SXM4-80GB', 79.1, 2.039, 312.0, 300),
-        _gpu('a100-40gb', 'NVIDIA A100-SXM4-40GB', 39.4, 1.555, 312.0, 300),
-        _gpu('h200-nvl', 'NVIDIA H200 NVL', 139.8, 4.8, 835.5, 64),
-        _gpu('a40', 'NVIDIA A40', 44.4, 0.696, 149.7, 32),
-        _gpu('a30', 'NVIDIA A30', 23.5, 0.933, 165.0, 32),
-        _gpu('l40', 'NVIDIA L40', 44.4, 0.864, 181.0, 32),
-        _gpu('l40s', 'NVIDIA L40S', 44.4, 0.864, 362.0, 32),
-        _gpu('l4', 'NVIDIA L4', 22.0, 0.3, 121.0, 32),
-        _gpu('a10', 'NVIDIA A10', 22.1, 0.6, 125.0, 32),
-        _gpu('rtx3090', 'NVIDIA GeForce RTX 3090', 23.6, 0.936, 71.0, 32),
-        _gpu('rtx4090', 'NVIDIA GeForce RTX 4090', 23.6, 1.008, 165.2, 32),
-        _gpu('rtx5090', 'NVIDIA GeForce RTX 5090', 31.4, 1.792, 209.5, 64),
+        _gpu('h100', 'NVIDIA H100 80GB HBM3', (9, 0), 79.18, 3.35, 989.4, 450, measured=True),
+        _gpu('h200', 'NVIDIA H200', (9, 0), 139.80, 4.8, 989.4, 450, measured=True),
+        _gpu('h100-pcie', 'NVIDIA H100 PCIe', (9, 0), 79.1, 2.0, 756.0, 64),
+        _gpu('h100-nvl', 'NVIDIA H100 NVL', (9, 0), 93.1, 3.9, 835.5, 64),
+        _gpu('b200', 'NVIDIA B200', (10, 0), 178.4, 8.0, 2250.0, 900),
+        _gpu('a100', 'NVIDIA A100-SXM4-80GB', (8, 0), 79.1, 2.039, 312.0, 300),
+        _gpu('a100-40gb', 'NVIDIA A100-SXM4-40GB', (8, 0), 39.4, 1.555, 312.0, 300),
+        _gpu('h200-nvl', 'NVIDIA H200 NVL', (9, 0), 139.8, 4.8, 835.5, 64),
+        _gpu('a40', 'NVIDIA A40', (8, 6), 44.4, 0.696, 149.7, 32),
+        _gpu('a30', 'NVIDIA A30', (8, 0), 23.5, 0.933, 165.0, 32),
+        _gpu('l40', 'NVIDIA L40', (8, 9), 44.4, 0.864, 181.0, 32),
+        _gpu('l40s', 'NVIDIA L40S', (8, 9), 44.4, 0.864, 362.0, 32),
+        _gpu('l4', 'NVIDIA L4', (8, 9), 22.0, 0.3, 121.0, 32),
+        _gpu('a10', 'NVIDIA A10', (8, 6), 22.1, 0.6, 125.0, 32),
+        _gpu('rtx3090', 'NVIDIA GeForce RTX 3090', (8, 6), 23.6, 0.936, 71.0, 32),
+        _gpu('rtx4090', 'NVIDIA GeForce RTX 4090', (8, 9), 23.6, 1.008, 165.2, 32),
+        _gpu('rtx5090', 'NVIDIA GeForce RTX 5090', (12, 0), 31.4, 1.792, 209.5, 64),
     )
 }
 

@@ -7,14 +7,20 @@ expandable segments, which train.py has enabled since commit 8498212.
 """
 
 import json
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planner.gpus import gpu_of_device
+from planner.gpus import GIB, gpu_of_device
+from planner.memory import CONTEXT
+from planner.options import takes_exponentials
 from planner.run import Run
 
 RESULTS = Path(__file__).resolve().parent.parent / 'benchmarks' / 'results'
 SHAPES = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '774M': (36, 20, 1280), '1.5B': (48, 25, 1600)}
+EXPONENTIALS_SINCE = (
+    '2026-11-30 15:00'  # earlier results of the Triton model are without (kernels/exp_cross_entropy.py)
+)
 FIXED_SEGMENTS = ('14f333c', '3e7e90f', 'b3fe36f', '0a87a78', '8e88e86', '2e4179d')  # commits before 8498212
 
 
@@ -35,6 +41,11 @@ class Row:
 
 def shape_of(size):
     return dict(zip(('n_layer', 'n_head', 'n_embd'), SHAPES[size]))
+
+
+def as_of(date, run):
+    """Returns the Run with exponentials if the Triton model had them on this date and would use them."""
+    return run.change(exponentials=date >= EXPONENTIALS_SINCE and takes_exponentials(run))
 
 
 def trainer_of(name, gpus):
@@ -85,6 +96,7 @@ def trainers_rows(results=RESULTS):
                 micro_steps=row['micro_steps'],
                 **trainer_of(row['trainer'], gpus),
             )
+            run = as_of(report['sessions'][0]['date'], run)
             speed, memory = row['tokens_per_sec'], row['memory_bytes']
             yield Row(
                 run,
@@ -114,6 +126,7 @@ def memory_run(row, gpu):
         kernels='triton' in parts,
         half_residual=options.get('half_residual', False),
         loss_rows=options.get('loss_rows', 0),
+        fp8=options.get('fp8', False),
         compiled=options.get('compile', True),
         graphs=options['cuda_graph'],
         checkpointing=options.get('activation_checkpointing', False),
@@ -126,7 +139,7 @@ def memory_rows(results=RESULTS):
     for path in sorted(Path(results).glob('memory_*h*.json')):
         report = read(path.name, results)
         for row in report['rows']:
-            run = memory_run(row, gpu_of_device(report['device']))
+            run = as_of(report['date'], memory_run(row, gpu_of_device(report['device'])))
             speed = row.get('tokens_per_sec') or {}
             yield Row(
                 run,
@@ -142,36 +155,51 @@ VARIANTS = {  # names in bench_phase2.py
     'reference, eager': dict(compiled=False, graphs=False),
     'reference, compiled': dict(graphs=False),
     'reference, compiled, cuda_graph': dict(),
-    '+ weights rounded once an iteration': dict(kernels=True),
     '+ half_residual': dict(kernels=True, half_residual=True),
     'loss_rows=4096': dict(kernels=True, half_residual=True, loss_rows=4096),
+    'fp8': dict(kernels=True, half_residual=True, fp8=True),
 }
 
 
+LAST_CHANGES = (  # of the ladders in bench_phase2.py: the last one in a file is the Triton model of its time
+    '+ weights rounded once an iteration',
+    '+ cuBLASLt where it is faster',
+    '+ exponentials written by the last matmul',
+)
+
+
 def kernel_rows(results=RESULTS):
-    """Yields the rows of bench_phase2.py: its ladder of kernels, and the largest batches."""
-    for path in sorted(Path(results).glob('phase2_l*_h*.json')):
+    """Yields the rows of bench_phase2.py: its ladders of kernels, and the largest batches."""
+    for path in sorted([*Path(results).glob('phase2_l*_h*.json'), *Path(results).glob('fp8_l*_h*.json')]):
         report = read(path.name, results)
-        for row in report['rows']:
-            if row['name'] not in VARIANTS:
-                continue
-            ladder = path.name.startswith('phase2_ladder')
+        ladder, gpu = 'ladder' in path.name, gpu_of_device(report['device'])
+        if report.get('gib'):  # a limit for torch alone
+            gpu = replace(gpu, memory_bytes=report['gib'] * GIB + CONTEXT)
+        names = {*(row['name'] for row in report['rows']), report.get('base')}
+        model = [name for name in LAST_CHANGES if name in names][-1:]
+        variants = VARIANTS | {name: dict(kernels=True) for name in model}
+        rows = [row for row in report['rows'] if row['name'] in variants]
+        base = report.get('base')
+        if rows and base in variants and base not in [row['name'] for row in rows]:  # timed in the same turns
+            rows.append({'name': base, 'ms': rows[0]['ms_reference'], 'peak_memory_bytes': None})
+        for row in rows:
             batch_size = report.get('batch_size') or 12
             run = Run(
-                gpu_of_device(report['device']),
+                gpu,
                 1,
-                **shape_of('124M'),
+                **shape_of(report.get('size', '124M')),
                 batch_size=batch_size if ladder else row['batch_size'],
                 block_size=1024,
                 micro_steps=(report.get('micro_steps') or 8) if ladder else 1,
-                **VARIANTS[row['name']],
+                **variants[row['name']],
             )
+            run = as_of(report['date'], run)
             times = [run.tokens_per_iter / ms * 1e3 for ms in row.get('ms', [])]
             yield Row(
                 run,
                 path.name,
                 'ladder' if ladder else 'batches',
-                row['tokens_per_s'],
+                row.get('tokens_per_s') or statistics.median(times),
                 min(times, default=None),
                 max(times, default=None),
                 allocated=None if run.graphs and ladder else row['peak_memory_bytes'],

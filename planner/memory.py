@@ -40,6 +40,7 @@ class Allocator:
 
 
 CONTEXT = 0.685 * GIB  # CUDA's own memory, outside torch's allocator; measured on an H200
+OFFLOADED = 17  # bytes per parameter that --fsdp_cpu_offload takes from the machine (phase3_fsdp/IMPLEMENTATION.md)
 NCCL = 0.35 * GIB  # buffers of the communicators; assumed, within the free memory of the largest models that trained
 
 
@@ -72,13 +73,36 @@ def logits_bytes(run):
     if run.kernels and run.loss_rows:
         rows = 2 * min(run.loss_rows, run.tokens)  # one chunk and its gradient
     if run.kernels:
-        per_logit = half  # the gradient replaces the logits in place
+        per_logit = half + run.fp8_head  # the gradient replaces the logits in place; FP8 also has it in 8 bits
     elif run.path == 'compiled':
         per_logit = half if run.sharded else 3 * half  # under DDP also their gradient and a gradient of zeros
     else:
         per_logit = half + 4 + 4  # rounded, log-softmax in float32, and its gradient
     extra = 4 * run.vocab_size * run.n_embd + 2 * run.tokens * run.n_embd if run.kernels and run.loss_rows else 0
     return per_logit * rows * run.vocab_size + extra
+
+
+def half_copies(run):
+    """
+    Returns the bytes of the weights' copies in 16 or 8 bits that the backward needs, apart from FSDP's gathered units.
+    """
+    n, half, head = run.parameters, run.half_bytes, run.vocab_size * run.n_embd
+    if half == 4:
+        return 0.0
+    if run.fp8:
+        narrow = 0 if run.fp8_everywhere else run.n_layer * run.n_embd**2  # a third of c_attn; the output of attention
+        if run.graphs and not run.sharded:  # graphs keep two copies of 8 bits, and these two weights also in 16 bits
+            return 2 * n + 2 * 4 * narrow
+        # otherwise one copy of 8 bits waits for the backward, or one of 16 bits, which FSDP has gathered anyway
+        rounded = 3 * narrow * (not run.checkpointing) + head * (not run.fp8_head)
+        return (head if run.checkpointing else n) - rounded + half * rounded * (not run.sharded)
+    if run.sharded:
+        return 0.0
+    # recomputed blocks round again, but graphs with kernels keep theirs
+    if not run.checkpointing or (run.kernels and run.graphs):
+        return half * n
+    # what autocast cached, of which recomputed blocks keep nothing
+    return half * head if run.path == 'eager' else 0.0
 
 
 def at_loss(run):
@@ -99,11 +123,7 @@ def at_loss(run):
             result['parameters'] = result['optimizer'] = result['gradients'] = 0.0
     else:
         result['gradients'] = 4 * n * several + 4 * n * (run.gpus > 1)  # and DDP's buckets
-        # rounded weights, kept for the backward; recomputed blocks round again, but graphs with kernels keep theirs
-        keeps = not run.checkpointing or (run.kernels and run.graphs)
-        result['half_copies'] = half * n if keeps and half < 4 else 0.0
-        if run.path == 'eager':  # what autocast cached, of which recomputed blocks keep nothing
-            result['half_copies'] = half * (run.vocab_size * run.n_embd if run.checkpointing else n) * (half < 4)
+    result['half_copies'] = half_copies(run)
     return result
 
 
@@ -121,7 +141,7 @@ def at_end(run):
     """Returns the bytes by component when the backward ends, with all gradients and one block's activations."""
     n, half, shards, h = run.parameters, run.half_bytes, run.shards, run.n_embd
     tied = run.vocab_size * h  # the embedding's second gradient, from the output layer
-    result = at_loss(run) | {'logits': 0.0, 'activations': run.tokens * 60.0 * h}
+    result = at_loss(run) | {'logits': 0.0, 'activations': run.tokens * 60.0 * h, 'half_copies': 0.0}
     if run.sharded:
         root, unit = run.root_parameters, run.unit_parameters
         in_flight = (half + half + 4) * root + 4 * unit  # weights, gradients and reductions in flight
@@ -130,7 +150,8 @@ def at_end(run):
         if not run.reshard:
             result['gathered_units'] += half * n
         return result
-    result['half_copies'] = half * n if run.kernels and run.graphs else 0.0
+    if run.kernels and run.graphs:
+        result['half_copies'] = half_copies(run)
     if run.path == 'compiled' and run.gpus == 1:  # the backward returns all gradients before any is added
         result['gradients'] += 4 * n
         result['activations'] += (4 + half) * tied
@@ -152,24 +173,48 @@ def at_head(run):
     return result
 
 
+def largest_of(*moments):
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
 def tensors(run):
     """Returns the tensors' bytes at the peak, by component: torch.cuda.max_memory_allocated() with launched kernels."""
-    peak = max((at_forward_end(run), at_loss(run), at_head(run), at_end(run)), key=lambda moment: sum(moment.values()))
+    peak = largest_of(at_forward_end(run), at_loss(run), at_head(run), at_end(run))
     return peak | {'allocator': ALLOCATOR.workspace}
+
+
+def streams_apart(run):
+    """
+    Returns the bytes by component if no stream reuses the memory of another, as torch's allocator keeps it. Under FSDP,
+    reduced gradients are allocated on the stream of the reductions, so they need new memory although the backward frees
+    activations. Equal to tensors() where gradients existed before.
+    """
+    peak = tensors(run)
+    if not run.sharded or run.offload or (run.reshard and run.micro_steps > 1):
+        return peak
+    start = at_loss(run)
+    start['gradients'] += 4 * run.parameters / run.shards
+    return largest_of(peak, start | {'allocator': ALLOCATOR.workspace})
 
 
 def stale_logits(run):
     """
-    Returns the bytes that the first micro-step's logits leave unused. Gradients, which stay, settle in the logits'
-    memory, so the next logits find no room there and get new memory; what the gradients do not fill is lost. This is
-    inferred from sizes, not traced.
+    Returns the bytes that the first micro-step's logits leave unused. The blocks' gradients, which stay, settle in the
+    logits' memory. The next logits get new memory if they do not fit into what is left, which is then lost. Traced with
+    bench_memory.py --history for the Triton model and compiled FSDP; with FP8, whose gradient of the logits in 8 bits
+    leaves memory, too, inferred from sizes.
     """
-    if run.micro_steps == 1 or run.sharded or (run.loss_rows and run.kernels):
+    if run.micro_steps == 1 or (run.loss_rows and run.kernels):
         return 0.0
     logits = run.half_bytes * run.tokens * run.vocab_size
-    if run.kernels:
-        return max(0.0, logits - 4 * run.n_layer * run.block_parameters)
-    return logits if run.path == 'eager' else 0.0  # gradients settle in the other tensors of this shape
+    if run.path == 'eager' and not run.sharded:
+        return logits  # gradients settle in the other tensors of this shape
+    left = logits + run.fp8_head * run.tokens * run.vocab_size - 4 * run.n_layer * run.block_parameters
+    if run.kernels and not run.sharded:
+        return max(0.0, left - logits * (left >= logits))
+    if run.sharded and run.path == 'compiled' and not run.checkpointing:  # AdamW's new state fills some of it
+        return max(0.0, left - 8 * run.parameters / run.shards)
+    return 0.0
 
 
 def by_chance(run):
@@ -188,10 +233,8 @@ def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
     expandable segments, which train.py enables.
     """
     allocator = allocator or ALLOCATOR
-    result, n = tensors(run), run.parameters
+    result, n = streams_apart(run), run.parameters
     result['allocator'] = allocator.workspace + allocator.rounding * sum(result.values()) + stale_logits(run)
-    if run.sharded and not run.reshard:  # reduced gradients, which fit into no free block
-        result['gradients'] += 4 * n / run.shards
     if run.graphs and not run.sharded:
         pool = allocator.pool_kernels if run.kernels else allocator.pool_compiled
         # with several ranks the gradients are in DDP's buckets, outside the pool
@@ -206,12 +249,23 @@ def needed(run: Run, allocator: Allocator | None = None) -> float:
     """
     allocator = allocator or ALLOCATOR
     result = memory(run, replace(allocator, pool_compiled=0.0, pool_kernels=0.0))
-    return result['total'] - stale_logits(run)
+    apart = run.reshard * (sum(streams_apart(run).values()) - sum(tensors(run).values()))
+    return result['total'] - stale_logits(run) - (1 + allocator.rounding) * apart
 
 
 def outside_torch(run: Run) -> float:
     """Returns the bytes that CUDA and NCCL take from the GPU in addition to torch's."""
     return CONTEXT + NCCL * (run.gpus > 1)
+
+
+def offloaded(run: Run) -> float:
+    """Returns the bytes of each machine's memory that its ranks take with CPU offload."""
+    return run.offload * OFFLOADED * run.parameters * min(run.gpus, run.gpu.per_machine) / run.shards
+
+
+def tight(run: Run) -> bool:
+    """Returns whether torch wants to reserve more than the GPU has."""
+    return memory(run)['total'] + outside_torch(run) > run.gpu.memory_bytes
 
 
 def load(path=FITTED):

@@ -9,10 +9,12 @@ import ast
 from functools import cache
 from pathlib import Path
 
+from configurator import CHOICES
 from errors import UserError
 from planner.gpus import GPU
 from planner.run import Run
 from shell import python, python_command
+from tracker import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (
@@ -90,22 +92,34 @@ def micro_steps_of(config: dict, gpus: int) -> int:
     return total // gpus
 
 
+def check_words(config: dict) -> None:
+    """Raises UserError, like train.py, for a flag with a word that it does not know."""
+    trackers = f'{", ".join(TRACKERS)} or empty'
+    for flag, words, expected in (
+        ('dtype', ('auto', 'float32', 'bfloat16', 'float16'), 'float32, bfloat16 or float16'),
+        ('compile', ('auto', True, False), 'auto, True or False'),
+        ('cuda_graph', ('auto', True, False), 'auto, True or False'),
+        ('fsdp_reshard', ('auto', True, False), 'auto, True or False'),
+        ('backend', ('auto', 'nccl', 'gloo'), 'nccl or gloo'),
+        ('data_order', ('random', 'sequential'), 'random or sequential'),
+        ('ckpt_format', ('full', 'sharded'), 'full or sharded'),
+        ('gelu', CHOICES['gelu'], ' or '.join(CHOICES['gelu'])),
+        ('tracker', ('', *TRACKERS), trackers),
+    ):
+        if config[flag] not in words:
+            raise UserError(f"{flag} is '{config[flag]}', but it can be {expected}")
+
+
 def check(config: dict, gpu: GPU, gpus: int) -> None:
     """Raises UserError for flags that no trainer accepts on these GPUs."""
+    check_words(config)
     if gpus < 1:
         raise UserError(f'gpus={gpus}, but it must be at least 1')
     if str(config['device']) != 'auto' and not str(config['device']).startswith('cuda'):
         raise UserError(f'device={config["device"]}, but plan.py plans for GPUs: leave the flag out')
-    if config['dtype'] not in ('auto', 'float32', 'bfloat16', 'float16'):
-        raise UserError(f"dtype is '{config['dtype']}', but it can be float32, bfloat16 or float16")
-    for flag in ('compile', 'cuda_graph'):
-        if config[flag] not in ('auto', True, False):
-            raise UserError(f"{flag} is '{config[flag]}', but it can be auto, True or False")
     for flag in kernel_flags():
         if isinstance(config[flag], (int, float)) and not config[flag] >= 0:
             raise UserError(f'{flag}={config[flag]}, but it must be at least 0')
-    if config['fsdp_reshard'] not in ('auto', True, False):
-        raise UserError(f"fsdp_reshard is '{config['fsdp_reshard']}', but it can be auto, True or False")
     if config['fsdp_min_num_params'] < 1:
         raise UserError(f'fsdp_min_num_params={config["fsdp_min_num_params"]}, but it must be at least 1')
     if config['cuda_graph'] is True and config['activation_checkpointing'] and config['dropout'] > 0:
@@ -123,6 +137,25 @@ def check(config: dict, gpu: GPU, gpus: int) -> None:
             f'fsdp_shard_size={size}, but it must divide the {gpus} processes and be 2 or more (0: all of them)'
         )
     micro_steps_of(config, gpus)
+
+
+def why_not_fp8(run: Run, config: dict) -> str:
+    """Returns why --fp8 changes nothing in this run of the Triton model, in words, or '' if FP8 runs."""
+    if not run.kernels:
+        return 'use_triton is off' if not config['use_triton'] else 'only the Triton model has it'
+    if config['dtype'] in ('float32', 'float16'):
+        return f'it takes the place of bfloat16, and this run is in {config["dtype"]}'
+    if run.gpu.capability < (8, 9):
+        have = '.'.join(map(str, run.gpu.capability))
+        return f'{run.gpu.device_name} has compute capability {have}, FP8 needs 8.9'
+    return '' if run.n_embd % 16 == 0 else f'n_embd={run.n_embd} is not a multiple of 16'
+
+
+def takes_exponentials(run: Run) -> bool:
+    """Returns whether the last matmul of the Triton model writes exponentials: exp_cross_entropy.fits()."""
+    here = run.gpu.capability == (9, 0) and run.half_bytes == 2 and run.tokens >= 1024
+    aligned = run.vocab_size % 8 == run.n_embd % 8 == 0
+    return run.kernels and here and aligned and not run.loss_rows and not run.fp8_head
 
 
 def make_run(name: str, config: dict, gpu: GPU, gpus: int, micro_steps: int) -> Run | None:
@@ -162,6 +195,8 @@ def make_run(name: str, config: dict, gpu: GPU, gpus: int, micro_steps: int) -> 
         half_bytes=4 if config['dtype'] == 'float32' else 2,
         dropout=config['dropout'] > 0,
     )
+    run = run.change(fp8=bool(config['fp8']) and not why_not_fp8(run, config))
+    run = run.change(exponentials=takes_exponentials(run) and config['dtype'] != 'float16')
     reshard = config['fsdp_reshard']
     if reshard == 'auto':  # as sharding.choose_reshard()
         reshard = offload or 6 * run.parameters > gpu.memory_bytes / 8

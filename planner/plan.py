@@ -15,8 +15,6 @@ from planner.run import Run
 # Relative half-widths of the range of tokens/s. The first two are the largest errors with a configuration left out of
 # the fit; the others are judgement: more GPUs of a measured machine, other shapes, and other GPUs or several machines.
 RANGES = {'interpolated': 0.07, 'launched': 0.36, 'more_gpus': 0.10, 'extrapolated': 0.15, 'other': 0.35}
-FULL = 0.94  # of the GPU's memory: beyond, torch may give memory back and take it anew in each iteration
-SLOWEST_FULL = 0.41  # the slowest such run, as a fraction of what was predicted
 MEMORY_RANGES = {'interpolated': 0.05, 'extrapolated': 0.10}
 
 
@@ -60,6 +58,7 @@ def speed_basis(run):
     batch = 3072 <= run.tokens <= 128 * 1024 and 256 <= run.block_size <= 2048
     inside = width and batch and run.vocab_size == 50304 and run.half_bytes == 2
     inside = inside and not (run.checkpointing and run.gpus > 1) and not run.offload and not run.dropout
+    inside = inside and not (run.fp8 and (run.gpus > 1 or not run.half_residual))
     if not run.gpu.measured or run.gpus > run.gpu.per_machine:
         return 'extrapolated', 'other'
     basis = 'interpolated' if inside and run.gpus <= 4 else 'extrapolated'
@@ -72,6 +71,7 @@ def memory_basis(run):
     """Returns 'interpolated' if architecture, batch, context and number of GPUs are within the measured ones."""
     shape = 768 <= run.n_embd <= 8192 and 4 <= run.n_layer <= 76 and 256 <= run.block_size <= 2048
     inside = shape and run.gpu.measured and run.gpus <= 4 and 1024 <= run.tokens <= 260 * 1024
+    inside = inside and not (run.fp8 and run.gpus > 1)
     return 'interpolated' if inside and run.half_bytes == 2 and run.vocab_size == 50304 else 'extrapolated'
 
 
@@ -84,17 +84,18 @@ def estimate(name: str, run: Run, network: float, rows=()) -> Estimate:
     if reserved:  # attribute the difference from the model to the allocator
         parts['allocator'] += reserved[0] - parts['total']
         parts['total'], basis, width = reserved[0], 'measured', 0.01
-    low = min(memory.needed(run), parts['total'])
+    low, high = min(memory.needed(run), parts['total']), parts['total'] * (1 + width)
     tokens_per_sec = speed.tokens_per_sec(run, network=network)
     speed_is, key = speed_basis(run)
     bounds = (tokens_per_sec * (1 - RANGES[key]), tokens_per_sec * (1 + RANGES[key]))
-    if sum(memory.tensors(run).values()) > FULL * run.gpu.memory_bytes:
-        bounds = (tokens_per_sec * min(SLOWEST_FULL, 1 - RANGES[key]), bounds[1])
+    if high + memory.outside_torch(run) > run.gpu.memory_bytes:  # torch may lack memory
+        slow, fast = (speed.tokens_per_sec(run, network=network, full=full) for full in (True, False))
+        bounds = (slow * (1 - RANGES[key]), fast * (1 + RANGES[key]))
     timed = [row for row in same if row.tokens_per_sec and row.low]
     if timed:
         best = max(timed, key=lambda row: row.source)
         tokens_per_sec, bounds, speed_is = best.tokens_per_sec, (best.low, best.high), 'measured'
-    high = parts['total'] * (1 + width) + (memory.by_chance(run) if basis != 'measured' else 0.0)
+    high += memory.by_chance(run) if basis != 'measured' else 0.0
     return Estimate(name, run, parts, memory.outside_torch(run), low, high, basis, tokens_per_sec, *bounds, speed_is)
 
 
@@ -134,16 +135,17 @@ def recommend(plan: dict[str, Estimate], flags=()) -> Estimate | None:
 def change_that_fits(config: dict, gpu: GPU, gpus: int, network: float, flags=()) -> tuple[dict, int, Estimate] | None:
     """
     Returns the smallest change that makes a trainer fit: ({flag: value}, number of GPUs, Estimate), or None. Tries, in
-    this order: recomputing activations, smaller but more micro-steps, both, more GPUs. flags: as in recommend().
+    this order: recomputing activations, smaller but more micro-steps, both, CPU offload, more GPUs. flags: as in
+    recommend().
     """
 
-    def best_with(change, count):
+    def best_with(change, count, offload=False):
         new = config | change
         steps = new['gradient_accumulation_steps']
         new['gradient_accumulation_steps'] = -(-steps // count) * count
         if new['fsdp_shard_size'] and count % new['fsdp_shard_size']:
             new['fsdp_shard_size'] = 0
-        plan = {k: e for k, e in make_plan(new, gpu, count, network).items() if k != 'fsdp+offload'}
+        plan = {k: e for k, e in make_plan(new, gpu, count, network).items() if ('offload' in k) == offload}
         return recommend(plan, flags), {k: new[k] for k in new if new[k] != config[k]}
 
     sizes = [config['batch_size'] >> i for i in range(1, config['batch_size'].bit_length())]
@@ -158,9 +160,12 @@ def change_that_fits(config: dict, gpu: GPU, gpus: int, network: float, flags=()
     counts = [gpus] + [count for count in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if count > gpus]
     for count in counts:
         for change in ({}, recompute, *smaller, *(recompute | change for change in smaller)):
-            found, flags = best_with(change, count)
+            found, changed = best_with(change, count)
             if found:
-                return flags, count, found
+                return changed, count, found
+        found, _ = best_with({}, count, offload=True)
+        if found:
+            return {}, count, found
     return None
 
 

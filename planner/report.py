@@ -1,7 +1,7 @@
 """Formats plan.py's output: the tables, the recommendation, the JSON object and the picture."""
 
 from errors import UserError
-from planner import options, plan, speed
+from planner import memory, options, plan, speed
 from planner.gpus import GIB
 from planner.memory import COMPONENTS
 from shell import pip_install
@@ -78,7 +78,7 @@ def memory_table(found, gpu):
         'reserved',
         'context',
         f'of {gib(gpu.memory_bytes)}',
-        'numbers',
+        'basis',
     ]
     rows = []
     for name, e in found.items():
@@ -89,14 +89,14 @@ def memory_table(found, gpu):
 
 
 def speed_table(found, tokens, gpus, price):
-    header = ['speed', 'tokens/s', 'range', 'MFU', 'hours', *['cost'] * bool(price), 'numbers']
+    header = ['speed', 'tokens/s', 'range', 'MFU', 'hours', *['cost'] * bool(price), 'basis']
     rows = []
     for name, e in found.items():
         if not e.fits:
             rows.append([name, *['-'] * (len(header) - 2), 'does not fit'])
             continue
         hours = e.hours(tokens)
-        cost = [f'{hours * gpus * price:,.0f}'] * bool(price)
+        cost = [f'{hours * gpus * price:,.2f}'] * bool(price)
         bounds = f'{e.low:,.0f} to {e.high:,.0f}'
         rows.append([name, f'{e.tokens_per_sec:,.0f}', bounds, f'{e.mfu:.1%}', f'{hours:,.2f}', *cost, e.basis])
     return table(header, rows)
@@ -104,15 +104,24 @@ def speed_table(found, tokens, gpus, price):
 
 def without_doubles(found):
     """Returns found without trainers that run like an earlier one, as on one GPU, and a line about them or ''."""
-    first = {}
+    alike = {}
     for name, e in found.items():
-        first.setdefault(e.run, name)
-    doubles = [f'{name} as {first[e.run]}' for name, e in found.items() if first[e.run] != name]
-    line = f'One GPU shards nothing: {", ".join(doubles)}.' if doubles else ''
-    return {name: found[name] for name in first.values()}, line
+        alike.setdefault(e.run, []).append(name)
+    doubles = [f'{", ".join(names)} like {first}' for first, *names in alike.values() if names]
+    one_gpu = next(iter(alike)).gpus == 1
+    if one_gpu and ['fsdp+checkpointing'] in alike.values():
+        doubles.append('fsdp+checkpointing like ddp with --activation_checkpointing')
+    start = 'One GPU shards nothing, so these run alike: ' if one_gpu else 'These run alike: '
+    line = f'{start}{"; ".join(doubles)}.' if doubles else ''
+    return {names[0]: found[names[0]] for names in alike.values()}, line
 
 
-def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
+def machines_memory(e):
+    """Returns a clause about the memory of each machine that CPU offload takes, or ''."""
+    return f"; it takes {memory.offloaded(e.run) / GIB:,.0f} GiB of each machine's memory" if e.run.offload else ''
+
+
+def advice(found, config, gpu, gpus, asked, best, arguments, in_files, way_out):
     """Returns one paragraph: the command to run and why, or the change that makes it fit."""
     if way_out:
         flags, count, e = way_out
@@ -123,7 +132,7 @@ def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
         steps = ', '.join(filter(None, [more, e.name, *changed]))
         return (
             f'{problem} on {gpus} × {gpu.name}. The smallest change that fits: {steps} '
-            f'({gib(e.memory_bytes["total"])} GiB reserved, {e.tokens_per_sec:,.0f} tokens/s):\n'
+            f'({gib(e.memory_bytes["total"])} GiB reserved, {e.tokens_per_sec:,.0f} tokens/s{machines_memory(e)}):\n'
             f'  {options.command(e.name, e.run, [*kept, *changed], config | flags)}'
         )
     if asked and not found[asked].fits:
@@ -131,19 +140,25 @@ def advice(found, config, gpu, gpus, asked, best, arguments, way_out):
         return f'{problem}: use a smaller model.'
     if not best:
         return f'No trainer fits on {gpus} × {gpu.name}, nor on up to 1,024 of them: use a smaller model.'
-    fastest = max(e.tokens_per_sec for e in found.values() if e.fits)
-    why = (
-        'the fastest that fits' if best.tokens_per_sec == fastest else 'within 2% of the fastest that fits, and simpler'
-    )
+    possible = [e for e in found.values() if e.fits and options.known_to(e.name).issuperset(in_files)]
+    others = [e for e in possible if e.tokens_per_sec > best.tokens_per_sec]
+    why = 'the fastest that fits'
+    if any(not e.tight for e in others):
+        why = 'within 2% of the fastest that fits, and simpler'
+    elif others:
+        why = 'the fastest that fits with room to spare'
     room = (gpu.memory_bytes - best.context_bytes - best.memory_bytes['total']) / GIB
+    left = (
+        'it fits only because torch gives unused memory back' if best.tight else f'{room:.1f} GiB of each GPU stay free'
+    )
     return (
         (f'{asked} fits. ' if asked and asked != best.name else '')
-        + f'Recommended: {best.name}, {why}; {room:.1f} GiB of each GPU stay free:\n'
+        + f'Recommended: {best.name}, {why}; {left}{machines_memory(best)}:\n'
         f'  {options.command(best.name, best.run, arguments, config)}'
     )
 
 
-def as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out):
+def as_text(found, config, gpu, gpus, tokens, asked, best, arguments, in_files, way_out):
     first = next(iter(found.values())).run
     steps = f'{first.micro_steps} micro-step{"s" * (first.micro_steps > 1)}'
     title = (
@@ -156,7 +171,7 @@ def as_text(found, config, gpu, gpus, tokens, asked, best, arguments, way_out):
     parts += [doubles] if doubles else []
     if gpus > gpu.per_machine:
         parts.append(f'Between machines of {gpu.per_machine}: {config["network"]:g} GB/s per GPU (--network).')
-    parts.append(advice(found, config, gpu, gpus, asked, best, arguments, way_out))
+    parts.append(advice(found, config, gpu, gpus, asked, best, arguments, in_files, way_out))
     return '\n\n'.join(parts)
 
 
@@ -173,7 +188,9 @@ def largest_of(what, found, config, gpu, gpus, network):
 def largest_text(what, found, config, gpu, gpus, network):
     lines = []
     for name, most in largest_of(what, found, config, gpu, gpus, network).items():
-        if what == 'batch':
+        if not any(most.values()):
+            text = 'none'
+        elif what == 'batch':
             text = f'{most["batch_size"]} × {config["block_size"]}'
         else:
             text = f'{most["n_layer"]} layers, {most["parameters"] / 1e9:.2f} billion parameters'

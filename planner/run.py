@@ -26,6 +26,8 @@ class Run:
     kernels: bool = False  # the Triton model
     half_residual: bool = False
     loss_rows: int = 0
+    exponentials: bool = False  # the Triton model's last matmul writes them, so that nothing reads logits
+    fp8: bool = False
     compiled: bool = True
     graphs: bool = True
     checkpointing: bool = False
@@ -47,6 +49,19 @@ class Run:
     def path(self):
         """The code that computes the model: kernels (Triton), compiled (torch.compile) or eager."""
         return 'kernels' if self.kernels else 'compiled' if self.compiled else 'eager'
+
+    @property
+    def fp8_head(self):
+        """Whether FP8 computes the output layer, as fp8_linear.prepare_fp8() decides."""
+        return self.fp8 and self.vocab_size % 16 == 0 and not self.loss_rows
+
+    @property
+    def fp8_everywhere(self):
+        """
+        Whether all matmuls of a block run in FP8. Narrow models compute two of the eight in 16 bits: the forward of
+        attention's output and the input gradient of query, key and value (fp8_linear.OWN_KERNEL_PAYS).
+        """
+        return self.fp8 and self.n_embd >= 1024
 
     @property
     def shards(self):

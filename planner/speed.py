@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from planner import memory
 from planner.run import Run
 
 FITTED = Path(__file__).with_name('efficiencies.json')
@@ -21,6 +22,7 @@ class Efficiencies:
 
     matmul: float = 0.70  # of the peak FLOP/s, for an infinitely wide model
     narrow: float = 50.0  # model width at which half of that is lost
+    narrow_fp8: float = 270.0  # the same in FP8, which has twice the peak
     attention: float = 0.24  # of the peak FLOP/s, forward and backward of cuDNN's causal attention
     compiled: float = 0.75  # of the memory bandwidth, in kernels by torch.compile
     kernels: float = 0.75  # of the memory bandwidth, in the Triton kernels
@@ -36,6 +38,7 @@ class Efficiencies:
     launch_fsdp: float = 2.8e-3  # the same under FSDP, whose hooks run in Python
     launch_reduce: float = 2.5e-3  # and once per iteration for each FSDP unit
     cpu_bandwidth: float = 45e9  # bytes/s of CPU memory for each rank's share of an offloaded AdamW
+    mapping: float = 220e9  # bytes/s at which torch gives memory back to CUDA and takes it anew
 
 
 def element_bytes(run):
@@ -47,6 +50,10 @@ def element_bytes(run):
     gelu, gelu_backward = 8 * half, 12 * half
     pack = 6 * half  # the gradients of query, key and value, into one tensor
     forward, backward = 2 * norm + gelu, 2 * norm_backward + gelu_backward + pack
+    if run.fp8:  # the same kernels also write 8-bit operands of the four matmuls; wide models need two more kernels
+        forward, backward = forward + 1 + 1 + 4, backward + 1 + 1 + 4
+        if run.fp8_everywhere:  # for the output of attention, and for the packed gradients
+            forward, backward = forward + half + 1, backward + 3 * half + 3
     if run.path == 'eager':  # LayerNorm writes float32, which is rounded, and each addition is a kernel
         forward, backward = forward + 2 * (4 + 4 + half + r), backward + 2 * (4 + half + r)
     return h * forward, h * backward
@@ -55,8 +62,10 @@ def element_bytes(run):
 def logit_bytes(run):
     """Returns the bytes read and written per logit outside the matmuls."""
     half = run.half_bytes
+    if run.exponentials:  # the matmul writes them in the time of a plain one
+        return 0
     if run.kernels:
-        return 3 * half  # two reads, and the gradient in place
+        return 3 * half + run.fp8_head  # two reads, and the gradient in place
     if run.path == 'compiled':
         return 4 * half if run.sharded else 7 * half  # without FSDP also a gradient of zeros to fill and add
     return 5 * half + 4 * 6
@@ -66,11 +75,20 @@ def weight_bytes(run):
     """Returns the bytes per parameter and micro-step for rounding weights and adding gradients."""
     half = run.half_bytes
     add = 12  # a gradient in float32 and the sum so far, read and written
-    if run.sharded:
-        return half + add if run.micro_steps > 1 else half + 4
-    if run.kernels:
-        return 8 + (4 + half) / run.micro_steps  # the matmul adds; weights are rounded once an iteration
+    if run.sharded:  # FP8 reads the gathered weights twice, and writes an 8-bit copy and reads it to transpose it
+        return (half + add if run.micro_steps > 1 else half + 4) + run.fp8 * (2 * half + 3)
+    if run.kernels:  # the matmul adds; weights are rounded once an iteration
+        return 8 + (4 + 4 + 3 if run.fp8 else 4 + half) / run.micro_steps
     return 4 + half + add + half
+
+
+def flops_in_fp8(run):
+    """Returns the FLOPs per token of matmuls in 8 bits: forward and input gradients, but no weight gradients."""
+    if not run.fp8:
+        return 0.0
+    h, forwards = run.n_embd, 1 + run.checkpointing
+    weights = 12 * (forwards + 1) if run.fp8_everywhere else 11 * forwards + 9  # in units of h * h
+    return 2 * (weights * h * h * run.n_layer + 2 * run.fp8_head * run.vocab_size * h)
 
 
 def micro_step_parts(run, e):
@@ -82,6 +100,8 @@ def micro_step_parts(run, e):
     blocks = 6 * (12 + run.checkpointing * again / 3) * h * h * run.n_layer
     head = 6 * run.vocab_size * h
     matmul = e.matmul * h / (h + e.narrow) * gpu.peak_flops * 2 / run.half_bytes
+    in_fp8 = flops_in_fp8(run)
+    matmul_fp8 = e.matmul * h / (h + e.narrow_fp8) * 2 * gpu.peak_flops
     forward, backward = element_bytes(run)
     moved = tokens * run.n_layer * (forward * (1 + run.checkpointing) + backward)
     moved += tokens * run.vocab_size * logit_bytes(run) + tokens * h * 24
@@ -90,7 +110,7 @@ def micro_step_parts(run, e):
     # causal attention: 2 T h FLOPs per token in forward, 5 T h in backward, which recomputes the scores
     attention = run.n_layer * run.block_size * h * (2 * (1 + run.checkpointing) + 5)
     return {
-        'matmuls': tokens * (blocks + head) / matmul,
+        'matmuls': tokens * ((blocks + head - in_fp8) / matmul + in_fp8 / matmul_fp8),
         'attention': tokens * attention / (e.attention * gpu.peak_flops * 2 / run.half_bytes),
         'elementwise': moved / (fraction * gpu.bandwidth),
         'fixed': e.fixed * run.n_layer * (1 + run.checkpointing / 3),
@@ -158,8 +178,24 @@ def optimizer_seconds(run, e):
     return (clip + update) / (e.optimizer * run.gpu.bandwidth)
 
 
-def iteration_seconds(run: Run, e: Efficiencies | None = None, network: float = 50e9) -> float:
-    """Returns the seconds per iteration of train.py. network: bytes/s per GPU between machines."""
+def remapped_bytes(run):
+    """
+    Returns the bytes per iteration that torch gives back to CUDA and takes anew on a full GPU: under FSDP each unit's
+    weights and gradients in 16 bits, and the gradients in float32 for their reduction; otherwise logits. Replays of
+    CUDA graphs allocate nothing.
+    """
+    if run.graphs:
+        return 0.0
+    return 8 * run.parameters if run.sharded else run.half_bytes * run.tokens * run.vocab_size
+
+
+def iteration_seconds(
+    run: Run, e: Efficiencies | None = None, network: float = 50e9, full: bool | None = None
+) -> float:
+    """
+    Returns the seconds per iteration of train.py. network: bytes/s per GPU between machines. full: whether torch lacks
+    memory; None: as memory.tight() says.
+    """
     e = e or EFFICIENCIES
     parts = micro_step_parts(run, e)
     compute = sum(parts.values())
@@ -168,11 +204,13 @@ def iteration_seconds(run: Run, e: Efficiencies | None = None, network: float = 
     micro_steps = run.micro_steps * compute
     if not run.graphs:
         micro_steps = max(micro_steps, launch_seconds(run, e))
-    return micro_steps + exposed_seconds(run, e, network) + optimizer_seconds(run, e)
+    full = memory.tight(run) if full is None else full
+    remapping = full * remapped_bytes(run) / e.mapping
+    return micro_steps + exposed_seconds(run, e, network) + optimizer_seconds(run, e) + remapping
 
 
-def tokens_per_sec(run: Run, e: Efficiencies | None = None, network: float = 50e9) -> float:
-    return run.tokens_per_iter / iteration_seconds(run, e, network)
+def tokens_per_sec(run: Run, e: Efficiencies | None = None, network: float = 50e9, full: bool | None = None) -> float:
+    return run.tokens_per_iter / iteration_seconds(run, e, network, full)
 
 
 def load(path=FITTED):

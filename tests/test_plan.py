@@ -146,6 +146,12 @@ def test_beyond_the_measured_is_extrapolated():
         (['--gpus=8', '--fsdp_shard_size=3'], 'fsdp_shard_size=3, but it must divide the 8 processes and be 2 or more'),
         (['--gpus=0'], 'gpus=0, but it must be at least 1'),
         (['--cuda_graph=True', '--fsdp_cpu_offload=True'], 'cuda_graph=True with fsdp_cpu_offload'),
+        (['--ckpt_format=sharded'], 'ckpt_format=sharded needs FSDP: several processes under torchrun'),
+        (['--ckpt_format=parts'], "ckpt_format is 'parts', but it can be full or sharded"),
+        (['--backend=mpi'], "backend is 'mpi', but it can be nccl or gloo"),
+        (['--gelu=relu'], "gelu is 'relu', but it can be erf or tanh"),
+        (['--tracker=mlflow'], "tracker is 'mlflow', but it can be wandb"),
+        (['--data_order=sorted'], "data_order is 'sorted', but it can be random or sequential"),
         (['--trainer=phase1'], "trainer is 'phase1', but it can be ddp"),
         (['--trainer=hybrid', '--gpus=2'], 'trainer=hybrid needs 4 GPUs or more'),
         (['none.py'], 'none.py: no such config file'),
@@ -222,13 +228,95 @@ def test_a_config_file_decides_who_can_be_recommended(tmp_path):
     assert run.returncode == 2 and 'own.py sets gpu, which train.py does not know: write --gpu=h200' in run.stderr
 
 
-def test_a_full_gpu_may_be_slow():
-    """41% of the predicted speed was measured where tensors left 5% of the GPU."""
-    wide = ('--n_embd=6144', '--n_head=96', '--batch_size=1', '--compile=False', '--cuda_graph=False', '--gpu=h100')
-    wide += ('--gradient_accumulation_steps=4', '--gpus=4')
-    full, roomy = (as_json(*wide, f'--n_layer={layers}')['trainers']['fsdp'] for layers in (42, 30))
-    assert full['fits'] and full['low'] == pytest.approx(0.41 * full['tokens_per_sec'], abs=1)
-    assert roomy['low'] > 0.6 * roomy['tokens_per_sec']
+def test_a_full_gpu_is_slow_unless_a_graph_replays():
+    """
+    FSDP at 42 blocks of 6144 on four H100s reached 42% of the speed that its computation allows, because torch gave
+    memory back and took it anew. 0.7: far from both.
+    """
+    wide = ('--n_embd=6144', '--n_head=96', '--batch_size=1', '--compile=False', '--gpu=h100', '--gpus=4')
+    wide += ('--gradient_accumulation_steps=4', '--fsdp_reshard=True')
+
+    def plan_of(layers, *more):
+        return as_json(*wide, f'--n_layer={layers}', *more)['trainers']['fsdp']
+
+    full, roomy = (plan_of(layers, '--cuda_graph=False') for layers in (42, 30))
+    assert full['fits'] and full['tight'] and not roomy['tight']
+    assert full['tokens_per_sec'] * 42 < 0.7 * roomy['tokens_per_sec'] * 30  # the time of a block
+    assert full['high'] > roomy['tokens_per_sec'] * 30 / 42  # torch may do with less
+    assert plan_of(42)['tokens_per_sec'] > 1.4 * full['tokens_per_sec']
+
+
+def test_fp8_changes_the_triton_model_alone():
+    """
+    By hand at 12 x 1024 x 50304: the gradient of the logits in 8 bits takes one more byte per logit, 0.58 GiB. So
+    measured in fp8_ladder_h200.json: 7,858 MB against 7,184. Speed on one H200: 1.08 x (phase2_ladder_h200.json).
+    """
+    flags = ('--gpu=h200', '--gpus=4', '--half_residual=True')
+    without, with_fp8 = as_json(*flags)['trainers'], as_json(*flags, '--fp8')['trainers']
+    for name in options.NAMES:
+        before, after = without[name], with_fp8[name]
+        if 'triton' not in name:
+            assert before == after, name
+            continue
+        assert after['basis'] == after['memory_basis'] == 'extrapolated'
+        assert 1.03 < after['tokens_per_sec'] / before['tokens_per_sec'] < 1.15, name
+        logits = after['memory_bytes']['logits'] - before['memory_bytes']['logits']
+        assert logits == 12 * 1024 * 50304, name
+        assert '--fp8' in after['command'] and '--fp8' not in with_fp8['ddp']['command']
+
+
+def test_fp8_on_graphs_costs_what_was_measured():
+    run = small_run(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024, micro_steps=8)
+    run = run.change(kernels=True, half_residual=True)
+    difference = sum(memory.tensors(run.change(fp8=True)).values()) - sum(memory.tensors(run).values())
+    measured_bytes = {row['name']: row['peak_memory_bytes'] for row in measured.read('fp8_ladder_h200.json')['rows']}
+    # 1%: tensors of a few numbers per layer
+    assert difference == pytest.approx(measured_bytes['fp8'] - measured_bytes['+ half_residual'], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ('args', 'note'),
+    [
+        (['--gpu=a100'], 'not using FP8: NVIDIA A100-SXM4-80GB has compute capability 8.0, FP8 needs 8.9'),
+        (['--dtype=float16'], 'not using FP8: it takes the place of bfloat16, and this run is in float16'),
+        (['--use_triton=False'], 'not using FP8: use_triton is off'),
+        (['--n_embd=776', '--n_head=8'], 'not using FP8: n_embd=776 is not a multiple of 16'),
+        (['--gpu=l4'], 'fp8=True: only in the rows with triton'),
+    ],
+)
+def test_fp8_falls_back_with_train_pys_reason(args, note):
+    flags = ['--gpus=2', '--json', *args]
+    run = run_plan('--fp8', *flags)
+    assert run.stderr == f'note: {note}\n' and run.returncode == 0
+    same = (
+        json.loads(run.stdout)['trainers']['triton']['tokens_per_sec']
+        == as_json(*flags)['trainers']['triton']['tokens_per_sec']
+    )
+    assert same == note.startswith('not using')
+
+
+def test_exponentials_run_where_the_kernels_use_them():
+    """exp_cross_entropy.fits(): compute capability 9.0, bfloat16, at least 1024 rows, no loss_rows and no FP8 head."""
+    config = options.train_flags() | options.kernel_flags() | {'vocab_size': 50304}
+
+    def uses(gpu='h200', **changes):
+        return options.make_run('triton', config | changes, GPUS[gpu], 1, 1).exponentials
+
+    assert uses() and uses(batch_size=1) and uses(fp8=True, vocab_size=50264)
+    assert not any((uses('a100'), uses('b200'), uses(dtype='float16'), uses(dtype='float32'), uses(loss_rows=512)))
+    assert not any((uses(fp8=True), uses(batch_size=1, block_size=512), uses(vocab_size=50257)))
+
+
+def test_offload_is_offered_before_more_gpus():
+    big = ('--n_layer=40', '--n_head=40', '--n_embd=5120', '--batch_size=2', '--gpu=h100', '--gpus=2')
+    run = run_plan(*big, '--trainer=ddp')
+    assert run.returncode == 1 and 'The smallest change that fits: fsdp+offload' in run.stdout
+    assert re.search(r"it takes \d+ GiB of each machine's memory", run.stdout)
+
+
+def test_largest_says_if_not_even_one_fits():
+    run = run_plan('--n_layer=48', '--n_embd=16384', '--n_head=128', '--gpu=l4', '--largest=model')
+    assert run.returncode == 1 and re.search('^ddp +none$', run.stdout, re.M)
 
 
 def test_machines_are_filled_evenly():
@@ -239,8 +327,23 @@ def test_machines_are_filled_evenly():
 
 def test_one_gpu_shards_nothing():
     text = run_plan('--trainer=zero1').stdout
-    assert 'One GPU shards nothing: zero1 as ddp, fsdp as ddp, zero1+triton as triton' in text
+    assert 'One GPU shards nothing, so these run alike: zero1, fsdp, fsdp+offload like ddp; ' in text
+    assert 'zero1+triton, fsdp+triton like triton; fsdp+checkpointing like ddp with --activation' in text
     assert not re.search('^fsdp  ', text, re.M)
+
+
+def test_a_tight_run_is_called_that():
+    run = run_plan('--batch_size=178', '--gpu=h100', '--trainer=triton')
+    assert run.returncode == 0 and re.search('^triton .* tight ', run.stdout, re.M)
+    assert 'Recommended: fsdp+checkpointing, the fastest that fits with room to spare' in run.stdout
+    run = run_plan('--batch_size=300', '--gpu=h100', '--activation_checkpointing=True')
+    assert 'Recommended: triton, the fastest that fits; it fits only because torch gives unused memory' in run.stdout
+
+
+def test_trainers_that_run_alike_appear_once():
+    text = run_plan('--gpus=4', '--activation_checkpointing=True').stdout
+    assert '\nThese run alike: fsdp+checkpointing like fsdp.\n' in text
+    assert not re.search(r'^fsdp\+checkpointing  ', text, re.M)
 
 
 def test_a_gpu_may_have_less_memory():
@@ -373,3 +476,25 @@ def test_eleutherai_formula():
     run = SimpleNamespace(**asdict(small_run(n_layer=1, vocab_size=100)), tokens=64)
     n = 2 * 100 * 64 + 32 * 64 + 8 * 64 + 12 * 64 * 64 + 2 * 64
     assert bench_planner.eleuther(run) == 18 * n + 64 * 64 * (34 + 5 * 2 * 32 / 64)
+
+
+def test_growth_says_why_torch_reserved_memory():
+    """bench_memory.py --history: the second logits need new memory, because gradients sit where the first ones were."""
+    import bench_memory
+
+    gib = 2**30
+    events = [
+        ['segment_map', 0, gib, 7, []],
+        ['alloc', 0, gib, 7, ['model:9 forward']],
+        ['free_requested', 0, gib, 7, []],
+        ['free_completed', 0, gib, 7, []],
+        ['alloc', 0, 2**20, 7, ['linear:5 backward']],
+        ['segment_map', gib, gib, 7, []],
+        ['alloc', gib, gib, 7, ['model:9 forward']],
+        ['segment_map', 9 * gib, 2**21, 8, []],
+        ['segment_unmap', 0, 2**21, 7, []],
+    ]
+    found = bench_memory.growth(events)
+    assert found['reserved_by_stream'] == [2 * gib - 2**21, 2**21]
+    step = {'bytes': gib, 'functions': ['model:9 forward']}
+    assert found['growth'] == [step | {'reserved': 0, 'live': 0}, step | {'reserved': gib, 'live': 2**20}]

@@ -9,13 +9,13 @@
 #   ddp                      -             -           -       -             -           -
 #   zero1                    -             -           -       -             -           -
 #   triton                   -             -           -       -             -           -
-#   fsdp                     -  76 GiB 19.3k  52 GiB 37k       -    76 GiB 20k  52 GiB 39k
+#   fsdp                     -  76 GiB 19.4k  52 GiB 37k       -    76 GiB 20k  52 GiB 39k
 #   zero1+triton             -             -           -       -             -           -
 #   fsdp+triton              -    76 GiB 20k  52 GiB 39k       -    76 GiB 21k  52 GiB 40k
 #   hybrid                   -             -  76 GiB 39k       -   125 GiB 22k  76 GiB 40k
-#   fsdp+checkpointing       -  53 GiB 15.7k  29 GiB 31k       -  53 GiB 16.3k  29 GiB 32k
-#   fsdp+offload             -  28 GiB 18.4k  28 GiB 34k       -  28 GiB 19.2k  28 GiB 35k
-# It recommends fsdp+triton on 8 H100 (89.6 days), fsdp+triton on 8 H200 (87.0 days).
+#   fsdp+checkpointing       -  53 GiB 15.8k  29 GiB 31k       -  53 GiB 16.4k  29 GiB 32k
+#   fsdp+offload             -  28 GiB 18.5k  28 GiB 34k       -  28 GiB 19.3k  28 GiB 36k
+# It recommends fsdp+triton on 8 H100 (89.2 days), fsdp+triton on 8 H200 (86.5 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
