@@ -929,6 +929,39 @@ def times_upstream(file, *name):
 
 
 @number
+def ladder_ms(file, *name):
+    """Median milliseconds of an iteration of the variant of this name."""
+    return f'{statistics.median(row_of(file, name)["ms"]):.1f}'
+
+
+@number
+def ladder_base_ms(file, *name):
+    """Median milliseconds of an iteration of the variant that took turns with this one."""
+    return f'{statistics.median(row_of(file, name)["ms_reference"]):.1f}'
+
+
+@number
+def times_base(file, *name):
+    """Speed of the variant of this name in multiples of the one that took turns with it."""
+    row = row_of(file, name)
+    return f'{statistics.median(row["ms_reference"]) / statistics.median(row["ms"]):.2f}'
+
+
+def row_of(file, name):
+    return next(row for row in load(file)['rows'] if row['name'] == ' '.join(name))
+
+
+@number
+def val_loss_apart(file, *kind):
+    """Validation losses of a kind minus those of the file's first kind at the same seeds, in the order of the seeds."""
+    rows = load(file)['rows']
+    base = {row['seed']: row['val_loss'] for row in rows if row['kind'] == rows[0]['kind']}
+    apart = [row['val_loss'] - base[row['seed']] for row in rows if row['kind'] == ' '.join(kind)]
+    *first, last = (f'{difference:+.3f}'.replace('-', '−') for difference in apart)
+    return f'{", ".join(first)} and {last}' if first else last
+
+
+@number
 def largest_batch(file, *name):
     """Sequences of 1024 tokens that fit into a micro-step of the variant whose name ends with these words."""
     rows = load(file)['rows']
