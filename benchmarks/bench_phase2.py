@@ -857,8 +857,8 @@ def measured(reports):
 
 
 def ladder_in_short():
-    """Returns {short name: thousands of tokens/s} on one H100."""
-    rows = changes(load('phase2_ladder_h100'))
+    """Returns {short name: thousands of tokens/s} on one H200."""
+    rows = changes(load('phase2_ladder_h200'))
     return {label: row['tokens_per_s'] / 1000 for label, row in rows.items()}
 
 

@@ -31,6 +31,7 @@ from planner import measured, memory, options, plan, speed
 from planner import report as report_module
 from planner.gpus import GIB, GPUS
 from planner.run import Run
+
 from tables import load, number
 
 RESULTS = ROOT / 'benchmarks' / 'results'
