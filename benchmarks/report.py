@@ -102,7 +102,7 @@ def result_files(reports):
 
 def overview_data():
     """
-    Returns the data of the summary's picture: memory by part in GiB, speed in percent of DDP, and thousands of tokens/s.
+    Returns the data of the summary's picture: memory by part in GiB, speed in percent of DDP, thousands of tokens/s.
     """
     parts = {'parameters': 'parameters', 'gradients': 'gradients', "AdamW's moments": 'optimizer'}
     parts |= {'other, at rest': 'not_accounted_for', 'more at the peak': 'activations'}
