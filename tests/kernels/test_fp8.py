@@ -346,7 +346,8 @@ def test_resuming_is_exact(tmp_path, capsys):
         checkpoint['resume']['ranks'][0]['model'] = wrong
         model = resumed(checkpoint)
         assert model.rank_state.save() == {}
-        train(model, 1)
+        with autocast(bf16):
+            model(*batches(1)[0])
         assert capsys.readouterr().out.count(anew) == 1
     checkpoint['resume']['ranks'] *= 2  # another world size
     assert resumed(checkpoint).rank_state.save() == {}
