@@ -255,7 +255,7 @@ def quantize_weight(weight):
     (out, into), device = weight.shape, weight.device
     rows, columns = (torch.empty(shape, dtype=E4M3, device=device) for shape in ((out, into), (into, out)))
     highest, inverse = torch.linalg.vector_norm(weight, float('inf')), torch.empty((), device=device)
-    block = 1024 if interpreted else 64
+    block = min(1024, triton.next_power_of_2(max(out, into))) if interpreted else 64
     grid = -(-out // block), -(-into // block)
     tensors = weight, highest, inverse, rows, columns
     launch(quantize_weight_kernel, grid, tensors, (out, into), (block,), Config(1, block, 4))
