@@ -20,13 +20,13 @@ ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro
 clipping, fused AdamW) with one change after the other. Each variant takes turns with the compiled reference, five
 times. With --together=6, five variants at a time take turns with it, which compares them better and needs memory for
 six. With --nanogpt, upstream's model takes its turn with them, in the same training step. nvidia-smi reports clock and
-power during each variant's own turns: a GPU at its power limit lowers its clock, the more the better it is used.
-gradients: those of one micro-step against float64.
-matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
+power during each variant's own turns: at its power limit a GPU lowers its clock, and more so the busier it is.
+gradients: the error of each gradient of one micro-step, against float64.
+matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns; the table in kernels/linear.py comes from this.
 fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
 widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
-largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
-with them.
+largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by bisection, and
+tokens/s with them.
 profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
 curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and
 Triton.
@@ -78,7 +78,7 @@ def clip_gradients(optimizer, parameters, max_norm):
 
 
 def off(*names):
-    """PyTorch's own functions instead of the named ones of the kernel package, as {name: function}."""
+    """Returns PyTorch's own functions for the named ones of the kernel package, as {name: function}."""
 
     def add_layer_norm(x, branch, weight, bias, eps, dtype, slot=None):
         total = x if branch is None else x + branch
@@ -108,7 +108,7 @@ UPSTREAM = 'upstream nanoGPT, compiled'
 
 
 def steps():
-    """(name, functions switched off) of the model with one change after the other."""
+    """Returns (name, functions switched off) of the model with one change after the other."""
     changes = [
         ('+ cross-entropy in place of the logits', 'linear_cross_entropy'),
         ('+ residual and LayerNorm in one', 'add_layer_norm'),
@@ -206,12 +206,12 @@ class Variant(Trainer):
         fp8 = options.pop('fp8', None)
         if fp8 is not None:
             options['fp8'] = True
-        pays = fp8 if type(fp8) in (int, float) else kernels.fp8_linear.OWN_KERNEL_PAYS
+        pays = fp8 if type(fp8) in (int, float) else kernels.fp8_linear.OWN_KERNEL_MIN_WIDTH
         options |= dict(model=folder, compile=compiled and device == 'cuda', cuda_graph=graph and device == 'cuda')
         collect()
         shape, (batch_size, block_size) = SIZES[size], batches[0][0].shape
         options |= dict(batch_size=batch_size, block_size=block_size, seed=seed, init='gpu')
-        with replaced(kernels.fp8_linear, 'OWN_KERNEL_PAYS', pays):
+        with replaced(kernels.fp8_linear, 'OWN_KERNEL_MIN_WIDTH', pays):
             super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
         if isinstance(fp8, str):  # the other part stays in bfloat16
             head = [self.raw_model.lm_head, self.raw_model.transformer.ln_f]
@@ -244,7 +244,7 @@ class Variant(Trainer):
 
     @contextlib.contextmanager
     def switched_off(self):
-        """With PyTorch's functions instead of those that the variant does without."""
+        """Puts PyTorch's functions in the places of those that the variant does without."""
         with contextlib.ExitStack() as stack:
             for name, function in self.functions.items():
                 for module in (self.module, *kernel_modules):
@@ -253,7 +253,7 @@ class Variant(Trainer):
             yield
 
     def ms(self, iterations):
-        """Mean milliseconds of an iteration, after one that does not count."""
+        """Returns the mean milliseconds of an iteration, after one that does not count."""
         self.iteration()
         began = hardware.now(device)  # waits for the GPU
         for _ in range(iterations):
@@ -274,7 +274,7 @@ def replaced(module, name, function):
 
 
 def chosen(args, names):
-    """The names; with --only, those that it names, and those that have a part of it that is no name."""
+    """Returns the names; with --only, those that it names, and those that have a part of it that is no name."""
     wanted = lambda name: any(part == name if part in names else part in name for part in args.only.split(';'))
     return [name for name in names if not args.only or wanted(name)]
 
@@ -332,7 +332,7 @@ def largest(args, rows, save):
         memory = args.gib * 2**30
 
     def tokens_per_s(name, batch_size):
-        """And the peak in bytes; None if it does not fit."""
+        """Returns (tokens per second, peak in bytes), or None if it does not fit."""
         tokens = torch.randint(50257, (batch_size, 1025), device=device)
         batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
         try:
@@ -621,7 +621,7 @@ def curves(args, rows, save):
 
 @torch.no_grad()
 def val_loss(model, windows):
-    """Mean loss of tokens (n, 1025) on the GPU, in bfloat16."""
+    """Returns the mean loss of tokens (n, 1025) on the GPU, in bfloat16."""
     model.eval()
     total = 0.0
     for batch in windows.split(12):
@@ -969,7 +969,7 @@ def largest_batch(file, *name):
 
 
 def join(names):
-    """One report of the curves in several files, such as those of two GPUs that have shared the work."""
+    """Returns one report of the curves in several files, such as those of two GPUs that have shared the work."""
     reports = [json.loads(Path(name).read_text()) for name in names]
     for key in ('device', 'versions', 'size', 'batch_size', 'micro_steps'):
         if any(report.get(key) != reports[0].get(key) for report in reports):

@@ -62,7 +62,7 @@ class TextReader:
         return self.paths[index]
 
     def release(self, end: int) -> None:
-        """Called once the files before number `end` are no longer needed."""
+        """Is called once the files before number `end` are no longer needed."""
 
     def bytes_before(self, index: int) -> int:
         """Returns the size of the files before number `index`."""

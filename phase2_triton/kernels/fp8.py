@@ -156,7 +156,7 @@ class Scales:
             return
         known = self.state is not None or self.loaded is not None
         if self.lost:
-            print('the checkpoint has no FP8 scales for this model and number of ranks: they are measured anew')
+            print('the checkpoint has no FP8 scales for this model and number of ranks: they are measured again')
             self.lost = False
         if self.state is None:
             self.state = torch.zeros((self.slots + 1, 4)) if self.loaded is None else self.loaded
@@ -180,7 +180,7 @@ class Scales:
     def load(self, saved: dict):
         """
         Takes the state from this rank's entry in a checkpoint. If there is none, or it is not finite or belongs to
-        another model, the next micro-step prints a line and measures anew.
+        another model, the next micro-step prints a line and measures again.
         """
         state = saved.get('model')
         fits = state is not None and state.shape == (self.slots + 1, 4) and state.dtype == torch.float32

@@ -42,8 +42,8 @@ def measured(scales):
 @pytest.mark.parametrize('peak', [1.0, 3.0, 1e-6, 1e6])
 def test_quantization(number, dtype, peak):
     """
-    Equal bits: a scale of 2^k changes no digit, and then both round to the nearest. What is too large is clamped,
-    and NaN stays.
+    Equal bits: a scale of 2^k changes no digit, and then both round to the nearest. Values that are too large are
+    clamped, and NaN stays.
     """
     scales = scales_of(peak, peak)
     _, scale, *_ = scales.state[number].tolist()
@@ -247,8 +247,8 @@ def test_layers_whose_quantization_does_not_pay_stay_in_bfloat16(monkeypatch):
         return original(a, b, *args, **kwargs)
 
     monkeypatch.setattr(torch, '_scaled_mm', counted)
-    for own_kernel_pays, vocabulary, each_block in ((1024, 80, (3, 3)), (64, 80, (4, 4)), (1024, 65, (3, 3))):
-        monkeypatch.setattr(fp8_linear, 'OWN_KERNEL_PAYS', own_kernel_pays)
+    for min_width, vocabulary, each_block in ((1024, 80, (3, 3)), (64, 80, (4, 4)), (1024, 65, (3, 3))):
+        monkeypatch.setattr(fp8_linear, 'OWN_KERNEL_MIN_WIDTH', min_width)
         calls.clear()
         model = eight_bits(vocab_size=vocabulary)
         accumulated(model, bf16, micro_steps=1)
@@ -312,7 +312,7 @@ def test_recorded_micro_steps(monkeypatch):
 def test_resuming_is_exact(tmp_path, capsys):
     """
     Through a checkpoint's extra key, with its checks. A checkpoint without scales, or with those of another model,
-    measures anew.
+    measures again.
     """
     from checkpoint_fields import check_fields
     from resume import load_rank_state, rank_state
@@ -339,16 +339,16 @@ def test_resuming_is_exact(tmp_path, capsys):
     if not gpu:  # the embedding's backward adds up with atomics, in any order
         assert again[0] == expected[0] and all(map(torch.equal, again[1], expected[1]))
     assert again[0] == pytest.approx(expected[0], rel=1e-3)
-    assert 'measured anew' not in capsys.readouterr().out
+    assert 'measured again' not in capsys.readouterr().out
     scales = checkpoint['resume']['ranks'][0]['model']
-    anew = 'the checkpoint has no FP8 scales for this model and number of ranks: they are measured anew\n'
+    message = 'the checkpoint has no FP8 scales for this model and number of ranks: they are measured again\n'
     for wrong in (None, scales[1:], scales * float('nan'), scales.double()):
         checkpoint['resume']['ranks'][0]['model'] = wrong
         model = resumed(checkpoint)
         assert model.rank_state.save() == {}
         with autocast(bf16):
             model(*batches(1)[0])
-        assert capsys.readouterr().out.count(anew) == 1
+        assert capsys.readouterr().out.count(message) == 1
     checkpoint['resume']['ranks'] *= 2  # another world size
     assert resumed(checkpoint).rank_state.save() == {}
 
@@ -372,7 +372,7 @@ def test_an_older_gpu(monkeypatch):
 
 
 def test_wrapped_in_fp8():
-    """DDP, and FSDP2 that gathers weights in bfloat16 as phase 3 does, compute as the plain model does."""
+    """DDP, and FSDP2 that gathers weights in bfloat16 as phase3_fsdp does, compute as the plain model does."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     results = {}
