@@ -36,7 +36,7 @@ $(VENV)/installed-test: $(VENV)/installed
 demo: $(VENV)/installed
 	@$(BIN)/python demo.py
 
-# two test files at a time; the kernels separately, on the GPU or else in Triton's interpreter (tests/README.md)
+# two processes; the kernels separately, on the GPU or else in Triton's interpreter (tests/README.md)
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile
