@@ -32,8 +32,6 @@ from planner import report as report_module
 from planner.gpus import GIB, GPUS
 from planner.run import Run
 
-from tables import load, number
-
 RESULTS = ROOT / 'benchmarks' / 'results'
 # the fields of Efficiencies that are fitted; the others keep their defaults
 EFFICIENCIES = (
@@ -390,13 +388,6 @@ def predictions():
                     | {'trainers': trainers}
                 )
     return found
-
-
-@number
-def planner_errors(key, *names):
-    """Rows of these classes within the limit, and all rows; key: memory or speed, with underscores in a class."""
-    found = [load('planner_error')[f'{key}_summary'][name.replace('_', ' ')] for name in names]
-    return f'{sum(s["within_limit"] for s in found)} of {sum(s["rows"] for s in found)}'
 
 
 def put_tables(report, path=ROOT / 'docs' / 'planner.md'):

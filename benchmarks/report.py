@@ -22,7 +22,6 @@ import bench_layer_norm  # noqa: F401
 import bench_longrun  # noqa: F401
 import bench_mlp  # noqa: F401
 import bench_peers  # noqa: F401
-import bench_planner  # noqa: F401
 import bench_reference  # noqa: F401
 import bench_sampling  # noqa: F401
 import bench_trainers
