@@ -20,9 +20,9 @@ ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro
 clipping, fused AdamW) with one change after the other. Each variant takes turns with the compiled reference, five
 times. With --together=6, five variants at a time take turns with it, which compares them better and needs memory for
 six. With --nanogpt, upstream's model takes its turn with them, in the same training step. nvidia-smi reports clock and
-power during each variant's own turns: at its power limit a GPU lowers its clock, and more so the busier it is.
-gradients: the error of each gradient of one micro-step, against float64.
-matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns; the table in kernels/linear.py comes from this.
+power during each variant's own turns: a GPU at its power limit lowers its clock, the more the better it is used.
+gradients: those of one micro-step against float64.
+matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
 fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
 widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by bisection, and
