@@ -21,7 +21,7 @@ from .linear import hush_cublaslt, rounded, weight_gradient
 # 768 columns and 12,288 tokens on an H200, FP8 saves 8 µs of the output's matmul and 19 µs of the gradient's, and the
 # kernel takes 5 and 22 µs (fp8_matmuls_h200.json). The savings per element grow with the width, the costs do not.
 # Matmuls that need such a kernel run in FP8 from this width.
-OWN_KERNEL_MIN_WIDTH = 1024
+OWN_KERNEL_PAYS = 1024
 
 
 class Layer:
@@ -54,7 +54,7 @@ def prepare_fp8(model: nn.Module) -> Scales | None:
         return None
     blocks, width, vocabulary = model.transformer.h, model.config.n_embd, model.config.vocab_size
     scales = Scales(2 * (4 * len(blocks) + 1))
-    fits, wide = width % 16 == 0, width >= OWN_KERNEL_MIN_WIDTH
+    fits, wide = width % 16 == 0, width >= OWN_KERNEL_PAYS
     for i, block in enumerate(blocks if fits else ()):
         attention, mlp = block.attn, block.mlp
         block.ln_1.fp8 = attention.c_attn.fp8 = Layer(scales, 4 * i, gradient=wide)

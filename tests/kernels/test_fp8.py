@@ -247,8 +247,8 @@ def test_layers_whose_quantization_does_not_pay_stay_in_bfloat16(monkeypatch):
         return original(a, b, *args, **kwargs)
 
     monkeypatch.setattr(torch, '_scaled_mm', counted)
-    for min_width, vocabulary, each_block in ((1024, 80, (3, 3)), (64, 80, (4, 4)), (1024, 65, (3, 3))):
-        monkeypatch.setattr(fp8_linear, 'OWN_KERNEL_MIN_WIDTH', min_width)
+    for own_kernel_pays, vocabulary, each_block in ((1024, 80, (3, 3)), (64, 80, (4, 4)), (1024, 65, (3, 3))):
+        monkeypatch.setattr(fp8_linear, 'OWN_KERNEL_PAYS', own_kernel_pays)
         calls.clear()
         model = eight_bits(vocab_size=vocabulary)
         accumulated(model, bf16, micro_steps=1)
