@@ -36,13 +36,13 @@ $(VENV)/installed-test: $(VENV)/installed
 demo: $(VENV)/installed
 	@$(BIN)/python demo.py
 
-# two test files at a time; the kernels separately, on the GPU or else in Triton's interpreter (tests/README.md)
+# two processes; the kernels separately, on the GPU or else in Triton's interpreter (tests/README.md)
 test: $(VENV)/installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: $(VENV)/installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full' tests/kernels
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'full or not full' tests/kernels
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'full or not full'
 
 soak: $(VENV)/installed-test

@@ -21,6 +21,7 @@ sys.path.insert(0, str(NANOGPT))
 DATA = NANOGPT / 'data' / 'python_char'
 CONFIG = NANOGPT / 'config' / 'train_python_char.py'
 OUT = ROOT / 'out-demo'
+COMPARISON = OUT / 'comparison.png'
 ITERATIONS, SHORT = 1000, 60
 
 import errors  # noqa: F401  reports a missing package
@@ -145,92 +146,119 @@ def table(rows, parameters, peaks):
         )
 
 
-def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    sys.stdout.reconfigure(errors='backslashreplace')  # the name of this folder may not be printable
-    import torch
+class Machine:
+    """How the demo uses a machine with this number of GPUs."""
 
-    gpus = torch.cuda.device_count()
-    if gpus:
-        processes, device = max(2, gpus), []
-        where = f'{gpus} GPUs' if gpus > 1 else 'one GPU, shared by two processes'
-        techniques, seconds = list(TECHNIQUES), SECONDS['cuda']
-    else:
-        processes, device, where = 2, ['--device=cpu'], 'two processes on the CPU'
-        techniques, seconds = [name for name in TECHNIQUES if 'Triton' not in name], SECONDS['cpu']
-    demo = Demo(
-        [
-            ("write the data set: the sources of Python's standard library", seconds['data']),
-            (f'train a GPT of 0.8 million parameters for {ITERATIONS:,} iterations', seconds['train']),
-            ('sample from it', seconds['sample']),
-            ('draw its losses', seconds['draw']),
-            *((f'{name}: {SHORT} iterations', seconds['short']) for name in techniques),
-            ('compare these in a picture', seconds['draw']),
+    def __init__(self, gpus):
+        self.gpus, self.processes = gpus, max(2, gpus)
+        self.where = {0: 'two processes on the CPU', 1: 'one GPU, shared by two processes'}.get(gpus, f'{gpus} GPUs')
+        self.techniques = [name for name in TECHNIQUES if gpus or 'Triton' not in name]
+        self.seconds = SECONDS['cuda' if gpus else 'cpu']
+        self.device = [] if gpus else ['--device=cpu']
+        self.env = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // self.processes))}
+        self.batch = [f'--gradient_accumulation_steps={self.processes}', f'--batch_size={max(1, 16 // self.processes)}']
+
+    def parts(self):
+        """Returns the parts of the demo for class Demo."""
+        return [
+            ("write the data set: the sources of Python's standard library", self.seconds['data']),
+            (f'train a GPT of 0.8 million parameters for {ITERATIONS:,} iterations', self.seconds['train']),
+            ('sample from it', self.seconds['sample']),
+            ('draw its losses', self.seconds['draw']),
+            *((f'{name}: {SHORT} iterations', self.seconds['short']) for name in self.techniques),
+            ('compare these in a picture', self.seconds['draw']),
         ]
-    )
-    print(f'The demo uses {where}.')
-    if not gpus:
-        print('It leaves out the Triton kernels, which need a GPU.')
-    if gpus == 1:
-        print('ZeRO-1 and FSDP divide state among processes. Two processes on one GPU show how much memory that saves,')
-        print('but not how fast it is.')
-    demo.print_plan()
 
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    torchrun = ['-m', TORCHRUN, '--standalone', f'--nproc_per_node={processes}']
-    ranks = [f'--gradient_accumulation_steps={processes}', f'--batch_size={max(1, 16 // processes)}', *device]
-    if gpus == 1:
-        alone = [NANOGPT / 'train.py', CONFIG, '--gradient_accumulation_steps=2', '--batch_size=8']
-        ranks += ['--backend=gloo']  # NCCL takes one process per GPU
-    else:
-        alone = [*torchrun, NANOGPT / 'train.py', CONFIG, *ranks]
+    def in_all_processes(self, folder):
+        """Returns the arguments of Python that start a folder's train.py in all processes."""
+        torchrun = ['-m', TORCHRUN, '--standalone', f'--nproc_per_node={self.processes}']
+        over_gloo = ['--backend=gloo'] * (self.gpus == 1)  # NCCL takes one process per GPU
+        return [*torchrun, ROOT / folder / 'train.py', CONFIG, *self.batch, *self.device, *over_gloo]
+
+    def print_notes(self):
+        print(f'The demo uses {self.where}.')
+        if not self.gpus:
+            print('It leaves out the Triton kernels, which need a GPU.')
+        if self.gpus == 1:
+            print('ZeRO-1 and FSDP divide state among processes. Two processes on one GPU show how much memory that')
+            print('saves, but not how fast it is.')
+
+
+def train_a_gpt(demo, machine):
+    """Runs the first four parts: prepares the data, trains a GPT, samples from it and draws it. Returns its log."""
     demo.run(DATA / 'prepare.py')
-    long = ['--log_interval=5', f'--max_iters={ITERATIONS}', f'--lr_decay_iters={ITERATIONS}']
-    demo.run(*alone, *long, f'--out_dir={OUT}', iterations=ITERATIONS, OMP_NUM_THREADS=threads)
-    sample = ['--ckpt=ckpt_best.pt', '--start=def ', '--num_samples=2', '--max_new_tokens=400', *device]
+    one_gpu = [NANOGPT / 'train.py', CONFIG, *machine.batch]  # needs no second process
+    train = one_gpu if machine.gpus == 1 else machine.in_all_processes('nanoGPT')
+    flags = ['--log_interval=5', f'--max_iters={ITERATIONS}', f'--lr_decay_iters={ITERATIONS}', f'--out_dir={OUT}']
+    demo.run(*train, *flags, iterations=ITERATIONS, **machine.env)
+    sample = ['--ckpt=ckpt_best.pt', '--start=def ', '--num_samples=2', '--max_new_tokens=400', *machine.device]
     # threads that wait for each other on a busy CPU would make so small a model 20 times as slow
     demo.run(NANOGPT / 'sample.py', f'--out_dir={OUT}', *sample, OMP_NUM_THREADS='1')
     log = newest_log(OUT)
     demo.run(NANOGPT / 'visualize_training.py', log)
+    return log
 
+
+def train_with_each_technique(demo, machine):
+    """Runs the other parts: trains shortly with each technique and draws the comparison. Returns {technique: log}."""
     short = [f'--max_iters={SHORT}', f'--eval_interval={SHORT}', '--warmup_iters=10']
     short += [f'--lr_decay_iters={SHORT}', '--min_lr=3e-3']  # the config's learning_rate, from the warmup on
     short += ['--eval_iters=5', '--log_interval=5', '--compile=False']
-    logs = []
-    for name in techniques:
+    logs = {}
+    for name in machine.techniques:
         folder, flags = TECHNIQUES[name]
         out_dir = OUT / name.lower().replace(' ', '')
-        train = [*torchrun, ROOT / folder / 'train.py', CONFIG, *ranks, *short, *flags, f'--out_dir={out_dir}']
-        demo.run(*train, iterations=SHORT, OMP_NUM_THREADS=threads)
-        logs.append(str(newest_log(out_dir)))
-    comparison = OUT / 'comparison.png'
-    demo.run(NANOGPT / 'visualize_training.py', *logs, f'--output={comparison}')
+        train = [*machine.in_all_processes(folder), *short, *flags, f'--out_dir={out_dir}']
+        demo.run(*train, iterations=SHORT, **machine.env)
+        logs[name] = str(newest_log(out_dir))
+    demo.run(NANOGPT / 'visualize_training.py', *logs.values(), f'--output={COMPARISON}')
+    return logs
 
-    rows = dict(zip(techniques, summarize(load_runs(logs)), strict=True))
+
+def print_comparison(logs, machine):
+    rows = dict(zip(logs, summarize(load_runs(list(logs.values()))), strict=True))
     print(f"""
-The same {SHORT} iterations with each technique ({where}). State is the memory that each process keeps from step
+The same {SHORT} iterations with each technique ({machine.where}). State is the memory that each process keeps from step
 to step, with one letter for each byte per parameter: P for parameters, G for gradients, O for the optimizer.
 """)
-    for line in table(rows, rows['DDP']['state_bytes']['parameters'] / 4, peaks=bool(gpus)):
+    for line in table(rows, rows['DDP']['state_bytes']['parameters'] / 4, peaks=bool(machine.gpus)):
         print(line)
-    if gpus:
+    if machine.gpus:
         print("Peak is the largest memory of one process's tensors on its GPU.")
     print('The speed of such a small model says little; see benchmarks/README.md.')
 
+
+def print_result(log):
+    """Prints the losses and the files of the GPT. Exits with status 1 if it has not learned."""
     entropy = pickle.loads((DATA / 'meta.pkl').read_bytes())['unigram_entropy']  # prepare.py has just written it
     val_loss = json.loads(log.read_text())['summary']['best_val_loss']
     print(f"""
-The GPT learnt from the sources of Python's standard library, one character at a time. Its best validation loss is
+The GPT learned from the sources of Python's standard library, one character at a time. Its best validation loss is
 {val_loss:.3f} nats per character. A model that knows only how frequent each character is would reach {entropy:.3f}.
 
   checkpoints   {OUT / 'ckpt.pt'} (latest), {OUT / 'ckpt_best.pt'} (best)
   log           {log}
   picture       {log.with_name(log.stem + '_analysis.png')}
-  comparison    {comparison}
+  comparison    {COMPARISON}
   more samples  {python_command(NANOGPT / 'sample.py', f'--out_dir={OUT}', '--start=class ')}
   train longer  {train_longer()}""")
     if not val_loss < 0.75 * entropy:
         sys.exit(f'the validation loss is not clearly below {entropy:.3f}: something is wrong')
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    sys.stdout.reconfigure(errors='backslashreplace')  # the name of this folder may not be printable
+    import torch
+
+    machine = Machine(torch.cuda.device_count())
+    demo = Demo(machine.parts())
+    machine.print_notes()
+    demo.print_plan()
+    log = train_a_gpt(demo, machine)
+    logs = train_with_each_technique(demo, machine)
+    print_comparison(logs, machine)
+    print_result(log)
 
 
 if __name__ == '__main__':

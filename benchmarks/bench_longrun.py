@@ -1,6 +1,6 @@
 """
-Trains GPT-2 124M on 0.3 billion tokens of a real corpus, with the reference and with Triton, and lays the loss curves
-over each other.
+Trains GPT-2 124M on 0.3 billion tokens of a real corpus, with the reference and with Triton, and overlays the loss
+curves.
 
     python nanoGPT/data/packages/prepare.py      # after the download that it names: 106 million tokens
     python benchmarks/bench_longrun.py --work=out-longrun --out=longrun.json  # 10 minutes per run, H200
@@ -69,7 +69,7 @@ def log_of(work, name):
 
 
 def train(name, args):
-    """Starts or continues a run. Stops it in order after args.seconds, or when this process gets SIGTERM."""
+    """Starts or continues a run. Stops it with a save after args.seconds, or when this process gets SIGTERM."""
     run = log_of(args.work, name)
     if run and run.status == 'completed':
         print(f'{name} is complete: remove {folder_of(args.work, name)} to train it again')
@@ -119,7 +119,7 @@ def without_paths(summary):
 
 
 def draw_rows(rows, path):
-    """Draws the loss curves over each other, by tokens, with visualize_training.py."""
+    """Overlays the loss curves, by tokens, with visualize_training.py."""
     with tempfile.TemporaryDirectory() as folder:
         for i, row in enumerate(rows):
             Path(folder, f'run_{i}.json').write_text(json.dumps(row['log']))

@@ -27,8 +27,8 @@ matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the
 hopper: matmuls by cuBLAS and by the Gluon matmul, the last one also with the loss.
 fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
 widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
-largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
-with them.
+largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by bisection, and
+tokens/s with them.
 profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
 curves: 1,000 steps of GPT-2 124M on the sources of Python's standard library, three seeds, for the reference and
 Triton.
@@ -80,7 +80,7 @@ def clip_gradients(optimizer, parameters, max_norm):
 
 
 def off(*names):
-    """PyTorch's own functions instead of the named ones of the kernel package, as {name: function}."""
+    """Returns PyTorch's own functions for the named ones of the kernel package, as {name: function}."""
 
     def add_layer_norm(x, branch, weight, bias, eps, dtype, slot=None):
         total = x if branch is None else x + branch
@@ -110,7 +110,7 @@ UPSTREAM = 'upstream nanoGPT, compiled'
 
 
 def steps():
-    """(name, functions switched off) of the model with one change after the other."""
+    """Returns (name, functions switched off) of the model with one change after the other."""
     changes = [
         ('+ cross-entropy in place of the logits', 'linear_cross_entropy'),
         ('+ residual and LayerNorm in one', 'add_layer_norm'),
@@ -246,7 +246,7 @@ class Variant(Trainer):
 
     @contextlib.contextmanager
     def switched_off(self):
-        """With PyTorch's functions instead of those that the variant does without."""
+        """Puts PyTorch's functions in the places of those that the variant does without."""
         with contextlib.ExitStack() as stack:
             for name, function in self.functions.items():
                 for module in (self.module, *kernel_modules):
@@ -255,7 +255,7 @@ class Variant(Trainer):
             yield
 
     def ms(self, iterations):
-        """Mean milliseconds of an iteration, after one that does not count."""
+        """Returns the mean milliseconds of an iteration, after one that does not count."""
         self.iteration()
         began = hardware.now(device)  # waits for the GPU
         for _ in range(iterations):
@@ -276,7 +276,7 @@ def replaced(module, name, function):
 
 
 def chosen(args, names):
-    """The names; with --only, those that it names, and those that have a part of it that is no name."""
+    """Returns the names; with --only, those that it names, and those that have a part of it that is no name."""
     wanted = lambda name: any(part == name if part in names else part in name for part in args.only.split(';'))
     return [name for name in names if not args.only or wanted(name)]
 
@@ -334,7 +334,7 @@ def largest(args, rows, save):
         memory = args.gib * 2**30
 
     def tokens_per_s(name, batch_size):
-        """And the peak in bytes; None if it does not fit."""
+        """Returns (tokens per second, peak in bytes), or None if it does not fit."""
         tokens = torch.randint(50257, (batch_size, 1025), device=device)
         batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
         try:
@@ -661,7 +661,7 @@ def curves(args, rows, save):
 
 @torch.no_grad()
 def val_loss(model, windows):
-    """Mean loss of tokens (n, 1025) on the GPU, in bfloat16."""
+    """Returns the mean loss of tokens (n, 1025) on the GPU, in bfloat16."""
     model.eval()
     total = 0.0
     for batch in windows.split(12):
@@ -909,8 +909,8 @@ def measured(reports):
 
 
 def ladder_in_short():
-    """Returns {short name: thousands of tokens/s} on one H100."""
-    rows = changes(load('phase2_ladder_h100'))
+    """Returns {short name: thousands of tokens/s} on one H200."""
+    rows = changes(load('phase2_ladder_h200'))
     return {label: row['tokens_per_s'] / 1000 for label, row in rows.items()}
 
 
@@ -975,9 +975,42 @@ def phase2_largest(report):
 
 @number
 def times_upstream(file, *name):
-    """Speed of a short name (see changes) in multiples of upstream nanoGPT's in the same turns."""
-    row = changes(load(file))[' '.join(name)]
+    """Speed of a short name (see changes), or of a variant, in multiples of upstream nanoGPT's in the same turns."""
+    row = changes(load(file)).get(' '.join(name)) or row_of(file, name)
     return f'{statistics.median(row["ms_upstream"]) / statistics.median(row["ms"]):.2f}'
+
+
+@number
+def ladder_ms(file, *name):
+    """Median milliseconds of an iteration of the variant of this name."""
+    return f'{statistics.median(row_of(file, name)["ms"]):.1f}'
+
+
+@number
+def ladder_base_ms(file, *name):
+    """Median milliseconds of an iteration of the variant that took turns with this one."""
+    return f'{statistics.median(row_of(file, name)["ms_reference"]):.1f}'
+
+
+@number
+def times_base(file, *name):
+    """Speed of the variant of this name in multiples of the one that took turns with it."""
+    row = row_of(file, name)
+    return f'{statistics.median(row["ms_reference"]) / statistics.median(row["ms"]):.2f}'
+
+
+def row_of(file, name):
+    return next(row for row in load(file)['rows'] if row['name'] == ' '.join(name))
+
+
+@number
+def val_loss_apart(file, *kind):
+    """Validation losses of a kind minus those of the file's first kind at the same seeds, in the order of the seeds."""
+    rows = load(file)['rows']
+    base = {row['seed']: row['val_loss'] for row in rows if row['kind'] == rows[0]['kind']}
+    apart = [row['val_loss'] - base[row['seed']] for row in rows if row['kind'] == ' '.join(kind)]
+    *first, last = (f'{difference:+.3f}'.replace('-', '−') for difference in apart)
+    return f'{", ".join(first)} and {last}' if first else last
 
 
 @number
@@ -988,7 +1021,7 @@ def largest_batch(file, *name):
 
 
 def join(names):
-    """One report of the curves in several files, such as those of two GPUs that have shared the work."""
+    """Returns one report of the curves in several files, such as those of two GPUs that have shared the work."""
     reports = [json.loads(Path(name).read_text()) for name in names]
     for key in ('device', 'versions', 'size', 'batch_size', 'micro_steps'):
         if any(report.get(key) != reports[0].get(key) for report in reports):

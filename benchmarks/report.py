@@ -76,7 +76,7 @@ WHAT = {  # beginning of a result file's name -> what it measures
     'zero1_124M_curves': 'ZeRO-1: loss curves, profile',
     'zero1': 'ZeRO-1 and DDP in turn',
 }
-FOUR = 'trainers_h200x4'  # the file behind README's picture
+FOUR = 'trainers_h200x4'  # the file behind the summary's picture
 MOST = {'124M': '10', '1.5B': '5'}  # size -> the most micro-steps that were measured
 ORANGE, GREY = '#E69F00', '#999999'
 
@@ -104,7 +104,7 @@ def result_files(reports):
 
 def overview_data():
     """
-    Returns the data of README's picture: memory by part in GiB, speed in percent of DDP, and thousands of tokens/s.
+    Returns the data of the summary's picture: memory by part in GiB, speed in percent of DDP, thousands of tokens/s.
     """
     parts = {'parameters': 'parameters', 'gradients': 'gradients', "AdamW's moments": 'optimizer'}
     parts |= {'other, at rest': 'not_accounted_for', 'more at the peak': 'activations'}
@@ -145,8 +145,8 @@ def draw_memory(axes, memory):
             axes.bar(name, height, 0.62, bottom, color=color, hatch=hatch, edgecolor='white', label=label)
             bottom += height
         at_rest = bottom - parts['more at the peak']
-        axes.text(i, bottom + 0.7, f'peak {bottom:.0f}', ha='center')
-        axes.text(i, at_rest + 0.7, f'at rest {at_rest:.0f}', ha='center')
+        axes.text(i, bottom + 0.7, f'peak {bottom:.1f}', ha='center')
+        axes.text(i, at_rest + 0.7, f'at rest {at_rest:.1f}', ha='center')
     tallest = max(sum(parts.values()) for parts in memory.values())
     axes.set(ylabel='GiB on each GPU', ylim=(0, 1.4 * tallest), title='Memory: GPT-2 1.5B on four H200s')
     axes.tick_params(axis='x', length=0)
@@ -159,7 +159,7 @@ def draw_speed(axes, speed):
         axes.barh(i, speed[label], 0.62, color=ORANGE if speed[label] >= 99 else GREY)
         axes.text(speed[label] + 2, i, f'{speed[label]:.0f}%', va='center')
     axes.axvline(100, color='black', linewidth=1.5)
-    axes.text(100, len(labels) - 0.5, 'DDP', ha='center')
+    axes.text(100, len(labels) - 0.5, 'DDP', ha='center', bbox={'color': 'white', 'pad': 1})
     axes.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels], fontsize=12.5)
     title = 'Speed: four H200s'
     axes.set(xlabel='% of DDP, 10 (1.5B: 5) micro-steps', xlim=(0, 135), ylim=(-0.5, len(labels) - 0.1), title=title)
@@ -172,7 +172,7 @@ def draw_ladder(axes, ladder):
         axes.text(i, thousands + 8, f'{thousands:.0f}', ha='center')
     axes.set_xticks(range(len(ladder)), [label.replace(', ', '\n') for label in ladder], fontsize=11.5)
     top = 1.12 * max(ladder.values(), default=1)
-    axes.set(ylabel='thousand tokens/s', ylim=(0, top), title='Speed: GPT-2 124M on one H100')
+    axes.set(ylabel='thousand tokens/s', ylim=(0, top), title='Speed: GPT-2 124M on one H200')
     axes.tick_params(axis='x', length=0)
 
 

@@ -36,6 +36,7 @@ class KVCache:
         self.cache = {}  # attention module -> its keys and values
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # position of the next token to decode
         self.positions = torch.arange(self.length, device=device)
+        self.mask = None  # (1, length), added to the scores of a step: -inf for positions after the newest token
 
     def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
         """Computes the prompt (1, T), caches its keys and values, and returns the logits (1, vocab_size) after it."""
@@ -50,7 +51,7 @@ class KVCache:
         (num_samples, vocab_size). Call it while attend_to_cache replaces the attention.
         """
         later, dtype = self.positions > self.position, next(iter(self.cache.values())).dtype
-        self.mask = torch.zeros_like(later, dtype=dtype).masked_fill(later, -float('inf'))[None]  # (1, length)
+        self.mask = torch.zeros_like(later, dtype=dtype).masked_fill(later, -float('inf'))[None]
         # the model computes one token, so it reads row 0 of its position embeddings
         row = self.model.transformer.wpe.weight.index_select(0, self.position)
         logits, _ = functional_call(self.model, {'transformer.wpe.weight': row}, (token,), tie_weights=False)
@@ -152,15 +153,15 @@ def generate(
         text[:, length] = draw(cache.prefill(prompt).expand(num_samples, -1), temperature, top_k)
         length += 1
 
-        kernels = model.decode_step(cache.cache, cache.position) if hasattr(model, 'decode_step') else None
-        decode = kernels or cache.decode
+        decode_kernels = model.decode_step(cache.cache, cache.position) if hasattr(model, 'decode_step') else None
+        decode = decode_kernels or cache.decode
 
         def step():
             logits = decode(text.index_select(1, cache.position))
             cache.position += 1
             text.index_copy_(1, cache.position, draw(logits, temperature, top_k)[:, None])
 
-        if text.is_cuda if cuda_graph is None else cuda_graph:
+        if cuda_graph or (cuda_graph is None and text.is_cuda):
             step = ReplayedStep(step)
         with cache.replace_attention(cache.attend_to_cache):
             while length < min(end, block_size + 1):

@@ -8,7 +8,7 @@ check_environment() in distributed.py reports it before the ranks meet.
 import os
 
 # Identifies this launch of the ranks. rendezvous() in distributed.py replaces it with a name that all ranks know.
-# error_reporter.py reads it, because each launch decides anew which rank reports an error.
+# error_reporter.py reads it, because each launch decides again which rank reports an error.
 launch_id = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
 
 

@@ -32,7 +32,7 @@ def scan_in_background(data, vocab_size: int) -> threading.Thread:
 
 
 def _scan(data, vocab_size):
-    warning = in_both_splits(data.fingerprint())  # now, before anything can replace the files
+    warning = in_both_splits(data.full_manifest())  # now, before anything can replace the files
     if warning and torchrun_env.number('RANK', 0) == 0:
         print(f'WARNING: {warning}', file=sys.stderr)
     files = [file for tokens in data.splits.values() for file in tokens.files if _can_exceed(file, vocab_size)]

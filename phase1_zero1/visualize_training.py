@@ -17,6 +17,7 @@ import errors  # isort: skip  # noqa: F401  first: it reports a missing package
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -38,16 +39,8 @@ from run_logs import LogError, duration, load_runs, positive, summarize
 from shell import pip_install
 
 # Okabe and Ito's colours, which people with any colour blindness can tell apart
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = (
-    '#0072B2',
-    '#D55E00',
-    '#009E73',
-    '#CC79A7',
-    '#E69F00',
-    '#56B4E9',
-    '#000000',
-    '#777777',
-)
+BLUE, VERMILLION, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
+ORANGE, SKY, BLACK, GREY = '#E69F00', '#56B4E9', '#000000', '#777777'
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
 # dashes of all curves but the first, so that equal curves stay visible
 DASHES = ((5, 3), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3), (3, 2, 1, 2, 1, 2))
@@ -58,16 +51,16 @@ STYLE = {
     'axes.titlesize': 14,
     'axes.titleweight': 'bold',
     'axes.titlelocation': 'left',
-    'legend.fontsize': 12,
-}
-STYLE |= {
     'axes.grid': True,
     'grid.color': '#e4e4e4',
     'axes.axisbelow': True,
     'axes.spines.top': False,
     'axes.spines.right': False,
+    'legend.fontsize': 12,
+    'legend.edgecolor': 'none',
+    'legend.framealpha': 0.8,
+    'text.parse_math': False,  # a $ in a name is a $
 }
-STYLE |= {'legend.edgecolor': 'none', 'legend.framealpha': 0.8, 'text.parse_math': False}  # a $ in a name is a $
 TITLES = {
     'loss': ('Loss', 'cross-entropy (nats/token)'),
     'lr': ('Learning rate', 'learning rate'),
@@ -574,7 +567,40 @@ def replaced(path):
             os.unlink(temporary)
 
 
-def report(table):
+def output_path(args, runs):
+    """Returns the path of the picture: next to the first log, unless --output names a file or a folder."""
+    path = os.path.splitext(runs[0].path)[0] + ('_comparison_analysis.png' if len(runs) > 1 else '_analysis.png')
+    if args.output:
+        path = os.path.join(args.output, os.path.basename(path)) if os.path.isdir(args.output) else args.output
+    stem, ending = os.path.splitext(path)
+    return stem + (ending or '.png')
+
+
+def write(picture, output, html):
+    """Writes the picture to output, and if html is not None the interactive page. Raises LogError or OSError."""
+    try:
+        with replaced(output) as temporary:
+            picture.savefig(temporary, dpi=100)
+    except ValueError as error:  # an unknown format
+        raise LogError(f'{output}: {error}') from error
+    if html:
+        with replaced(html) as temporary, open(temporary, 'w', encoding='utf-8') as file:
+            file.write(page(picture))
+
+
+def open_window():
+    """Returns pyplot and a Figure in a window. Raises LogError if there is no display."""
+    from matplotlib import pyplot
+
+    if matplotlib.get_backend().lower() == 'agg':
+        raise LogError('--show needs a display')
+    return pyplot, pyplot.figure()
+
+
+def print_summary(runs, as_json):
+    table = summarize(runs)
+    if as_json:
+        return print(json.dumps(table, indent=2))
     for row in table:
         speed = 'n/a' if row['tokens_per_sec_median'] is None else short(row['tokens_per_sec_median'])
         print(
@@ -583,64 +609,40 @@ def report(table):
         )
 
 
+def visualize(args):
+    """Draws the runs, with --follow until they end, and prints their summary. Raises LogError or OSError."""
+    if args.html and importlib.util.find_spec('plotly') is None:
+        raise LogError(f'--html needs the package plotly: {pip_install("plotly")}')
+    pyplot, window = open_window() if args.show else (None, None)
+    while True:
+        runs = load_runs(args.logs)
+        if window:
+            window.clear()
+        output = output_path(args, runs)
+        write(draw(runs, args.x, args.smooth, args.metrics, args.title, window), output, args.html)
+        if not args.follow or all(run.status != 'running' for run in runs):
+            break
+        if window:
+            pyplot.pause(args.follow)
+        else:
+            time.sleep(args.follow)
+    for note in [note for run in runs for note in run.notes]:
+        print(f'visualize_training: {note}', file=sys.stderr)
+    print_summary(runs, args.json)
+    for written in (output, *([args.html] if args.html else [])):
+        print(f'wrote {written}', file=sys.stderr if args.json else sys.stdout)
+    if window:
+        pyplot.show()
+
+
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError):  # a stream of a notebook
             # names may have characters that the terminal's encoding lacks
             stream.reconfigure(errors='backslashreplace')
     args = parse_args(argv)
-    figure = None
     try:
-        if args.html:
-            try:
-                import plotly  # noqa: F401
-            except ImportError:
-                raise LogError(f'--html needs the package plotly: {pip_install("plotly")}') from None
-        if args.show:
-            from matplotlib import pyplot
-
-            if matplotlib.get_backend().lower() == 'agg':
-                raise LogError('--show needs a display')
-            figure = pyplot.figure()
-        while True:
-            runs = load_runs(args.logs)
-            if figure:
-                figure.clear()
-            picture = draw(runs, args.x, args.smooth, args.metrics, args.title, figure)
-            output = os.path.splitext(runs[0].path)[0] + (
-                '_comparison_analysis.png' if len(runs) > 1 else '_analysis.png'
-            )
-            if args.output:
-                output = (
-                    os.path.join(args.output, os.path.basename(output)) if os.path.isdir(args.output) else args.output
-                )
-            stem, ending = os.path.splitext(output)
-            output = stem + (ending or '.png')
-            try:
-                with replaced(output) as temporary:
-                    picture.savefig(temporary, dpi=100)
-            except ValueError as error:  # an unknown format
-                raise LogError(f'{output}: {error}') from error
-            if args.html:
-                with replaced(args.html) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-                    file.write(page(picture))
-            if not args.follow or all(run.status != 'running' for run in runs):
-                break
-            if args.show:
-                pyplot.pause(args.follow)
-            else:
-                time.sleep(args.follow)
-        for note in [note for run in runs for note in run.notes]:
-            print(f'visualize_training: {note}', file=sys.stderr)
-        table = summarize(runs)
-        if args.json:
-            print(json.dumps(table, indent=2))
-        else:
-            report(table)
-        for written in (output, *([args.html] if args.html else [])):
-            print(f'wrote {written}', file=sys.stderr if args.json else sys.stdout)
-        if args.show:
-            pyplot.show()
+        visualize(args)
     except KeyboardInterrupt:
         return 0 if args.follow else 130
     except (LogError, OSError, ImportError) as error:

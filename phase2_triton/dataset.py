@@ -59,8 +59,8 @@ class Dataset:
         for _, message in self._problems_of_all_ranks():
             raise UserError(message)
 
-    def fingerprint(self) -> dict:
-        """Returns the manifest without regard to problems. Reads a part of each file, once."""
+    def full_manifest(self) -> dict:
+        """Returns the manifest with the fingerprints of all files. Reads a part of each file, once."""
         self._manifest = self._manifest or make_manifest(self)
         return self._manifest
 
@@ -70,7 +70,7 @@ class Dataset:
         found a problem loses its fingerprint, so that the run can resume once the file is repaired. Collective.
         """
         return without_fingerprints(
-            self.fingerprint(), {os.path.basename(path) for path, _ in self._problems_of_all_ranks()}
+            self.full_manifest(), {os.path.basename(path) for path, _ in self._problems_of_all_ranks()}
         )
 
     def _problems_of_all_ranks(self):

@@ -15,8 +15,6 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's gelu -> PyTorch's approximate
-
 from kernels.attention import causal_attention
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.decode import decode_step
@@ -44,6 +42,9 @@ class CausalSelfAttention(nn.Module):
         # each token attends to itself and to earlier tokens; the (B, nh, T, T) matrix is never written to memory
         y = causal_attention(self.c_attn(x), self.n_head, self.dropout if self.training else 0.0, self.use_triton)
         return self.resid_dropout(self.c_proj(y))
+
+
+GELU = {'erf': 'none', 'tanh': 'tanh'}  # GPTConfig's gelu -> PyTorch's approximate
 
 
 class MLP(nn.Module):

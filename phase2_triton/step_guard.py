@@ -18,6 +18,8 @@ MAX_IN_A_ROW = 5
 
 
 class StepGuard:
+    """Steps an optimizer, and skips and counts steps whose gradient is not finite."""
+
     def __init__(self, device: str, scaler: torch.amp.GradScaler):
         self.scaler = scaler
         self.skipped = torch.zeros((), device=device)  # steps skipped in this run

@@ -224,7 +224,7 @@ report = RunReport(config, facts, raw_model, master_process, iter_num, resume.lo
 
 
 # returns False if the best checkpoint could not be written; if a required one cannot, the run ends
-def save_checkpoint(best, required):
+def save_checkpoint(resume_point, best, required):
     checkpoint = {
         'model': raw_model.state_dict(),
         'optimizer': optimizer.state_dict(),
@@ -272,10 +272,10 @@ while True:
                 # a resumed state is already on the disk, but perhaps not as the best
                 save_now = best or (always_save_checkpoint and iter_num > first_iter)
                 if save_now and iter_num > 0 and not eval_only and math.isfinite(losses['val']):
-                    if not save_checkpoint(best, required=False):
-                        best_val_loss = previous_best  # ckpt_best.pt still is the previous one
+                    if not save_checkpoint(resume_point, best, required=False):
+                        best_val_loss = previous_best  # ckpt_best.pt is still the previous one
     if done and iter_num > first_iter and step_guard.worth_saving(model, lambda: micro_step(X, Y)):
-        save_checkpoint(best=False, required=True)  # the last state
+        save_checkpoint(resume_point, best=False, required=True)  # the last state
     if done or eval_only:
         break
 

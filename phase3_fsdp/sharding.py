@@ -167,12 +167,19 @@ def shard(model: nn.Module, config: dict, recipe: OnMeta | None = None) -> None:
             initialize(model, recipe, names)
     # set_last_micro_step() reads the first and sets the second, which sharded_cuda_graph.py reads
     model.reshard_after_step, model.last_micro_step = not reshard_after_forward, None
+    print_sharding(model, units, len(rest), mesh.size(-1), reshard_after_forward, cpu_offload)
 
+
+def print_sharding(model, units, blocks_in_root, ranks_per_copy, reshard_after_forward, cpu_offload):
+    """Prints the units with their parameters, the size of a rank's shards, and when whole parameters are freed."""
+    num_params = sum(p.numel() for p in model.parameters())
     sizes = [sum(p.numel() for block in unit for p in block.parameters()) for unit in units]
-    kinds = [f'{sizes.count(size)} of {size:,} parameters' for size in dict.fromkeys(sizes)]
-    held, copies = sum(p.to_local().numel() for p in model.parameters()), dist.get_world_size() // mesh.size(-1)
-    root = f'the root of {num_params - sum(sizes):,}' + f' (with {len(rest)} block{"s" * (len(rest) > 1)})' * bool(rest)
-    print(f'{len(units) + 1} unit{"s" * bool(units)}: {", ".join([*kinds, root])}')
+    parts = [f'{sizes.count(size)} of {size:,} parameters' for size in dict.fromkeys(sizes)]
+    parts.append(f'the root of {num_params - sum(sizes):,}')
+    if blocks_in_root:
+        parts[-1] += f' (with {blocks_in_root} block{"s" * (blocks_in_root > 1)})'
+    print(f'{len(units) + 1} unit{"s" * bool(units)}: {", ".join(parts)}')
+    held, copies = sum(p.to_local().numel() for p in model.parameters()), dist.get_world_size() // ranks_per_copy
     print(
         f'each rank holds {held:,} of {num_params:,} parameters, with gradients and AdamW {16 * held / 2**20:,.1f} MiB'
         + ' of CPU memory' * cpu_offload

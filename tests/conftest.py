@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ TORCHRUN = PROGRAMS / 'torchrun.py'
 sys.path[:0] = [str(NANOGPT), str(NANOGPT / 'data'), str(ROOT / 'tests')]
 sys.path.append(str(ROOT / 'phase2_triton'))
 os.environ['OMP_NUM_THREADS'] = '1'  # for the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would those
 torch.set_num_threads(1)
 
 from launcher import Launcher

@@ -140,6 +140,9 @@ def import_what_scripts_import():
     import torch
     import torch._dynamo
     import torch.distributed
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp.sharded_grad_scaler
+    import torch.distributed.optim
     import torch.nn.parallel
 
     torch.set_num_threads(1)
@@ -220,6 +223,7 @@ def _poll(pid):
 
 def _serve(requests):
     import_what_scripts_import()
+    sys.dont_write_bytecode = False  # if PYTHONDONTWRITEBYTECODE is set, each child would compile every module again
     running, text, fds = set(), b'', []
     while received := socket.recv_fds(requests, 65536, 2):
         text += received[0]

@@ -37,13 +37,13 @@ FLAGS = [
 ]
 FLAGS += ['--learning_rate=1e-3', '--fsdp_min_num_params=1']
 WARM_UP_S = 3
-# What a trainer may grow between warm-up and its end. Seen: 0.4 to 1.4 MiB, all of it early, as allocators round to
+# Growth of a trainer's memory after the warm-up. Seen: 0.4 to 1.4 MiB, all of it early, as allocators round to
 # pages and arenas. A leak of what is saved, 0.3 MiB every 4 steps, would pass this after 60 steps.
 GROWTH_MIB = 4
 
 
 def numbers(stdout):
-    """{'iter 7': 'loss 3.1'} of the lines of a run; a last one that a kill has cut short is left out."""
+    """Returns {'iter 7': 'loss 3.1', ...} for the lines of a run, without a last one that a kill has cut short."""
     lines = conftest.losses(stdout[: stdout.rfind('\n') + 1])
     return dict(line.split(': ', 1) for line in lines)
 
@@ -80,7 +80,7 @@ class Soak:
         self.say(f'{what}: {detail}')
 
     def read_files(self):
-        """The iteration of the latest checkpoint, after a look at all that must be readable."""
+        """Reads everything that must be readable. Returns the iteration of the latest checkpoint."""
         reached = 0
         logs = sorted(Path('out').glob('run_*.json'), key=os.path.getmtime)
         for path in [Path('out/ckpt_best.pt'), Path('out/ckpt.pt'), *logs[-1:]]:
@@ -99,7 +99,7 @@ class Soak:
         return reached
 
     def chain(self, phase, nproc):
-        """Disturbed runs at one world size, then the same steps at once, from the same checkpoint."""
+        """Makes disturbed runs at one world size, then the same steps at once, from the same checkpoint."""
         shutil.rmtree('before', ignore_errors=True)
         os.makedirs('before')
         if os.path.exists('out/ckpt.pt'):
@@ -145,7 +145,7 @@ class Soak:
                     )
 
     def memory(self, phase, nproc, seconds):
-        """One long run without a fault: rank 0's resident memory after warm-up and at its end."""
+        """Makes one long run without a fault, and compares rank 0's resident memory after warm-up and at the end."""
         self.train(phase, nproc, 'term', '--out_dir=long', '--max_iters=1000000', delay=seconds)
         points = [[float(x) for x in line.split()] for line in open('memory')]
         ends = points[-1][0]

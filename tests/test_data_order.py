@@ -31,7 +31,8 @@ def tokens(tmp_path):
 
 def first_tokens(orders, steps):
     """
-    The first tokens of the rows that the orders of all ranks return in so many steps, in the order of the position.
+    Returns the first tokens of the rows that the orders of all ranks return in so many steps, in the order of the
+    position.
     """
     return [row[0].item() for _ in range(steps) for order in orders for row in order.next(1000)]
 

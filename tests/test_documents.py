@@ -1,9 +1,9 @@
 """
 The documents are correct: every link resolves, every named path and flag exists, and the commands run. Commands run in
-order in a fresh copy of the repository, as for a reader who has only the document. What is changed about them stands in
-SHRINK and shrink(): flags at the end that make models and runs tiny, and tests/launcher.py in the place of torchrun,
-whose flags are only checked. Commands that need a GPU, a second machine, a network or minutes are checked in the same
-way and not run: why_not() says which. The README's run in make test, the other documents' in make test-full.
+order in a fresh copy of the repository, as for a reader who has only the document. SHRINK and shrink() change them:
+they append flags that make models and runs tiny, and put tests/launcher.py in the place of torchrun, whose flags are
+only checked. Commands that need a GPU, a second machine, a network or minutes are checked in the same way and not run:
+why_not() says which. The README's run in make test, the other documents' in make test-full.
 """
 
 import ast
@@ -71,7 +71,7 @@ KNOWN = TORCHRUN.union(OF_PYTEST, *map(flags_of, SCRIPTS))
 
 def code_of(text):
     """
-    (lines of code blocks that may be commands, with continued ones joined; contents of `code`; the text without
+    Returns (lines of code blocks that may be commands, with continued ones joined; contents of `code`; the text without
     either).
     """
     lines, prose = [], []

@@ -46,7 +46,7 @@ def cut(path, size):
 
 
 def garble_weights():
-    """A complete zip file whose pickle is invalid."""
+    """Makes a complete zip file whose pickle is invalid."""
     with zipfile.ZipFile('out/ckpt.pt', 'w') as f:
         f.writestr('archive/data.pkl', b'garbage')
         f.writestr('archive/version', b'3')

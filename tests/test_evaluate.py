@@ -30,7 +30,7 @@ def model_of(path):
 
 
 def texts_of(out_dir):
-    """All that the picture of the newest run says."""
+    """Returns all texts in the picture of the newest run."""
     from run_logs import load_runs
     from visualize_training import draw
 
@@ -105,7 +105,7 @@ def questions(work):
 
 @torch.no_grad()
 def accuracy(model, questions, contexts, endings, lengths):
-    """(acc, acc_norm), one ending after the other."""
+    """Returns (acc, acc_norm), computed one ending after the other."""
     right = [0, 0]
     for question, context, choices in zip(questions, contexts, endings):
         scores = []

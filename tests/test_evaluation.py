@@ -37,7 +37,7 @@ def model():
 
 
 def reference(model, data, num_tokens):
-    """The mean of the losses of single tokens, each predicted from the tokens before it in its block of 16."""
+    """Returns the mean of the losses of single tokens, each predicted from the tokens before it in its block of 16."""
     losses = []
     model.eval()
     for k, file in enumerate(data.val.files):

@@ -31,7 +31,7 @@ def make_dataset(name, vocab_size, meta):
 
 
 def write_random_checkpoint(dataset, vocab_size, bias, gelu, out_dir='out'):
-    """A checkpoint of random weights, all large enough to matter, biases included."""
+    """Writes a checkpoint of random weights, all large enough to matter, biases included. Returns its model."""
     args = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, bias=bias, vocab_size=vocab_size, dropout=0.0)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**args, gelu=gelu)).eval()

@@ -138,7 +138,9 @@ def walk(launch, launch_interpreted, work):
 
 
 def in_full(launch):
-    """The sharded checkpoint in out/ as a full one. It keeps every bit when it is converted back and once more."""
+    """
+    Returns the sharded checkpoint in out/ as a full one. Asserts that converting it back and again keeps every bit.
+    """
     shutil.copytree('out', 'copy')
     launch(CONVERT, 'full', 'copy')
     full = load('copy/ckpt.pt')
@@ -176,7 +178,7 @@ def assert_one_step_later(before, after, nproc):
 
 @torch.no_grad()
 def loss_on(checkpoint, ranks):
-    """The checkpoint's loss on the batches that the ranks had drawn, one each."""
+    """Returns the checkpoint's loss on the batches that the ranks had drawn, one each."""
     model = GPT(GPTConfig(**checkpoint['model_args']))
     model.load_state_dict(checkpoint['model'])
     return sum(model(rank['X'], rank['Y'])[1].item() for rank in ranks) / len(ranks)

@@ -34,7 +34,8 @@ FAST += ['--gradient_accumulation_steps=1']
 
 def messages_in(path):
     """
-    The texts that a source file can print: its string literals without docstrings, f-strings with {} for their values.
+    Yields the texts that a source file can print: its string literals without docstrings, f-strings with {} for their
+    values.
     """
     tree = ast.parse(path.read_text())
     parts = {id(node) for joined in ast.walk(tree) if isinstance(joined, ast.JoinedStr) for node in joined.values}

@@ -88,8 +88,8 @@ def train(launch, launch_interpreted, tmp_path_factory):
 
 def deviations(run, reference):
     """
-    The worst relative ones of a run: of its losses and gradient norms, of the 2-norm of its final weight matrices and
-    vectors.
+    Returns the worst relative deviations of a run: of its losses and gradient norms, of the 2-norm of its final weight
+    matrices and vectors.
     """
     pairs = list(zip(run.iterations, reference.iterations, strict=True))
     worst = {key: max(abs(ours[key] / theirs[key] - 1) for ours, theirs in pairs) for key in ('loss', 'grad_norm')}

@@ -36,7 +36,9 @@ def small_groups(monkeypatch, tmp_path_factory):
 
 
 def read_as_llm_c_does(path):
-    """The tokens of a shard, by the rules of llm.c's dataloader.h: header of 256 int32, size = 1024 + 2 * tokens."""
+    """
+    Returns the tokens of a shard, by the rules of llm.c's dataloader.h: header of 256 int32, size = 1024 + 2 * tokens.
+    """
     with open(path, 'rb') as f:
         header = np.frombuffer(f.read(1024), np.int32)
         tokens = np.frombuffer(f.read(), np.uint16)
@@ -45,7 +47,7 @@ def read_as_llm_c_does(path):
 
 
 def shards(folder, name='text'):
-    """(val tokens, train tokens) of all shards in their order."""
+    """Returns (val tokens, train tokens) of all shards in their order."""
     paths = sorted(folder.glob(f'{name}_*_*.bin'), key=lambda path: path.name[-10:])
     assert [path.name for path in paths] == [shard_name(name, i) for i in range(len(paths))]
     parts = [read_as_llm_c_does(path) for path in paths]

@@ -22,7 +22,7 @@ LLAMA_3 = (20240801, 7, 'I')
 
 
 def shard(ids, kind=LLM_C, count=None):
-    """The bytes of a shard, built from the description in llm.c's dev/data/data_common.py without NumPy."""
+    """Returns the bytes of a shard, built from the description in llm.c's dev/data/data_common.py without NumPy."""
     magic, version, letter = kind
     ids = list(ids)
     header = struct.pack('<256i', magic, version, len(ids) if count is None else count, *[0] * 253)
@@ -37,7 +37,7 @@ def write(folder, files):
 
 
 def ids(tokens):
-    """All tokens of a split."""
+    """Returns all tokens of a split."""
     return [i for k, file in enumerate(tokens.files) for i in tokens.read(k, 0, file.tokens).tolist()]
 
 

@@ -36,7 +36,7 @@ def sbatch(work):
     return start
 
 
-def test_saves_requeues_and_goes_on(launch, work, sbatch):
+def test_saves_requeues_and_continues(launch, work, sbatch):
     flags = [*TINY, '--max_iters=300', '--lr_decay_iters=300', '--eval_interval=1000', '--dropout=0.1']
     job = sbatch(NANOGPT / 'train.py', *flags)
     while '\niter 50:' not in open('slurm.out').read():

@@ -80,7 +80,7 @@ def test_resume_at_an_evaluation_repeats_it_exactly(launch, work):
     assert losses(second.stdout)[0].startswith('step 10:')
 
 
-def test_resume_elsewhere_goes_on_with_new_data(launch, work):
+def test_resume_elsewhere_continues_with_new_data(launch, work):
     """
     From 1 process to 2, from 2 to 1, from a checkpoint without our key `resume`: the same weights, another data order.
     """

@@ -38,8 +38,8 @@ RUN = {
 
 def read(log):
     """
-    The document in a file, or that of a TrainingLogger once its thread is done; as strictly as JSON gets: no NaN, no
-    Infinity, no key twice.
+    Returns the document in a file, or that of a TrainingLogger once its thread is done; as strictly as JSON gets: no
+    NaN, no Infinity, no key twice.
     """
     if isinstance(log, TrainingLogger):
         log.wait()
@@ -69,7 +69,7 @@ def step(log, i, **changes):
 
 
 def child(code, *args):
-    """A Python process that runs `code` behind an import of training_logger, and of nothing else."""
+    """Starts a Python process that imports training_logger and nothing else, and then runs `code`."""
     code = f'import sys; sys.path.insert(0, {str(FOLDER)!r})\nfrom training_logger import *\n{code}'
     return subprocess.Popen(
         [sys.executable, '-S', '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

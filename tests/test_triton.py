@@ -122,7 +122,7 @@ pointer = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
 
 def compile_offline(kernel, constants, types, config, capability):
     """
-    A kernel as Triton would launch it on aligned pointers and even sizes; no GPU needed. Returns it and ptxas's report.
+    Compiles a kernel as Triton would for aligned pointers and even sizes, without a GPU. Returns it and ptxas's report.
     """
     import triton
     from triton.backends.compiler import GPUTarget

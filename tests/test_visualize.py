@@ -41,8 +41,8 @@ def write_log(
     **config,
 ):
     """
-    A log of a simulated run: loss 4 falling to 1, validation 0.1 above it and best at iteration 120, one step of 20
-    that is slow.
+    Writes the log of a simulated run: loss 4 falling to 1, validation 0.1 above it and best at iteration 120, one step
+    of 20 that is slow.
     """
     config = {'dataset': 'shakespeare_char', 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'out_dir': str(folder)} | config
     config |= {'phase1_zero1': {'use_zero1': True}, 'phase3_fsdp': {'use_fsdp': True}}.get(phase, {})
@@ -492,7 +492,7 @@ def test_names_that_the_font_cannot_show_are_escaped(tmp_path, monkeypatch, caps
 
 
 def warnings_are_errors(function):
-    """matplotlib warns of a glyph that is missing, and draws a box."""
+    """Raises matplotlib's warnings: it warns of a missing glyph, and draws a box."""
 
     def checked(*args, **kwargs):
         with warnings.catch_warnings():

@@ -13,11 +13,11 @@ import json
 import statistics
 from pathlib import Path
 
+from style import BLUE, GREEN, ORANGE, RED, SKY, plt
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / 'benchmarks' / 'results'
-# Okabe and Ito's colours, which colour-blind readers can tell apart
-BLUE, SKY, GREEN, ORANGE, RED, PINK = '#0072B2', '#56B4E9', '#009E73', '#E69F00', '#D55E00', '#CC79A7'
-GREY, DARK = '#BBBBBB', '#333333'
+LIGHT, DARK = '#BBBBBB', '#333333'
 
 
 def load(name: str) -> dict:
@@ -27,13 +27,15 @@ def load(name: str) -> dict:
 # where the time of a micro-step goes
 
 PARTS = {  # part: (words in names of its kernels, colour); a kernel belongs to the first part that matches
-    'matmuls': (('nvjet', 'splitKreduce'), GREY),
+    'matmuls': (('nvjet', 'splitKreduce'), LIGHT),
     'attention': (('cudnn',), '#DDDDDD'),
     'loss': (('softmax', 'FillFunctor<c10::BFloat16>'), RED),
     'LayerNorm, residual': (('layer_norm',), BLUE),
     'GELU': (('gelu',), ORANGE),
-    'casts, copies, sums, AdamW': (('',), GREEN),
+    'casts, copies,\nsums, AdamW': (('',), GREEN),
 }
+# labels of narrow parts: shift to the right in ms, height above the bar, alignment
+LABELS = {'LayerNorm, residual': (0, 1.05, 'center'), 'casts, copies,\nsums, AdamW': (-0.9, 0.55, 'left')}
 
 
 def step_numbers() -> dict[str, float]:
@@ -45,9 +47,9 @@ def step_numbers() -> dict[str, float]:
     return parts | {'idle': row['span_ms'] - row['ms']}
 
 
-def draw_step(plt, parts):
+def draw_step(parts):
     figure, axes = plt.subplots(figsize=(10, 3.4))
-    left, thin = 0.0, 0
+    left = 0.0
     for part, ms in parts.items():
         colour = PARTS[part][1] if part in PARTS else 'white'
         axes.barh(0, ms, left=left, color=colour, edgecolor=DARK, hatch='////' if part == 'idle' else None)
@@ -55,11 +57,8 @@ def draw_step(plt, parts):
         if ms > 2.3:
             axes.text(middle, 0, name, ha='center', va='center', bbox={'color': 'white' if part == 'idle' else colour})
         else:
-            x, height, side = ((0, 0.55, 'center'), (0.3, 1.05, 'right'), (0, 0.55, 'center'), (-0.3, 1.05, 'left'))[
-                thin
-            ]
+            x, height, side = LABELS.get(part, (0, 0.55, 'center'))
             axes.annotate(name, (middle, 0.4), (middle + x, height), ha=side, arrowprops={'arrowstyle': '-'})
-            thin += 1
         left += ms
     axes.set(xlim=(0, left), ylim=(-0.4, 1.6), yticks=[], xlabel='milliseconds of a micro-step')
     axes.spines[['left', 'right', 'top']].set_visible(False)
@@ -110,7 +109,7 @@ def roofline_numbers() -> dict:
     return {'dots': dots, 'bandwidth': bandwidth}
 
 
-def draw_roofline(plt, numbers):
+def draw_roofline(numbers):
     figure, axes = plt.subplots(figsize=(9, 5.4))
     for gpu, style in (('H200', '-'), ('H100', '--')):
         bandwidth = numbers['bandwidth'][gpu]
@@ -120,8 +119,8 @@ def draw_roofline(plt, numbers):
     axes.text(1900, PEAK * 1.12, 'bfloat16 tensor cores: 989 TFLOP/s', ha='right')
     colours = dict(zip([label for label, *_ in numbers['dots']], (ORANGE, BLUE, RED, '#777777', '#777777', SKY)))
     places = {  # positions of labels that are not below and right of their dots
-        'matmul 768 → 2304': (60, -70, 'right'),
-        'matmul 3072 → 768': (60, -88, 'right'),
+        'matmul 768 → 2304': (46, -72, 'right'),
+        'matmul 3072 → 768': (46, -92, 'right'),
         'residual + LayerNorm': (-8, 7, 'right'),
     }
     for label, gpu, intensity, theirs, ours in numbers['dots']:
@@ -137,7 +136,6 @@ def draw_roofline(plt, numbers):
     axes.plot([], [], 'o', color=DARK, ms=9, label='kernels/, with the share of the roof')
     axes.set(xscale='log', yscale='log', xlim=(0.01, 2000), ylim=(1.5e11, 2e15))
     axes.set(xlabel='operations per byte of memory traffic', ylabel='operations per second')
-    axes.spines[['right', 'top']].set_visible(False)
     axes.legend(loc='lower right', frameon=False)
     return figure
 
@@ -181,7 +179,7 @@ def ladder_numbers() -> dict:
     return panels
 
 
-def draw_ladder(plt, panels):
+def draw_ladder(panels):
     figure, both = plt.subplots(1, 2, figsize=(12.5, 6.4))
     for axes, (gpu, rungs) in zip(both, panels.items()):
         names, times = zip(*rungs)
@@ -189,7 +187,7 @@ def draw_ladder(plt, panels):
         for i, ms in enumerate(times):
             y, before = -i, times[i - 1]
             if i == 0:
-                axes.barh(y, ms, color=GREY)
+                axes.barh(y, ms, color=LIGHT)
                 axes.text(ms + 1, y, f'{ms:.1f}', va='center')
                 continue
             axes.barh(y, ms - before, left=before, color=RED if ms > before else BLUE)
@@ -201,8 +199,6 @@ def draw_ladder(plt, panels):
         axes.set_xlim(150, max(times) + 30)
         axes.set_xlabel('ms of an iteration of 98,304 tokens (axis from 150)')
         axes.set_title(f'one {gpu}')
-        axes.spines[['right', 'top']].set_visible(False)
-    figure.tight_layout()
     return figure
 
 
@@ -224,15 +220,10 @@ def outdated() -> list[str]:
 
 
 def main():
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({'font.size': 12, 'svg.hashsalt': 'triton', 'hatch.linewidth': 0.5})
+    plt.rcParams['hatch.linewidth'] = 0.5
     for name, (collect, draw) in PICTURES.items():
         numbers = collect()
-        figure = draw(plt, numbers)
+        figure = draw(numbers)
         description = f'numbers {digest(numbers)}'
         figure.savefig(HERE / name, bbox_inches='tight', metadata={'Date': None, 'Description': description})
         plt.close(figure)

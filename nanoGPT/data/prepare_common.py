@@ -21,7 +21,6 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 from encoding import download, gpt2_encoding
 from output import protect_output
 from shell import python_command, quote_path, shortest_path
@@ -34,6 +33,7 @@ except ImportError:  # Windows, where two simultaneous preparations are not dete
 
 protect_output()  # hours of work must not end because a reader such as `| head` or the terminal is gone
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 GROUP = 1 << 20  # characters read, encoded and written at a time
 ENDOFTEXT = 50256
 SMALL = 50_000_000  # for fewer training tokens, a small model is suggested

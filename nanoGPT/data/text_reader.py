@@ -31,6 +31,7 @@ from shell import pip_install, python_command, quote_path
 
 BLOCK = 1 << 20  # bytes read at a time
 FINGERPRINT = 1 << 16  # bytes at the start and the end of a file that identify it
+SAMPLE = 64 << 20  # bytes of a file that are read to guess its encoding
 KINDS = {'.txt': 'txt', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.parquet': 'parquet'}
 COMPRESSIONS = {'.gz': 'gzip', '.bz2': 'bzip2', '.xz': 'xz', '.zst': 'zstd'}
 # texts about a data set, which are read only if they are named explicitly
@@ -62,7 +63,7 @@ class TextReader:
         return self.paths[index]
 
     def release(self, end: int) -> None:
-        """Called once the files before number `end` are no longer needed."""
+        """Is called once the files before number `end` are no longer needed."""
 
     def bytes_before(self, index: int) -> int:
         """Returns the size of the files before number `index`."""
@@ -257,7 +258,10 @@ def find_files(inputs: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]
         real = os.path.realpath(path)
         if not reason and real in seen:
             reason = 'the same file as another'
-        skipped.append((path, reason)) if reason else paths.append(path)
+        if reason:
+            skipped.append((path, reason))
+        else:
+            paths.append(path)
         seen.add(real)
 
     for name in inputs:
@@ -401,11 +405,9 @@ def _zstd(path, raw):
 
 def seekable(stream):
     """Returns the stream if seeking in it is free, else its contents in memory."""
-    return (
-        stream
-        if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, _Counted)
-        else io.BytesIO(stream.read())
-    )
+    if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, _Counted):
+        return stream
+    return io.BytesIO(stream.read())
 
 
 def holds_text(column_type):
@@ -497,9 +499,6 @@ def read_pieces(path: str, update: Callable[[int], None] = lambda n: None) -> It
             rest = text[cut:]
     if text:
         yield text
-
-
-SAMPLE = 64 << 20  # bytes of a file that are read to guess its encoding
 
 
 def not_utf8(path, problem, sample=None):

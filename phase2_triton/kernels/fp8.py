@@ -162,7 +162,7 @@ class Scales:
         if not on:
             return
         if self.lost:
-            print('the checkpoint has no FP8 scales for this model and number of ranks: they are measured anew')
+            print('the checkpoint has no FP8 scales for this model and number of ranks: they are measured again')
             self.lost = False
         if self.state is None:
             self.state, self.loaded = self.loaded, None
@@ -182,7 +182,7 @@ class Scales:
     def load(self, saved: dict):
         """
         Takes the state from this rank's entry in a checkpoint. If there is none, or it is not finite or belongs to
-        another model, the next micro-step prints a line and measures anew.
+        another model, the next micro-step prints a line and measures again.
         """
         state = saved.get('model')
         fits = state is not None and state.shape == (self.slots + 1, 4) and state.dtype == torch.float32
@@ -257,7 +257,7 @@ def quantize_weight(weight):
     (out, into), device = weight.shape, weight.device
     rows, columns = (torch.empty(shape, dtype=E4M3, device=device) for shape in ((out, into), (into, out)))
     amax, inverse_scale = torch.linalg.vector_norm(weight, float('inf')), torch.empty((), device=device)
-    block = 1024 if interpreted else 64
+    block = min(1024, triton.next_power_of_2(max(out, into))) if interpreted else 64
     grid = -(-out // block), -(-into // block)
     tensors = weight, amax, inverse_scale, rows, columns
     launch(quantize_weight_kernel, grid, tensors, (out, into), (block,), Config(1, block, 4))

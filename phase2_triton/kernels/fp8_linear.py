@@ -77,8 +77,8 @@ def layer_of(module: nn.Module):
 
 def begin_fp8(model: nn.Module, device: torch.device, dtype: torch.dtype):
     """
-    Call it at the start of a forward of the model, which computes in dtype. In training it updates the scales and turns
-    FP8 on, otherwise off.
+    Updates the scales and turns FP8 on in training, otherwise off. Call it at the start of a forward of the model,
+    which computes in dtype.
     """
     if model.rank_state:
         compiling = torch.compiler.is_compiling()

@@ -142,7 +142,7 @@ shares = WeakValueDictionary()  # (backward, device) -> Shares; autograd's callb
 
 
 def place(parameters, P, N):
-    """Shares.place() for the backward in progress, at whose end the shares are added up."""
+    """Calls Shares.place() for the backward in progress, at whose end the shares are added up."""
     key = torch._C._current_graph_task_id(), parameters[0].device
     here = shares.get(key)
     if here is None:

@@ -135,6 +135,7 @@ def leave_gradient(weight, dw):
 
 
 def capturing(weight):
+    """Returns whether weight is on a GPU where a CUDA graph is being captured."""
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -63,8 +63,9 @@ def equal(a, b):
 
 def train(sharded, steps, state=None, first=0, fused=None, fp16=False, ruin=(), **changes):
     """
-    DDP with weight decay, clipping, two micro-steps and a new learning rate every step. state: (model, optimizer)
-    state_dicts to continue from. ruin: steps with a NaN gradient. Returns the numbers, the model and the optimizer.
+    Trains under DDP with weight decay, clipping, two micro-steps and a new learning rate every step. state: (model,
+    optimizer) state_dicts to continue from. ruin: steps with a NaN gradient. Returns the numbers, the model and the
+    optimizer.
     """
     model = make_model(**changes)
     optimizer = make_optimizer(model, sharded, fused)

@@ -24,9 +24,9 @@ from threading import Thread
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  # data/ and the trainer's folder
 from errors import UserError, first_line
-from prepare_common import gpt2_encoding, print_training_command, print_written, python_command
+from prepare_common import gpt2_encoding, print_training_command, print_written
 from shard_writer import read_header, shard_name, write_shards
-from shell import pip_install
+from shell import pip_install, python_command
 from text_reader import TextReader
 
 NAMES = {'edu': 'edu_fineweb', 'fineweb': 'fineweb'}  # names of the shards that are encoded here, as in llm.c
