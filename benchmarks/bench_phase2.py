@@ -446,7 +446,7 @@ def hopper(args, rows, save):
     from bench_layer_norm import graph_us
     from kernels import cross_entropy, exp_cross_entropy
 
-    gluon, programs = exp_cross_entropy.matmul_hopper(), kernels.device.num_multiprocessors(device)
+    gluon, programs = exp_cross_entropy.load_matmul_hopper(), kernels.device.num_multiprocessors(device)
     C, M = SIZES[args.size]['n_embd'], args.batch_size * 1024
     random = lambda *shape: torch.randn(*shape, device=device).bfloat16()
     weights = {'qkv': (3 * C, C), 'proj': (C, C), 'fc': (4 * C, C), 'proj2': (C, 4 * C), 'head': (50304, C)}

@@ -86,11 +86,11 @@ def gemv_kernel(
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
         if GELU == 'none':
-            below, _ = normal(y, weight_ptr.dtype.element_ty == tl.float32)
-            y *= below
+            cdf, _ = normal(y, weight_ptr.dtype.element_ty == tl.float32)
+            y *= cdf
         if GELU == 'tanh':
-            below, _ = sigmoid(y)
-            y *= below
+            cdf, _ = sigmoid(y)
+            y *= cdf
         at = y_ptr + b * N + n
         if ADD:
             y += tl.load(at, mask=n < N, other=0.0).to(tl.float32)

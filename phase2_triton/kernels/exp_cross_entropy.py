@@ -105,13 +105,13 @@ def scale_rows_kernel(x_ptr, inverses_ptr, scale_ptr, y_ptr, C, BLOCK: tl.conste
 
 
 def row_config(C):
-    """Config of a kernel whose program handles one row of C columns."""
+    """Returns the Config of a kernel whose programs handle one row of C columns each."""
     block = triton.next_power_of_2(C)
     return Config(1, block, max(1, min(8, block // 512)))
 
 
 def target_logits(x, weight, targets):
-    """x (M, C), weight (V, C) and targets (M,) -> shifts (M,) float32, as exponentials() wants them."""
+    """Returns the shifts (M,) float32 that exponentials() takes, for x (M, C), weight (V, C) and targets (M,)."""
     shifts = torch.empty(len(x), dtype=torch.float32, device=x.device)
     c = row_config(x.shape[1])
     numbers = (x.shape[1], len(weight))
@@ -120,10 +120,10 @@ def target_logits(x, weight, targets):
 
 
 @cache
-def matmul_hopper():
+def load_matmul_hopper():
     """
-    Returns the module matmul_hopper, or None, after a printed line, if this Triton's Gluon, which is experimental,
-    lacks what it imports.
+    Imports and returns the module matmul_hopper. Prints a line and returns None if this Triton's Gluon, which is
+    experimental, lacks what the module imports.
     """
     try:
         from . import matmul_hopper
@@ -141,7 +141,7 @@ def exponentials(x, weight, shifts):
     Returns exp2(log2(e) * x @ weight.T - shifts[:, None]) (M, V) in the dtype of x (M, C) and weight (V, C), and its
     sums over the columns of each tile, float32 (tiles, M).
     """
-    return matmul_hopper().exponentials(x, weight, shifts, MAX_EXPONENT, num_multiprocessors(x.device))
+    return load_matmul_hopper().exponentials(x, weight, shifts, MAX_EXPONENT, num_multiprocessors(x.device))
 
 
 def take_losses(exps, sums, targets, ignore_index):
@@ -155,7 +155,10 @@ def take_losses(exps, sums, targets, ignore_index):
 
 
 def scaled_rows(x, inverses, scale, out=None):
-    """x (M, C) times inverses (M,) and a 0-dim scale, both float32, in x's dtype; written to out if that is given."""
+    """
+    Returns x (M, C) times inverses (M,) and a 0-dim scale, both float32, in x's dtype. Writes it to out if that is
+    given.
+    """
     y = torch.empty_like(x) if out is None else out
     c = row_config(x.shape[1])
     launch(scale_rows_kernel, (len(x),), (x, inverses, scale, y), (x.shape[1],), (c.chunk,), c)
@@ -163,14 +166,14 @@ def scaled_rows(x, inverses, scale, out=None):
 
 
 def fits(x, weight, dtype):
-    """Whether the Gluon matmul can compute the logits of x (M, C) and weight (V, C) in this dtype."""
+    """Returns whether the Gluon matmul can compute the logits of x (M, C) and weight (V, C) in this dtype."""
     if interpreted or not x.is_cuda or dtype != torch.bfloat16 or capability(x.device) != (9, 0):
         return False
     if len(x) < MIN_ROWS:
         return False
     # the GPU's copy engine wants rows that start at multiples of 16 bytes
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
-    return aligned and weight.is_contiguous() and matmul_hopper() is not None
+    return aligned and weight.is_contiguous()
 
 
 class ExpCrossEntropyFunction(torch.autograd.Function):
@@ -180,7 +183,7 @@ class ExpCrossEntropyFunction(torch.autograd.Function):
         exps, sums = exponentials(x, w, target_logits(x, w, targets))
         losses, inverses = take_losses(exps, sums, targets, ignore_index)
         count = (targets != ignore_index).sum()
-        # of no rows the loss is NaN, but its gradient 0
+        # with no rows the loss is NaN, but its gradient is 0
         ctx.save_for_backward(x, w, exps, inverses, count.clamp(min=1))
         ctx.weight, ctx.tied = weight, tied
         return losses.sum() / count

@@ -30,27 +30,27 @@ def normal(x, EXACT: tl.constexpr):
     """Returns (Phi(x), phi(x)) for float32 x."""
     bell = tl.exp2(x * x * -0.7213475204444817)  # exp(-x^2 / 2)
     if EXACT:
-        below = 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
+        cdf = 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
     else:
         t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))  # 0.3275911 / sqrt(2)
         tail = (
             ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t * bell * 0.5
         )
-        below = tl.where(x < 0, tail, 1.0 - tail)
-    return below, bell * 0.3989422804014327
+        cdf = tl.where(x < 0, tail, 1.0 - tail)
+    return cdf, bell * 0.3989422804014327
 
 
 @jit
 def sigmoid(x):
     """Returns (sigmoid(2 u), its derivative in x) for float32 x."""
     square = tl.minimum(x * x, 1e4)  # both are constant beyond |x| = 100, where the cube might overflow
-    below = 1.0 / (1.0 + tl.exp2(x * (1.0 + 0.044715 * square) * -2.302208198144325))  # -2 sqrt(2 / pi) / ln(2)
-    return below, below * (1.0 - below) * (1.0 + 0.134145 * square) * 1.5957691216057308
+    cdf = 1.0 / (1.0 + tl.exp2(x * (1.0 + 0.044715 * square) * -2.302208198144325))  # -2 sqrt(2 / pi) / ln(2)
+    return cdf, cdf * (1.0 - cdf) * (1.0 + 0.134145 * square) * 1.5957691216057308
 
 
 @jit
-def distribution(x, EXACT: tl.constexpr, TANH: tl.constexpr):
-    """Returns the function by which GELU multiplies x, and its derivative, for float32 x."""
+def cdf_and_pdf(x, EXACT: tl.constexpr, TANH: tl.constexpr):
+    """Returns (Phi(x), phi(x)) for float32 x, or with TANH the sigmoid in place of Phi, and its derivative."""
     if TANH:
         return sigmoid(x)
     else:
@@ -61,8 +61,8 @@ def distribution(x, EXACT: tl.constexpr, TANH: tl.constexpr):
 def forward_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr, TANH: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64: size may pass 2^31
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    below, _ = distribution(x, EXACT, TANH)
-    tl.store(y_ptr + at, (x * below).to(y_ptr.dtype.element_ty), mask=at < size)
+    cdf, _ = cdf_and_pdf(x, EXACT, TANH)
+    tl.store(y_ptr + at, (x * cdf).to(y_ptr.dtype.element_ty), mask=at < size)
 
 
 @jit
@@ -70,8 +70,8 @@ def backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr, EXACT: tl.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    below, bell = distribution(x, EXACT, TANH)
-    tl.store(dx_ptr + at, (dy * (below + x * bell)).to(dx_ptr.dtype.element_ty), mask=at < size)
+    cdf, pdf = cdf_and_pdf(x, EXACT, TANH)
+    tl.store(dx_ptr + at, (dy * (cdf + x * pdf)).to(dx_ptr.dtype.element_ty), mask=at < size)
 
 
 @jit
@@ -88,8 +88,8 @@ def forward_fp8_kernel(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    below, _ = distribution(x, EXACT, TANH)
-    store_twice(x * below, y_ptr, q_ptr, slot_ptr, at, size)
+    cdf, _ = cdf_and_pdf(x, EXACT, TANH)
+    store_twice(x * cdf, y_ptr, q_ptr, slot_ptr, at, size)
 
 
 @jit
@@ -99,8 +99,8 @@ def backward_fp8_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    below, bell = distribution(x, EXACT, TANH)
-    store_twice(dy * (below + x * bell), dx_ptr, q_ptr, slot_ptr, at, size)
+    cdf, pdf = cdf_and_pdf(x, EXACT, TANH)
+    store_twice(dy * (cdf + x * pdf), dx_ptr, q_ptr, slot_ptr, at, size)
 
 
 def launch_elementwise(kernel, *tensors, tanh=False, config=Config(1, 2048, 4)):

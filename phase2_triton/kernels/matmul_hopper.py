@@ -98,7 +98,7 @@ def position(tile, size, ROWS: gl.constexpr, COLS: gl.constexpr, STRIP: gl.const
 
 @gluon.jit
 def load(a_desc, b_desc, ring, size, tiles, STRIP: gl.constexpr):
-    """The loading warp: copies a and b to the stages of the ring, step after step."""
+    """Copies a and b to the stages of the ring, step after step. One warp runs it, the loading warp."""
     a_ring, b_ring, filled, freed = ring
     STAGES: gl.constexpr = a_ring.shape[0]
     ROWS: gl.constexpr = a_ring.shape[1]
@@ -136,7 +136,7 @@ def multiply(
     MAX_EXPONENT: gl.constexpr,
     ME: gl.constexpr,
 ):
-    """A multiplying part, ME = 0 or 1: computes every other tile of this program."""
+    """Computes every other tile of this program. Four warps run it with ME = 0, and four with ME = 1."""
     M, N, K = size
     shifts_ptr, sums_ptr = exp_ptrs
     a_ring, b_ring, filled, freed = ring

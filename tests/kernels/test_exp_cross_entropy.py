@@ -136,7 +136,6 @@ def test_where_the_matmul_is_used(monkeypatch):
     found = [(9, 0)]
     monkeypatch.setattr(exp_cross_entropy, 'interpreted', False)
     monkeypatch.setattr(exp_cross_entropy, 'capability', lambda device: found[0])
-    monkeypatch.setattr(exp_cross_entropy, 'matmul_hopper', lambda: 'the module')
 
     def fits(rows=exp_cross_entropy.MIN_ROWS, V=48, C=16, dtype=bf16, offset=0):
         x, w = torch.zeros(rows, C), torch.zeros(V * C + offset)[offset:].view(V, C)
@@ -145,9 +144,6 @@ def test_where_the_matmul_is_used(monkeypatch):
     assert fits() and fits(rows=1337, V=8, C=1600)
     assert not fits(rows=exp_cross_entropy.MIN_ROWS - 1) and not fits(V=50257) and not fits(C=20)
     assert not fits(dtype=torch.float16) and not fits(dtype=torch.float32) and not fits(offset=1)
-    monkeypatch.setattr(exp_cross_entropy, 'matmul_hopper', lambda: None)
-    assert not fits()
-    monkeypatch.setattr(exp_cross_entropy, 'matmul_hopper', lambda: 'the module')
     for found[0] in ((8, 0), (8, 9), (10, 0), (12, 0)):
         assert not fits()
 
@@ -157,10 +153,10 @@ def test_a_triton_with_another_gluon(monkeypatch, capsys):
     monkeypatch.delattr(kernels, 'matmul_hopper')
     monkeypatch.delitem(sys.modules, 'kernels.matmul_hopper', raising=False)
     monkeypatch.setitem(sys.modules, 'triton.experimental.gluon.nvidia.hopper', None)
-    exp_cross_entropy.matmul_hopper.cache_clear()
+    exp_cross_entropy.load_matmul_hopper.cache_clear()
     for _ in range(2):
-        assert exp_cross_entropy.matmul_hopper() is None
-    exp_cross_entropy.matmul_hopper.cache_clear()
+        assert exp_cross_entropy.load_matmul_hopper() is None
+    exp_cross_entropy.load_matmul_hopper.cache_clear()
     assert capsys.readouterr().out.count('computing the loss from logits, which is slower: ') == 1
 
 
