@@ -9,6 +9,7 @@ from errors import UserError  # isort: skip  first: it also reports a missing pa
 
 import os
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -18,6 +19,7 @@ from configurator import configure
 from dataset import meta_of_model
 from encoding import get_encoding
 from kv_cache import generate
+from regular_file import check_regular
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -71,12 +73,15 @@ meta = meta_of_model(dataset, model.config.vocab_size, 'dataset' in flags_set, d
 encoding = get_encoding(meta)
 if start.startswith('FILE:'):
     try:
+        check_regular(start[5:])
         with open(start[5:], encoding='utf-8-sig') as f:
             start = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'--start={start}: {e}') from None
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8
+        raise UserError(f'--start={start} cannot be read: {getattr(e, "strerror", e)}') from None
 if not start:
     raise UserError('start is empty: give at least one character to continue, such as --start=A')
+if num_samples * max_new_tokens > 10**12:
+    raise UserError(f'num_samples={num_samples} times max_new_tokens={max_new_tokens} is more than 10**12 tokens')
 try:
     prompt = encoding.encode(start)
 except UserError:
@@ -87,7 +92,8 @@ except UserError:
 x = torch.tensor(prompt, dtype=torch.long, device=device)[None, :]  # (1, T)
 
 # generation
-sys.stdout.reconfigure(errors='backslashreplace')  # for characters that a terminal cannot show
+with suppress(AttributeError):  # stdout may be closed
+    sys.stdout.reconfigure(errors='backslashreplace')  # for characters that a terminal cannot show
 with torch.no_grad(), ctx:
     if not model(x[:, -model.config.block_size :])[0].isfinite().all():
         raise UserError(
