@@ -66,8 +66,8 @@ torch.save((logits, ids), stdout)
 
 def write_weights(folder, tensors):
     """
-    Writes model.safetensors, or several such files and their index if the tensors exceed shard_bytes bytes. Raises
-    OSError.
+    Writes model.safetensors, or several such files and their index if the tensors exceed shard_bytes bytes. The folder
+    already holds config.json. Raises OSError.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -86,7 +86,8 @@ def write_weights(folder, tensors):
             save_file(part, os.path.join(folder, name), metadata={'format': 'pt'})
         except SafetensorError as e:  # a full disk
             raise OSError(str(e)) from None
-        os.chmod(os.path.join(folder, name), 0o644)  # safetensors makes it unreadable for other users
+        # safetensors makes a file that only its owner can read, whatever the umask
+        shutil.copymode(os.path.join(folder, 'config.json'), os.path.join(folder, name))
     if len(parts) > 1:
         index = {'metadata': {'total_size': sum(t.nbytes for t in tensors.values())}}
         index['weight_map'] = {tensor: name for name, part in zip(names, parts) for tensor in part}
@@ -219,7 +220,6 @@ for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))  # through `finally` below
 try:
     os.makedirs(folder)
-    write_weights(folder, tensors)
     end_token = encoding = None
     if not no_tokenizer:
         try:
@@ -228,6 +228,7 @@ try:
         except UserError as error:
             encoding, no_tokenizer = None, str(error)
     hf_format.write_json(os.path.join(folder, 'config.json'), hf_format.hf_config(args, dtype, end_token, dataset))
+    write_weights(folder, tensors)
     ids = {'bos_token_id': end_token, 'eos_token_id': end_token}
     hf_format.write_json(
         os.path.join(folder, 'generation_config.json'), {**ids, 'do_sample': True, 'temperature': 0.8, 'top_k': 200}

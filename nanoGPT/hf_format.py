@@ -255,7 +255,7 @@ def check_checksum(folder, name):
     if not os.path.isfile(path):
         return
     with open(path, errors='replace') as f:
-        expected = {line[66:].strip(): line[:64] for line in f}
+        expected = {line[66:].strip(): line[:64].lower() for line in f}
     if name in expected and sha256_of(os.path.join(folder, name)) != expected[name]:
         raise UserError(
             f'{os.path.join(folder, name)} is not the exported file: its SHA-256 differs from the one in {path}. Copy '

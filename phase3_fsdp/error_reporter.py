@@ -74,9 +74,10 @@ def report(kind, error, trace):
             _tell_torchrun(message)
     elif may_report and not alone and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
         reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # drop the C++ source line
+        again = '' if os.path.basename(sys.argv[0]) in ('evaluate.py', 'bench.py') else ' with --init_from=auto'
         print_error(
             f'error: {place} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
-            'reached. All checkpoints are intact: start all ranks again with --init_from=auto'
+            f'reached. All checkpoints are intact: start all ranks again{again}'
         )
     elif may_report:
         print_error(''.join(traceback.format_exception(kind, error, trace)).rstrip())

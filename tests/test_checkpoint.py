@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 
+import out_dir
 from checkpoint import load_checkpoint, load_model, write_checkpoint
 from checkpoint_changes import changes, representatives
 from conftest import NANOGPT, ROOT, TINY, load, log_of, make_letters
@@ -300,6 +301,19 @@ def test_two_runs_that_save_at_once(run, capsys, monkeypatch):
     assert 'another run is writing out/ckpt.pt.tmp' in capsys.readouterr().err
     assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'ckpt_best')] == [before['iter_num'], best]
     assert open('out/ckpt.pt.tmp', 'rb').read() == b'half'
+
+
+def test_a_failed_save_leaves_the_names_of_an_earlier_run(run, capsys, monkeypatch):
+    """A run from scratch renames the checkpoints in its folder only once its own is written."""
+    names = sorted(os.listdir('out'))
+    monkeypatch.setattr(out_dir, 'unsaved_runs', {os.path.abspath('out')})
+    checkpoint = load('out/ckpt.pt')
+    with monkeypatch.context() as context:
+        context.setattr(os, 'fsync', lambda fd: os.write(os.open('/dev/full', os.O_WRONLY), b'x'))
+        assert write_checkpoint(checkpoint, 'out', best=True, required=False)['bytes'] is None
+    assert sorted(os.listdir('out')) == names and 'the earlier one is untouched' in capsys.readouterr().err
+    write_checkpoint(checkpoint, 'out', best=True, required=True)
+    assert {'ckpt_before.pt', 'ckpt_best_before.pt', 'ckpt.pt', 'ckpt_best.pt'} <= set(os.listdir('out'))
 
 
 def test_two_runs_in_one_folder_can_both_save(launch, run, tmp_path):
