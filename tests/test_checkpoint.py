@@ -72,6 +72,11 @@ SCRIPTS = {
 FOLDERS = ['nanoGPT', 'phase1_zero1', 'phase3_fsdp']
 
 
+def only_for_training(path):
+    """Returns whether only a trainer reads the field at this path."""
+    return path[0] == 'optimizer' or path[:2] in (('resume', 'ranks'), ('resume', 'scaler'), ('resume', 'order'))
+
+
 @pytest.mark.parametrize('folder', FOLDERS)
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_a_changed_field_is_accepted_or_named(launch, run, folder, name):
@@ -81,12 +86,21 @@ def test_a_changed_field_is_accepted_or_named(launch, run, folder, name):
     """
     found = changes(load('out/ckpt.pt'))
     numbers = representatives(found, READERS)
-    if name == 'sample':  # sample.py checks no other fields
-        numbers = [n for n in numbers if found[n][0][0] not in ('optimizer', 'resume')]
+    if name == 'sample':
+        numbers = [n for n in numbers if not only_for_training(found[n][0])]
     numbers = numbers[FOLDERS.index(folder) :: 6]
     script, flags = SCRIPTS[name]
     accepted = run_changed(launch, ROOT / folder / script.name, numbers, flags)
     assert 0.05 * len(numbers) < accepted < 0.95 * len(numbers)  # it neither refuses all changes nor ignores all
+
+
+def test_evaluation_accepts_or_names_a_changed_field(launch, run):
+    """A quarter of the changes of all fields but the weights, which sample.py's test covers."""
+    found = changes(load('out/ckpt.pt'))
+    numbers = [n for n in representatives(found, READERS) if not only_for_training(found[n][0])]
+    numbers = [n for n in numbers if found[n][0][0] != 'model']
+    flags = ['--val_tokens=50', '--device=cpu']
+    run_changed(launch, NANOGPT / 'evaluate.py', numbers[::4], flags)
 
 
 @pytest.mark.full
