@@ -101,11 +101,16 @@ def get_encoding(meta: dict):
     list of int, decode(iterable of int) -> str, which take any text and any ids of the vocabulary, and byte_lengths()
     -> list with the number of text bytes in each token. Raises UserError for an unknown encoding.
     """
-    if not meta or meta.get('encoding') == 'gpt2':
-        return GPT2Encoding()
-    if meta.get('encoding') == 'byte':
-        return ByteEncoding()
-    if meta.get('encoding') == 'llama-3':
+    name = meta.get('encoding') if meta else 'gpt2'
+    for known, encoding, size in (('gpt2', GPT2Encoding, 50257), ('byte', ByteEncoding, 256)):
+        if name == known and meta.get('vocab_size', size) < size:
+            raise UserError(
+                f'meta.pkl contradicts itself: its vocab_size is {meta["vocab_size"]}, but the encoding {name} has '
+                f'{size:,} tokens'
+            )
+        if name == known:
+            return encoding()
+    if name == 'llama-3':
         raise UserError(
             "the data set holds Llama 3's tokens, which this project cannot encode or decode: there is no text"
         )

@@ -259,6 +259,9 @@ def test_weights_that_are_not_ours(launch, random_gpt2):
     os.mkfifo(path)
     run = launch(IMPORT, '--hf_dir=hf', '--out_dir=back', check=False)
     assert run.returncode == 2 and 'not a regular file' in run.stderr
+    edit_json('hf/model.safetensors.index.json', weight_map={name: 'a\0b'})
+    run = launch(IMPORT, '--hf_dir=hf', '--out_dir=back', check=False)
+    assert run.returncode == 2 and 'not a valid name' in run.stderr
     edit_json('hf/model.safetensors.index.json', weight_map=None)
     run = launch(IMPORT, '--hf_dir=hf', check=False)
     assert run.returncode == 2 and 'has no weight_map' in run.stderr

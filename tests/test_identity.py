@@ -155,6 +155,12 @@ def test_a_table_of_wrong_ids_decodes_nothing(stoi):
         encoding.get_encoding({'vocab_size': 2, 'itos': ['a', 'b', 'c']})
 
 
+@pytest.mark.parametrize('name', ['gpt2', 'byte'])
+def test_a_vocabulary_smaller_than_its_encoding(name):
+    with pytest.raises(UserError, match=f'vocab_size is 255, but the encoding {name} has'):
+        encoding.get_encoding({'vocab_size': 255, 'encoding': name})
+
+
 def test_one_table_is_enough():
     char = encoding.get_encoding({'vocab_size': 2, 'stoi': {'a': 1, 'b': 0}})
     assert char.encode('ab') == [1, 0] and char.decode([1, 0]) == 'ab'
