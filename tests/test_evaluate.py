@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +62,10 @@ def test_loss(launch, work):
     log = log_of('out')
     assert [record['val_loss'] for record in log['results']] == pytest.approx(3 * [expected]) and log['iterations']
     assert f'{expected / math.log(2):.3f} bits/byte' in texts_of('out')
+    shutil.copytree('data/letters', 'data/short')
+    tokens[:5].numpy().astype(np.uint16).tofile('data/short/val.bin')
+    launch(EVALUATE, '--dataset=short', '--device=cpu')  # shorter than block_size
+    assert results()['val_loss'] == pytest.approx(model(tokens[None, :4], tokens[None, 1:5])[1].item(), rel=1e-6)
     launch(EVALUATE, '--ckpt=ckpt_best.pt', '--device=cpu')
     assert results('out/ckpt_best')['val_tokens'] == 400  # all there are
     for flags, message in (

@@ -107,11 +107,7 @@ def test_steps_are_replayed_as_a_cuda_graph(monkeypatch):
 @pytest.mark.parametrize(
     'old, new, fits',
     [
-        (
-            '        # each token attends',
-            '        q = q * torch.arange(T)[:, None]\n        # each token attends',
-            False,
-        ),
+        ('dim=2)', 'dim=2)\n        q = q * torch.arange(T, device=x.device)[:, None]', False),
         ('self.lm_head', 'self.head', False),
         ('wpe(pos)', 'wpe(pos).mul(2)', True),
     ],
