@@ -133,19 +133,21 @@ def draw_rows(rows, path):
 def longrun(report):
     """Validation losses of the runs on the way and at their ends."""
     rows, cells = report['rows'], []
-    base = {record['iter']: record['val_loss'] for record in rows[0]['log']['evaluations']}
+    losses_of = lambda row: {record['iter']: record['val_loss'] for record in row['log']['evaluations']}
+    base = losses_of(rows[0])
     marks = sorted(base)[2::2]
     for row in rows:
-        its = {record['iter']: record['val_loss'] for record in row['log']['evaluations']}
-        losses = [f'{its[mark]:.4f} ({its[mark] - base[mark]:+.4f})' if mark in its else '' for mark in marks]
+        its = losses_of(row)
+        losses = [f'{its[mark]:.4f}' if mark in its else '' for mark in marks]
+        if row is not rows[0]:
+            losses = [loss and f'{loss} ({its[mark] - base[mark]:+.4f})' for mark, loss in zip(marks, losses)]
         summary = row['summary']
         speed = f'{summary["tokens_per_sec_median"]:,.0f}'
-        gap = max((abs(loss - base[mark]) for mark, loss in its.items() if mark and mark in base), default=0)
-        cells.append(
-            (row['name'], *losses, f'{gap:.4f}', speed, gib(summary['peak_memory_bytes'] or 0, 1), row['parts'])
-        )
+        gaps = [abs(loss - base[mark]) for mark, loss in its.items() if mark and mark in base and row is not rows[0]]
+        gap = f'{max(gaps):.4f}' if gaps else ''
+        cells.append((row['name'], *losses, gap, speed, gib(summary['peak_memory_bytes'] or 0, 1), row['parts']))
     per_iter = rows[0]['log']['run']['tokens_per_iter']
-    header = [f'val loss after {mark * per_iter / 1e6:.0f} million tokens (− reference)' for mark in marks]
+    header = [f'val loss after {mark * per_iter / 1e6:.0f} million tokens (− first row)' for mark in marks]
     return markdown(['', *header, 'largest gap', 'tokens/s', 'peak, GiB', 'parts'], cells)
 
 

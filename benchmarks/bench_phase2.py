@@ -13,6 +13,7 @@ curves.
     python benchmarks/bench_phase2.py profile --out=phase2_profile.json       # about 1 minute
     python benchmarks/bench_phase2.py gradients --batch_size=2 --out=...      # about 1 minute
     python benchmarks/bench_phase2.py matmuls --out=phase2_matmuls.json       # about 10 seconds
+    python benchmarks/bench_phase2.py hopper --out=phase2_hopper.json         # about 10 seconds
     python benchmarks/bench_phase2.py fp8 --out=fp8_matmuls.json              # about 10 seconds
     python benchmarks/bench_phase2.py widths --out=phase2_widths.json         # about 20 seconds
 
@@ -23,6 +24,7 @@ six. With --nanogpt, upstream's model takes its turn with them, in the same trai
 power during each variant's own turns: a GPU at its power limit lowers its clock, the more the better it is used.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
+hopper: matmuls by cuBLAS and by the Gluon matmul, the last one also with the loss.
 fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
 widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by trying, and tokens/s
@@ -436,6 +438,41 @@ def matmuls(args, rows, save):
             save()
 
 
+def hopper(args, rows, save):
+    """
+    Forward matmuls by cuBLAS and by the Gluon matmul, and the last one with the loss, in turns; medians of CUDA-graph
+    replays of 12 calls.
+    """
+    from bench_layer_norm import graph_us
+    from kernels import cross_entropy, exp_cross_entropy
+
+    gluon, programs = exp_cross_entropy.matmul_hopper(), kernels.device.num_multiprocessors(device)
+    C, M = SIZES[args.size]['n_embd'], args.batch_size * 1024
+    random = lambda *shape: torch.randn(*shape, device=device).bfloat16()
+    weights = {'qkv': (3 * C, C), 'proj': (C, C), 'fc': (4 * C, C), 'proj2': (C, 4 * C), 'head': (50304, C)}
+
+    def loss(x, w, targets):
+        cross_entropy.launch_cross_entropy(x @ w.t(), targets, -1, True)
+
+    def exponential_loss(x, w, targets):
+        exps, sums = exp_cross_entropy.exponentials(x, w, exp_cross_entropy.target_logits(x, w, targets))
+        exp_cross_entropy.take_losses(exps, sums, targets, -1)
+
+    for name, (out, into) in weights.items():
+        w, x = random(out, into) * into**-0.5, random(M, into)
+        kinds = {'forward': (lambda: x @ w.t(), lambda: gluon.matmul(x, w, programs))}
+        if name == 'head':
+            targets = torch.randint(out, (M,), device=device)
+            kinds['forward, loss'] = lambda: loss(x, w, targets), lambda: exponential_loss(x, w, targets)
+        for kind, calls in kinds.items():
+            us = {'separate': [], 'gluon': []}
+            for _ in range(args.repetitions):
+                for key, call in zip(us, calls):
+                    us[key].append(graph_us([call] * (12 if name != 'head' else 2))[0])
+            rows.append(dict(weight=name, shape=[out, into], tokens=M, kind=kind, us=us))
+            save()
+
+
 def fp8(args, rows, save):
     """
     Forward and dx of each weight in both formats, and kernels that only quantize x and dy; medians of CUDA-graph
@@ -744,6 +781,18 @@ def phase2_matmuls(report):
     return markdown([f'{report["rows"][0]["tokens"]:,} tokens', '', 'cuBLAS, µs', 'cuBLASLt, µs', 'ratio'], cells)
 
 
+@table('phase2_hopper_*')
+def phase2_hopper(report):
+    """cuBLAS, and a kernel that reads its result where there is one, against the Gluon matmul."""
+    cells = []
+    for row in report['rows']:
+        us = row['us']
+        ratios = [own / theirs for own, theirs in zip(us['gluon'], us['separate'])]
+        cells.append((row['weight'], row['kind'], *(with_spread(us[key], 1) for key in us), with_spread(ratios, 2)))
+    header = [f'{report["rows"][0]["tokens"]:,} tokens', '', 'cuBLAS (and a kernel), µs', 'Gluon, µs', 'ratio']
+    return markdown(header, cells)
+
+
 @table('phase2_widths_*')
 def phase2_widths(report):
     """
@@ -954,6 +1003,7 @@ def main():
         profile=profile,
         matmuls=matmuls,
         widths=widths,
+        hopper=hopper,
         fp8=fp8,
         gradients=gradients,
     )
@@ -1023,6 +1073,7 @@ def main():
         profile=phase2_profile,
         matmuls=phase2_matmuls,
         widths=phase2_widths,
+        hopper=phase2_hopper,
         fp8=fp8_matmuls,
     )
     print('\n' + (text or show[args.mode](report)))

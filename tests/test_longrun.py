@@ -22,7 +22,7 @@ def test_the_parts_of_a_run_are_joined(launch, work):
         assert losses[0] == losses[1], 'a resumed run has the same losses'
     assert [record['iter'] for record in joined['log']['iterations']] == list(range(21))
     table = bench_longrun.longrun({'rows': [whole, joined]})
-    assert '| Triton | ' in table and table.count('(+0.0000)') == 2
+    assert '| Triton | ' in table and table.count('(+0.0000)') == 1  # of the second row
     out = work / 'longrun_test.json'
     out.write_text(json.dumps({'rows': [whole, joined]}))
     subprocess.run([sys.executable, ROOT / 'benchmarks/bench_longrun.py', '--draw', f'--out={out}'], check=True)

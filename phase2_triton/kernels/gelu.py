@@ -49,13 +49,19 @@ def sigmoid(x):
 
 
 @jit
+def distribution(x, EXACT: tl.constexpr, TANH: tl.constexpr):
+    """Returns the function by which GELU multiplies x, and its derivative, for float32 x."""
+    if TANH:
+        return sigmoid(x)
+    else:
+        return normal(x, EXACT)
+
+
+@jit
 def forward_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr, EXACT: tl.constexpr, TANH: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64: size may pass 2^31
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    if TANH:
-        below, _ = sigmoid(x)
-    else:
-        below, _ = normal(x, EXACT)
+    below, _ = distribution(x, EXACT, TANH)
     tl.store(y_ptr + at, (x * below).to(y_ptr.dtype.element_ty), mask=at < size)
 
 
@@ -64,10 +70,7 @@ def backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr, EXACT: tl.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    if TANH:
-        below, bell = sigmoid(x)
-    else:
-        below, bell = normal(x, EXACT)
+    below, bell = distribution(x, EXACT, TANH)
     tl.store(dx_ptr + at, (dy * (below + x * bell)).to(dx_ptr.dtype.element_ty), mask=at < size)
 
 
@@ -85,10 +88,7 @@ def forward_fp8_kernel(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    if TANH:
-        below, _ = sigmoid(x)
-    else:
-        below, _ = normal(x, EXACT)
+    below, _ = distribution(x, EXACT, TANH)
     store_twice(x * below, y_ptr, q_ptr, slot_ptr, at, size)
 
 
@@ -99,10 +99,7 @@ def backward_fp8_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    if TANH:
-        below, bell = sigmoid(x)
-    else:
-        below, bell = normal(x, EXACT)
+    below, bell = distribution(x, EXACT, TANH)
     store_twice(dy * (below + x * bell), dx_ptr, q_ptr, slot_ptr, at, size)
 
 

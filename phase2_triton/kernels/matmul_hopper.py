@@ -33,9 +33,9 @@ Four warps are a *warpgroup*, the unit for which Hopper's tensor cores multiply 
 in registers: 128 x 128 numbers for 128 threads are 128 registers of each thread. The loading warp needs few registers
 and gives up most of its share, so each multiplying thread may have 240.
 
-**A ring of stages.** Shared memory holds 6 steps of a and b, with 32 KB each, and 16 KB for each part that stores.
-The loading warp fills stage 0 to stage 5, then stage 0 again. Two barriers per stage say when it can be read and when
-it can be overwritten:
+**A ring of stages.** Shared memory holds 5 steps of a and b, with 32 KB each, and a tile of c for each part that
+stores. The loading warp fills stage 0 to stage 4, then stage 0 again. Two barriers per stage say when it can be read
+and when it can be overwritten:
 
     load        waits for freed[stage],    starts two copies, which arrive at filled[stage] when they are complete
     multiply    waits for filled[stage],   multiplies, then arrives at freed[stage]
@@ -79,7 +79,7 @@ class Tiles(NamedTuple):
     rows: int = 128  # of a tile
     cols: int = 128
     depth: int = 64  # of a step along K: 128 bytes, the widest row that the copy engine spreads over all memory banks
-    stages: int = 6
+    stages: int = 5
     strip: int = 12  # tiles of a row that are computed before the next row begins
 
 
@@ -127,7 +127,7 @@ def multiply(
     c_desc,
     exp_ptrs,
     ring,
-    c_half,
+    c_halves,
     turn,
     size,
     tiles,
@@ -185,10 +185,10 @@ def multiply(
                 exponent = z * 1.4426950408889634 - shift[:, None]
                 z = gl.exp2(gl.minimum(exponent, MAX_EXPONENT, propagate_nan=KEEP_NAN))
                 sums += gl.sum(z, 1)
-            tma.store_wait(0)  # until the copy engine has read the previous half
-            c_half.store(z.to(c_desc.dtype))
+            tma.store_wait(1)  # until the copy engine has read this half of the previous tile
+            c_halves.index(i).store(z.to(c_desc.dtype))
             fence_async_shared()  # makes these writes visible to the copy engine
-            tma.async_copy_shared_to_global(c_desc, [row, first], c_half)
+            tma.async_copy_shared_to_global(c_desc, [row, first], c_halves.index(i))
         if EXP:
             gl.store(sums_ptr + col // COLS * M + rows, sums, mask=rows < M)
         computed += 1
@@ -215,7 +215,8 @@ def matmul_kernel(
     COLS: gl.constexpr = b_desc.block_type.shape[0]
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, ROWS, DEPTH], a_desc.layout)
     b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, COLS, DEPTH], b_desc.layout)
-    c_halves = gl.allocate_shared_memory(c_desc.dtype, [2, ROWS, COLS // 2], c_desc.layout)
+    c_0 = gl.allocate_shared_memory(c_desc.dtype, [2, ROWS, COLS // 2], c_desc.layout)
+    c_1 = gl.allocate_shared_memory(c_desc.dtype, [2, ROWS, COLS // 2], c_desc.layout)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -227,7 +228,6 @@ def matmul_kernel(
 
     tiles = gl.cdiv(M, ROWS) * gl.cdiv(N, COLS)
     ring, size, exp_ptrs = (a_ring, b_ring, filled, freed), (M, N, K), (shifts_ptr, sums_ptr)
-    c_0, c_1 = c_halves.index(0), c_halves.index(1)
     gl.warp_specialize(
         [
             (multiply, (c_desc, exp_ptrs, ring, c_0, turn, size, tiles, STRIP, EXP, MAX_EXPONENT, 0)),
