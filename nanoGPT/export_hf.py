@@ -26,7 +26,7 @@ import hf_format
 from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_options
 from configurator import configure
 from dataset import meta_of_model
-from encoding import CharEncoding, get_encoding
+from encoding import CharEncoding, encoding_fingerprint, get_encoding
 from model import GPT, GPTConfig
 from output import protect_output
 from shell import pip_install
@@ -199,13 +199,15 @@ model = GPT(GPTConfig(**{**args, **options})).eval()
 load_model(model, checkpoint)
 args = dict(vars(model.config))  # with defaults for what an old checkpoint lacks
 dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
+manifest = checkpoint.get('resume', {}).get('data') or {}
 try:
-    meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in flags_set, checkpoint.get('resume', {}).get('data'))
-    no_tokenizer = ''
+    meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in flags_set, manifest or None)
+    no_tokenizer, encoding_name = '', encoding_fingerprint(meta)
 except UserError as error:
     if 'dataset' in flags_set:
         raise
     meta, no_tokenizer = {'vocab_size': args['vocab_size']}, str(error)
+    encoding_name = manifest.get('encoding', '')
 if crop_vocab:
     args['vocab_size'] = min(args['vocab_size'], meta.get('vocab_size', 50257))
 padding = model.config.vocab_size - args['vocab_size']
@@ -227,7 +229,8 @@ try:
             end_token = hf_format.write_tokenizer(folder, encoding, args['block_size'])
         except UserError as error:
             encoding, no_tokenizer = None, str(error)
-    hf_format.write_json(os.path.join(folder, 'config.json'), hf_format.hf_config(args, dtype, end_token, dataset))
+    data = {'dataset': dataset, 'encoding': encoding_name}
+    hf_format.write_json(os.path.join(folder, 'config.json'), hf_format.hf_config(args, dtype, end_token, data))
     write_weights(folder, tensors)
     ids = {'bos_token_id': end_token, 'eos_token_id': end_token}
     hf_format.write_json(

@@ -88,10 +88,10 @@ def from_hf(tensors: dict, expected: dict) -> dict:
     return weights
 
 
-def hf_config(model_args: dict, dtype: str, end_token: int | None, dataset: str) -> dict:
+def hf_config(model_args: dict, dtype: str, end_token: int | None, data: dict) -> dict:
     """
     Returns config.json as a dict for a model with these fields of GPTConfig. end_token: the id of <|endoftext|>, or
-    None.
+    None. data: {'dataset': name, 'encoding': its fingerprint}, '' if unknown.
     """
     return {
         'architectures': ['GPT2LMHeadModel'],
@@ -109,14 +109,14 @@ def hf_config(model_args: dict, dtype: str, end_token: int | None, dataset: str)
         'eos_token_id': end_token,
         'tie_word_embeddings': True,
         'torch_dtype': dtype,
-        OWN: {'bias': model_args['bias'], 'dataset': dataset},
+        OWN: {'bias': model_args['bias'], **data},
     }
 
 
-def model_args_of(config: dict) -> tuple[dict, str, str]:
+def model_args_of(config: dict) -> tuple[dict, str, dict]:
     """
-    Returns (model_args, gelu, dataset) for the model that this config.json, a dict, describes. Raises UserError if it
-    is not a GPT-2, or has a feature that our model lacks.
+    Returns (model_args, gelu, data) for the model that this config.json, a dict, describes. data: see hf_config. Raises
+    UserError if it is not a GPT-2, or has a feature that our model lacks.
     """
     kind = config.get('model_type')
     if kind != 'gpt2':
@@ -144,8 +144,9 @@ def model_args_of(config: dict) -> tuple[dict, str, str]:
                 f'its config.json has {key}={value!r}, which our model lacks (it has {" or ".join(map(repr, values))})'
             )
     own = config.get(OWN, {})
-    bias, dataset = (own.get('bias', True), own.get('dataset', '')) if isinstance(own, dict) else (None, None)
-    if not isinstance(bias, bool) or not isinstance(dataset, str) or len(dataset) > 4096 or '\0' in dataset:
+    bias = own.get('bias', True) if isinstance(own, dict) else None
+    data = {key: own.get(key, '') for key in ('dataset', 'encoding')} if isinstance(bias, bool) else {'': None}
+    if not all(isinstance(text, str) and len(text) <= 4096 and '\0' not in text for text in data.values()):
         raise UserError(f'its config.json is invalid: {OWN}={own!r:.100}')
     model_args = dict(
         n_layer=sizes['n_layer'],
@@ -156,7 +157,7 @@ def model_args_of(config: dict) -> tuple[dict, str, str]:
         vocab_size=sizes['vocab_size'],
         dropout=0.0,
     )
-    return model_args, ACTIVATIONS[config.get('activation_function', 'gelu_new')], dataset
+    return model_args, ACTIVATIONS[config.get('activation_function', 'gelu_new')], data
 
 
 def write_tokenizer(folder: str, encoding, block_size: int) -> int | None:

@@ -143,8 +143,8 @@ if gelu not in ('auto', 'erf', 'tanh'):
     raise UserError(f"gelu is '{gelu}', but it can be auto, erf or tanh")
 folder = find_folder(hf_dir)
 hf_format.check_checksum(folder, 'config.json')
-model_args, own_gelu, dataset = hf_format.model_args_of(hf_format.read_json(os.path.join(folder, 'config.json')))
-gelu = own_gelu if gelu == 'auto' else gelu
+model_args, own_gelu, data = hf_format.model_args_of(hf_format.read_json(os.path.join(folder, 'config.json')))
+dataset, gelu = data['dataset'], own_gelu if gelu == 'auto' else gelu
 check_vocabulary(folder, model_args['vocab_size'])
 tensors = read_weights(folder)
 tensors = hf_format.check_weights(tensors, model_args['n_layer'])
@@ -168,6 +168,8 @@ checkpoint = {
     'best_val_loss': 1e9,
     'config': {**model_args, 'gelu': gelu, 'init_from': hf_dir} | ({'dataset': dataset} if dataset else {}),
 }
+if data['encoding']:
+    checkpoint['resume'] = {'data': {'encoding': data['encoding']}}  # sampling and training compare it
 make_out_dir(out_dir, 'import')
 path = write_checkpoint(checkpoint, out_dir, best=False, required=True)['path']
 print(

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from data_identity import check_manifest
 from errors import UserError
 
 SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')  # in model_args
@@ -45,6 +46,7 @@ def check_fields(checkpoint, path: str, to_resume: bool, tensors: bool = True) -
         field.wrong('config.gelu', config['gelu'], 'erf or tanh')
     resume = field.dictionary('resume', checkpoint.get('resume', {}))
     field.text('resume.log', resume.get('log') or '', 255)
+    check_manifest(resume.get('data'))
 
     weights = checkpoint['model']
     for name, weight in weights.items():

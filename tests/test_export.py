@@ -350,6 +350,29 @@ def test_tokenizers_that_do_not_fit(launch, work):
     assert run.returncode == 2 and 'hf_dir=hf exists already' in run.stderr
 
 
+def test_the_alphabet_of_an_imported_model_is_compared(launch, work):
+    """An alphabet of the same size and name, but with other characters, would sample other text."""
+    write_random_checkpoint('letters', 40, False, 'erf')
+    launch(EXPORT, '--hf_dir=hf')
+    launch(IMPORT, '--hf_dir=hf')
+    tiny = [flag for flag in TINY if not flag.startswith(('--n_', '--block_size'))]
+    resume = [*tiny, '--init_from=resume', '--block_size=32', '--max_iters=1', '--eval_interval=5']
+    shutil.copytree('data/letters', 'data/more')
+    np.random.default_rng(0).integers(40, size=500).astype(np.uint16).tofile('data/more/train.bin')
+    launch(SAMPLE, '--start=0', '--num_samples=1', '--max_new_tokens=2')
+    launch(TRAIN, *resume, '--dataset=more', '--out_dir=out')  # other data in the same encoding
+    launch(IMPORT, '--hf_dir=hf')
+    with open('data/letters/meta.pkl', 'rb') as f:
+        meta = pickle.load(f)
+    letters = [chr(ord('A') + i) for i in range(40)]
+    meta |= {'itos': dict(enumerate(letters)), 'stoi': {c: i for i, c in enumerate(letters)}}
+    with open('data/letters/meta.pkl', 'wb') as f:
+        pickle.dump(meta, f)
+    for script, flags in ((SAMPLE, ['--start=A']), (TRAIN, resume)):
+        run = launch(script, *flags, check=False)
+        assert run.returncode == 2 and 'but the checkpoint was trained with 40 tokens of its own' in run.stderr
+
+
 @pytest.mark.parametrize('stoi', [{'a': 0, '\udcff': 1}, {'a': 0, 'b': 0}, {'a': 0, 'bc': 1}])
 def test_alphabets_without_a_tokenizer(tmp_path, stoi):
     with pytest.raises(UserError, match='no tokenizer can be made of an alphabet'):
