@@ -70,12 +70,12 @@ def matmul_gelu_kernel(
             rounded = product.to(out.dtype)
             pre.store([m, n], rounded)
             x = rounded.to(tl.float32)
-            below, _ = normal(x, False)
-            out.store([m, n], (x * below).to(out.dtype))
+            cdf, _ = normal(x, False)
+            out.store([m, n], (x * cdf).to(out.dtype))
         else:
             x = pre.load([m, n]).to(tl.float32)
-            below, bell = normal(x, False)
-            out.store([m, n], (product.to(out.dtype).to(tl.float32) * (below + x * bell)).to(out.dtype))
+            cdf, pdf = normal(x, False)
+            out.store([m, n], (product.to(out.dtype).to(tl.float32) * (cdf + x * pdf)).to(out.dtype))
 
 
 def fused(a, b, pre, out, mode, tiles):

@@ -101,23 +101,23 @@ EXERCISES = {
         (
             Blank(
                 'bell = tl.exp2(',
-                'below = tl.where(x < 0',
-                'Compute `below`, the normal distribution function of x, and `bell` = exp(-x**2 / 2), in float32. If\n'
+                'cdf = tl.where(x < 0',
+                'Compute `cdf`, the normal distribution function of x, and `bell` = exp(-x**2 / 2), in float32. If\n'
                 "EXACT, use tl.math.erf. Otherwise use the formula in this file's docstring, with z = |x| / sqrt(2):\n"
                 'a1 to a5 are 0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429, and p is 0.3275911.\n'
-                'For x < 0, below(x) = 1 - below(-x).',
+                'For x < 0, cdf(x) = 1 - cdf(-x).',
             ),
             Blank(
                 'at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64',
-                'tl.store(y_ptr + at, (x * below)',
+                'tl.store(y_ptr + at, (x * cdf)',
                 'Each program computes BLOCK elements. Compute their offsets as a vector (in int64: size may exceed\n'
                 '2**31). Load x as float32, with a mask for offsets of size or more. Multiply it by Phi(x), which is\n'
-                'the first result of sigmoid() if TANH, else of normal(). Store the product in the dtype of y.',
+                'the first result of cdf_and_pdf(). Store the product in the dtype of y.',
             ),
             Blank(
-                'tl.store(dx_ptr + at, (dy * (below',
-                'tl.store(dx_ptr + at, (dy * (below',
-                'Store dy times the derivative of x * Phi(x). `bell` is the derivative of `below`.',
+                'tl.store(dx_ptr + at, (dy * (cdf',
+                'tl.store(dx_ptr + at, (dy * (cdf',
+                'Store dy times the derivative of x * Phi(x). `pdf` is the derivative of `cdf`.',
             ),
         ),
         'tests/kernels/test_gelu.py',

@@ -54,7 +54,6 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
     unfinished, ours, copied = temporary(path), None, False
     try:
         os.makedirs(out_dir, exist_ok=True)  # it may have been deleted during the run
-        set_aside(out_dir)
         with suppress(FileNotFoundError):
             # left by a killed run; it may share storage with ckpt_best.pt if an old version linked the two
             os.remove(unfinished)
@@ -67,6 +66,7 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
             os.fsync(f.fileno())  # the name must not change before the bytes are on disk
         if not os.path.samestat(ours, os.stat(unfinished)):  # where out_dir.py's lock does not work
             raise OSError(f'another run is writing {unfinished}')
+        set_aside(out_dir)  # only now: if the disk is full, the other run's checkpoints keep their names
         if best:
             with suppress(OSError):
                 copied = _copy(unfinished, best_path)

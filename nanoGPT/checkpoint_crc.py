@@ -71,6 +71,15 @@ def check_archive(path: str, contents: bool = True) -> None:
             raise DamagedFile(f'the checksum (CRC-32) of its bytes {start:,} to {stop:,} is wrong')
 
 
+def fingerprint(path: str) -> str:
+    """
+    Returns the CRC-32 of all bytes outside the members, as 8 hexadecimal digits. These bytes hold the members' CRC-32s,
+    so checkpoints of different content have different fingerprints, and no tensor is read.
+    """
+    with open(path, 'rb') as f:
+        return f'{_crc32_outside(f, _members(f), os.path.getsize(path)):08x}'
+
+
 def crc32_of_chunks(path: str) -> list[int]:
     """Returns the CRC-32 of each 64 MiB of the file. Raises OSError if it is unreadable."""
 

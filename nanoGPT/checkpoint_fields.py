@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from data_identity import check_manifest
 from errors import UserError
 
 SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')  # in model_args
@@ -43,6 +44,9 @@ def check_fields(checkpoint, path: str, to_resume: bool, tensors: bool = True) -
         field.text('config.dataset', config['dataset'], 4096)
     if config.get('gelu', 'erf') not in ('erf', 'tanh'):
         field.wrong('config.gelu', config['gelu'], 'erf or tanh')
+    resume = field.dictionary('resume', checkpoint.get('resume', {}))
+    field.text('resume.log', resume.get('log') or '', 255)
+    check_manifest(resume.get('data'))
 
     weights = checkpoint['model']
     for name, weight in weights.items():
@@ -54,7 +58,7 @@ def check_fields(checkpoint, path: str, to_resume: bool, tensors: bool = True) -
     result['model_args'] = _model_args(field, checkpoint['model_args'], weights, tensors)
     if to_resume:
         result['optimizer'] = _optimizer(field, checkpoint.get('optimizer'), path)
-        _resume(field, checkpoint.get('resume', {}))
+        _resume(field, resume)
     return result
 
 
@@ -116,7 +120,6 @@ def _optimizer(field, optimizer, path):
 
 
 def _resume(field, resume):
-    field.dictionary('resume', resume)
     for r, state in enumerate(field.list('resume.ranks', resume.get('ranks', []))):
         name = f'resume.ranks[{r}]'
         field.dictionary(name, state)
@@ -143,7 +146,6 @@ def _resume(field, resume):
     scaler = field.dictionary('resume.scaler', resume.get('scaler', {}))
     for k, (least, most) in SCALER.items() if scaler else ():  # empty unless the run was in float16
         field.number(f'resume.scaler.{k}', scaler.get(k), least, most)
-    field.text('resume.log', resume.get('log') or '', 255)
 
 
 class Field:

@@ -126,6 +126,8 @@ def convert(key, value, default, where):
     kind = type(default)
     words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
     text = str(value)
+    if '\0' in text:
+        raise UserError(f'{where}: {key} holds a zero byte')
     if kind is str:
         as_bool = words.get(text.lower()) if default == 'auto' and key not in NAMES else None
         # a shell leaves the ~ in --out_dir=~/out to the program

@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -26,13 +25,16 @@ from torch.nn import functional as F
 
 import hardware
 from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_options
+from checkpoint_crc import fingerprint
 from configurator import configure
 from dataset import meta_of_model, open_dataset
 from distributed import check_environment, join_ranks, leave_ranks, mean_over_ranks
-from encoding import download, get_encoding
+from encoding import download, get_encoding, has_sha256
 from evaluation import bits_per_byte, mean_bytes_per_token, mean_loss
+from output import protect_output
 from progress import show_progress
 from regular_file import check_regular
+from replaced import replaced
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # folder of the checkpoint
@@ -63,11 +65,12 @@ def read_questions():
     """
     here = os.path.dirname(os.path.abspath(__file__))
     path = input or os.path.join(here, 'data', 'downloads', 'hellaswag_val.jsonl')
-    if not input and not os.path.exists(path):
+    if not input and not has_sha256(path, HELLASWAG_SHA256):
         print(f'downloading {HELLASWAG_URL}')
         advice = f'Get this file on any machine:\n  {HELLASWAG_URL}\nand name it: --input=hellaswag_val.jsonl'
         download(HELLASWAG_URL, path, HELLASWAG_SHA256, advice)
     try:
+        check_regular(path)
         with open(path, 'rb') as f:
             content = f.read()
     except OSError as e:
@@ -75,11 +78,16 @@ def read_questions():
     if hashlib.sha256(content).hexdigest() != HELLASWAG_SHA256:
         print(f"note: {path} is not HellaSwag's validation split (its SHA-256 differs), but is used anyway")
     questions = []
-    for i, line in enumerate(content.splitlines()[: limit or None], 1):
+    for i, line in enumerate(content.splitlines(), 1):
+        if limit and len(questions) == limit:
+            break
+        if not line.strip():
+            continue
         try:
             question = json.loads(line)
             texts = [question[key] for key in ('ctx', 'ctx_a', 'ctx_b', 'activity_label')] + question['endings']
-            if not all(isinstance(text, str) for text in texts) or not 0 <= int(question['label']) < len(texts) - 4:
+            label = str(question['label'])
+            if not all(isinstance(text, str) for text in texts) or label not in map(str, range(len(texts) - 4)):
                 raise ValueError('a field has the wrong type')
         except (ValueError, TypeError, KeyError, RecursionError) as e:
             raise UserError(f'{path}, line {i}, is not a HellaSwag question: {type(e).__name__}: {e}') from None
@@ -138,7 +146,7 @@ def log_likelihoods(model, rows):
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # batches of similar lengths need little padding
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in show_progress(batches, 'HellaSwag'):
-        width = min(len(rows[batch[0]][0]) - 1, block_size)
+        width = min(max(len(rows[batch[0]][0]) - 1, 1), block_size)
         X, Y = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), -1)
         for x, y, i in zip(X, Y, batch):
             tokens, n = rows[i]
@@ -155,17 +163,18 @@ def log_likelihoods(model, rows):
     return found
 
 
-def hellaswag_accuracy(model, encoding, questions):
+def hellaswag_accuracy(model, questions, endings):
     """
     Returns {'acc', 'acc_norm', 'stderr_norm', 'questions'}: accuracy by the highest likelihood, accuracy by the highest
-    likelihood per length, the standard error of the latter, and the number of questions. Collective.
+    likelihood per length, the standard error of the latter, and the number of questions. endings: those of this rank's
+    questions, see endings_of. Collective.
     """
-    own = questions[rank::world_size]
-    endings = [endings_of(question, encoding) for question in own]
     scores = iter(log_likelihoods(model, [(tokens, n) for rows in endings for tokens, n, _ in rows]))
     right = torch.zeros(2, dtype=torch.float64)
-    for question, rows in zip(own, endings):
+    for question, rows in zip(questions[rank::world_size], endings):
         score = torch.tensor([next(scores) for _ in rows], dtype=torch.float64)
+        if not score.isfinite().all():
+            raise UserError(f'the loss of {path} on HellaSwag is not finite: it may be finite in another --dtype')
         normalized = score / torch.tensor([length for _, _, length in rows], dtype=torch.float64)
         right += torch.tensor([score.argmax() == int(question['label']), normalized.argmax() == int(question['label'])])
     acc, acc_norm = (mean_over_ranks(right) * world_size / len(questions)).tolist()
@@ -173,14 +182,25 @@ def hellaswag_accuracy(model, encoding, questions):
     return {'acc': acc, 'acc_norm': acc_norm, 'stderr_norm': stderr, 'questions': len(questions)}
 
 
+def read_json(path):
+    """Returns the content of a strict JSON file. Raises OSError or ValueError."""
+    check_regular(path)
+    try:
+        with open(path, encoding='utf-8') as f:
+            content = json.load(f)
+        json.dumps(content, allow_nan=False)  # NaN and Infinity are not JSON
+        return content
+    except RecursionError as e:
+        raise ValueError(str(e)) from None
+
+
 def write_results(path, results):
     """Writes the results as JSON, together with earlier results of other kinds for the same checkpoint."""
     try:
-        with open(path, encoding='utf-8') as f:
-            earlier = json.load(f)
+        earlier = read_json(path)
     except (OSError, ValueError):
         earlier = {}
-    if isinstance(earlier, dict) and earlier.get('iter') == results['iter']:
+    if isinstance(earlier, dict) and earlier.get('fingerprint') == results['fingerprint']:
         results = earlier | results
     write_json(path, results)
 
@@ -191,11 +211,9 @@ def add_to_log(path, results):
     which.
     """
     try:
-        check_regular(path)
-        with open(path, encoding='utf-8') as f:
-            log = json.load(f)
+        log = read_json(path)
         if log['run']['status'] == 'running':
-            return print(f'not added to {path}: its run has not ended')
+            return print(f'not added to {path}: its run has not ended, or it was killed')
         log.setdefault('results', []).append(results)
         write_json(path, log)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
@@ -204,20 +222,14 @@ def add_to_log(path, results):
 
 
 def write_json(path, content):
-    temporary = path + '.tmp'
-    try:
-        with open(temporary, 'w', encoding='utf-8') as f:
-            json.dump(content, f, indent=2, allow_nan=False)
-            f.write('\n')
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
+    with replaced(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+        json.dump(content, f, indent=2, allow_nan=False)
+        f.write('\n')
 
 
 if hellaswag_style not in ('harness', 'llm.c'):
     raise UserError(f"hellaswag_style is '{hellaswag_style}', but it can be harness or llm.c")
+protect_output()  # the results are in a file, so a full disk or a closed pipe behind stdout does not cost them
 check_environment()
 device, dtype, _, backend = hardware.resolve_auto(device, dtype, False, backend)
 rank, world_size = join_ranks(backend, dist_timeout)
@@ -241,11 +253,14 @@ meta = meta_of_model(dataset, args['vocab_size'], 'dataset' in flags_set, manife
 if not dataset and not hellaswag:
     raise UserError(f'{path} does not record its training data: name a data set with --dataset')
 
+# encode before anything is computed: an alphabet may lack a character
 questions = on_rank_0(read_questions) if hellaswag else []
-results = {'checkpoint': os.path.basename(path), 'iter': checkpoint['iter_num'], 'dtype': dtype}
+endings = [endings_of(question, get_encoding(meta)) for question in questions[rank::world_size]]
+results = {'checkpoint': os.path.basename(path), 'fingerprint': fingerprint(path), 'iter': checkpoint['iter_num']}
+results['dtype'] = dtype
 data = None
 try:
-    data = open_dataset(dataset, args['block_size'], splits=('val',)) if dataset else None
+    data = open_dataset(dataset, 1, splits=('val',)) if dataset else None  # it may be shorter than block_size
 except UserError as error:
     if not hellaswag or 'dataset' in flags_set:
         raise
@@ -266,7 +281,7 @@ if data:
     )
 if hellaswag:
     started = time.perf_counter()
-    found = hellaswag_accuracy(model, get_encoding(meta), questions)
+    found = hellaswag_accuracy(model, questions, endings)
     results['hellaswag' if hellaswag_style == 'harness' else 'hellaswag_llmc'] = found
     print(
         f'HellaSwag ({hellaswag_style}), {found["questions"]:,} questions: acc_norm {found["acc_norm"]:.4f} '
@@ -277,7 +292,7 @@ if rank == 0:
     try:
         write_results(file, results)
     except OSError as e:
-        raise UserError(f'{file} could not be written: {e.strerror}. The results are above') from None
+        raise UserError(f'{e}. The results are above') from None
     print(f'written to {file}')
     log = checkpoint.get('resume', {}).get('log')
     if log:

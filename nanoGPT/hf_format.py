@@ -12,13 +12,17 @@ import os
 
 import torch
 
+from encoding import GPT2_FILES, ByteEncoding, GPT2Encoding, gpt2_encoding
 from errors import UserError
 from regular_file import check_regular
 
-ACTIVATIONS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}  # GPTConfig's gelu
+# transformers' names -> GPTConfig's gelu
+ACTIVATIONS = {'gelu': 'erf', 'gelu_python': 'erf', 'gelu_new': 'tanh', 'gelu_fast': 'tanh', 'gelu_accurate': 'tanh'}
+ACTIVATIONS |= {'gelu_pytorch_tanh': 'tanh', 'gelu_python_tanh': 'tanh'}
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 BUFFERS = ('.attn.bias', '.attn.masked_bias')  # the causal mask, which old exports contain
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SURROGATES = ''.join(map(chr, range(0xD800, 0xE000)))  # undecodable bytes as characters, which UTF-8 lacks
 CHECKSUMS = 'SHA256SUMS'
 OWN = 'nanogpt'  # key in config.json for fields that transformers does not know
 
@@ -43,7 +47,7 @@ def to_hf(weights: dict, vocab_size: int, dtype: torch.dtype) -> dict:
 def check_weights(tensors: dict, n_layer: int) -> dict:
     """
     Returns transformers' tensors without the prefix of their names and without buffers. Raises UserError unless they
-    are finite floats of n_layer blocks.
+    are floats of n_layer blocks that are finite in float32.
     """
     tensors = {name.removeprefix('transformer.'): t for name, t in tensors.items() if not name.endswith(BUFFERS)}
     blocks = {name.split('.')[1] for name in tensors if name.startswith('h.')}
@@ -52,8 +56,8 @@ def check_weights(tensors: dict, n_layer: int) -> dict:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f'{name} is quantized ({tensor.dtype}), and our model is not')
-        if not tensor.isfinite().all():
-            raise UserError(f'{name} contains numbers that are not finite: its training diverged')
+        if not tensor.float().isfinite().all():
+            raise UserError(f'{name} contains numbers that are not finite in float32: its training diverged')
     return tensors
 
 
@@ -64,17 +68,17 @@ def from_hf(tensors: dict, expected: dict) -> dict:
     """
     weights, unknown = {}, set(tensors) - {name.removeprefix('transformer.') for name in expected}
     # absent biases were exported as zeros
-    unknown = sorted(name for name in unknown if not (name.endswith('.bias') and f'{name[:-4]}weight' in tensors))
+    unknown = sorted(name for name in unknown if not name.endswith('.bias') or tensors[name].any())
     if unknown:
         raise UserError(f'the weights include {unknown[0]}, which our model lacks')
     for name, own in expected.items():
         theirs = 'wte.weight' if name == 'lm_head.weight' else name.removeprefix('transformer.')
         if theirs not in tensors:
             raise UserError(f'the weights lack {theirs}: they are not those of a GPT-2 with the sizes in config.json')
-        weight = tensors[theirs].t() if name.endswith(TRANSPOSED) else tensors[theirs]
-        if weight.shape != own.shape:
-            raise UserError(f'{theirs} is {tuple(weight.shape)}, but by config.json it should be {tuple(own.shape)}')
-        weights[name] = weight.float().contiguous()
+        weight, shape = tensors[theirs], own.shape[::-1] if name.endswith(TRANSPOSED) else own.shape
+        if weight.shape != shape:
+            raise UserError(f'{theirs} is {tuple(weight.shape)}, but by config.json it should be {tuple(shape)}')
+        weights[name] = (weight.t() if name.endswith(TRANSPOSED) else weight).float().contiguous()
     weights['lm_head.weight'] = weights['transformer.wte.weight']
     head = tensors.get('lm_head.weight')
     if head is not None and not torch.equal(head.float(), weights['lm_head.weight']):
@@ -84,34 +88,35 @@ def from_hf(tensors: dict, expected: dict) -> dict:
     return weights
 
 
-def hf_config(model_args, gelu, vocab_size, dtype, end_token, dataset):
+def hf_config(model_args: dict, dtype: str, end_token: int | None, data: dict) -> dict:
     """
-    Returns config.json as a dict for a checkpoint with these model_args. end_token: the id of <|endoftext|>, or None.
+    Returns config.json as a dict for a model with these fields of GPTConfig. end_token: the id of <|endoftext|>, or
+    None. data: {'dataset': name, 'encoding': its fingerprint}, '' if unknown.
     """
     return {
         'architectures': ['GPT2LMHeadModel'],
         'model_type': 'gpt2',
-        'activation_function': {'erf': 'gelu', 'tanh': 'gelu_new'}[gelu],
+        'activation_function': {'erf': 'gelu', 'tanh': 'gelu_new'}[model_args['gelu']],
         'n_layer': model_args['n_layer'],
         'n_head': model_args['n_head'],
         'n_embd': model_args['n_embd'],
         'n_inner': None,
         'n_positions': model_args['block_size'],
-        'vocab_size': vocab_size,
+        'vocab_size': model_args['vocab_size'],
         'layer_norm_epsilon': 1e-5,
-        **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), model_args.get('dropout', 0.0)),
+        **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), model_args['dropout']),
         'bos_token_id': end_token,
         'eos_token_id': end_token,
         'tie_word_embeddings': True,
         'torch_dtype': dtype,
-        OWN: {'bias': model_args['bias'], 'dataset': dataset},
+        OWN: {'bias': model_args['bias'], **data},
     }
 
 
-def model_args_of(config):
+def model_args_of(config: dict) -> tuple[dict, str, dict]:
     """
-    Returns (model_args, gelu, dataset) for the model that this config.json, a dict, describes. Raises UserError if it
-    is not a GPT-2, or has a feature that our model lacks.
+    Returns (model_args, gelu, data) for the model that this config.json, a dict, describes. data: see hf_config. Raises
+    UserError if it is not a GPT-2, or has a feature that our model lacks.
     """
     kind = config.get('model_type')
     if kind != 'gpt2':
@@ -119,7 +124,7 @@ def model_args_of(config):
             f'its config.json describes a model of type {kind!r}, but only gpt2 has the architecture of our model'
         )
     sizes = {k: config.get(k) for k in ('n_layer', 'n_head', 'n_embd', 'n_positions', 'vocab_size')}
-    wrong = [f'{k}={v!r}' for k, v in sizes.items() if type(v) is not int or v < 1]
+    wrong = [f'{k}={v!r}' for k, v in sizes.items() if type(v) is not int or not 0 < v < 2**24]
     if wrong or sizes['n_embd'] % sizes['n_head']:
         raise UserError(f'its config.json is invalid: {", ".join(wrong) or "n_embd is not a multiple of n_head"}')
     supported = {
@@ -139,9 +144,10 @@ def model_args_of(config):
                 f'its config.json has {key}={value!r}, which our model lacks (it has {" or ".join(map(repr, values))})'
             )
     own = config.get(OWN, {})
-    bias, dataset = (own.get('bias', True), own.get('dataset', '')) if isinstance(own, dict) else (None, None)
-    if not isinstance(bias, bool) or not isinstance(dataset, str):
-        raise UserError(f'its config.json is invalid: {OWN}={own!r}')
+    bias = own.get('bias', True) if isinstance(own, dict) else None
+    data = {key: own.get(key, '') for key in ('dataset', 'encoding')} if isinstance(bias, bool) else {'': None}
+    if not all(isinstance(text, str) and len(text) <= 4096 and '\0' not in text for text in data.values()):
+        raise UserError(f'its config.json is invalid: {OWN}={own!r:.100}')
     model_args = dict(
         n_layer=sizes['n_layer'],
         n_head=sizes['n_head'],
@@ -151,18 +157,18 @@ def model_args_of(config):
         vocab_size=sizes['vocab_size'],
         dropout=0.0,
     )
-    return model_args, ACTIVATIONS[config.get('activation_function', 'gelu_new')], dataset
+    return model_args, ACTIVATIONS[config.get('activation_function', 'gelu_new')], data
 
 
-def write_tokenizer(folder: str, meta: dict, block_size: int) -> int | None:
+def write_tokenizer(folder: str, encoding, block_size: int) -> int | None:
     """
-    Writes the tokenizer files of a data set with this meta (see load_meta) and returns the id of <|endoftext|>, or None
-    if there is none. Raises UserError for an encoding that has no tokenizer here.
+    Writes the tokenizer files of an encoding (see encoding.py) and returns the id of <|endoftext|>, or None if there is
+    none. Raises UserError for an encoding that has no tokenizer here.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     config, end_token = {'tokenizer_class': 'PreTrainedTokenizerFast'}, None
-    if not meta or meta.get('encoding') == 'gpt2':
+    if isinstance(encoding, GPT2Encoding):
         vocab_file, merges_file = gpt2_files()
         for path, name in ((vocab_file, 'vocab.json'), (merges_file, 'merges.txt')):
             with open(path, 'rb') as source, open(os.path.join(folder, name), 'wb') as target:
@@ -175,17 +181,18 @@ def write_tokenizer(folder: str, meta: dict, block_size: int) -> int | None:
         end_token = tokenizer.token_to_id(end)
         config = {'tokenizer_class': 'GPT2Tokenizer', 'bos_token': end, 'eos_token': end, 'unk_token': end}
         config['add_prefix_space'] = False
-    elif meta.get('encoding') == 'byte':
+    elif isinstance(encoding, ByteEncoding):
         tokenizer = Tokenizer(models.BPE(byte_characters(), []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
-    elif isinstance(meta.get('stoi'), dict) and all(isinstance(c, str) and len(c) == 1 for c in meta['stoi']):
-        tokenizer = Tokenizer(models.WordLevel(meta['stoi']))
+    elif all(len(c) == 1 and c not in SURROGATES and encoding.itos.get(i) == c for c, i in encoding.stoi.items()):
+        tokenizer = Tokenizer(models.WordLevel(encoding.stoi))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         tokenizer.decoder = decoders.Fuse()
     else:
-        raise UserError('meta.pkl describes an encoding that cannot be exported as a tokenizer')
-    tokenizer.save(os.path.join(folder, 'tokenizer.json'))
+        raise UserError('no tokenizer can be made of an alphabet without one id for each character, or not in UTF-8')
+    with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+        f.write(tokenizer.to_str(pretty=True))
     config |= {'model_max_length': block_size, 'clean_up_tokenization_spaces': False}
     write_json(os.path.join(folder, 'tokenizer_config.json'), config)
     return end_token
@@ -195,8 +202,6 @@ def gpt2_files():
     """
     Returns the paths of GPT-2's encoder.json and vocab.bpe in tiktoken's cache. Downloads them if they are missing.
     """
-    from encoding import GPT2_FILES, gpt2_encoding
-
     gpt2_encoding()
     cached = lambda name: hashlib.sha1(GPT2_FILES[name][0].encode()).hexdigest()
     return tuple(os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], cached(name)) for name in ('encoder.json', 'vocab.bpe'))
@@ -210,7 +215,7 @@ def byte_characters():
 
 
 def write_json(path, content):
-    with open(path, 'w', encoding='utf-8') as f:
+    with open(path, 'w', encoding='utf-8', errors='backslashreplace') as f:  # escapes bytes of a name, as in JSON
         json.dump(content, f, indent=2, ensure_ascii=False)
         f.write('\n')
 
@@ -230,6 +235,14 @@ def read_json(path):
     return content
 
 
+def check_name(hf_dir: str) -> None:
+    """Raises UserError if the name of the folder is not UTF-8, which safetensors and tokenizers require."""
+    try:
+        hf_dir.encode()
+    except UnicodeEncodeError:
+        raise UserError(f'hf_dir={hf_dir} is not a name in UTF-8: rename the folder') from None
+
+
 def write_checksums(folder):
     """Writes the SHA-256 of every file in the folder to SHA256SUMS, for `sha256sum -c SHA256SUMS`."""
     lines = [f'{sha256_of(os.path.join(folder, name))}  {name}\n' for name in sorted(os.listdir(folder))]
@@ -243,7 +256,7 @@ def check_checksum(folder, name):
     if not os.path.isfile(path):
         return
     with open(path, errors='replace') as f:
-        expected = {line[66:].strip(): line[:64] for line in f}
+        expected = {line[66:].strip(): line[:64].lower() for line in f}
     if name in expected and sha256_of(os.path.join(folder, name)) != expected[name]:
         raise UserError(
             f'{os.path.join(folder, name)} is not the exported file: its SHA-256 differs from the one in {path}. Copy '

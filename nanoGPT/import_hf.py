@@ -8,6 +8,7 @@ $ python train.py --init_from=resume --out_dir=out-gpt2 --bias=True --dataset=..
 
 from errors import UserError, first_line  # isort: skip  first: it also reports a missing package
 
+import glob
 import os
 import re
 from contextlib import redirect_stdout
@@ -19,8 +20,9 @@ from checkpoint import write_checkpoint
 from configurator import configure
 from model import GPT, GPTConfig
 from out_dir import make_out_dir
+from output import protect_output
 from regular_file import check_regular
-from shell import pip_install
+from shell import pip_install, python, quote, quote_path
 
 # -----------------------------------------------------------------------------
 hf_dir = ''  # folder with config.json and model.safetensors, or a model's name on the Hugging Face Hub
@@ -35,6 +37,7 @@ def find_folder(hf_dir):
     """
     Returns the local folder of hf_dir, a folder or a model's name on the Hub, which it downloads. Raises UserError.
     """
+    hf_format.check_name(hf_dir)
     if os.path.isdir(hf_dir):
         return hf_dir
     if os.path.exists(hf_dir) or not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', hf_dir):
@@ -70,17 +73,29 @@ def read_weights(folder):
     tensors = {}
     for name in names:
         path = os.path.join(folder, name)
-        if not os.path.exists(path):
-            raise UserError(f'{path} does not exist; other formats of weights are not read, because they can run code')
-        hf_format.check_checksum(folder, name)
         try:
             check_regular(path)
+            hf_format.check_checksum(folder, name)
             tensors |= load_file(path)
+        except FileNotFoundError:
+            raise UserError(f'{path} does not exist{other_formats()}') from None
         except (SafetensorError, OSError) as e:
             raise UserError(
                 f'{path} is damaged or not a safetensors file ({first_line(e)}): copy or download it again'
             ) from None
     return tensors
+
+
+def other_formats():
+    """Returns the end of the message about missing weights: how to get them, or to convert those in another format."""
+    if os.path.isdir(hf_dir) and not glob.glob(os.path.join(glob.escape(hf_dir), 'pytorch_model*.bin')):
+        return ': copy or download it again'
+    code = 'import sys, transformers as t; a, b = sys.argv[1:]; t.GPT2LMHeadModel.from_pretrained(a).save_pretrained(b)'
+    converted = quote_path(f'{os.path.basename(os.path.normpath(hf_dir))}-safetensors')
+    return (
+        '. Weights in other files, such as pytorch_model.bin, are not read, because they can run code. Convert them, '
+        f'then import {converted}:\n  {python()} -c {quote(code)} {quote_path(hf_dir)} {converted}'
+    )
 
 
 def check_vocabulary(folder, vocab_size):
@@ -121,14 +136,15 @@ def check_vocabulary(folder, vocab_size):
             )
 
 
+protect_output()
 if not hf_dir:
     raise UserError('hf_dir is empty: name a folder or a model, such as --hf_dir=gpt2')
 if gelu not in ('auto', 'erf', 'tanh'):
     raise UserError(f"gelu is '{gelu}', but it can be auto, erf or tanh")
 folder = find_folder(hf_dir)
 hf_format.check_checksum(folder, 'config.json')
-model_args, own_gelu, dataset = hf_format.model_args_of(hf_format.read_json(os.path.join(folder, 'config.json')))
-gelu = own_gelu if gelu == 'auto' else gelu
+model_args, own_gelu, data = hf_format.model_args_of(hf_format.read_json(os.path.join(folder, 'config.json')))
+dataset, gelu = data['dataset'], own_gelu if gelu == 'auto' else gelu
 check_vocabulary(folder, model_args['vocab_size'])
 tensors = read_weights(folder)
 tensors = hf_format.check_weights(tensors, model_args['n_layer'])
@@ -152,9 +168,12 @@ checkpoint = {
     'best_val_loss': 1e9,
     'config': {**model_args, 'gelu': gelu, 'init_from': hf_dir} | ({'dataset': dataset} if dataset else {}),
 }
+if data['encoding']:
+    checkpoint['resume'] = {'data': {'encoding': data['encoding']}}  # sampling and training compare it
 make_out_dir(out_dir, 'import')
 path = write_checkpoint(checkpoint, out_dir, best=False, required=True)['path']
 print(
     f'imported {hf_dir} to {path}: GELU {gelu}, bias {model_args["bias"]}, vocabulary of {model_args["vocab_size"]:,}'
 )
-print(f'continue with --init_from=resume --out_dir={out_dir} --block_size={model_args["block_size"]}')
+flags = f'--out_dir={quote(out_dir)} --block_size={model_args["block_size"]}'
+print(f'continue with --init_from=resume {flags}' + (f' --dataset={quote(dataset)}' if dataset else ''))

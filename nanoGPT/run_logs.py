@@ -109,6 +109,8 @@ def _read(path):
 def _column(records, key):
     """Returns a field as floats; NaN for null and for values too large for an axis."""
     values = np.array([record.get(key) for record in records], float)
+    if values.ndim != 1:
+        raise ValueError(f'{key} is a list in a record')
     return np.where(np.abs(values) < 1e100, values, math.nan)
 
 

@@ -9,6 +9,7 @@ from errors import UserError  # isort: skip  first: it also reports a missing pa
 
 import os
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -17,7 +18,8 @@ from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_optio
 from configurator import configure
 from dataset import meta_of_model
 from encoding import get_encoding
-from kv_cache import generate
+from kv_cache import fits, generate
+from regular_file import check_regular
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (from out_dir), or a pretrained gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -71,12 +73,15 @@ meta = meta_of_model(dataset, model.config.vocab_size, 'dataset' in flags_set, d
 encoding = get_encoding(meta)
 if start.startswith('FILE:'):
     try:
+        check_regular(start[5:])
         with open(start[5:], encoding='utf-8-sig') as f:
             start = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'--start={start}: {e}') from None
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8
+        raise UserError(f'--start={start} cannot be read: {getattr(e, "strerror", e)}') from None
 if not start:
     raise UserError('start is empty: give at least one character to continue, such as --start=A')
+if num_samples * max_new_tokens > 10**12:
+    raise UserError(f'num_samples={num_samples} times max_new_tokens={max_new_tokens} is more than 10**12 tokens')
 try:
     prompt = encoding.encode(start)
 except UserError:
@@ -87,12 +92,16 @@ except UserError:
 x = torch.tensor(prompt, dtype=torch.long, device=device)[None, :]  # (1, T)
 
 # generation
-sys.stdout.reconfigure(errors='backslashreplace')  # for characters that a terminal cannot show
+with suppress(AttributeError):  # stdout may be closed
+    sys.stdout.reconfigure(errors='backslashreplace')  # for characters that a terminal cannot show
 with torch.no_grad(), ctx:
     if not model(x[:, -model.config.block_size :])[0].isfinite().all():
         raise UserError(
             'the model computes numbers that are not finite: its weights do not come from a training that converged'
         )
+    if kv_cache and not fits(model):
+        print('note: sampling without the key-value cache, because this model.py computes attention in another way')
+        kv_cache = False
     started = hardware.now(device)
     samples = (model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k) for k in range(num_samples))
     if kv_cache:

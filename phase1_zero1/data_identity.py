@@ -81,15 +81,16 @@ def check_manifest(saved):
 def check_same_data(saved: dict | None, data) -> None:
     """
     Raises UserError, naming the first difference, if the Dataset `data` is not the one that the manifest `saved`
-    describes. Prints a line if `saved` is None. Reads the data again, so call it only on a resume.
+    describes. A manifest without files, that of an imported model, describes only an encoding. Prints a line if `saved`
+    is None. Reads the data again, so call it only on a resume.
     """
     check_manifest(saved)
     if saved is None:
         return print(ACCEPTED.format(name=data.name))
     check_same_encoding(saved, data.meta, data.name)
     now = data.manifest()
-    for split in data.splits:
-        difference = _first_difference(split, saved.get(split, []), now[split])
+    for split in [split for split in data.splits if split in saved]:
+        difference = _first_difference(split, saved[split], now[split])
         if difference:
             raise UserError(
                 f'{data.name} is not the data that the checkpoint was trained on: {difference}. Resume with the '

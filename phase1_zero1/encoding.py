@@ -13,6 +13,7 @@ import os
 import tempfile
 
 from errors import UserError
+from replaced import replaced
 from shell import pip_install
 
 GPT2_FILES = {  # name -> (tiktoken's URL, SHA-256)
@@ -100,19 +101,26 @@ def get_encoding(meta: dict):
     list of int, decode(iterable of int) -> str, which take any text and any ids of the vocabulary, and byte_lengths()
     -> list with the number of text bytes in each token. Raises UserError for an unknown encoding.
     """
-    if not meta or meta.get('encoding') == 'gpt2':
-        return GPT2Encoding()
-    if meta.get('encoding') == 'byte':
-        return ByteEncoding()
-    if meta.get('encoding') == 'llama-3':
+    name = meta.get('encoding') if meta else 'gpt2'
+    for known, encoding, size in (('gpt2', GPT2Encoding, 50257), ('byte', ByteEncoding, 256)):
+        if name == known and meta.get('vocab_size', size) < size:
+            raise UserError(
+                f'meta.pkl contradicts itself: its vocab_size is {meta["vocab_size"]}, but the encoding {name} has '
+                f'{size:,} tokens'
+            )
+        if name == known:
+            return encoding()
+    if name == 'llama-3':
         raise UserError(
             "the data set holds Llama 3's tokens, which this project cannot encode or decode: there is no text"
         )
-    itos, stoi = _by_id(meta.get('itos')), meta.get('stoi')
-    if itos and all(type(i) is int and isinstance(char, str) for i, char in itos.items()):
-        return CharEncoding(stoi if isinstance(stoi, dict) else {char: i for i, char in itos.items()}, itos)
+    itos, stoi = _by_id(meta.get('itos')), meta['stoi'] if isinstance(meta.get('stoi'), dict) else {}
+    pairs, size = [*itos.items(), *((i, char) for char, i in stoi.items())], meta.get('vocab_size', 2**32)
+    if pairs and all(type(i) is int and 0 <= i < size and isinstance(char, str) for i, char in pairs):
+        return CharEncoding(stoi or {char: i for i, char in pairs}, itos or dict(pairs))
+    tables = '; stoi or itos is not a table of characters and ids below vocab_size' if pairs else ''
     raise UserError(
-        f'meta.pkl describes an unknown encoding (its keys: {", ".join(map(str, meta))}): '
+        f'meta.pkl describes an unknown encoding (its keys: {", ".join(map(str, meta))}{tables}): '
         'text cannot be encoded or decoded'
     )
 
@@ -167,10 +175,10 @@ def gpt2_encoding():
     )
     for name, path in paths.items():
         url, sha256 = GPT2_FILES[name]
-        if _has_sha256(path, sha256):
+        if has_sha256(path, sha256):
             continue
         carried = os.path.join(package.submodule_search_locations[0], 'data', name) if package else ''
-        if _has_sha256(carried, sha256):
+        if has_sha256(carried, sha256):
             with open(carried, 'rb') as f:
                 _write_atomically(path, f.read())
         else:
@@ -210,7 +218,8 @@ def download(url: str, path: str, sha256: str, advice: str) -> None:
     raise UserError(f'cannot download {url}: {reason}.\n{advice}')
 
 
-def _has_sha256(path, sha256):
+def has_sha256(path: str, sha256: str) -> bool:
+    """Returns whether path is a file whose content has this SHA-256."""
     if not os.path.isfile(path):
         return False
     with open(path, 'rb') as f:
@@ -218,14 +227,9 @@ def _has_sha256(path, sha256):
 
 
 def _write_atomically(path, content):
-    part = f'{path}.{os.getpid()}.part'
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(part, 'wb') as f:
+        with replaced(path) as temporary, open(temporary, 'wb') as f:
             f.write(content)
-        os.replace(part, path)
     except OSError as error:
-        raise UserError(f'cannot write {path}: {error.strerror}') from error
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+        raise UserError(str(error)) from error

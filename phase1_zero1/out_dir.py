@@ -40,7 +40,7 @@ def make_out_dir(out_dir: str, init_from: str) -> None:
 def set_aside(out_dir: str) -> None:
     """
     Renames the checkpoints of an earlier run: ckpt.pt, ckpt_best.pt and folders ckpt_*, which hold checkpoints of
-    several files. Call it before each save; it acts once, in a run from scratch. The new names end in _before, or else
+    several files. Call it in each save; it acts once, in a run from scratch. The new names end in _before, or else
     _before_2, and so on, so that nothing is overwritten. Raises OSError if renaming fails.
     """
     if os.path.abspath(out_dir) not in unsaved_runs:

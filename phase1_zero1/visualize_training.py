@@ -25,7 +25,7 @@ import re
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import matplotlib
 import numpy as np
@@ -35,6 +35,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from interactive_page import page
+from replaced import replaced
 from run_logs import LogError, duration, load_runs, positive, summarize
 from shell import pip_install
 
@@ -455,7 +456,7 @@ def _results(results):
     """Returns evaluate.py's results as a list of short texts."""
     words = [f'{bits:.3f} bits/byte' for bits in [positive(results.get('bits_per_byte'))] if bits]
     for key, name in (('hellaswag', 'HellaSwag'), ('hellaswag_llmc', 'HellaSwag (llm.c)')):
-        accuracy = positive((results.get(key) or {}).get('acc_norm'))
+        accuracy = positive(results[key].get('acc_norm')) if isinstance(results.get(key), dict) else None
         words += [f'{name} {100 * accuracy:.1f}%'] if accuracy else []
     return words
 
@@ -549,22 +550,9 @@ def parse_args(argv):
             parser.error(f'--metrics: {name!r} is none of {", ".join(TITLES)}')
     if (args.smooth is not None and args.smooth < 1) or (args.follow is not None and not 0 < args.follow < 1e6):
         parser.error('--smooth and --follow must be positive, and --follow below a million')
+    if args.html is not None and not args.html.endswith(('.html', '.htm')):
+        parser.error(f'--html: the name of the page must end in .html, but it is {args.html!r}')
     return args
-
-
-@contextmanager
-def replaced(path):
-    """Yields the name of a temporary file that then replaces path, so that other programs never read half of it."""
-    stem, ending = os.path.splitext(path)
-    temporary = f'{stem}.tmp{os.getpid()}{ending}'
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f'{path} cannot be written: {error.strerror}') from error
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
 
 
 def output_path(args, runs):
@@ -645,6 +633,8 @@ def main(argv=None):
         visualize(args)
     except KeyboardInterrupt:
         return 0 if args.follow else 130
+    except BrokenPipeError:  # `| head`: errors.py ends the program
+        raise
     except (LogError, OSError, ImportError) as error:
         print(f'visualize_training: {error}', file=sys.stderr)
         return 2

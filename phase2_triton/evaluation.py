@@ -55,6 +55,7 @@ def mean_loss(
     distributed = torch.distributed.is_initialized()
     rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     vocab_size = getattr(model, 'module', model).config.vocab_size
+    batch_size = min(batch_size, -(-tokens.rows // world_size))  # more rows would be padding
     training = model.training
     model.eval()
     losses, counts = [], []
@@ -76,7 +77,7 @@ def mean_loss(
     model.train(training)
     sums = torch.stack(losses).cpu().double() * torch.tensor(counts)  # sums in float64
     total, count = mean_over_ranks(torch.tensor([sums.sum(), sum(counts)], dtype=torch.float64)).tolist()
-    return total / count
+    return total / count if count else math.nan  # every token was outside the vocabulary
 
 
 def _predictions_before(tokens, row):

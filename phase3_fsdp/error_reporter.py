@@ -7,6 +7,7 @@ Under torchrun the first rank to fail claims the right to report through torchru
 every rank notices is reported once. torchrun then ends the remaining ranks.
 """
 
+import errno
 import json
 import os
 import re
@@ -73,9 +74,10 @@ def report(kind, error, trace):
             _tell_torchrun(message)
     elif may_report and not alone and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
         reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # drop the C++ source line
+        again = '' if os.path.basename(sys.argv[0]) in ('evaluate.py', 'bench.py') else ' with --init_from=auto'
         print_error(
             f'error: {place} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
-            'reached. All checkpoints are intact: start all ranks again with --init_from=auto'
+            f'reached. All checkpoints are intact: start all ranks again{again}'
         )
     elif may_report:
         print_error(''.join(traceback.format_exception(kind, error, trace)).rstrip())
@@ -103,6 +105,8 @@ def _explain(error, trace, place, alone):
     if isinstance(error, OSError) and error.filename:  # a folder without permission, a disk that fails
         frame = traceback.extract_tb(trace)[-1]
         return f'{error.filename}: {error.strerror} (in line {frame.lineno} of {frame.filename})'
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f'an output, probably stdout, could not be written: {error.strerror}'
     if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
         return f'{place} {_out_of_memory_message(out_of_memory(error), trace)}'
     if _is_compile_error(error):
@@ -144,11 +148,15 @@ def _out_of_memory_message(error, trace):
     if torch and torch.cuda.is_available():
         command = plan_command(sys.argv, torchrun_env.number('WORLD_SIZE', 1), torch.cuda.get_device_name())
         plan = f'. To see which of these fit, run: {command}' if command else ''
-    return (
-        f'ran out of memory{place}: {reason}. Training needs less with a smaller batch_size and more '
-        'gradient_accumulation_steps, with activation_checkpointing, with the Triton kernels and their loss_rows, and '
-        f'sharded with ZeRO-1 or FSDP{plan}'
+    advice = {
+        'sample.py': 'Sampling needs less with a smaller num_samples or max_new_tokens',
+        'evaluate.py': 'Evaluation needs less with a smaller batch_size',
+    }.get(
+        os.path.basename(script),
+        'Training needs less with a smaller batch_size and more gradient_accumulation_steps, with '
+        'activation_checkpointing, with the Triton kernels and their loss_rows, and sharded with ZeRO-1 or FSDP',
     )
+    return f'ran out of memory{place}: {reason}. {advice}{plan}'
 
 
 def _claim_report():

@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 
+import out_dir
 from checkpoint import load_checkpoint, load_model, write_checkpoint
 from checkpoint_changes import changes, representatives
 from conftest import NANOGPT, ROOT, TINY, load, log_of, make_letters
@@ -71,6 +72,11 @@ SCRIPTS = {
 FOLDERS = ['nanoGPT', 'phase1_zero1', 'phase3_fsdp']
 
 
+def only_for_training(path):
+    """Returns whether only a trainer reads the field at this path."""
+    return path[0] == 'optimizer' or path[:2] in (('resume', 'ranks'), ('resume', 'scaler'), ('resume', 'order'))
+
+
 @pytest.mark.parametrize('folder', FOLDERS)
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_a_changed_field_is_accepted_or_named(launch, run, folder, name):
@@ -80,12 +86,21 @@ def test_a_changed_field_is_accepted_or_named(launch, run, folder, name):
     """
     found = changes(load('out/ckpt.pt'))
     numbers = representatives(found, READERS)
-    if name == 'sample':  # sample.py checks no other fields
-        numbers = [n for n in numbers if found[n][0][0] not in ('optimizer', 'resume')]
+    if name == 'sample':
+        numbers = [n for n in numbers if not only_for_training(found[n][0])]
     numbers = numbers[FOLDERS.index(folder) :: 6]
     script, flags = SCRIPTS[name]
     accepted = run_changed(launch, ROOT / folder / script.name, numbers, flags)
     assert 0.05 * len(numbers) < accepted < 0.95 * len(numbers)  # it neither refuses all changes nor ignores all
+
+
+def test_evaluation_accepts_or_names_a_changed_field(launch, run):
+    """A quarter of the changes of all fields but the weights, which sample.py's test covers."""
+    found = changes(load('out/ckpt.pt'))
+    numbers = [n for n in representatives(found, READERS) if not only_for_training(found[n][0])]
+    numbers = [n for n in numbers if found[n][0][0] != 'model']
+    flags = ['--val_tokens=50', '--device=cpu']
+    run_changed(launch, NANOGPT / 'evaluate.py', numbers[::4], flags)
 
 
 @pytest.mark.full
@@ -300,6 +315,19 @@ def test_two_runs_that_save_at_once(run, capsys, monkeypatch):
     assert 'another run is writing out/ckpt.pt.tmp' in capsys.readouterr().err
     assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'ckpt_best')] == [before['iter_num'], best]
     assert open('out/ckpt.pt.tmp', 'rb').read() == b'half'
+
+
+def test_a_failed_save_leaves_the_names_of_an_earlier_run(run, capsys, monkeypatch):
+    """A run from scratch renames the checkpoints in its folder only once its own is written."""
+    names = sorted(os.listdir('out'))
+    monkeypatch.setattr(out_dir, 'unsaved_runs', {os.path.abspath('out')})
+    checkpoint = load('out/ckpt.pt')
+    with monkeypatch.context() as context:
+        context.setattr(os, 'fsync', lambda fd: os.write(os.open('/dev/full', os.O_WRONLY), b'x'))
+        assert write_checkpoint(checkpoint, 'out', best=True, required=False)['bytes'] is None
+    assert sorted(os.listdir('out')) == names and 'the earlier one is untouched' in capsys.readouterr().err
+    write_checkpoint(checkpoint, 'out', best=True, required=True)
+    assert {'ckpt_before.pt', 'ckpt_best_before.pt', 'ckpt.pt', 'ckpt_best.pt'} <= set(os.listdir('out'))
 
 
 def test_two_runs_in_one_folder_can_both_save(launch, run, tmp_path):

@@ -116,6 +116,7 @@ def test_only_what_a_config_file_assigns_is_given(script, tmp_path):
         ('max_iters = 10\n\nmax_iters /= 0', 'line 3: ZeroDivisionError'),
         ("max_iters = 'ten'", 'max_iters is a whole number'),
         ("model_dir = 'x'", 'works on the command line only'),
+        ("out_dir = 'a\\0b'", 'out_dir holds a zero byte'),
     ],
 )
 def test_mistakes_in_a_config_file(script, tmp_path, text, message):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +62,10 @@ def test_loss(launch, work):
     log = log_of('out')
     assert [record['val_loss'] for record in log['results']] == pytest.approx(3 * [expected]) and log['iterations']
     assert f'{expected / math.log(2):.3f} bits/byte' in texts_of('out')
+    shutil.copytree('data/letters', 'data/short')
+    tokens[:5].numpy().astype(np.uint16).tofile('data/short/val.bin')
+    launch(EVALUATE, '--dataset=short', '--device=cpu')  # shorter than block_size
+    assert results()['val_loss'] == pytest.approx(model(tokens[None, :4], tokens[None, 1:5])[1].item(), rel=1e-6)
     launch(EVALUATE, '--ckpt=ckpt_best.pt', '--device=cpu')
     assert results('out/ckpt_best')['val_tokens'] == 400  # all there are
     for flags, message in (
@@ -71,6 +76,45 @@ def test_loss(launch, work):
     ):
         run = launch(EVALUATE, '--device=cpu', *flags, check=False)
         assert run.returncode == 2 and message in run.stderr and 'Traceback' not in run.stderr
+
+
+def test_earlier_results(launch, work):
+    """
+    Results of other kinds stay in the file for the same checkpoint only, whatever else the file holds. A full disk
+    behind stdout does not cost the results.
+    """
+    launch(TRAIN, *TINY)
+    flags = ['--val_tokens=50', '--device=cpu']
+    launch(EVALUATE, *flags)
+    first = results()
+    with open('out/ckpt_evaluation.json', 'w') as f:
+        json.dump(first | {'hellaswag': {'acc': 0.5}}, f)
+    with open('/dev/full', 'w') as full:
+        assert launch.start(EVALUATE, *flags, stdout=full).wait() == 0
+    assert results() == first | {'hellaswag': {'acc': 0.5}}
+    checkpoint = load('out/ckpt.pt')
+    checkpoint['model']['transformer.ln_f.weight'] *= 1.01
+    torch.save(checkpoint, 'out/ckpt.pt')  # of the same iteration and size
+    launch(EVALUATE, *flags)
+    second = results()
+    assert second['iter'] == first['iter'] and second['fingerprint'] != first['fingerprint']
+    assert 'hellaswag' not in second
+    for content in ('{"fingerprint": NaN}', f'{{"fingerprint": "{second["fingerprint"]}", "x": 1e999}}', '[' * 100_000):
+        with open('out/ckpt_evaluation.json', 'w') as f:
+            f.write(content)
+        launch(EVALUATE, *flags)
+        assert results() == second
+    os.remove('out/ckpt_evaluation.json')
+    os.mkfifo('out/ckpt_evaluation.json')
+    launch(EVALUATE, *flags, timeout=30)
+    assert results() == second and not [name for name in os.listdir('out') if 'tmp' in name]
+
+
+def test_no_token_in_the_vocabulary(launch, work):
+    launch(TRAIN, *TINY)
+    np.full(400, 999, np.uint16).tofile('data/letters/val.bin')
+    run = launch(EVALUATE, '--device=cpu', '--batch_size=1_000_000_000_000', check=False)
+    assert run.returncode == 2 and 'token 999 at position 0' in run.stderr and run.stderr.count('error:') == 1
 
 
 WORDS = 'A man [header] a [title] the dog runs, jumps over it and. then stops  while they watch'.split(' ')
@@ -160,9 +204,15 @@ def test_mistakes_with_hellaswag(launch, questions, nproc):
         return run.stderr
 
     assert 'nowhere.jsonl cannot be read' in fails('--input=nowhere.jsonl')
+    for label in ('1e999', '4', '-1', '1.5', 'true', 'null'):
+        with open('label.jsonl', 'w') as f:
+            f.write(json.dumps(questions[0] | {'label': 0}).replace('"label": 0', f'"label": {label}'))
+        assert 'label.jsonl, line 1, is not a HellaSwag question' in fails('--input=label.jsonl')
+    os.mkfifo('pipe')
+    assert 'pipe cannot be read: not a regular file' in fails('--input=pipe')
     with open('hellaswag.jsonl', 'a') as f:
-        f.write('{"ctx": "A"}\n')
-    assert 'hellaswag.jsonl, line 14, is not a HellaSwag question' in fails('--input=hellaswag.jsonl')
+        f.write('\n{"ctx": "A"}\n')  # an empty line is skipped
+    assert 'hellaswag.jsonl, line 15, is not a HellaSwag question' in fails('--input=hellaswag.jsonl')
     open('empty.jsonl', 'w').close()
     assert 'empty.jsonl holds no questions' in fails('--input=empty.jsonl')
     refused = {'HTTPS_PROXY': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9'}

@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+import hf_format
 from conftest import NANOGPT, ROOT, TINY, load
-from model import GPT, GPTConfig
+from encoding import ByteEncoding, CharEncoding
+from errors import UserError
+from message_commands import commands_in, run_command
+from model import GELU, GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers', reason='the test extra brings it')
 TRAIN, SAMPLE, EXPORT, IMPORT = (NANOGPT / f'{name}.py' for name in ('train', 'sample', 'export_hf', 'import_hf'))
@@ -68,12 +72,14 @@ def test_there_and_back(launch, work, case):
     out = launch(EXPORT, '--hf_dir=hf', *FLAGS[case]).stdout
     assert re.search(r'^exported out/ckpt.pt to hf: 28 tensors', out, re.M) and 'logits differ by at most' in out
     kept = min(vocab_size, 50257)
+    assert ('left out the last 47 tokens, which the encoding lacks' in out) == (case == 'gpt2')
     if case == 'gpt2':
         model.lm_head.weight.data = model.lm_head.weight.data[:kept]
         for p in model.parameters():
             p.data = p.data.bfloat16().float()
     shards = [name for name in os.listdir('hf') if name.endswith('.safetensors')]
     assert (len(shards) > 5) == (case == 'characters')
+    assert len({os.stat(f'hf/{name}').st_mode for name in os.listdir('hf')}) == 1  # the umask's
 
     hf = transformers.AutoModelForCausalLM.from_pretrained('hf', dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained('hf')
@@ -214,6 +220,9 @@ def edit_json(path, **changes):
         (dict(nanogpt={'bias': 'no'}), "invalid: nanogpt={'bias': 'no'}"),
         (dict(n_embd=64), 'by config.json it should be'),
         (dict(n_head=None), 'n_head=None'),
+        (dict(n_embd=10**18), 'n_embd=1000000000000000000'),
+        (dict(vocab_size=10**19), 'vocab_size=10000000000000000000'),
+        (dict(nanogpt={'dataset': 'x' * 5000}), "invalid: nanogpt={'dataset': 'xxx"),
     ],
 )
 def test_models_that_are_not_ours(launch, random_gpt2, changes, message):
@@ -235,15 +244,56 @@ def test_weights_that_are_not_ours(launch, random_gpt2):
         ({name: weights[name] * float('nan')}, 'contains numbers that are not finite'),
         ({'transformer.h.3.ln_1.weight': torch.ones(32)}, 'n_layer=3, but its weights have 4 blocks'),
         ({'score.weight': torch.ones(2, 32)}, 'the weights include score.weight'),
+        ({name: weights[name].double() * 1e200}, 'not finite in float32'),
+        ({'transformer.wte.bias': torch.ones(40)}, 'the weights include wte.bias'),
+        ({name: weights[name][None]}, 'but by config.json it should be'),
         ({'transformer.h.0.attn.bias': torch.ones(1, 1, 32, 32)}, None),
     ):
         save_file(weights | change, path)
         run = launch(IMPORT, '--hf_dir=hf', check=False)
         assert (run.returncode, os.path.exists('out/ckpt.pt')) == ((2, False) if message else (0, True)), run.stderr
         assert (message or '') in run.stderr and 'Traceback' not in run.stderr
+    os.remove(path)
+    run = launch(IMPORT, '--hf_dir=hf', '--out_dir=back', check=False)
+    assert run.returncode == 2 and f'{path} does not exist: copy or download it again' in run.stderr
+    os.mkfifo(path)
+    run = launch(IMPORT, '--hf_dir=hf', '--out_dir=back', check=False)
+    assert run.returncode == 2 and 'not a regular file' in run.stderr
+    edit_json('hf/model.safetensors.index.json', weight_map={name: 'a\0b'})
+    run = launch(IMPORT, '--hf_dir=hf', '--out_dir=back', check=False)
+    assert run.returncode == 2 and 'not a valid name' in run.stderr
     edit_json('hf/model.safetensors.index.json', weight_map=None)
     run = launch(IMPORT, '--hf_dir=hf', check=False)
     assert run.returncode == 2 and 'has no weight_map' in run.stderr
+
+
+def test_weights_in_another_format(launch, random_gpt2):
+    """The command in the message converts them."""
+    from safetensors.torch import load_file
+
+    os.rename('hf', "my hf's")
+    weights = {}
+    for name in [name for name in os.listdir("my hf's") if 'safetensors' in name]:
+        weights |= load_file(f"my hf's/{name}") if not name.endswith('.json') else {}
+        os.remove(f"my hf's/{name}")
+    torch.save(weights, "my hf's/pytorch_model.bin")
+    run = launch(IMPORT, "--hf_dir=my hf's", '--out_dir=o u t', check=False)
+    assert run.returncode == 2 and 'model.safetensors does not exist. Weights in other files' in run.stderr
+    run_command(*commands_in(run.stderr))
+    out = launch(IMPORT, "--hf_dir=my hf's-safetensors", '--out_dir=o u t').stdout
+    assert "continue with --init_from=resume --out_dir='o u t' --block_size=32" in out
+    idx = torch.randint(40, (1, 32))
+    assert (logits_of('o u t', idx, gelu='tanh') - random_gpt2(idx).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('name', hf_format.ACTIVATIONS)
+def test_names_of_activations(name):
+    """transformers' function of this name is the form of GELU that the import records."""
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-5, 5, 1001)
+    ours = torch.nn.functional.gelu(x, approximate=GELU[hf_format.ACTIVATIONS[name]])
+    assert (ACT2FN[name](x) - ours).abs().max() < 1e-6  # float32; the two forms differ by 5e-4
 
 
 def test_damaged_and_missing_files(launch, work):
@@ -298,6 +348,78 @@ def test_tokenizers_that_do_not_fit(launch, work):
     assert run.returncode == 2 and 'the model has 40 tokens, but the encoding of bytes has 256' in run.stderr
     run = launch(EXPORT, '--hf_dir=hf', check=False)
     assert run.returncode == 2 and 'hf_dir=hf exists already' in run.stderr
+
+
+def test_the_alphabet_of_an_imported_model_is_compared(launch, work):
+    """An alphabet of the same size and name, but with other characters, would sample other text."""
+    write_random_checkpoint('letters', 40, False, 'erf')
+    launch(EXPORT, '--hf_dir=hf')
+    launch(IMPORT, '--hf_dir=hf')
+    tiny = [flag for flag in TINY if not flag.startswith(('--n_', '--block_size'))]
+    resume = [*tiny, '--init_from=resume', '--block_size=32', '--max_iters=1', '--eval_interval=5']
+    shutil.copytree('data/letters', 'data/more')
+    np.random.default_rng(0).integers(40, size=500).astype(np.uint16).tofile('data/more/train.bin')
+    launch(SAMPLE, '--start=0', '--num_samples=1', '--max_new_tokens=2')
+    launch(TRAIN, *resume, '--dataset=more', '--out_dir=out')  # other data in the same encoding
+    launch(IMPORT, '--hf_dir=hf')
+    with open('data/letters/meta.pkl', 'rb') as f:
+        meta = pickle.load(f)
+    letters = [chr(ord('A') + i) for i in range(40)]
+    meta |= {'itos': dict(enumerate(letters)), 'stoi': {c: i for i, c in enumerate(letters)}}
+    with open('data/letters/meta.pkl', 'wb') as f:
+        pickle.dump(meta, f)
+    for script, flags in ((SAMPLE, ['--start=A']), (TRAIN, resume)):
+        run = launch(script, *flags, check=False)
+        assert run.returncode == 2 and 'but the checkpoint was trained with 40 tokens of its own' in run.stderr
+
+
+@pytest.mark.parametrize('stoi', [{'a': 0, '\udcff': 1}, {'a': 0, 'b': 0}, {'a': 0, 'bc': 1}])
+def test_alphabets_without_a_tokenizer(tmp_path, stoi):
+    with pytest.raises(UserError, match='no tokenizer can be made of an alphabet'):
+        hf_format.write_tokenizer(tmp_path, CharEncoding(stoi, {i: c for c, i in stoi.items()}), 8)
+
+
+def test_a_full_disk_under_the_tokenizer(tmp_path):
+    (tmp_path / 'tokenizer.json').symlink_to('/dev/full')
+    with pytest.raises(OSError, match='No space left'):
+        hf_format.write_tokenizer(tmp_path, ByteEncoding(), 8)
+
+
+def test_an_odd_checkpoint_is_exported(launch, work):
+    """
+    An alphabet and a name with an undecodable byte, flags of wrong types, no dropout, a link to an empty folder, and a
+    vocabulary larger than the encoding's. The user's hidden folder stays.
+    """
+    alphabet = '\n ab\udcff'
+    name = 'data\udcff'
+    meta = {'vocab_size': 5, 'stoi': {c: i for i, c in enumerate(alphabet)}, 'itos': list(alphabet)}
+    make_dataset(name, 5, meta)
+    write_random_checkpoint(name, 5, False, 'erf')
+    checkpoint = load('out/ckpt.pt')
+    del checkpoint['model_args']['dropout']
+    checkpoint['config'] |= {'gradient_accumulation_steps': 'x', 'batch_size': None, 'block_size': 32}
+    torch.save(checkpoint, 'out/ckpt.pt')
+    os.makedirs('.folder.tmp/mine')
+    os.makedirs('folder')
+    os.symlink('folder', 'hf')
+    out = launch(EXPORT, '--hf_dir=hf').stdout
+    assert 'without tokenizer files: no tokenizer can be made' in out
+    assert sorted(os.listdir('.')) == ['.folder.tmp', 'data', 'folder', 'hf', 'out'] and os.listdir('.folder.tmp')
+    assert '| data set | data\\udcff |' in open('folder/README.md').read()
+    launch(IMPORT, '--hf_dir=hf', '--out_dir=back')
+    assert load('back/ckpt.pt')['config']['dataset'] == name
+    run = launch(EXPORT, '--hf_dir=hf\udcff', check=False)
+    assert run.returncode == 2 and 'is not a name in UTF-8' in run.stderr
+
+
+def test_a_full_disk_behind_stdout(launch, work):
+    """It costs neither an export nor an import."""
+    write_random_checkpoint('elsewhere', 40, False, 'erf')
+    with open('/dev/full', 'w') as full:
+        assert launch.start(EXPORT, '--hf_dir=hf', stdout=full).wait() == 0
+    with open('/dev/full', 'w') as full:
+        assert launch.start(IMPORT, '--hf_dir=hf', '--out_dir=back', stdout=full).wait() == 0
+    assert os.path.exists('back/ckpt.pt')
 
 
 FAKE = """

@@ -146,6 +146,26 @@ def test_itos_may_be_a_list(tmp_path, itos, with_stoi):
     assert char.byte_lengths() == [1, 2, 1]
 
 
+@pytest.mark.parametrize('stoi', [{'a': 'x'}, {'a': 3}, {'a': -1}, {'a': True}, {0: 0}, {'a': [0]}])
+def test_a_table_of_wrong_ids_decodes_nothing(stoi):
+    for tables in ({'itos': ['a', 'b', 'c'], 'stoi': stoi}, {'stoi': stoi}):
+        with pytest.raises(UserError, match='not a table of characters and ids below vocab_size'):
+            encoding.get_encoding({'vocab_size': 3, **tables})
+    with pytest.raises(UserError, match='not a table of characters'):
+        encoding.get_encoding({'vocab_size': 2, 'itos': ['a', 'b', 'c']})
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'byte'])
+def test_a_vocabulary_smaller_than_its_encoding(name):
+    with pytest.raises(UserError, match=f'vocab_size is 255, but the encoding {name} has'):
+        encoding.get_encoding({'vocab_size': 255, 'encoding': name})
+
+
+def test_one_table_is_enough():
+    char = encoding.get_encoding({'vocab_size': 2, 'stoi': {'a': 1, 'b': 0}})
+    assert char.encode('ab') == [1, 0] and char.decode([1, 0]) == 'ab'
+
+
 @pytest.mark.parametrize('itos', [5, [0, 1], {0: b'a'}, {'0': 'a'}, {0: 'a', 'b': 'c'}, {0: ['a'], 1: {}}])
 def test_a_table_that_is_none_trains_but_decodes_nothing(itos):
     odd = {'vocab_size': 2, 'itos': itos, 'stoi': 7}

@@ -1,6 +1,8 @@
 """Sampling with the key-value cache gives the same result as model.generate, only faster."""
 
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +102,33 @@ def test_steps_are_replayed_as_a_cuda_graph(monkeypatch):
     assert calls.count(1) == kv_cache.WARMUP + 1 and calls.count(32) == 12
     drawn = generate(model, prompt, 2, 28, cuda_graph=True)
     assert not torch.equal(drawn[0], drawn[1]) and len(drawn[:, 12:].unique()) > 10  # replays draw new numbers
+
+
+@pytest.mark.parametrize(
+    'old, new, fits',
+    [
+        ('dim=2)', 'dim=2)\n        q = q * torch.arange(T, device=x.device)[:, None]', False),
+        ('self.lm_head', 'self.head', False),
+        ('wpe(pos)', 'wpe(pos).mul(2)', True),
+    ],
+    ids=['attention', 'names', 'positions'],
+)
+def test_a_model_of_the_users_own(launch, work, old, new, fits):
+    """Its greedy text is the same with and without the cache, which is not used for another attention or structure."""
+    os.makedirs('mine')
+    Path('mine/model.py').write_text((NANOGPT / 'model.py').read_text().replace(old, new))
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=40, bias=True, dropout=0.0)
+    weights = {k: torch.randn_like(v) for k, v in GPT(GPTConfig(**args)).state_dict().items()}
+    weights['transformer.wte.weight'] = weights['lm_head.weight']
+    weights = {k.replace(old[5:], new[5:]) if old == 'self.lm_head' else k: v for k, v in weights.items()}
+    os.makedirs('out')
+    rest = dict(model_args=args, iter_num=1, best_val_loss=1.0, config={'dataset': 'letters'})
+    torch.save({'model': weights, **rest}, 'out/ckpt.pt')
+    flags = ['--model_dir=mine', '--start=0', '--num_samples=1', '--max_new_tokens=12', '--temperature=0']
+    cached, plain = (launch(NANOGPT / 'sample.py', *flags, f'--kv_cache={cache}').stdout for cache in (True, False))
+    note = 'note: sampling without the key-value cache'
+    assert (note not in cached) == fits and note not in plain
+    assert re.search('^0.{12}$', cached, re.M)[0] in plain
 
 
 def samples_in(out):

@@ -63,15 +63,28 @@ def test_prompt_from_a_file_and_other_checkpoint(launch, trained):
     [
         (['--start=é'], "character 'é'"),
         (['--start='], 'start is empty'),
-        (['--start=FILE:nowhere.txt'], 'nowhere.txt'),
+        (['--start=FILE:nowhere.txt'], 'FILE:nowhere.txt cannot be read: No such file or directory'),
+        (['--start=FILE:data'], 'FILE:data cannot be read: Is a directory'),
+        (['--start=FILE:/dev/zero'], 'FILE:/dev/zero cannot be read: not a regular file'),
+        (['--start=FILE:pipe'], 'FILE:pipe cannot be read: not a regular file'),
+        (['--start=FILE:latin-1'], "FILE:latin-1 cannot be read: 'utf-8' codec"),
+        (['--start=0', '--max_new_tokens=9223372036854775807'], 'is more than 10**12 tokens'),
+        (['--start=0', '--max_new_tokens=10_000_000_000'], 'Sampling needs less with a smaller num_samples'),
         (['--out_dir=nowhere'], 'no checkpoint nowhere/ckpt.pt'),
         (['--start=0', '--dataset=python_gpt2'], 'the model has 40 tokens'),
         (['--init_from=gpt3'], "init_from is 'gpt3'"),
     ],
 )
 def test_mistakes(launch, trained, flags, message):
+    os.mkfifo('pipe')
+    (trained / 'latin-1').write_bytes(b'\xe9')
     run = launch(SAMPLE, *flags, check=False)
     assert run.returncode == 2 and message in run.stderr and 'Traceback' not in run.stderr
+
+
+def test_a_full_disk_behind_stdout(launch, trained):
+    with open('/dev/full', 'w') as full:
+        assert launch.start(SAMPLE, '--start=0', stdout=full).wait() == 2
 
 
 def test_gpt2_encoding(launch, work):

@@ -603,6 +603,8 @@ NO_LOG = (
 )
 NO_LOG += (
     document(iterations=[{'iter': 0, 'loss': 10**400}]),
+    document(iterations=[{'iter': 0, 'loss': [1]}]),
+    document(results=[5]),
     document(run={'resumed_from': {'log': 'x', 'iter': None}}),
 )
 WRONG_TYPES = (
@@ -630,6 +632,16 @@ def test_what_is_no_log_gets_one_message(tmp_path, capsys, content, words):
     assert error.count('\n') == 1 and words in error and str(path) in error
 
 
+def test_results_of_another_kind_are_not_drawn(tmp_path):
+    """Neither a HellaSwag result nor a number may be a text."""
+    path = tmp_path / 'run_1.json'
+    path.write_text(
+        document(results=[{'hellaswag': 'good', 'hellaswag_llmc': {'acc_norm': 'x'}, 'bits_per_byte': '1'}])
+    )
+    texts = [text.get_text() for ax in vis.draw(vis.load_runs([str(path)])).axes for text in ax.texts]
+    assert 'folder' in texts and 'evaluated' not in texts
+
+
 def test_a_named_pipe_is_no_log(tmp_path, capsys):
     path = str(tmp_path / 'run_1.json')
     os.mkfifo(path)  # opening it would wait for its writer
@@ -652,6 +664,7 @@ def test_other_mistakes_get_one_message(tmp_path, monkeypatch, capsys):
     for argv in (
         [path, '--metrics', 'losses'],
         [path, '--smooth', '0'],
+        [path, '--html', path],  # the page would replace the log
         [path, '--x', 'epochs'],
         [path, '--follow', '-1'],
         ['--follow', 'nan'],
