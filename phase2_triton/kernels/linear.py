@@ -153,6 +153,14 @@ def rounded(weight, dtype):
     return kept
 
 
+def not_a_view(y):
+    """
+    Returns y, which nobody else has, such that it may change in place. With a bias, F.linear returns a view, and
+    autograd allows no change of a view that a Function returns.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
@@ -161,7 +169,7 @@ class LinearFunction(torch.autograd.Function):
         x, w = x.to(dtype), rounded(weight, dtype)
         ctx.save_for_backward(x, w)
         ctx.weight = weight
-        return F.linear(x, w, None if bias is None else bias.to(dtype))
+        return not_a_view(F.linear(x, w, None if bias is None else bias.to(dtype)))
 
     @staticmethod
     @once_differentiable

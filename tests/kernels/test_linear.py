@@ -37,6 +37,17 @@ def test_the_users_library_is_back_after_an_error(monkeypatch):
     assert chosen[-1] == 'the user chose this'
 
 
+@pytest.mark.parametrize('bias', [True, False])
+def test_the_output_may_change_in_place(bias):
+    """Hooks may do so; FSDP warns if a block returns a view."""
+    layer = torch.nn.Linear(8, 16, bias=bias, device=device)
+    with torch.autocast(device, dtype=bf16):
+        y = linear.linear(torch.randn(2, 3, 8, device=device), layer.weight, layer.bias)
+    assert not y._is_view() and 'LinearFunction' in type(y.grad_fn).__name__
+    y.mul_(2).sum().backward()
+    assert (layer.bias is None or (layer.bias.grad == 12).all()) and layer.weight.grad.isfinite().all()
+
+
 if gpu:
 
     @pytest.mark.parametrize('shape', [(768, 768), (3072, 768), (768, 3072)])
