@@ -147,8 +147,8 @@ def longrun(report):
         gap = f'{max(gaps):.4f}' if gaps else ''
         cells.append((row['name'], *losses, gap, speed, gib(summary['peak_memory_bytes'] or 0, 1), row['parts']))
     per_iter = rows[0]['log']['run']['tokens_per_iter']
-    header = [f'val loss after {mark * per_iter / 1e6:.0f} million tokens (− first row)' for mark in marks]
-    return markdown(['', *header, 'largest gap', 'tokens/s', 'peak, GiB', 'parts'], cells)
+    header = [f'{mark * per_iter / 1e6:.0f} million' for mark in marks]
+    return markdown(['validation loss (− first row) after', *header, 'largest gap', 'tokens/s', 'peak, GiB', 'parts'], cells)
 
 
 def main():
