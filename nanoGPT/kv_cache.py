@@ -99,21 +99,22 @@ def fits(model: torch.nn.Module) -> bool:
     """
     Returns whether the cache computes this model's logits, without drawing random numbers. A user's own model.py may
     compute attention in another way, for example with rotary positions. Compares a prefill and a decode step with the
-    model itself, in float32. The model must be in eval mode.
+    model itself, in float32, on 16 tokens, so it cannot see a window of attention that is longer than that. The model
+    must be in eval mode.
     """
     tokens = torch.arange(min(model.config.block_size, 16), device=next(model.parameters()).device)
     tokens = tokens[None] % model.config.vocab_size
     if tokens.size(1) == 1:
         return True
-    with torch.autocast(tokens.device.type, enabled=False):
-        expected = model(tokens)[0][:, -1]
-        try:
+    try:
+        with torch.autocast(tokens.device.type, enabled=False):
+            expected = model(tokens)[0][:, -1]
             cache = KVCache(model, 1, tokens.size(1))
             cache.prefill(tokens[:, :-1])
             with cache.replace_attention(cache.attend_to_cache):
                 found = cache.decode(tokens[:, -1:])
-        except (AttributeError, TypeError, RuntimeError):  # other parts, or other shapes
-            return False
+    except Exception:  # other parts or shapes, or kernels without float32: a model of the user's can raise any error
+        return False
     # TF32, which GPUs use for float32, is as precise as float16, whose roundings reached 0.6% of the largest logit
     return ((found - expected).abs().max() <= 0.02 * expected.abs().max()).item()
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import fake_cuda_graph
 import kv_cache
 from conftest import NANOGPT, ROOT, TINY, load
-from kv_cache import draw, generate
-from model import GPT, GPTConfig
+from kv_cache import draw, fits, generate
+from model import GPT, Block, CausalSelfAttention, GPTConfig
 
 
 def tiny_model(block_size=16, **options):
@@ -129,6 +129,47 @@ def test_a_model_of_the_users_own(launch, work, old, new, fits):
     note = 'note: sampling without the key-value cache'
     assert (note not in cached) == fits and note not in plain
     assert re.search('^0.{12}$', cached, re.M)[0] in plain
+
+
+def block_with_a_pair(self, x):
+    y, _ = self.attn(self.ln_1(x))
+    x = x + y
+    return x + self.mlp(self.ln_2(x))
+
+
+def block_with_its_own_attention(self, x):
+    x = x + CausalSelfAttention.forward(self.attn, self.ln_1(x))
+    return x + self.mlp(self.ln_2(x))
+
+
+def attention_with_a_pair(self, x, forward=CausalSelfAttention.forward):
+    return forward(self, x), None
+
+
+def attention_in_16_bits_only(self, x, forward=CausalSelfAttention.forward):
+    if self.c_attn(x).dtype == torch.float32:
+        raise RuntimeError('only float16 and bfloat16 are supported')
+    return forward(self, x)
+
+
+@pytest.mark.parametrize(
+    'cls, forward',
+    [
+        (Block, block_with_its_own_attention),
+        (CausalSelfAttention, attention_in_16_bits_only),
+        ((CausalSelfAttention, Block), (attention_with_a_pair, block_with_a_pair)),
+    ],
+    ids=['another method', '16 bits', 'a pair'],
+)
+def test_a_model_that_raises_without_its_own_attention(monkeypatch, cls, forward):
+    """Whatever such a model raises, sample.py has to sample without the cache instead of ending."""
+    model = tiny_model()
+    assert fits(model)
+    for one, replacement in zip(*((x if isinstance(x, tuple) else (x,)) for x in (cls, forward))):
+        monkeypatch.setattr(one, 'forward', replacement)
+    assert not fits(model)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert model(torch.zeros(1, 3, dtype=torch.long))[0].isfinite().all()  # its attention is its own again
 
 
 def samples_in(out):
