@@ -54,7 +54,7 @@ def test_sharded(launch_interpreted, with_ddp, work, folder, options):
         shutil.copy('out/ckpt_best.pt', 'out/ckpt.pt')
     assert set(records('out', 'fp8_clamped')) == {0}
     out = launch_interpreted(*run, '--init_from=resume', nproc=2).stdout
-    assert 'measured anew' not in out and records('out', 'loss') == before[2:]
+    assert 'measured again' not in out and records('out', 'loss') == before[2:]
 
 
 def test_the_log_counts_the_clamped_micro_steps_of_all_ranks(launch_interpreted, work):
