@@ -148,7 +148,8 @@ def longrun(report):
         cells.append((row['name'], *losses, gap, speed, gib(summary['peak_memory_bytes'] or 0, 1), row['parts']))
     per_iter = rows[0]['log']['run']['tokens_per_iter']
     header = [f'{mark * per_iter / 1e6:.0f} million' for mark in marks]
-    return markdown(['validation loss (− first row) after', *header, 'largest gap', 'tokens/s', 'peak, GiB', 'parts'], cells)
+    header = ['validation loss (− first row) after', *header, 'largest gap', 'tokens/s', 'peak, GiB', 'parts']
+    return markdown(header, cells)
 
 
 def main():
