@@ -53,6 +53,7 @@ DRY = [
 ]
 RUN_FACTS = ('status', 'phase', 'model', 'world_size', 'tokens_per_iter', 'versions', 'start_time', 'end_time')
 FIELDS = {'iterations': ('iter', 'loss', 'time_ms', 'tokens_per_sec', 'peak_memory_bytes')}
+FIELDS['iterations'] += ('skipped_steps', 'fp8_clamped')
 FIELDS |= {'evaluations': ('iter', 'train_loss', 'val_loss'), 'checkpoints': ('iter',)}
 
 
