@@ -228,8 +228,9 @@ def has_sha256(path: str, sha256: str) -> bool:
 
 def _write_atomically(path, content):
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with replaced(path) as temporary, open(temporary, 'wb') as f:
-            f.write(content)
+        with replaced(path) as temporary:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(temporary, 'wb') as f:
+                f.write(content)
     except OSError as error:
         raise UserError(str(error)) from error

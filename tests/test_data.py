@@ -687,6 +687,9 @@ def test_gpt2_offline(tmp_path, monkeypatch):
         assert len(list(cache.iterdir())) == 2
         next(cache.iterdir()).write_text('damaged')
     load()
+    with monkeypatch.context() as context, pytest.raises(UserError, match=r'cannot be written: Not a directory'):
+        context.setenv('TIKTOKEN_CACHE_DIR', str(next(cache.iterdir()) / 'inside a file'))
+        load()
     monkeypatch.setattr(encoding.importlib.util, 'find_spec', lambda name: None)
     assert load().n_vocab == 50257  # from the cache alone
     monkeypatch.undo()
