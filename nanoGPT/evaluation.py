@@ -43,11 +43,11 @@ def mean_loss(
     stop_requested=None,
 ) -> float | None:
     """
-    Returns the mean loss in nats over the first num_tokens tokens. Collective: every rank returns the same number and
-    runs the same number of forward passes of shape (batch_size, block_size). context: the autocast context of the
-    forward pass. stop_requested: a collective function; once it returns True, mean_loss ends early and returns None.
-    Raises UserError if there are fewer tokens. A token outside the vocabulary is not counted, and becomes a problem of
-    the data set.
+    Returns the mean loss in nats over the first num_tokens tokens, or NaN if all of them are outside the vocabulary:
+    such tokens are not counted, and become a problem of the data set. Collective: every rank returns the same number
+    and runs the same number of forward passes of shape (batch_size, block_size), or of fewer rows if a rank's share of
+    the split has fewer. context: the autocast context of the forward pass. stop_requested: a collective function; once
+    it returns True, mean_loss ends early and returns None. Raises UserError if there are fewer tokens.
     """
     if tokens.block_size != block_size:
         tokens = TokenFiles(tokens.files, block_size, tokens.problems)
@@ -55,7 +55,7 @@ def mean_loss(
     distributed = torch.distributed.is_initialized()
     rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     vocab_size = getattr(model, 'module', model).config.vocab_size
-    batch_size = min(batch_size, -(-tokens.rows // world_size))  # more rows would be padding
+    batch_size = min(batch_size, -(-tokens.rows // world_size))  # more rows would only be padding
     training = model.training
     model.eval()
     losses, counts = [], []
@@ -77,7 +77,7 @@ def mean_loss(
     model.train(training)
     sums = torch.stack(losses).cpu().double() * torch.tensor(counts)  # sums in float64
     total, count = mean_over_ranks(torch.tensor([sums.sum(), sum(counts)], dtype=torch.float64)).tolist()
-    return total / count if count else math.nan  # every token was outside the vocabulary
+    return total / count if count else math.nan
 
 
 def _predictions_before(tokens, row):
