@@ -49,7 +49,7 @@ def start_ranks(cpu: bool):
 
 
 def load_model(folder):
-    """Returns the module folder/model.py, loaded anew, because two trainers may have different models."""
+    """Returns the module folder/model.py, loaded again, because two trainers may have different models."""
     spec = importlib.util.spec_from_file_location(re.sub(r'\W', '_', f'model_of_{folder}'), ROOT / folder / 'model.py')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look it up

@@ -99,7 +99,7 @@ def fits(model: torch.nn.Module) -> bool:
     """
     Returns whether the cache computes this model's logits, without drawing random numbers. A user's own model.py may
     compute attention in another way, for example with rotary positions. Compares a prefill and a decode step with the
-    model itself, in float32, on 16 tokens, so it cannot see a window of attention that is longer than that. The model
+    model itself, in float32, on 16 tokens, so sliding-window attention with a longer window goes unnoticed. The model
     must be in eval mode.
     """
     tokens = torch.arange(min(model.config.block_size, 16), device=next(model.parameters()).device)
@@ -113,7 +113,7 @@ def fits(model: torch.nn.Module) -> bool:
             cache.prefill(tokens[:, :-1])
             with cache.replace_attention(cache.attend_to_cache):
                 found = cache.decode(tokens[:, -1:])
-    except Exception:  # other parts or shapes, or kernels without float32: a model of the user's can raise any error
+    except Exception:  # a user's model.py may have other parts or shapes, or kernels without float32
         return False
     # TF32, which GPUs use for float32, is as precise as float16, whose roundings reached 0.6% of the largest logit
     return ((found - expected).abs().max() <= 0.02 * expected.abs().max()).item()

@@ -38,7 +38,7 @@ class Efficiencies:
     launch_fsdp: float = 2.8e-3  # the same under FSDP, whose hooks run in Python
     launch_reduce: float = 2.5e-3  # and once per iteration for each FSDP unit
     cpu_bandwidth: float = 45e9  # bytes/s of CPU memory for each rank's share of an offloaded AdamW
-    mapping: float = 220e9  # bytes/s at which torch gives memory back to CUDA and takes it anew
+    mapping: float = 220e9  # bytes/s at which torch gives memory back to CUDA and allocates it again
 
 
 def element_bytes(run):
@@ -180,9 +180,9 @@ def optimizer_seconds(run, e):
 
 def remapped_bytes(run):
     """
-    Returns the bytes per iteration that torch gives back to CUDA and takes anew on a full GPU: under FSDP each unit's
-    weights and gradients in 16 bits, and the gradients in float32 for their reduction; otherwise logits. Replays of
-    CUDA graphs allocate nothing.
+    Returns the bytes per iteration that torch gives back to CUDA and allocates again on a full GPU: under FSDP each
+    unit's weights and gradients in 16 bits, and the gradients in float32 for their reduction; otherwise logits. Replays
+    of CUDA graphs allocate nothing.
     """
     if run.graphs:
         return 0.0

@@ -49,7 +49,7 @@ TINY = [
 
 
 def pytest_addoption(parser):
-    parser.addoption('--regenerate-golden', action='store_true', help='write tests/golden_losses.json anew')
+    parser.addoption('--regenerate-golden', action='store_true', help='rewrite tests/golden_losses.json')
 
 
 @pytest.fixture(scope='session')

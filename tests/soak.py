@@ -51,7 +51,7 @@ def numbers(stdout):
 def same(a, b, phase, nproc):
     """
     Whether two values of numbers() are equal. With 3 ranks and more DDP sums the first gradients of a run in another
-    order than all later ones (it orders its buckets anew), which changes the last bit: there the last digit printed may
+    order than all later ones (it reorders its buckets), which changes the last bit: there the last digit printed may
     differ by one.
     """
     if a == b or b is None or nproc < 3 or phase == 'phase3_fsdp':

@@ -116,7 +116,7 @@ def test_every_group_gives_up_after_dist_timeout(launch):
 
 def test_each_start_has_a_name(launch):
     """
-    Each launch decides anew which rank reports a failure; each machine counts torchrun's launches independently.
+    Each launch decides again which rank reports a failure; each machine counts torchrun's launches independently.
     """
     names = [launch(PROGRAMS / 'print_launch_name.py', NANOGPT, nproc=2).stdout.split() for _ in range(2)]
     assert [len(its) for its in names] == [2, 2] and len({name for its in names for name in its}) == 2

@@ -186,7 +186,7 @@ def test_golden_losses(train, pytestconfig, tmp_path, capsys):
     """
     The reference's losses are those that golden_losses.json has: to the bit on the kind of machine that wrote it,
     elsewhere to 1e-5, since another CPU or torch sums in another order (AVX2 for AVX-512: 1.5e-7). `pytest -k golden
-    --regenerate-golden` writes it anew and says what changed. That is right only after a change that is meant to change
+    --regenerate-golden` rewrites it and says what changed. That is right only after a change that is meant to change
     the numbers, and belongs in the same commit.
     """
     make_letters(tmp_path)

@@ -231,7 +231,7 @@ def test_a_config_file_decides_who_can_be_recommended(tmp_path):
 def test_a_full_gpu_is_slow_unless_a_graph_replays():
     """
     FSDP at 42 blocks of 6144 on four H100s reached 42% of the speed that its computation allows, because torch gave
-    memory back and took it anew. 0.7: far from both.
+    memory back and allocated it again. 0.7: far from both.
     """
     wide = ('--n_embd=6144', '--n_head=96', '--batch_size=1', '--compile=False', '--gpu=h100', '--gpus=4')
     wide += ('--gradient_accumulation_steps=4', '--fsdp_reshard=True')

@@ -31,7 +31,7 @@ has_triton = kernel_device.missing is None
 def train(folder, **options):
     """
     Loss, after two forwards and a backward on the CPU, of a model of one folder; its module is loaded afresh, so it
-    prints anew.
+    prints again.
     """
     spec = importlib.util.spec_from_file_location(f'model_of_{folder}', ROOT / folder / 'model.py')
     module = importlib.util.module_from_spec(spec)

@@ -446,7 +446,7 @@ class OneOfTwoRanks(torch.distributed.ProcessGroup):
 def test_captured_under_ddp(folder, micro_steps, monkeypatch):
     """
     All micro-steps are captured, even the last, in which DDP communicates. Gradients are then in DDP's buckets, as
-    without graphs. After the first iteration, DDP orders its buckets anew, which communicates and waits for the GPU: no
+    without graphs. After the first iteration, DDP reorders its buckets, which communicates and waits for the GPU: no
     graph may contain that, and nothing may keep the old buckets.
     """
     import cuda_graph
