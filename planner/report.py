@@ -132,7 +132,8 @@ def advice(found, config, gpu, gpus, asked, best, arguments, in_files, way_out):
         steps = ', '.join(filter(None, [more, e.name, *changed]))
         return (
             f'{problem} on {gpus} × {gpu.name}. The smallest change that fits: {steps} '
-            f'({gib(e.memory_bytes["total"])} GiB reserved, {e.tokens_per_sec:,.0f} tokens/s{machines_memory(e)}):\n'
+            f'({gib(e.memory_bytes["total"])} GiB reserved{", tight" * e.tight}, {e.tokens_per_sec:,.0f} tokens/s'
+            f'{machines_memory(e)}):\n'
             f'  {options.command(e.name, e.run, [*kept, *changed], config | flags)}'
         )
     if asked and not found[asked].fits:

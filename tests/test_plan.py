@@ -338,6 +338,8 @@ def test_a_tight_run_is_called_that():
     assert 'Recommended: fsdp+checkpointing, the fastest that fits with room to spare' in run.stdout
     run = run_plan('--batch_size=300', '--gpu=h100', '--activation_checkpointing=True')
     assert 'Recommended: triton, the fastest that fits; it fits only because torch gives unused memory' in run.stdout
+    run = run_plan('--batch_size=32', '--gpu=h200', '--gpu_memory=10')  # else 10.22 GiB in 10 would look like a mistake
+    assert re.search(r'The smallest change that fits: triton, .* \(10\.\d\d GiB reserved, tight, ', run.stdout)
 
 
 def test_trainers_that_run_alike_appear_once():
