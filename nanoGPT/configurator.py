@@ -55,6 +55,7 @@ NOT_NEGATIVE = (
     'val_tokens',
     'limit',
 )
+BELOW_1E30 = ('learning_rate', 'min_lr', 'weight_decay', 'peak_tflops')  # AdamW's step size must fit float32
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 CHOICES = {'gelu': ('erf', 'tanh')}  # for the model's own flags
 NAMES = ('device', 'dtype', 'backend')  # never True or False, unlike the other flags that default to auto
@@ -94,9 +95,10 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
         else:
             for key, value in run_config_file(arg, config, script).items():
                 check_name(key, defaults, f'{key} in {arg}', '; a helper variable needs an underscore: _' + key)
+                value = convert(key, value, defaults[key], f'{key} = {shown(value)} in {arg}')
                 if key == 'model_dir' and value != config[key]:
                     raise UserError(f'{arg} sets model_dir, which works on the command line only: --model_dir={value}')
-                config[key] = convert(key, value, defaults[key], f'{key} = {value!r} in {arg}')
+                config[key] = value
                 flags_set.add(key)
     check_values(config, options)
     for note in conflicts(config, flags_set, defaults, help_texts(script, config['model_dir'], defaults)):
@@ -125,28 +127,43 @@ def convert(key, value, default, where):
     """
     kind = type(default)
     words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
+    expected = {str: 'text, in quotes', bool: 'true or false', int: 'a whole number', float: 'a number'}[kind]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f'{where}: {key} is {expected} below 2**63')
     text = str(value)
     if '\0' in text:
         raise UserError(f'{where}: {key} holds a zero byte')
     if kind is str:
+        # otherwise out_dir = None in a config file would name a folder None
+        if not isinstance(value, (str, int, float, os.PathLike)) or (isinstance(value, bool) and default != 'auto'):
+            raise UserError(f'{where}: {key} is {expected}')
         as_bool = words.get(text.lower()) if default == 'auto' and key not in NAMES else None
         # a shell leaves the ~ in --out_dir=~/out to the program
         return os.path.expanduser(text) if text.startswith('~/') else text if as_bool is None else as_bool
     if kind is bool:
         if text.lower() in words:
             return words[text.lower()]
-        raise UserError(f'{where}: {key} is true or false')
+        raise UserError(f'{where}: {key} is {expected}')
     try:
         number = float(text.replace('_', '')) if not isinstance(value, bool) else None
         if kind is int and re.fullmatch(r'[+-]?[\d_]+', text):
-            if abs(int(text)) >= 2**63:
-                raise UserError(f'{where}: {key} is a whole number below 2**63')
-            return int(text)  # exact beyond 2**53 too
+            number = int(text)  # exact beyond 2**53 too
         if kind is float or number == int(number):
-            return kind(number)
+            if kind is int and abs(number) >= 2**63:
+                expected += ' below 2**63'
+            else:
+                return kind(number)
     except (ValueError, TypeError, OverflowError):
         pass
-    raise UserError(f'{where}: {key} is {"a whole number" if kind is int else "a number"}')
+    raise UserError(f'{where}: {key} is {expected}')
+
+
+def shown(value):
+    """Returns the start of repr(value), or the name of its type if it has no repr, such as 10**5000."""
+    try:
+        return repr(value)[:100]
+    except Exception:
+        return f'({type(value).__name__})'
 
 
 def check_values(config, options):
@@ -155,6 +172,7 @@ def check_values(config, options):
     for keys, good, expected in (
         (POSITIVE, lambda v: v >= 1, 'at least 1'),
         ((*NOT_NEGATIVE, *numbers), lambda v: v >= 0, 'at least 0'),
+        (BELOW_1E30, lambda v: v < 1e30, 'below 1e30'),
         (FRACTION, lambda v: 0 <= v < 1, 'at least 0 and less than 1'),
     ):
         for key in keys:

@@ -6,6 +6,7 @@ error that ends a run to stderr.
 """
 
 import os
+import select
 import sys
 from contextlib import suppress
 
@@ -16,10 +17,13 @@ class Output:
     """
     Wraps stdout or stderr so that a failure to print never ends a run. Output is lost if the disk is full, or if the
     terminal was closed under nohup. On a broken pipe, reader_gone becomes True, and StopSignal ends the run with a
-    save: in `train.py | tee`, Ctrl-C ends `tee` too.
+    save: in `train.py | tee`, Ctrl-C ends `tee` too. Once StopSignal sets stop_requested, output that nobody reads is
+    lost too, so that the save need not wait.
     """
 
-    reader_gone = False  # shared by all streams
+    # shared by all streams
+    reader_gone = False
+    stop_requested = False
 
     def __init__(self, stream):
         self.stream = stream
@@ -34,6 +38,8 @@ class Output:
         self._attempt(self.stream.flush)
 
     def _attempt(self, function, *args):
+        if Output.stop_requested:
+            discard_stuck_output()
         try:
             function(*args)
         except BrokenPipeError:
@@ -43,6 +49,20 @@ class Output:
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+
+def discard_stuck_output() -> None:
+    """
+    Redirects stdout and stderr to /dev/null if they are full and nobody reads them for a second, such as a pipe into
+    `less`. Called by a signal handler, it also ends the print that the signal interrupted.
+    """
+    for stream in (sys.__stdout__, sys.__stderr__):
+        with suppress(AttributeError, OSError, ValueError):  # no stream, or a closed one
+            poll = select.poll()
+            poll.register(stream.fileno(), select.POLLOUT)
+            if not poll.poll(1000):
+                with open(os.devnull, 'wb') as null:
+                    os.dup2(null.fileno(), stream.fileno())
 
 
 def silence_other_ranks() -> None:

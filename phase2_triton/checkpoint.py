@@ -74,7 +74,7 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
             sync(best_path)  # costs nothing if it is on the disk already
         os.replace(unfinished, path)
         sync(out_dir)
-    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
+    except (OSError, RuntimeError, MemoryError) as e:  # torch's writer raises RuntimeError on a full disk
         with suppress(OSError):
             if ours and os.path.samestat(ours, os.stat(unfinished)):
                 os.remove(unfinished)  # half a checkpoint only takes space

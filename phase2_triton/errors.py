@@ -13,7 +13,9 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 # messages of CUDA, cuBLAS, PyTorch and NumPy about exhausted memory
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|ALLOC_FAILED|can't allocate memory|cannot allocate memory|unable to allocate", re.I
+    r"out of memory|ALLOC_FAILED|can't allocate memory|cannot allocate memory|unable to allocate"
+    r'|storage size calculation overflowed',
+    re.I,
 )
 
 

@@ -46,6 +46,11 @@ def resume_model_args(checkpoint: dict, model_args: dict, flags_set: set[str]) -
                 f'the checkpoint was trained with {k}={saved[k]}, but the command asks for {k}={model_args[k]}: leave '
                 'it out, or train from scratch with another --out_dir'
             )
+    if block_sizes[0] < block_sizes[1]:
+        print(
+            f'note: the model is cropped from block_size={block_sizes[1]} to {block_sizes[0]}, and the next save '
+            'replaces the checkpoint: to keep the whole model, copy the checkpoint first'
+        )
     return {**model_args, **{k: saved[k] for k in ARCHITECTURE}}
 
 

@@ -4,7 +4,7 @@ import signal
 import time
 
 from distributed import max_over_ranks
-from output import Output
+from output import Output, discard_stuck_output
 
 
 class StopSignal:
@@ -27,6 +27,8 @@ class StopSignal:
         if number == signal.SIGINT and self.received_at and time.monotonic() - self.received_at > 2:
             raise KeyboardInterrupt
         self.received_at = self.received_at or time.monotonic()
+        Output.stop_requested = True
+        discard_stuck_output()  # a print of this thread may be waiting for a reader
 
     def requested(self) -> bool:
         """Returns True on every rank if any rank must stop. Collective on the CPU: it does not wait for the GPU."""

@@ -317,6 +317,16 @@ def test_two_runs_that_save_at_once(run, capsys, monkeypatch):
     assert open('out/ckpt.pt.tmp', 'rb').read() == b'half'
 
 
+def test_a_save_without_memory_is_a_warning(tmp_path, monkeypatch, capsys):
+    def no_memory(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, 'save', no_memory)
+    assert write_checkpoint({}, str(tmp_path), best=True, required=False)['bytes'] is None
+    assert '(MemoryError); there is no earlier one, and training continues' in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_failed_save_leaves_the_names_of_an_earlier_run(run, capsys, monkeypatch):
     """A run from scratch renames the checkpoints in its folder only once its own is written."""
     names = sorted(os.listdir('out'))

@@ -82,6 +82,9 @@ def test_values_have_the_type_of_their_default(script, argument, value):
         (['--n_layer=3'], 'no flag n_layer'),  # a field of the model, but architecture: this script has no such flag
         (['--model_dir=nowhere'], 'there is no nowhere/model.py'),
         (['--max_iters=99999999999999999999'], 'max_iters is a whole number below 2**63'),
+        (['--max_iters=1e30'], 'max_iters is a whole number below 2**63'),
+        (['--learning_rate=inf'], 'learning_rate=inf, but it must be below 1e30'),
+        (['--learning_rate=1e308'], 'learning_rate=1e+308, but it must be below 1e30'),
         (['--rows=-1'], 'rows=-1, but it must be at least 0'),  # a number of the model's own
         (['--device'], '--device needs a value'),
     ],
@@ -89,6 +92,29 @@ def test_values_have_the_type_of_their_default(script, argument, value):
 def test_mistakes(script, arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
         script(*arguments)
+
+
+@pytest.mark.parametrize(
+    'line, message',
+    [
+        ('out_dir = None', 'out_dir = None in a.py: out_dir is text, in quotes'),  # not a folder named None
+        ('out_dir = True', 'out_dir is text, in quotes'),
+        ("out_dir = ['out']", 'out_dir is text, in quotes'),
+        ('max_iters = 10**400', 'max_iters is a whole number below 2**63'),
+        ('learning_rate = 10**5000', 'learning_rate = (int) in a.py: learning_rate is a number below 2**63'),
+        ('learning_rate = [1e-3]', 'learning_rate is a number'),
+        ('eval_only = None', 'eval_only is true or false'),
+    ],
+)
+def test_wrong_types_in_a_config_file(script, tmp_path, line, message):
+    (tmp_path / 'a.py').write_text(line)
+    with pytest.raises(UserError, match=re.escape(message)):
+        script('a.py')
+
+
+def test_a_path_in_a_config_file(script, tmp_path):
+    (tmp_path / 'a.py').write_text("from pathlib import Path as _Path\nout_dir = _Path('a') / 'b'")
+    assert script('a.py')[0]['out_dir'] == 'a/b'
 
 
 def test_config_files_and_flags_apply_from_left_to_right(script, tmp_path):

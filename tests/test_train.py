@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import statistics
@@ -297,6 +298,20 @@ def test_signals_in_one_process_save_too(launch, work, number):
     assert run.wait() == 0 and load('out/ckpt.pt')['iter_num'] > 5
 
 
+def test_a_reader_that_does_not_read_costs_no_work(launch, work):
+    """As in `train.py | less`, whose pipe is full: a signal ends the run with a save."""
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end), os.fdopen(write_end, 'w') as stdout:
+        run = launch.start(TRAIN, *TINY, '--max_iters=1000000', '--eval_interval=1000000', stdout=stdout)
+        full = select.poll()
+        full.register(stdout, select.POLLOUT)
+        while full.poll(0):
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(30) == 0 and load('out/ckpt.pt')['iter_num'] > 5
+
+
 def test_a_reader_that_goes_away_stops_the_run(work):
     """
     A broken pipe, as when Ctrl-C ends `tee`, must not cost the checkpoint. Nor must a name that the terminal cannot
@@ -344,6 +359,8 @@ def test_resume_without_the_flags_of_the_model(launch, work):
     launch(TRAIN, *flags, '--block_size=16')
     config = log_of('out')['config']
     assert [config[k] for k in ('n_layer', 'n_head', 'n_embd', 'block_size')] == [2, 2, 32, 16]
+    run = launch(TRAIN, *flags, '--block_size=8', '--eval_only=True')
+    assert 'cropped from block_size=16 to 8, and the next save replaces the checkpoint' in run.stdout
 
 
 def test_works_from_anywhere(launch, work):
