@@ -55,7 +55,7 @@ NOT_NEGATIVE = (
     'val_tokens',
     'limit',
 )
-BELOW_1E30 = ('learning_rate', 'min_lr', 'weight_decay', 'peak_tflops')  # AdamW's step size must fit float32
+BELOW_1E34 = ('learning_rate', 'min_lr', 'weight_decay', 'peak_tflops')  # AdamW's step size must fit float32
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 CHOICES = {'gelu': ('erf', 'tanh')}  # for the model's own flags
 NAMES = ('device', 'dtype', 'backend')  # never True or False, unlike the other flags that default to auto
@@ -172,7 +172,7 @@ def check_values(config, options):
     for keys, good, expected in (
         (POSITIVE, lambda v: v >= 1, 'at least 1'),
         ((*NOT_NEGATIVE, *numbers), lambda v: v >= 0, 'at least 0'),
-        (BELOW_1E30, lambda v: v < 1e30, 'below 1e30'),
+        (BELOW_1E34, lambda v: v < 1e34, 'below 1e34'),
         (FRACTION, lambda v: 0 <= v < 1, 'at least 0 and less than 1'),
     ):
         for key in keys:

@@ -83,8 +83,8 @@ def test_values_have_the_type_of_their_default(script, argument, value):
         (['--model_dir=nowhere'], 'there is no nowhere/model.py'),
         (['--max_iters=99999999999999999999'], 'max_iters is a whole number below 2**63'),
         (['--max_iters=1e30'], 'max_iters is a whole number below 2**63'),
-        (['--learning_rate=inf'], 'learning_rate=inf, but it must be below 1e30'),
-        (['--learning_rate=1e308'], 'learning_rate=1e+308, but it must be below 1e30'),
+        (['--learning_rate=inf'], 'learning_rate=inf, but it must be below 1e34'),
+        (['--learning_rate=1e308'], 'learning_rate=1e+308, but it must be below 1e34'),
         (['--rows=-1'], 'rows=-1, but it must be at least 0'),  # a number of the model's own
         (['--device'], '--device needs a value'),
     ],
