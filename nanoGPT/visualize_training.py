@@ -476,6 +476,9 @@ def _bars(ax, runs, key, table, named):
         unit += '\nparameters (P), gradients (G), optimizer (O)'
     values = [math.nan if row[key] is None else row[key] / scale for row in table]
     widest = max(np.nan_to_num(values)) or 1
+    lengths = {run.evaluations['iter'].max() for run in runs if len(run.evaluations['iter'])}
+    if key == 'final_val_loss' and len(lengths) > 1:
+        title = 'Last validation loss, at iteration'
     for i, (value, row) in enumerate(zip(values, table)):
         known, color = math.isfinite(value), COLORS[i % len(COLORS)]
         if known and key == 'state_bytes_total':
@@ -491,7 +494,9 @@ def _bars(ax, runs, key, table, named):
         else:
             ax.barh(i, value if known else 0, color=color, height=0.7)
         ratio = 'baseline' if i == 0 else f'{row[f"{key}_ratio"]:.3f}×' if row[f'{key}_ratio'] else ''
-        text = f'{number(value)}  {ratio}' if key == 'final_val_loss' else f'{short(value)}  {ratio}'
+        text = f'{number(value) if key == "final_val_loss" else short(value)}  {ratio}'
+        if key == 'final_val_loss' and len(lengths) > 1:  # a ratio would compare different points of training
+            text = f'{number(value)} at {int(runs[i].evaluations["iter"].max(initial=0)):,}'
         ax.text((value if known else 0) + 0.02 * widest, i, text if known else 'not recorded', va='center', fontsize=12)
     ax.set_title(title)
     ax.set_xlabel(unit)

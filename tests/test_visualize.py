@@ -557,6 +557,14 @@ def test_long_names_and_large_losses_stay_legible(tmp_path):
     assert overlaps(one) == [] and 'bfloat16' in [text.get_text() for text in axes_of(one)['facts'].texts]
 
 
+def test_losses_of_runs_that_end_at_different_iterations_have_no_ratio(tmp_path):
+    runs = vis.load_runs([write_log(tmp_path / str(steps), steps=steps) for steps in (200, 100, 200)])
+    axes = axes_of(draw(runs))['final_val_loss']
+    assert axes.get_title('left') == 'Last validation loss, at iteration' and '×' not in texts(axes)
+    assert [text.get_text().split(' at ')[1] for text in axes.texts] == ['160', '80', '160']
+    assert '×' in texts(axes_of(draw(runs[::2]))['final_val_loss'])
+
+
 def test_the_bars_name_many_runs(tmp_path):
     """A legend of so many names would cover the curves."""
     runs = vis.load_runs([write_log(tmp_path / str(i), steps=1) for i in range(vis.MOST_NAMES + 1)])
