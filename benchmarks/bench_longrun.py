@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from common import ROOT, facts, torchrun, write_json
-from tables import gib, markdown, table
+from tables import gib, load, markdown, number, table
 
 sys.path.insert(0, str(ROOT / 'nanoGPT'))
 from run_logs import LogError, Run, find_logs, load_runs
@@ -130,18 +130,31 @@ def draw_rows(rows, path):
         draw(runs, 'tokens', None, None, 'GPT-2 124M, the same batches').savefig(path, dpi=100)
 
 
+def losses_of(row):
+    return {record['iter']: record['val_loss'] for record in row['log']['evaluations']}
+
+
+@number
+def long_run_apart(file, *words):
+    """Validation loss of `A minus B` at the last evaluation that both have, like +0.0012."""
+    rows = {row['name']: losses_of(row) for row in load(file)['rows']}
+    a, b = (rows[name] for name in ' '.join(words).split(' minus '))
+    last = max(a.keys() & b.keys())
+    return f'{a[last] - b[last]:+.4f}'.replace('-', '−')
+
+
 @table('longrun_*')
 def longrun(report):
     """Validation losses of the runs on the way and at their ends."""
     rows, cells = report['rows'], []
-    losses_of = lambda row: {record['iter']: record['val_loss'] for record in row['log']['evaluations']}
     base = losses_of(rows[0])
-    marks = sorted(base)[2::2]
+    marks = sorted(set().union(*map(losses_of, rows)))[2::2]
     for row in rows:
         its = losses_of(row)
         losses = [f'{its[mark]:.4f}' if mark in its else '' for mark in marks]
         if row is not rows[0]:
-            losses = [loss and f'{loss} ({its[mark] - base[mark]:+.4f})' for mark, loss in zip(marks, losses)]
+            apart = [f' ({its[mark] - base[mark]:+.4f})' if mark in its and mark in base else '' for mark in marks]
+            losses = [loss + difference for loss, difference in zip(losses, apart)]
         summary = row['summary']
         speed = f'{summary["tokens_per_sec_median"]:,.0f}'
         gaps = [abs(loss - base[mark]) for mark, loss in its.items() if mark and mark in base and row is not rows[0]]

@@ -15,7 +15,7 @@
 #   hybrid                   -             -  76 GiB 39k       -   125 GiB 22k  76 GiB 40k
 #   fsdp+checkpointing       -  53 GiB 15.8k  29 GiB 31k       -  53 GiB 16.4k  29 GiB 32k
 #   fsdp+offload             -  28 GiB 18.5k  28 GiB 34k       -  28 GiB 19.3k  28 GiB 36k
-# It recommends fsdp+triton on 8 H100 (89.1 days), fsdp+triton on 8 H200 (86.5 days).
+# It recommends fsdp+triton on 8 H100 (89.0 days), fsdp+triton on 8 H200 (86.4 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
