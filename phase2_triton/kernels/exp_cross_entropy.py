@@ -96,7 +96,7 @@ def losses_kernel(
 
 @jit
 def scale_rows_kernel(x_ptr, inverses_ptr, scale_ptr, y_ptr, C, BLOCK: tl.constexpr):
-    """y = x * (inverses * scale) for x and y (M, C), inverses (M,) and a number scale; the products in float32."""
+    """Writes y = x * (inverses * scale) for x and y (M, C), inverses (M,) and one scale, with products in float32."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * C + cols, mask=cols < C, other=0.0).to(tl.float32)
