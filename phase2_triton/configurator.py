@@ -59,6 +59,7 @@ BELOW_1E34 = ('learning_rate', 'min_lr', 'weight_decay', 'peak_tflops')  # AdamW
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 CHOICES = {'gelu': ('erf', 'tanh')}  # for the model's own flags
 NAMES = ('device', 'dtype', 'backend')  # never True or False, unlike the other flags that default to auto
+TORCHRUN = ('standalone', 'nproc_per_node', 'nnodes', 'max_restarts', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id')
 
 
 def configure(namespace: dict) -> tuple[dict, set[str]]:
@@ -114,11 +115,10 @@ def check_name(key, known, where, hint=''):
     """Raises UserError if no flag has this name."""
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
-        raise UserError(
-            f'{where}: there is no flag {key}'
-            + (f'; did you mean {near[0]}?' if near else '')
-            + f'{hint} (--help lists them all)'
-        )
+        meant = f'; did you mean {near[0]}?' if near else ''
+        if key.replace('-', '_') in TORCHRUN:
+            meant = "; it is torchrun's: write it before the name of the script"
+        raise UserError(f'{where}: there is no flag {key}{meant}{hint} (--help lists them all)')
 
 
 def convert(key, value, default, where):
@@ -129,21 +129,21 @@ def convert(key, value, default, where):
     words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
     expected = {str: 'text, in quotes', bool: 'true or false', int: 'a whole number', float: 'a number'}[kind]
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f'{where}: {key} is {expected} below 2**63')
+        raise UserError(f'{where}: {key} must be {expected} below 2**63')
     text = str(value)
     if '\0' in text:
         raise UserError(f'{where}: {key} holds a zero byte')
     if kind is str:
         # otherwise out_dir = None in a config file would name a folder None
         if not isinstance(value, (str, int, float, os.PathLike)) or (isinstance(value, bool) and default != 'auto'):
-            raise UserError(f'{where}: {key} is {expected}')
+            raise UserError(f'{where}: {key} must be {expected}')
         as_bool = words.get(text.lower()) if default == 'auto' and key not in NAMES else None
         # a shell leaves the ~ in --out_dir=~/out to the program
         return os.path.expanduser(text) if text.startswith('~/') else text if as_bool is None else as_bool
     if kind is bool:
         if text.lower() in words:
             return words[text.lower()]
-        raise UserError(f'{where}: {key} is {expected}')
+        raise UserError(f'{where}: {key} must be {expected}')
     try:
         number = float(text.replace('_', '')) if not isinstance(value, bool) else None
         if kind is int and re.fullmatch(r'[+-]?[\d_]+', text):
@@ -155,7 +155,7 @@ def convert(key, value, default, where):
                 return kind(number)
     except (ValueError, TypeError, OverflowError):
         pass
-    raise UserError(f'{where}: {key} is {expected}')
+    raise UserError(f'{where}: {key} must be {expected}')
 
 
 def shown(value):
