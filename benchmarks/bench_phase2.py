@@ -759,7 +759,7 @@ def phase2_ladder(report):
     header = [f'{size}, {micro_steps} micro-steps of {batch_size} × 1024', 'ms of an iteration', 'tokens/s']
     base = report.get('base', 'reference, compiled')
     bases = ('compiled reference', 'the reference') if base == 'reference, compiled' else (base, base)
-    return markdown([*header, f'{bases[0]} in the same turns', f'× {bases[1]}', *more, 'peak, GiB'], cells)
+    return markdown([*header, f'{bases[0]} in the same rounds', f'× {bases[1]}', *more, 'peak, GiB'], cells)
 
 
 @table('phase2_changes_*')
@@ -904,7 +904,7 @@ def measured(reports):
             numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', ratio, of_graph)
             where = f'{cite(file)}, {commit_of(report)}'
             rows.append((label, short(report), *numbers, gib(row['peak_memory_bytes'], 1), where))
-    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same turns', '× that', '× reference with CUDA graph']
+    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same rounds', '× that', '× reference with CUDA graph']
     return markdown([*header, 'peak, GiB', 'result file'], rows)
 
 
@@ -975,7 +975,7 @@ def phase2_largest(report):
 
 @number
 def times_upstream(file, *name):
-    """Speed of a short name (see changes), or of a variant, in multiples of upstream nanoGPT's in the same turns."""
+    """Speed of a short name (see changes), or of a variant, in multiples of upstream nanoGPT's in the same rounds."""
     row = changes(load(file)).get(' '.join(name)) or row_of(file, name)
     return f'{statistics.median(row["ms_upstream"]) / statistics.median(row["ms"]):.2f}'
 

@@ -440,7 +440,7 @@ def test_an_older_gpu(monkeypatch):
 
 
 def test_wrapped_in_fp8(monkeypatch):
-    """DDP, and FSDP2 that gathers weights in bfloat16 as phase 3 does, compute as the plain model does."""
+    """DDP, and FSDP2 that gathers weights in bfloat16 as phase3_fsdp does, compute as the plain model does."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     results = {}
