@@ -87,7 +87,7 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
             print_help(script, defaults, config['model_dir'], namespace.get('__doc__'))
         elif arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
-            check_name(key, defaults, arg)
+            check_name(key, defaults, arg, script)
             if not equals and not isinstance(defaults[key], bool) and (defaults[key] != 'auto' or key in NAMES):
                 raise UserError(f'{arg} needs a value: {arg}=...')
             if key != 'model_dir':
@@ -95,7 +95,7 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
             flags_set.add(key)
         else:
             for key, value in run_config_file(arg, config, script).items():
-                check_name(key, defaults, f'{key} in {arg}', '; a helper variable needs an underscore: _' + key)
+                check_name(key, defaults, f'{key} in {arg}', script, '; a helper variable needs an underscore: _' + key)
                 value = convert(key, value, defaults[key], f'{key} = {shown(value)} in {arg}')
                 if key == 'model_dir' and value != config[key]:
                     raise UserError(f'{arg} sets model_dir, which works on the command line only: --model_dir={value}')
@@ -111,14 +111,30 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
     return config, flags_set
 
 
-def check_name(key, known, where, hint=''):
+def check_name(key, known, where, script, hint=''):
     """Raises UserError if no flag has this name."""
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
-        meant = f'; did you mean {near[0]}?' if near else ''
+        advice = f'; did you mean {near[0]}?{hint}' if near else hint
         if key.replace('-', '_') in TORCHRUN:
-            meant = "; it is torchrun's: write it before the name of the script"
-        raise UserError(f'{where}: there is no flag {key}{meant}{hint} (--help lists them all)')
+            advice = "; it is torchrun's: write it before the name of the script"
+        advice = flag_elsewhere(key, script) or advice
+        raise UserError(f'{where}: there is no flag {key}{advice} (--help lists them all)')
+
+
+def flag_elsewhere(key, script):
+    """Returns advice if the model or the script of this name in a neighbouring folder has the flag, else ''."""
+    own, name = os.path.split(os.path.realpath(script))
+    for model in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(own)), '*', 'model.py'))):
+        folder = os.path.dirname(model)
+        other = os.path.basename(folder)
+        with suppress(OSError, SyntaxError, ValueError):  # not a folder of ours, or one without this script
+            if key in model_options(folder, script):
+                return f'; the model in {other} has it: --model_dir=../{other}'
+            with open(os.path.join(folder, name), encoding='utf-8') as f:
+                if re.search(rf'^{re.escape(key)} = [^#]*#', f.read(), re.M):
+                    return f'; {other}/{name} has it'
+    return ''
 
 
 def convert(key, value, default, where):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from configurator import configure
+from configurator import configure, flag_elsewhere
 from conftest import NANOGPT, ROOT, TINY
 from errors import UserError
 
@@ -93,6 +93,20 @@ def test_values_have_the_type_of_their_default(script, argument, value):
 def test_mistakes(script, arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
         script(*arguments)
+
+
+@pytest.mark.parametrize(
+    'path, flag, message',
+    [
+        ('nanoGPT/train.py', 'fp8', '; the model in phase2_triton has it: --model_dir=../phase2_triton'),
+        ('nanoGPT/evaluate.py', 'half_residual', '; the model in phase2_triton has it: --model_dir=../phase2_triton'),
+        ('nanoGPT/train.py', 'use_zero1', '; phase1_zero1/train.py has it'),
+        ('phase1_zero1/train.py', 'fsdp_reshard', '; phase3_fsdp/train.py has it'),
+        ('nanoGPT/sample.py', 'max_iters', ''),
+    ],
+)
+def test_flags_of_another_trainer_or_model(path, flag, message):
+    assert flag_elsewhere(flag, ROOT / path) == message
 
 
 @pytest.mark.parametrize(
