@@ -135,7 +135,7 @@ def draw_rows(rows, path):
 
 @table('longrun_*')
 def longrun(report):
-    """Validation losses of the runs on the way and at their ends."""
+    """Returns the validation losses of the runs on the way and at their ends."""
     rows, cells = report['rows'], []
     losses_of = lambda row: {record['iter']: record['val_loss'] for record in row['log']['evaluations']}
     base = losses_of(rows[0])

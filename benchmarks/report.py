@@ -83,7 +83,7 @@ ORANGE, GREY = '#E69F00', '#999999'
 
 @table('*', together=True)
 def result_files(reports):
-    """One row for each result file, text files included."""
+    """Returns one row for each result file, text files included."""
     rows = []
     names = {path.name: path for path in sorted(tables.RESULTS.iterdir()) if path.suffix in ('.json', '.txt')}
     for name, path in names.items():

@@ -509,8 +509,8 @@ def runs_eagerly(x):
 
 def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
     """
-    LayerNorm over the last dimension, like torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps). Uses
-    Triton kernels where they can run (see kernels.available), and that function elsewhere.
+    Returns LayerNorm over the last dimension, like torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps).
+    Uses Triton kernels where they can run (see kernels.available), and that function elsewhere.
 
     x: (..., N), float32, bfloat16 or float16, with any strides and any number of rows, including none. weight, bias (or
     None): (N,), in the dtype of x or a wider one. Returns (..., N) in out_dtype, contiguous if the kernels ran.
