@@ -456,7 +456,7 @@ def hopper(args, rows, save):
 
     def exponential_loss(x, w, targets):
         exps, sums = exp_cross_entropy.exponentials(x, w, exp_cross_entropy.target_logits(x, w, targets))
-        exp_cross_entropy.take_losses(exps, sums, targets, -1)
+        exp_cross_entropy.losses_of(exps, sums, targets, -1)
 
     for name, (out, into) in weights.items():
         w, x = random(out, into) * into**-0.5, random(M, into)

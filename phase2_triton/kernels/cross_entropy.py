@@ -284,7 +284,7 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1, tied=False, chunk_
             )
         if active(layer):
             move(given, x)
-        elif need_grad and exp_cross_entropy.fits(x, weight, dtype) and exp_cross_entropy.load_matmul_hopper():
+        elif need_grad and exp_cross_entropy.supports(x, weight, dtype) and exp_cross_entropy.load_matmul_hopper():
             return exp_cross_entropy.ExpCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, tied)
         return LinearCrossEntropyFunction.apply(x, weight, targets, ignore_index, dtype, need_grad, tied, active(layer))
 
