@@ -181,7 +181,9 @@ def main():
 
 @table('data_speed_*')
 def data_speed(report):
-    """Time of a step with batches from one file and from shards, and the ratio of each round to one file's."""
+    """
+    Returns the time of a step with batches from one file and from shards, and the ratio of each round to one file's.
+    """
     one, rows = report['step_ms']['one file, random'], []
     for name, ms in report['step_ms'].items():
         ratios = sorted(there / here for here, there in zip(ms, one, strict=True))
@@ -192,7 +194,7 @@ def data_speed(report):
 
 @number
 def speed_from_shards(order):
-    """Speed of a step with batches from shards relative to one file: median and range of the rounds."""
+    """Returns the speed of a step with batches from shards relative to one file: median and range of the rounds."""
     ms = load('data_speed_h200')['step_ms']
     ratios = [100 * a / b for a, b in zip(ms['one file, random'], ms[f'shards, {order}'], strict=True)]
     return f'{statistics.median(ratios):.1f}% ({min(ratios):.1f}% to {max(ratios):.1f}%)'
@@ -200,7 +202,9 @@ def speed_from_shards(order):
 
 @table('data_cpu*')
 def data(report):
-    """Times of opening the data set and reading batches, for one rank and for the slowest of several; scan speed."""
+    """
+    Returns times of opening the data set and reading batches, for one rank and for the slowest of several; scan speed.
+    """
     rows = []
     for name, results in (('1', [report['alone']]), (f'{len(report["ranks"])}, slowest', report['ranks'])):
         for order in ('random', 'sequential'):

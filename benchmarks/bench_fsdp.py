@@ -409,7 +409,7 @@ def fsdp_variants(report):
 
 @table('fsdp_checkpoint_*')
 def fsdp_checkpoint(report):
-    """Seconds of two saves at 1.5B."""
+    """Returns the seconds of two saves at 1.5B."""
     rows, (sharded, full) = [], report['results']
     for its, save in zip(sharded['steps'], sharded['saves']):
         usual, during = its['seconds'], its['seconds_while_saving']
@@ -424,7 +424,7 @@ def fsdp_checkpoint(report):
 
 @table('fsdp_largest_*', together=True)
 def fsdp_largest(reports):
-    """The largest model that trains with each trainer, by machine."""
+    """Returns the largest model that trains with each trainer, by machine."""
     names = {
         'ddp': 'DDP',
         'zero1': 'ZeRO-1',
@@ -452,15 +452,17 @@ def fsdp_largest(reports):
 
 @number
 def largest_model(machine, trainer):
-    """Billions of parameters of the largest model that trains; machine: as in the file's name, such as h200x4."""
+    """
+    Returns billions of parameters of the largest model that trains; machine: as in the file's name, such as h200x4.
+    """
     return f'{load(f"fsdp_largest_{trainer}_{machine}")["results"][0]["parameters"] / 1e9:.1f}'
 
 
 @number
 def fsdp_curve(what):
     """
-    The mean loss over the second half of the curves. what: ddp or fsdp (each curve's), difference (of the two trainers
-    at the same seed), or seeds (the largest difference between DDP's seeds).
+    Returns the mean loss over the second half of the curves. what: ddp or fsdp (each curve's), difference (of the two
+    trainers at the same seed), or seeds (the largest difference between DDP's seeds).
     """
     summary = load('fsdp_curves_h100x4')['results'][-1]
     means = {

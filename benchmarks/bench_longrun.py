@@ -52,6 +52,7 @@ DRY = [
     *('--log_interval=1', '--device=cpu', '--dtype=float32', '--compile=False'),
 ]
 RUN_FACTS = ('status', 'phase', 'model', 'world_size', 'tokens_per_iter', 'versions', 'start_time', 'end_time')
+RUN_FACTS += ('device',)
 FIELDS = {'iterations': ('iter', 'loss', 'time_ms', 'tokens_per_sec', 'peak_memory_bytes')}
 FIELDS['iterations'] += ('skipped_steps', 'fp8_clamped')
 FIELDS |= {'evaluations': ('iter', 'train_loss', 'val_loss'), 'checkpoints': ('iter',)}
@@ -120,14 +121,16 @@ def without_paths(summary):
 
 
 def draw_rows(rows, path):
-    """Overlays the loss curves, by tokens, with visualize_training.py."""
+    """Overlays the loss curves, by tokens, with visualize_training.py. Draws a single run with its speed and memory."""
     with tempfile.TemporaryDirectory() as folder:
         for i, row in enumerate(rows):
             Path(folder, f'run_{i}.json').write_text(json.dumps(row['log']))
         runs = load_runs([str(Path(folder, f'run_{i}.json')) for i in range(len(rows))])
         for run, row in zip(runs, rows):
             run.label = row['name']
-        draw(runs, 'tokens', None, None, 'GPT-2 124M, the same batches').savefig(path, dpi=100)
+        one = ['loss', 'time_ms', 'tokens_per_sec', 'peak_memory_bytes'] if len(runs) == 1 else None
+        title = f'GPT-2 124M, {runs[0].label if one else "the same batches"}'
+        draw(runs, 'tokens', metrics=one, title=title).savefig(path, dpi=100)
 
 
 def losses_of(row):
@@ -145,7 +148,7 @@ def long_run_apart(file, *words):
 
 @table('longrun_*')
 def longrun(report):
-    """Validation losses of the runs on the way and at their ends."""
+    """Returns the validation losses of the runs on the way and at their ends."""
     rows, cells = report['rows'], []
     base = losses_of(rows[0])
     marks = sorted(set().union(*map(losses_of, rows)))[2::2]

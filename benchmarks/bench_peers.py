@@ -165,7 +165,7 @@ def evaluations(text):
 
 @table('peers_*')
 def peers(report):
-    """Medians over the rounds, and ratios to upstream and to llm.c with their spread over the rounds."""
+    """Returns medians over the rounds, and ratios to upstream and to llm.c with their spread over the rounds."""
     rows, order = report['rows'], list(dict.fromkeys(row['name'] for row in report['rows']))
     if 'steps' in report:
         return ''
@@ -188,7 +188,7 @@ def peers(report):
 
 @table('peers_*')
 def peers_losses(report):
-    """The losses of programs that trained on the same batches, and how far from upstream's they end."""
+    """Returns the losses of programs that trained on the same batches, and how far from upstream's they end."""
     if 'steps' not in report:
         return ''
     found = {row['name']: row['evaluations'] for row in report['rows']}

@@ -1,6 +1,6 @@
 """
-The Triton model against the reference's on one GPU, in one process: speed of training GPT-2, memory, gradients, loss
-curves.
+Compares the Triton model with the reference's on one GPU, in one process: speed of training GPT-2, memory, gradients,
+loss curves.
 
     python benchmarks/bench_phase2.py ladder --out=ladder.json                # about 3 minutes on an H200
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
@@ -208,12 +208,12 @@ class Variant(Trainer):
         fp8 = options.pop('fp8', None)
         if fp8 is not None:
             options['fp8'] = True
-        pays = fp8 if type(fp8) in (int, float) else kernels.fp8_linear.OWN_KERNEL_PAYS
+        min_width = fp8 if type(fp8) in (int, float) else kernels.fp8_linear.OWN_KERNEL_MIN_WIDTH
         options |= dict(model=folder, compile=compiled and device == 'cuda', cuda_graph=graph and device == 'cuda')
         collect()
         shape, (batch_size, block_size) = SIZES[size], batches[0][0].shape
         options |= dict(batch_size=batch_size, block_size=block_size, seed=seed, init='gpu')
-        with replaced(kernels.fp8_linear, 'OWN_KERNEL_PAYS', pays):
+        with replaced(kernels.fp8_linear, 'OWN_KERNEL_MIN_WIDTH', min_width):
             super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
         if isinstance(fp8, str):  # the other part stays in bfloat16
             head = [self.raw_model.lm_head, self.raw_model.transformer.ln_f]
@@ -413,8 +413,8 @@ def profile(args, rows, save):
 
 def matmuls(args, rows, save):
     """
-    Forward, dx and dw (added to float32) of each weight, by both libraries in turns; medians of CUDA-graph replays of
-    12 calls.
+    Times forward, dx and dw (added to float32) of each weight, by both libraries in turns; medians of CUDA-graph
+    replays of 12 calls.
     """
     from bench_layer_norm import graph_us
 
@@ -440,8 +440,8 @@ def matmuls(args, rows, save):
 
 def hopper(args, rows, save):
     """
-    Forward matmuls by cuBLAS and by the Gluon matmul, and the last one with the loss, in turns; medians of CUDA-graph
-    replays of 12 calls.
+    Times forward matmuls by cuBLAS and by the Gluon matmul, and the last one with the loss, in turns; medians of
+    CUDA-graph replays of 12 calls.
     """
     from bench_layer_norm import graph_us
     from kernels import cross_entropy, exp_cross_entropy
@@ -456,7 +456,7 @@ def hopper(args, rows, save):
 
     def exponential_loss(x, w, targets):
         exps, sums = exp_cross_entropy.exponentials(x, w, exp_cross_entropy.target_logits(x, w, targets))
-        exp_cross_entropy.take_losses(exps, sums, targets, -1)
+        exp_cross_entropy.losses_of(exps, sums, targets, -1)
 
     for name, (out, into) in weights.items():
         w, x = random(out, into) * into**-0.5, random(M, into)
@@ -475,7 +475,7 @@ def hopper(args, rows, save):
 
 def fp8(args, rows, save):
     """
-    Forward and dx of each weight in both formats, and kernels that only quantize x and dy; medians of CUDA-graph
+    Times forward and dx of each weight in both formats, and kernels that only quantize x and dy; medians of CUDA-graph
     replays of 12 calls.
     """
     from bench_layer_norm import graph_us
@@ -554,7 +554,7 @@ def kernel_of(call):
 
 
 def widths(args, rows, save):
-    """The matmuls of 1.5B at 1600 columns and at 1664, the next multiple of 128, by cuBLAS in turns."""
+    """Times the matmuls of 1.5B at 1600 columns and at 1664, the next multiple of 128, by cuBLAS in turns."""
     from bench_layer_norm import graph_us
 
     random = lambda *shape: torch.randn(*shape, device=device).bfloat16()
@@ -759,12 +759,12 @@ def phase2_ladder(report):
     header = [f'{size}, {micro_steps} micro-steps of {batch_size} × 1024', 'ms of an iteration', 'tokens/s']
     base = report.get('base', 'reference, compiled')
     bases = ('compiled reference', 'the reference') if base == 'reference, compiled' else (base, base)
-    return markdown([*header, f'{bases[0]} in the same turns', f'× {bases[1]}', *more, 'peak, GiB'], cells)
+    return markdown([*header, f'{bases[0]} in the same rounds', f'× {bases[1]}', *more, 'peak, GiB'], cells)
 
 
 @table('phase2_changes_*')
 def phase2_changes(report):
-    """A ladder of the latest changes, with the GPU's clock and power."""
+    """Returns a ladder of the latest changes, with the GPU's clock and power."""
     cells = []
     for row in report['rows']:
         speed, base = speed_of(row, report, row['ms']), speed_of(row, report, row['ms_reference'])
@@ -775,7 +775,7 @@ def phase2_changes(report):
 
 @table('phase2_matmuls_*')
 def phase2_matmuls(report):
-    """Forward, input gradient (dx) and weight gradient (dw) of each weight."""
+    """Returns times of forward, input gradient (dx) and weight gradient (dw) of each weight."""
     cells = []
     for row in report['rows']:
         us = row['us']
@@ -786,7 +786,7 @@ def phase2_matmuls(report):
 
 @table('phase2_hopper_*')
 def phase2_hopper(report):
-    """cuBLAS, and a kernel that reads its result where there is one, against the Gluon matmul."""
+    """Compares cuBLAS, and a kernel that reads its result where there is one, with the Gluon matmul."""
     cells = []
     for row in report['rows']:
         us = row['us']
@@ -799,8 +799,8 @@ def phase2_hopper(report):
 @table('phase2_widths_*')
 def phase2_widths(report):
     """
-    Time of each matmul at 1600 and 1664 columns, next to what the tile in its kernel's name costs: waves of tiles,
-    padding, idle multiprocessors. Sums are over 48 layers and the head.
+    Returns the time of each matmul at 1600 and 1664 columns, next to what the tile in its kernel's name costs: waves of
+    tiles, padding, idle multiprocessors. Sums are over 48 layers and the head.
     """
     cells, times_us, flops = [], {'1600': 0, '1664': 0}, {'1600': 0, '1664': 0}
     for row in report['rows']:
@@ -845,7 +845,9 @@ def rate(row):
 
 @table('phase2_matmuls_*_xl')
 def phase2_quantization(report):
-    """The useful share of each matmul of 1.5B for two tiles, at 1600 columns and at 1664, and its measured speed."""
+    """
+    Returns the useful share of each matmul of 1.5B for two tiles, at 1600 columns and at 1664, and its measured speed.
+    """
     cells = []
     for row in report['rows']:
         key = row['weight'], row['kind']
@@ -862,7 +864,10 @@ def phase2_quantization(report):
 
 @number
 def matmul_rate(kind):
-    """Mean TFLOP/s of 1.5B's forwards and input gradients: those with 1600 columns (narrow) or with more (wide)."""
+    """
+    Returns the mean TFLOP/s of 1.5B's forwards and input gradients: those with 1600 columns (narrow) or with more
+    (wide).
+    """
     rows = [row for row in load('phase2_matmuls_h200_xl')['rows'] if row['kind'] != 'dw']
     narrow = lambda row: shapes_at(1600)[row['weight'], row['kind']][1] == 1600
     return f'{statistics.fmean(rate(row) for row in rows if narrow(row) == (kind == "narrow")):.0f}'
@@ -870,7 +875,7 @@ def matmul_rate(kind):
 
 @table('phase2_gradients_*')
 def phase2_gradients(report):
-    """Relative errors of all parameters' gradients against float64."""
+    """Returns relative errors of all parameters' gradients against float64."""
     base = next(row['errors'] for row in report['rows'] if row['name'] == 'reference, compiled')
     cells = []
     for row in report['rows']:
@@ -904,7 +909,7 @@ def measured(reports):
             numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', ratio, of_graph)
             where = f'{cite(file)}, {commit_of(report)}'
             rows.append((label, short(report), *numbers, gib(row['peak_memory_bytes'], 1), where))
-    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same turns', '× that', '× reference with CUDA graph']
+    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same rounds', '× that', '× reference with CUDA graph']
     return markdown([*header, 'peak, GiB', 'result file'], rows)
 
 
@@ -921,7 +926,7 @@ def phase2_curves(report):
 
 @table('fp8_matmuls_*')
 def fp8_matmuls(report):
-    """Forward and input gradient (dx) of each weight, and quantizing their operands."""
+    """Returns times of forward and input gradient (dx) of each weight, and of quantizing their operands."""
     kinds = list(report['rows'][0]['us'])
     cells = [(row['weight'], *(with_spread(row['us'][kind], 1) for kind in kinds)) for row in report['rows']]
     return markdown([f'{report["rows"][0]["tokens"]:,} tokens, µs', *kinds], cells)
@@ -934,7 +939,7 @@ def fp8_ladder(report):
 
 @table('fp8_curves_*')
 def fp8_curves(report):
-    """Each run, and how far the kinds are apart."""
+    """Returns the losses of each run, and how far the kinds are apart."""
     cells = []
     for row in report['rows']:
         numbers = f'{statistics.fmean(row["losses"][-100:]):.4f}', f'{row["val_loss"]:.4f}', row.get('fp8_clamped', '')
@@ -946,7 +951,7 @@ def fp8_curves(report):
 
 @table('phase2_profile_*')
 def phase2_profile(report):
-    """The kernels that take more than 0.1 ms of a micro-step."""
+    """Returns the kernels that take more than 0.1 ms of a micro-step."""
     blocks = []
     for row in report['rows']:
         name = shown(row['name'])
@@ -975,26 +980,29 @@ def phase2_largest(report):
 
 @number
 def times_upstream(file, *name):
-    """Speed of a short name (see changes), or of a variant, in multiples of upstream nanoGPT's in the same turns."""
+    """
+    Returns the speed of a short name (see changes), or of a variant, in multiples of upstream nanoGPT's in the same
+    rounds.
+    """
     row = changes(load(file)).get(' '.join(name)) or row_of(file, name)
     return f'{statistics.median(row["ms_upstream"]) / statistics.median(row["ms"]):.2f}'
 
 
 @number
 def ladder_ms(file, *name):
-    """Median milliseconds of an iteration of the variant of this name."""
+    """Returns median milliseconds of an iteration of the variant of this name."""
     return f'{statistics.median(row_of(file, name)["ms"]):.1f}'
 
 
 @number
 def ladder_base_ms(file, *name):
-    """Median milliseconds of an iteration of the variant that took turns with this one."""
+    """Returns median milliseconds of an iteration of the variant that took turns with this one."""
     return f'{statistics.median(row_of(file, name)["ms_reference"]):.1f}'
 
 
 @number
 def times_base(file, *name):
-    """Speed of the variant of this name in multiples of the one that took turns with it."""
+    """Returns the speed of the variant of this name in multiples of the one that took turns with it."""
     row = row_of(file, name)
     return f'{statistics.median(row["ms_reference"]) / statistics.median(row["ms"]):.2f}'
 
@@ -1005,7 +1013,10 @@ def row_of(file, name):
 
 @number
 def val_loss_apart(file, *kind):
-    """Validation losses of a kind minus those of the file's first kind at the same seeds, in the order of the seeds."""
+    """
+    Returns validation losses of a kind minus those of the file's first kind at the same seeds, in the order of the
+    seeds.
+    """
     rows = load(file)['rows']
     base = {row['seed']: row['val_loss'] for row in rows if row['kind'] == rows[0]['kind']}
     apart = [row['val_loss'] - base[row['seed']] for row in rows if row['kind'] == ' '.join(kind)]

@@ -356,8 +356,8 @@ def scatter(report, path):
     ticks = [2, 5, 10, 20, 50, 100]
     axes[0].set_xticks(ticks[:-1], ticks[:-1])
     axes[0].set_yticks(ticks, ticks)
-    axes[0].set_title('with its configuration left out of the fit; band: ±5%', fontsize=9)
-    axes[1].set_title('with its configuration left out of the fit; band: ±7%', fontsize=9)
+    axes[0].set_title('each point predicted by a fit without its configuration; band: ±5%', fontsize=9)
+    axes[1].set_title('each point predicted by a fit without its configuration; band: ±7%', fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -197,7 +197,7 @@ def reference(reports):
 
 @number
 def loop_speed():
-    """The speed of train.py on a CPU relative to a minimal loop's: median and range over the pairs of runs."""
+    """Returns the speed of train.py on a CPU relative to a minimal loop's: median and range over the pairs of runs."""
     median, least, most = summary(load('reference_cpu')['summary']['ratios'])
     return f'{median:.2f} ({least:.2f} to {most:.2f})'
 

@@ -1,6 +1,6 @@
 """
-How much faster sampling is with the key-value cache: the same model and tokens with model.generate and with the cache,
-on a GPU with its steps replayed as a CUDA graph. The model has random weights.
+Measures how much faster sampling is with the key-value cache: the same model and tokens with model.generate and with
+the cache, on a GPU with its steps replayed as a CUDA graph. The model has random weights.
 
     python benchmarks/bench_sampling.py --device=cpu --shape=char --samples=1 --out=sampling_cpu.json  # 4 minutes
     python benchmarks/bench_sampling.py --out=sampling_h200.json  # 1 to 3 minutes on a GPU

@@ -638,13 +638,13 @@ def row_of(file, trainer, size, micro_steps=None):
 
 @number
 def of_ddp(file, trainer, size, micro_steps):
-    """The speed of a trainer in percent of DDP's."""
+    """Returns the speed of a trainer in percent of DDP's."""
     return against_ddp(row_of(file, trainer, size, micro_steps), load(file)['rows'])
 
 
 @number
 def of_trainer(file, trainer, base, size, micro_steps):
-    """The speed of a trainer in percent of that of another one, base."""
+    """Returns the speed of a trainer in percent of that of another one, base."""
     row, other = row_of(file, trainer, size, micro_steps), row_of(file, base, size, micro_steps)
     return percent(row['tokens_per_sec'], other['tokens_per_sec'], min(row['rounds'], other['rounds']))
 
@@ -658,7 +658,7 @@ def iteration_ms(file, trainer, size, micro_steps):
 
 @number
 def trainer_memory(file, trainer, size, key, digits=1):
-    """Memory of a trainer in GiB. key: a key of its memory_bytes, such as rest or peak."""
+    """Returns the memory of a trainer in GiB. key: a key of its memory_bytes, such as rest or peak."""
     return gib(row_of(file, trainer, size)['memory_bytes'][key], int(digits))
 
 

@@ -478,13 +478,13 @@ def of_first_micro_steps(size):
 
 @number
 def zero1_saved(size, key):
-    """GiB that ZeRO-1 saves at rest. key: saved_bytes (measured) or saved_bytes_expected (computed)."""
+    """Returns the GiB that ZeRO-1 saves at rest. key: saved_bytes (measured) or saved_bytes_expected (computed)."""
     return gib(of_first_micro_steps(size)[key])
 
 
 @number
 def zero1_less():
-    """The share of DDP's memory at rest that ZeRO-1 saves, over both sizes."""
+    """Returns the share of DDP's memory at rest that ZeRO-1 saves, over both sizes."""
     rows = [of_first_micro_steps(size) for size in ('124M', '1.5B')]
     less = [100 * row['saved_bytes'] / row['ddp']['at_rest_bytes'] for row in rows]
     return f'{min(less):.0f}% to {max(less):.0f}%'
@@ -492,21 +492,21 @@ def zero1_less():
 
 @number
 def zero1_range():
-    """The speed of ZeRO-1 in percent of DDP's, over both sizes and numbers of micro-steps."""
+    """Returns the speed of ZeRO-1 in percent of DDP's, over both sizes and numbers of micro-steps."""
     ratios = [100 * row['zero1_of_ddp'] for its in load('zero1_h200x4')['speed'].values() for row in its.values()]
     return f'{min(ratios):.1f}% to {max(ratios):.1f}%'
 
 
 @number
 def zero1_save(size, key):
-    """The peak in GiB (peak_bytes) or the seconds of collecting the state for a checkpoint."""
+    """Returns the peak in GiB (peak_bytes) or the seconds of collecting the state for a checkpoint."""
     saved = load('zero1_h200x4')['save'][size]
     return gib(saved[key]) if key == 'peak_bytes' else f'{saved[key]:.1f}'
 
 
 @number
 def zero1_curve(what, *name):
-    """what: apart, the curve's largest difference from DDP's; or last, the mean of its last ten losses."""
+    """Returns a curve's largest difference from DDP's (apart), or the mean of its last ten losses (last)."""
     curves = load('zero1_124M_curves_h200x4')['curves']
     losses = curves[' '.join(name)]
     if what == 'last':

@@ -83,7 +83,7 @@ ORANGE, GREY = '#E69F00', '#999999'
 
 @table('*', together=True)
 def result_files(reports):
-    """One row for each result file, text files included."""
+    """Returns one row for each result file, text files included."""
     rows = []
     names = {path.name: path for path in sorted(tables.RESULTS.iterdir()) if path.suffix in ('.json', '.txt')}
     for name, path in names.items():
@@ -141,12 +141,13 @@ def draw_memory(axes, memory):
     for i, (name, parts) in enumerate(memory.items()):
         bottom = 0.0
         for (part, height), color in zip(parts.items(), colors):
-            label, hatch = part if i == 0 else None, '//' if part == 'more at the peak' else None
+            hatch = '//' if part == 'more at the peak' else None
+            label = part if i == 0 and part != 'other, at rest' else None  # too little to see
             axes.bar(name, height, 0.62, bottom, color=color, hatch=hatch, edgecolor='white', label=label)
             bottom += height
         at_rest = bottom - parts['more at the peak']
         axes.text(i, bottom + 0.7, f'peak {bottom:.1f}', ha='center')
-        axes.text(i, at_rest + 0.7, f'at rest {at_rest:.1f}', ha='center')
+        axes.text(i, at_rest + 1.0, f'at rest {at_rest:.1f}', ha='center', bbox={'color': 'white', 'pad': 1})
     tallest = max(sum(parts.values()) for parts in memory.values())
     axes.set(ylabel='GiB on each GPU', ylim=(0, 1.4 * tallest), title='Memory: GPT-2 1.5B on four H200s')
     axes.tick_params(axis='x', length=0)

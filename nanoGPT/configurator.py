@@ -59,6 +59,7 @@ BELOW_1E34 = ('learning_rate', 'min_lr', 'weight_decay', 'peak_tflops')  # AdamW
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 CHOICES = {'gelu': ('erf', 'tanh')}  # for the model's own flags
 NAMES = ('device', 'dtype', 'backend')  # never True or False, unlike the other flags that default to auto
+TORCHRUN = ('standalone', 'nproc_per_node', 'nnodes', 'max_restarts', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id')
 
 
 def configure(namespace: dict) -> tuple[dict, set[str]]:
@@ -86,7 +87,7 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
             print_help(script, defaults, config['model_dir'], namespace.get('__doc__'))
         elif arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
-            check_name(key, defaults, arg)
+            check_name(key, defaults, arg, script)
             if not equals and not isinstance(defaults[key], bool) and (defaults[key] != 'auto' or key in NAMES):
                 raise UserError(f'{arg} needs a value: {arg}=...')
             if key != 'model_dir':
@@ -94,7 +95,7 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
             flags_set.add(key)
         else:
             for key, value in run_config_file(arg, config, script).items():
-                check_name(key, defaults, f'{key} in {arg}', '; a helper variable needs an underscore: _' + key)
+                check_name(key, defaults, f'{key} in {arg}', script, '; a helper variable needs an underscore: _' + key)
                 value = convert(key, value, defaults[key], f'{key} = {shown(value)} in {arg}')
                 if key == 'model_dir' and value != config[key]:
                     raise UserError(f'{arg} sets model_dir, which works on the command line only: --model_dir={value}')
@@ -110,15 +111,30 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
     return config, flags_set
 
 
-def check_name(key, known, where, hint=''):
+def check_name(key, known, where, script, hint=''):
     """Raises UserError if no flag has this name."""
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
-        raise UserError(
-            f'{where}: there is no flag {key}'
-            + (f'; did you mean {near[0]}?' if near else '')
-            + f'{hint} (--help lists them all)'
-        )
+        advice = f'; did you mean {near[0]}?{hint}' if near else hint
+        if key.replace('-', '_') in TORCHRUN:
+            advice = "; it is torchrun's: write it before the name of the script"
+        advice = flag_elsewhere(key, script) or advice
+        raise UserError(f'{where}: there is no flag {key}{advice} (--help lists them all)')
+
+
+def flag_elsewhere(key, script):
+    """Returns advice if the model or the script of this name in a neighbouring folder has the flag, else ''."""
+    own, name = os.path.split(os.path.realpath(script))
+    for model in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(own)), '*', 'model.py'))):
+        folder = os.path.dirname(model)
+        other = os.path.basename(folder)
+        with suppress(OSError, SyntaxError, ValueError):  # not a folder of ours, or one without this script
+            if key in model_options(folder, script):
+                return f'; the model in {other} has it: --model_dir=../{other}'
+            with open(os.path.join(folder, name), encoding='utf-8') as f:
+                if re.search(rf'^{re.escape(key)} = [^#]*#', f.read(), re.M):
+                    return f'; {other}/{name} has it'
+    return ''
 
 
 def convert(key, value, default, where):
@@ -129,21 +145,21 @@ def convert(key, value, default, where):
     words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
     expected = {str: 'text, in quotes', bool: 'true or false', int: 'a whole number', float: 'a number'}[kind]
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f'{where}: {key} is {expected} below 2**63')
+        raise UserError(f'{where}: {key} must be {expected} below 2**63')
     text = str(value)
     if '\0' in text:
         raise UserError(f'{where}: {key} holds a zero byte')
     if kind is str:
         # otherwise out_dir = None in a config file would name a folder None
         if not isinstance(value, (str, int, float, os.PathLike)) or (isinstance(value, bool) and default != 'auto'):
-            raise UserError(f'{where}: {key} is {expected}')
+            raise UserError(f'{where}: {key} must be {expected}')
         as_bool = words.get(text.lower()) if default == 'auto' and key not in NAMES else None
         # a shell leaves the ~ in --out_dir=~/out to the program
         return os.path.expanduser(text) if text.startswith('~/') else text if as_bool is None else as_bool
     if kind is bool:
         if text.lower() in words:
             return words[text.lower()]
-        raise UserError(f'{where}: {key} is {expected}')
+        raise UserError(f'{where}: {key} must be {expected}')
     try:
         number = float(text.replace('_', '')) if not isinstance(value, bool) else None
         if kind is int and re.fullmatch(r'[+-]?[\d_]+', text):
@@ -155,7 +171,7 @@ def convert(key, value, default, where):
                 return kind(number)
     except (ValueError, TypeError, OverflowError):
         pass
-    raise UserError(f'{where}: {key} is {expected}')
+    raise UserError(f'{where}: {key} must be {expected}')
 
 
 def shown(value):

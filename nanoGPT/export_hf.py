@@ -186,9 +186,9 @@ if os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target))
     raise UserError(f'hf_dir={hf_dir} exists already: delete it, or name another folder')
 if dtype not in ('float32', 'bfloat16'):
     raise UserError(f"dtype is '{dtype}', but it can be float32 or bfloat16")
-for package in ('safetensors', 'transformers', 'tokenizers'):
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f'export_hf.py needs the package {package}: {pip_install(package)}')
+missing = [name for name in ('safetensors', 'transformers', 'tokenizers') if importlib.util.find_spec(name) is None]
+if missing:
+    raise UserError(f'export_hf.py needs {", ".join(missing)}: {pip_install(*missing)}')
 
 protect_output()
 path = find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt)

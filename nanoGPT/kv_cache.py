@@ -95,7 +95,7 @@ class KVCache:
 
 
 @torch.no_grad()
-def fits(model: torch.nn.Module) -> bool:
+def cache_supports(model: torch.nn.Module) -> bool:
     """
     Returns whether the cache computes this model's logits, without drawing random numbers. A user's own model.py may
     compute attention in another way, for example with rotary positions. Compares a prefill and a decode step with the

@@ -18,7 +18,7 @@ from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_optio
 from configurator import configure
 from dataset import meta_of_model
 from encoding import get_encoding
-from kv_cache import fits, generate
+from kv_cache import cache_supports, generate
 from regular_file import check_regular
 
 # -----------------------------------------------------------------------------
@@ -99,7 +99,7 @@ with torch.no_grad(), ctx:
         raise UserError(
             'the model computes numbers that are not finite: its weights do not come from a training that converged'
         )
-    if kv_cache and not fits(model):
+    if kv_cache and not cache_supports(model):
         print('note: sampling without the key-value cache, because this model.py computes attention in another way')
         kv_cache = False
     started = hardware.now(device)

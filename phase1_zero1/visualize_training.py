@@ -46,7 +46,7 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
 # dashes of all curves but the first, so that equal curves stay visible
 DASHES = ((5, 3), (1.5, 1.5), (6, 2, 1.5, 2), (9, 3), (3, 2, 1, 2, 1, 2))
 MARKERS = 'osD^vP'
-MOST_NAMES = 20  # runs in a legend
+MAX_NAMES = 20  # runs in a legend
 STYLE = {
     'font.size': 13,
     'axes.titlesize': 14,
@@ -285,7 +285,7 @@ def _curves(ax, runs, key, axis, smooth):
             handles += [Line2D([], [], color=GREY, marker=marker, mfc='white', ls='none')] * there
             labels += [word] * there
     # a longer legend would cover the curves, and the bars name the runs in the same colours
-    if len(runs) <= MOST_NAMES and (several or (handles and key in ('loss', 'time_ms'))):
+    if len(runs) <= MAX_NAMES and (several or (handles and key in ('loss', 'time_ms'))):
         columns, small = 2 if len(labels) > 6 else 1, key == 'time_ms' and not several
         ax.legend(
             handles, labels, loc='upper right' if small else 'best', ncols=columns, markerscale=1.6 if small else 1

@@ -207,11 +207,11 @@ def read_file(path: str):
         advice = (
             f'the checkpoints there are {others}'
             if others
-            else 'train first (--init_from=scratch), or give its folder with --out_dir'
+            else 'train first (train.py --init_from=scratch), or give its folder with --out_dir'
         )
-        raise UserError(
-            f'there is no checkpoint {path}: {advice}; several machines need a file system that all of them see'
-        ) from None
+        if torchrun_env.number('WORLD_SIZE', 1) > 1:
+            advice += '; several machines need a file system that all of them see'
+        raise UserError(f'there is no checkpoint {path}: {advice}') from None
     except NotADirectoryError:
         raise UserError(
             f'there is no checkpoint {path}: {folder} is not a folder; name the right one with --out_dir'

@@ -71,7 +71,7 @@ class Tracker:
         if not started.wait(INIT_SECONDS):
             self._warn(f'it has not started within {INIT_SECONDS} s, and its records wait until it has')
         if self.missing:
-            raise UserError(f'this needs the package {self.name}, which is not installed: {pip_install(self.name)}')
+            raise UserError(f'{self.name} is the tracker, but its package is not installed: {pip_install(self.name)}')
 
     def log(self, record: dict) -> None:
         """

@@ -152,7 +152,7 @@ def why_not_fp8(run: Run, config: dict) -> str:
 
 
 def takes_exponentials(run: Run) -> bool:
-    """Returns whether the last matmul of the Triton model writes exponentials: exp_cross_entropy.fits()."""
+    """Returns whether the last matmul of the Triton model writes exponentials: exp_cross_entropy.supports()."""
     here = run.gpu.capability == (9, 0) and run.half_bytes == 2 and run.tokens >= 1024
     aligned = run.vocab_size % 8 == run.n_embd % 8 == 0
     return run.kernels and here and aligned and not run.loss_rows and not run.fp8_head

@@ -230,7 +230,8 @@ def draw(found, config, gpu, gpus, network, path):
     names, left = list(found), [0.0] * len(found)
     for key, colour in zip((*COMPONENTS, 'context'), COLOURS):
         sizes = [(e.context_bytes if key == 'context' else e.memory_bytes[key]) / GIB for e in found.values()]
-        memory_axis.barh(names, sizes, left=left, color=colour, label=key.replace('_', ' '))
+        label = '16-bit weights' if key == 'half_copies' else key.replace('_', ' ')
+        memory_axis.barh(names, sizes, left=left, color=colour, label=label)
         left = [a + b for a, b in zip(left, sizes)]
     memory_axis.axvline(
         gpu.memory_bytes / GIB, color='black', linewidth=1.5, label=f'{gpu.name}: {gib(gpu.memory_bytes)} GiB'

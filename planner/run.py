@@ -59,7 +59,7 @@ class Run:
     def fp8_everywhere(self):
         """
         Whether all matmuls of a block run in FP8. Narrow models compute two of the eight in 16 bits: the forward of
-        attention's output and the input gradient of query, key and value (fp8_linear.OWN_KERNEL_PAYS).
+        attention's output and the input gradient of query, key and value (fp8_linear.OWN_KERNEL_MIN_WIDTH).
         """
         return self.fp8 and self.n_embd >= 1024
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from configurator import configure
+from configurator import configure, flag_elsewhere
 from conftest import NANOGPT, ROOT, TINY
 from errors import UserError
 
@@ -70,19 +70,20 @@ def test_values_have_the_type_of_their_default(script, argument, value):
     'arguments, message',
     [
         (['--learnin_rate=1'], 'no flag learnin_rate; did you mean learning_rate?'),
-        (['--max_iters=1.5'], 'max_iters is a whole number'),
-        (['--max_iters=many'], 'max_iters is a whole number'),
-        (['--max_iters=inf'], 'max_iters is a whole number'),
+        (['--nproc_per_node=2'], "no flag nproc_per_node; it is torchrun's: write it before the name of the script"),
+        (['--max_iters=1.5'], 'max_iters must be a whole number'),
+        (['--max_iters=many'], 'max_iters must be a whole number'),
+        (['--max_iters=inf'], 'max_iters must be a whole number'),
         (['--max_iters=-1'], 'max_iters=-1, but it must be at least 0'),
         (['--learning_rate=nan'], 'learning_rate=nan, but it must be at least 0'),
-        (['--learning_rate=fast'], 'learning_rate is a number'),
-        (['--eval_only=maybe'], 'eval_only is true or false'),
+        (['--learning_rate=fast'], 'learning_rate must be a number'),
+        (['--eval_only=maybe'], 'eval_only must be true or false'),
         (['--max_iters'], 'needs a value: --max_iters=...'),
         (['missing.py'], 'missing.py: no such config file'),
         (['--n_layer=3'], 'no flag n_layer'),  # a field of the model, but architecture: this script has no such flag
         (['--model_dir=nowhere'], 'there is no nowhere/model.py'),
-        (['--max_iters=99999999999999999999'], 'max_iters is a whole number below 2**63'),
-        (['--max_iters=1e30'], 'max_iters is a whole number below 2**63'),
+        (['--max_iters=99999999999999999999'], 'max_iters must be a whole number below 2**63'),
+        (['--max_iters=1e30'], 'max_iters must be a whole number below 2**63'),
         (['--learning_rate=inf'], 'learning_rate=inf, but it must be below 1e34'),
         (['--learning_rate=1e308'], 'learning_rate=1e+308, but it must be below 1e34'),
         (['--rows=-1'], 'rows=-1, but it must be at least 0'),  # a number of the model's own
@@ -95,15 +96,29 @@ def test_mistakes(script, arguments, message):
 
 
 @pytest.mark.parametrize(
+    'path, flag, message',
+    [
+        ('nanoGPT/train.py', 'fp8', '; the model in phase2_triton has it: --model_dir=../phase2_triton'),
+        ('nanoGPT/evaluate.py', 'half_residual', '; the model in phase2_triton has it: --model_dir=../phase2_triton'),
+        ('nanoGPT/train.py', 'use_zero1', '; phase1_zero1/train.py has it'),
+        ('phase1_zero1/train.py', 'fsdp_reshard', '; phase3_fsdp/train.py has it'),
+        ('nanoGPT/sample.py', 'max_iters', ''),
+    ],
+)
+def test_flags_of_another_trainer_or_model(path, flag, message):
+    assert flag_elsewhere(flag, ROOT / path) == message
+
+
+@pytest.mark.parametrize(
     'line, message',
     [
-        ('out_dir = None', 'out_dir = None in a.py: out_dir is text, in quotes'),  # not a folder named None
-        ('out_dir = True', 'out_dir is text, in quotes'),
-        ("out_dir = ['out']", 'out_dir is text, in quotes'),
-        ('max_iters = 10**400', 'max_iters is a whole number below 2**63'),
-        ('learning_rate = 10**5000', 'learning_rate = (int) in a.py: learning_rate is a number below 2**63'),
-        ('learning_rate = [1e-3]', 'learning_rate is a number'),
-        ('eval_only = None', 'eval_only is true or false'),
+        ('out_dir = None', 'out_dir = None in a.py: out_dir must be text, in quotes'),  # not a folder named None
+        ('out_dir = True', 'out_dir must be text, in quotes'),
+        ("out_dir = ['out']", 'out_dir must be text, in quotes'),
+        ('max_iters = 10**400', 'max_iters must be a whole number below 2**63'),
+        ('learning_rate = 10**5000', 'learning_rate = (int) in a.py: learning_rate must be a number below 2**63'),
+        ('learning_rate = [1e-3]', 'learning_rate must be a number'),
+        ('eval_only = None', 'eval_only must be true or false'),
     ],
 )
 def test_wrong_types_in_a_config_file(script, tmp_path, line, message):
@@ -140,7 +155,7 @@ def test_only_what_a_config_file_assigns_is_given(script, tmp_path):
         ('learning_rte = 1', 'no flag learning_rte; did you mean learning_rate?'),
         ('max_iters = 10\nmax_iters = = 3', 'line 2: SyntaxError'),
         ('max_iters = 10\n\nmax_iters /= 0', 'line 3: ZeroDivisionError'),
-        ("max_iters = 'ten'", 'max_iters is a whole number'),
+        ("max_iters = 'ten'", 'max_iters must be a whole number'),
         ("model_dir = 'x'", 'works on the command line only'),
         ("out_dir = 'a\\0b'", 'out_dir holds a zero byte'),
     ],

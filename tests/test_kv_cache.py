@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import fake_cuda_graph
 import kv_cache
 from conftest import NANOGPT, ROOT, TINY, load
-from kv_cache import draw, fits, generate
+from kv_cache import cache_supports, draw, generate
 from model import GPT, Block, CausalSelfAttention, GPTConfig
 
 
@@ -164,10 +164,10 @@ def attention_in_16_bits_only(self, x, forward=CausalSelfAttention.forward):
 def test_a_model_that_raises_without_its_own_attention(monkeypatch, cls, forward):
     """Whatever such a model raises, sample.py has to sample without the cache instead of ending."""
     model = tiny_model()
-    assert fits(model)
+    assert cache_supports(model)
     for one, replacement in zip(*((x if isinstance(x, tuple) else (x,)) for x in (cls, forward))):
         monkeypatch.setattr(one, 'forward', replacement)
-    assert not fits(model)
+    assert not cache_supports(model)
     with torch.autocast('cpu', torch.bfloat16):
         assert model(torch.zeros(1, 3, dtype=torch.long))[0].isfinite().all()  # its attention is its own again
 

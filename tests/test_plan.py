@@ -296,7 +296,7 @@ def test_fp8_falls_back_with_train_pys_reason(args, note):
 
 
 def test_exponentials_run_where_the_kernels_use_them():
-    """exp_cross_entropy.fits(): compute capability 9.0, bfloat16, at least 1024 rows, no loss_rows and no FP8 head."""
+    """exp_cross_entropy.supports(): compute capability 9.0, bfloat16, 1024 rows or more, no loss_rows, no FP8 head."""
     config = options.train_flags() | options.kernel_flags() | {'vocab_size': 50304}
 
     def uses(gpu='h200', **changes):

@@ -567,7 +567,7 @@ def test_losses_of_runs_that_end_at_different_iterations_have_no_ratio(tmp_path)
 
 def test_the_bars_name_many_runs(tmp_path):
     """A legend of so many names would cover the curves."""
-    runs = vis.load_runs([write_log(tmp_path / str(i), steps=1) for i in range(vis.MOST_NAMES + 1)])
+    runs = vis.load_runs([write_log(tmp_path / str(i), steps=1) for i in range(vis.MAX_NAMES + 1)])
     axes = axes_of(draw(runs))
     assert axes['loss'].get_legend() is None
     assert [label.get_text() for label in axes['tokens_per_sec_median'].get_yticklabels()] == [

@@ -27,7 +27,7 @@ def parts(sequences, workspace=0.063 * GIB):
         'blocks: attention': tokens * LAYERS * (8 * H + 4 * HEADS),
         'blocks: MLP': tokens * LAYERS * 16 * H,
         'vocabulary': 6 * tokens * VOCAB,
-        'ends, workspace': tokens * (6 * H + 16) + workspace,
+        'outside the blocks,\nworkspace': tokens * (6 * H + 16) + workspace,
     }
 
 

@@ -143,13 +143,13 @@ def draw_roofline(numbers):
 # the ladder
 
 H100_RUNGS = {  # rows of phase2_ladder_h100.json after `reference, compiled`
-    'cuda_graph, PyTorch only': 'CUDA graphs\ninstead of compile',
-    '+ cross-entropy in place of the logits': 'cross-entropy\nin place',
-    '+ residual and LayerNorm in one': 'residual +\nLayerNorm',
+    'cuda_graph, PyTorch only': 'CUDA graphs instead of compile',
+    '+ cross-entropy in place of the logits': 'cross-entropy in place',
+    '+ residual and LayerNorm in one': 'residual + LayerNorm',
     '+ GELU': 'GELU',
-    '+ float32 weight gradients from the matmul': 'gradients added\nby the matmul',
-    "+ embedding adds to the head's gradient": 'embedding adds\nto the head',
-    '+ weights rounded once an iteration': 'weights rounded\nonce',
+    '+ float32 weight gradients from the matmul': 'gradients added by the matmul',
+    "+ embedding adds to the head's gradient": 'embedding adds to the head',
+    '+ weights rounded once an iteration': 'weights rounded once',
     '+ half_residual': 'half_residual',
 }
 H200_RUNGS = {  # rows of phase2_ladder_h200.json after `reference, compiled`
@@ -158,13 +158,13 @@ H200_RUNGS = {  # rows of phase2_ladder_h200.json after `reference, compiled`
     '+ residual and LayerNorm in one': 'residual + LayerNorm',
     '+ GELU': 'GELU',
     '+ float32 weight gradients from the matmul': 'gradients added by the matmul',
-    "+ embeddings in one, added to the head's gradient": 'embeddings in one',
+    "+ embeddings in one, added to the head's gradient": 'embeddings in one kernel',
     '+ weights rounded once an iteration': 'weights rounded once',
     '+ scaling of the loss by a kernel': 'loss scaled by a kernel',
-    '+ LayerNorm gradients summed together': 'LayerNorm grads together',
-    "+ attention's gradients packed by cuDNN": "attention's grads packed",
-    '+ cuBLASLt where it is faster': 'cuBLASLt where faster',
-    '+ exponentials written by the last matmul': 'exponentials, not logits',
+    '+ LayerNorm gradients summed together': 'LayerNorm gradients together',
+    "+ attention's gradients packed by cuDNN": "attention's gradients packed",
+    '+ cuBLASLt where it is faster': 'cuBLASLt where it is faster',
+    '+ exponentials written by the last matmul': 'exponentials instead of logits',
     '+ half_residual': 'half_residual',
 }
 
@@ -174,13 +174,13 @@ def ladder_numbers() -> dict:
     panels = {}
     for gpu, name, rungs in (('H100', 'phase2_ladder_h100', H100_RUNGS), ('H200', 'phase2_ladder_h200', H200_RUNGS)):
         rows = {row['name']: row for row in load(name)['rows']}
-        panels[gpu] = [('compiled\nreference', statistics.median(rows['reference, compiled']['ms']))]
+        panels[gpu] = [('compiled reference', statistics.median(rows['reference, compiled']['ms']))]
         panels[gpu] += [(text, statistics.median(rows[rung]['ms'])) for rung, text in rungs.items()]
     return panels
 
 
 def draw_ladder(panels):
-    figure, both = plt.subplots(1, 2, figsize=(12.5, 6.4))
+    figure, both = plt.subplots(1, 2, figsize=(14, 6))
     for axes, (gpu, rungs) in zip(both, panels.items()):
         names, times = zip(*rungs)
         start, end = times[0], times[-1]

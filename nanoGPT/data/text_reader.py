@@ -273,7 +273,7 @@ def find_files(inputs: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]
         elif os.path.basename(name).startswith('.'):
             raise hidden(name)
         elif not kind_of(name):
-            raise UserError(f'{name} is not a {KNOWN}. Rename it if it is one')
+            raise UserError(f'{name} is not a {KNOWN}. If it is text, rename it to .txt')
         else:
             reason = why_not_readable(name)
             if reason:

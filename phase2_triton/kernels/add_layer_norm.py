@@ -13,14 +13,13 @@ model's first LayerNorm has no branch to add, but it still has two gradients. Th
 import torch
 from torch.autograd.function import once_differentiable
 
-from .device import available
+from .device import FLOAT_DTYPES, available
 from .layer_norm import (
+    MAX_BACKWARD_WIDTH,
     check_parameters,
-    float_dtypes,
     launch_backward,
     launch_forward,
     layer_norm,
-    max_backward_width,
     reference_dtype,
     runs_eagerly,
 )
@@ -80,12 +79,12 @@ def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, out_dtype=None, slot=
     if branch is not None and branch.device != x.device:
         raise ValueError(f'add_layer_norm: branch is on {branch.device}, x on {x.device}')
     check_parameters(x, weight, bias)
-    same = x.dtype in float_dtypes and (branch is None or torch.promote_types(x.dtype, branch.dtype) == x.dtype)
+    same = x.dtype in FLOAT_DTYPES and (branch is None or torch.promote_types(x.dtype, branch.dtype) == x.dtype)
     if not (
         runs_eagerly(x)
         and same
-        and weight.dtype in float_dtypes
-        and 0 < x.shape[-1] <= max_backward_width
+        and weight.dtype in FLOAT_DTYPES
+        and 0 < x.shape[-1] <= MAX_BACKWARD_WIDTH
         and available(x.device)
     ):
         total = x if branch is None else x + branch

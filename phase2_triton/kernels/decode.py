@@ -19,8 +19,8 @@ from .launch import Config, launch
 
 WARPS = 4
 COLS, CHUNK = (256, 128) if interpreted else (WARPS, 128)  # a warp computes a column of y from tiles of 128
-KEYS = 256  # that attention reads at a time
-MOST_SAMPLES = 4  # on an H200, 124M: a step takes 482 µs for 4, PyTorch's kernels 668; for 16 samples 1,377 and 710
+KEYS = 256  # keys that attention reads at a time
+MAX_SAMPLES = 4  # on an H200, 124M: a step takes 482 µs for 4, PyTorch's kernels 668; for 16 samples 1,377 and 710
 
 
 @jit
@@ -213,4 +213,4 @@ def decode_step(model, caches, position):
     """
     cache, config = next(iter(caches.values())), model.config
     runs = config.use_triton and available(cache.device) and cache.dtype != torch.float64
-    return DecodeStep(model, caches, position) if runs and cache.size(1) <= MOST_SAMPLES else None
+    return DecodeStep(model, caches, position) if runs and cache.size(1) <= MAX_SAMPLES else None

@@ -24,7 +24,8 @@ else:
     interpreted = knobs.runtime.interpret  # TRITON_INTERPRET=1; triton.jit also reads it at import
 
 # Ampere is the oldest GPU with bfloat16 and cp.async, and the oldest for which tests compile the kernels
-min_capability = (8, 0)
+MIN_CAPABILITY = (8, 0)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that the kernels compute with
 
 
 def jit(fn):
@@ -61,8 +62,8 @@ def _unavailable_reason(kind, index):
     if torch.version.hip:
         return 'these kernels are tuned and tested for NVIDIA GPUs only'
     capability = torch.cuda.get_device_capability(index)
-    if capability < min_capability:
-        have, need = ('.'.join(map(str, c)) for c in (capability, min_capability))
+    if capability < MIN_CAPABILITY:
+        have, need = ('.'.join(map(str, c)) for c in (capability, MIN_CAPABILITY))
         return f'{torch.cuda.get_device_name(index)} has compute capability {have}, the kernels need {need}'
     try:
         # builds Triton's launcher, which needs a C compiler and Python's headers

@@ -96,7 +96,7 @@ def losses_kernel(
 
 @jit
 def scale_rows_kernel(x_ptr, inverses_ptr, scale_ptr, y_ptr, C, BLOCK: tl.constexpr):
-    """y = x * (inverses * scale) for x and y (M, C), inverses (M,) and a number scale; the products in float32."""
+    """Writes y = x * (inverses * scale) for x and y (M, C), inverses (M,) and one scale, with products in float32."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * C + cols, mask=cols < C, other=0.0).to(tl.float32)
@@ -144,7 +144,7 @@ def exponentials(x, weight, shifts):
     return load_matmul_hopper().exponentials(x, weight, shifts, MAX_EXPONENT, num_multiprocessors(x.device))
 
 
-def take_losses(exps, sums, targets, ignore_index):
+def losses_of(exps, sums, targets, ignore_index):
     """Returns losses and inverses (M,), float32, and replaces the targets' entries of exps; see losses_kernel."""
     (M, V), tiles = exps.shape, len(sums)
     losses, inverses = (torch.empty(M, dtype=torch.float32, device=exps.device) for _ in range(2))
@@ -165,7 +165,7 @@ def scaled_rows(x, inverses, scale, out=None):
     return y
 
 
-def fits(x, weight, dtype):
+def supports(x, weight, dtype):
     """Returns whether the Gluon matmul can compute the logits of x (M, C) and weight (V, C) in this dtype."""
     if interpreted or not x.is_cuda or dtype != torch.bfloat16 or capability(x.device) != (9, 0):
         return False
@@ -181,7 +181,7 @@ class ExpCrossEntropyFunction(torch.autograd.Function):
     def forward(ctx, x, weight, targets, ignore_index, dtype, tied):
         x, w = x.to(dtype).contiguous(), rounded(weight, dtype)
         exps, sums = exponentials(x, w, target_logits(x, w, targets))
-        losses, inverses = take_losses(exps, sums, targets, ignore_index)
+        losses, inverses = losses_of(exps, sums, targets, ignore_index)
         count = (targets != ignore_index).sum()
         # with no rows the loss is NaN, but its gradient is 0
         ctx.save_for_backward(x, w, exps, inverses, count.clamp(min=1))

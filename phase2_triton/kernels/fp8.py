@@ -36,7 +36,7 @@ DECAY = 0.98  # of the peak per micro-step: a single large value is half forgott
 # Scales of activations and gradients without an amax so far, for example of gradients if the first batch had no targets
 # or the layers were frozen. They cover activations up to 448, and gradients from 1e-10 to 0.05.
 UNMEASURED = 1.0, 2.0**20
-min_capability = (8, 9)  # Ada, the first with matmuls in FP8
+MIN_CAPABILITY = (8, 9)  # Ada, the first with matmuls in FP8
 
 
 @jit
@@ -270,7 +270,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = unavailable_reason(device)
     if reason is None and dtype != torch.bfloat16:
         reason = f'it takes the place of bfloat16, and this run is in {str(dtype).removeprefix("torch.")}'
-    if reason is None and device.type == 'cuda' and torch.cuda.get_device_capability(device) < min_capability:
-        have, need = ('.'.join(map(str, c)) for c in (torch.cuda.get_device_capability(device), min_capability))
+    if reason is None and device.type == 'cuda' and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        have, need = ('.'.join(map(str, c)) for c in (torch.cuda.get_device_capability(device), MIN_CAPABILITY))
         reason = f'{torch.cuda.get_device_name(device)} has compute capability {have}, FP8 needs {need}'
     return reason

@@ -18,11 +18,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .device import available, interpreted, jit, tl
+from .device import FLOAT_DTYPES, available, interpreted, jit, tl
 from .fp8 import as_fp8, attach, magnitude, record
 from .launch import Config, launch
-
-float_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @jit
@@ -154,7 +152,7 @@ def gelu(x, approximate='none', slot=None):
     """
     if (
         type(x) is torch.Tensor
-        and x.dtype in float_dtypes
+        and x.dtype in FLOAT_DTYPES
         and available(x.device)
         and not torch.compiler.is_compiling()
     ):

@@ -32,14 +32,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import fp8
-from .device import available, jit, num_multiprocessors, programmatic_launch, tl, triton
+from .device import FLOAT_DTYPES, available, jit, num_multiprocessors, programmatic_launch, tl, triton
 from .fp8 import as_fp8, magnitude, record
 from .launch import Config, launch
 from .layer_norm_gradients import cdiv, launch_reduce, place_of_shares, read_early
 
-max_width = 65_536
-max_backward_width = 12_288  # backward keeps rows in registers; PyTorch computes the gradients of wider ones
-float_dtypes = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 65_536
+MAX_BACKWARD_WIDTH = 12_288  # backward keeps rows in registers; PyTorch computes the gradients of wider ones
 
 
 @jit
@@ -314,7 +313,7 @@ def forward_config(N, itemsize, pdl, fp8=False):
 
 # Configs of backward_kernel by the bytes of an element of x and the largest width. Measured with
 # bench_layer_norm.py --tune: 2 bytes on an H200, 4 bytes on an H100.
-backward_configs = {
+BACKWARD_CONFIGS = {
     2: {
         # one warp per row; without the cap on registers half as many programs fit
         768: Config(8, 256, 8, programs=2, registers=128),
@@ -333,13 +332,13 @@ backward_configs = {
 
 @cache
 def backward_config(N, itemsize, pdl):
-    """Returns the Config of backward_kernel, like forward_config. N is at most max_backward_width."""
+    """Returns the Config of backward_kernel, like forward_config. N is at most MAX_BACKWARD_WIDTH."""
     vector = 32 * 16 // itemsize
     if N < vector:
         chunk = triton.next_power_of_2(N)
         return Config(4 * vector // chunk, chunk, programs=4, pdl=pdl)
-    width = min(width for width in backward_configs[itemsize] if N <= width)
-    return backward_configs[itemsize][width]._replace(pdl=pdl)
+    width = min(width for width in BACKWARD_CONFIGS[itemsize] if N <= width)
+    return BACKWARD_CONFIGS[itemsize][width]._replace(pdl=pdl)
 
 
 def rows_of(x):
@@ -420,7 +419,7 @@ def launch_backward(
 ):
     """
     Returns (dx, dweight, dbias, dbranch): dx (..., N) like x, dweight and dbias (N,) in their own dtypes, None for each
-    that is not needed. N is at most max_backward_width.
+    that is not needed. N is at most MAX_BACKWARD_WIDTH.
 
     dsum (..., N), in the dtype of x, is added to dx. dbranch is dx in branch_dtype, and dx itself if that is None or
     x's. With place(P, N), which returns (2, P, N) float32, the programs leave their shares of dweight and dbias there,
@@ -480,7 +479,7 @@ class LayerNormFunction(torch.autograd.Function):
         x, weight, stats = ctx.saved_tensors
         bias_dtype = None if ctx.parameters[1] is None else ctx.parameters[1].dtype
         arguments = dy, x, weight, bias_dtype, stats, *ctx.needs_input_grad[:3]
-        if x.shape[-1] > max_backward_width:
+        if x.shape[-1] > MAX_BACKWARD_WIDTH:
             return *pytorch_backward(*arguments), None, None
         return *launch_backward(*arguments, place=place_of_shares(ctx, *ctx.needs_input_grad[1:3]))[:3], None, None
 
@@ -510,8 +509,8 @@ def runs_eagerly(x):
 
 def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
     """
-    LayerNorm over the last dimension, like torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps). Uses
-    Triton kernels where they can run (see kernels.available), and that function elsewhere.
+    Returns LayerNorm over the last dimension, like torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps).
+    Uses Triton kernels where they can run (see kernels.available), and that function elsewhere.
 
     x: (..., N), float32, bfloat16 or float16, with any strides and any number of rows, including none. weight, bias (or
     None): (N,), in the dtype of x or a wider one. Returns (..., N) in out_dtype, contiguous if the kernels ran.
@@ -529,9 +528,9 @@ def layer_norm(x, weight, bias=None, eps=1e-5, out_dtype=None):
         out_dtype = reference_dtype(x)
     if not (
         runs_eagerly(x)
-        and x.dtype in float_dtypes
-        and weight.dtype in float_dtypes
-        and 0 < x.shape[-1] <= max_width
+        and x.dtype in FLOAT_DTYPES
+        and weight.dtype in FLOAT_DTYPES
+        and 0 < x.shape[-1] <= MAX_WIDTH
         and available(x.device)
     ):
         return reference(x, weight, bias, eps, out_dtype)
@@ -542,7 +541,7 @@ def reference_dtype(x):
     """Returns the dtype of F.layer_norm's result for x. Autocast on CUDA (not on the CPU) makes it float32."""
     return (
         torch.float32
-        if x.device.type == 'cuda' and x.dtype in float_dtypes and torch.is_autocast_enabled('cuda')
+        if x.device.type == 'cuda' and x.dtype in FLOAT_DTYPES and torch.is_autocast_enabled('cuda')
         else x.dtype
     )
 

@@ -23,7 +23,7 @@ from . import linear as linear_module
 from .device import interpreted, jit, programmatic_launch, tl, triton
 from .launch import Config, launch
 
-TOGETHER = 16  # LayerNorms whose shares are summed in one launch: 26 MB for GPT-2 124M
+LAYER_NORMS_PER_LAUNCH = 16  # their shares take 26 MB for GPT-2 124M
 
 
 @jit
@@ -109,9 +109,11 @@ class Shares:
 
     def place(self, parameters, P, N):
         """Returns memory (2, P, N) for the shares of one more LayerNorm, with parameters [weight] or [weight, bias]."""
-        shape = TOGETHER, 2, P, N
+        shape = LAYER_NORMS_PER_LAUNCH, 2, P, N
         if self.waiting and (
-            len(self.waiting) == TOGETHER or self.memory.shape != shape or len(self.waiting[0]) != len(parameters)
+            len(self.waiting) == LAYER_NORMS_PER_LAUNCH
+            or self.memory.shape != shape
+            or len(self.waiting[0]) != len(parameters)
         ):
             self.add_up()
         if self.memory is None or self.memory.shape != shape:

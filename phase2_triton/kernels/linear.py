@@ -19,14 +19,14 @@ from torch.nn import functional as F
 
 from .device import available
 
-half_dtypes = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def autocast_dtype(x):
     """Returns the 16-bit dtype in which autocast computes matmuls of x, or None."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return dtype if dtype in half_dtypes and x.dtype != torch.float64 else None
+    return dtype if dtype in HALF_DTYPES and x.dtype != torch.float64 else None
 
 
 def accumulates(weight):
@@ -58,7 +58,7 @@ def take_gradient(weight):
 # gradient faster than cuBLAS, which splits the sum over the rows and adds the parts in a second kernel}. Measured on an
 # H200 with 12,288 and 32,768 rows (bench_phase2.py matmuls); limits lie between these two. The table is fixed: a choice
 # by timing could differ between runs.
-cublaslt_rows = {
+CUBLASLT_ROWS = {
     (9, 0): {
         (768, 768): (0, 16_384),
         (2304, 768): (24_576, math.inf),
@@ -75,7 +75,7 @@ def capability(device):
 
 def takes_cublaslt(weight, rows):
     """Returns whether cuBLASLt computes the gradient of this weight from this number of rows."""
-    least, most = cublaslt_rows.get(capability(weight.device), {}).get(tuple(weight.shape), (math.inf, 0))
+    least, most = CUBLASLT_ROWS.get(capability(weight.device), {}).get(tuple(weight.shape), (math.inf, 0))
     return least <= rows <= most
 
 
@@ -91,7 +91,7 @@ def cublaslt():
 
 
 @cache
-def hush_cublaslt():
+def ignore_cublaslt_warning():
     """
     Ignores PyTorch's warning that choosing a library is experimental. PyTorch issues it when a forward or backward of
     an autograd function returns, so catch_warnings() inside cannot hold it back.
@@ -104,7 +104,7 @@ def weight_gradient(weight, dy, x):
     Returns what a backward should return for weight (out, in): dy.T @ x, for dy (M, out) and x (M, in). On a GPU with a
     float32 weight and 16-bit dy and x, it is summed in float32 and includes weight.grad (see take_gradient).
     """
-    if not (dy.is_cuda and dy.dtype in half_dtypes and weight.dtype == torch.float32):
+    if not (dy.is_cuda and dy.dtype in HALF_DTYPES and weight.dtype == torch.float32):
         return (dy.t() @ x).to(weight.dtype)
     grad = take_gradient(weight)
     with cublaslt() if takes_cublaslt(weight, len(x)) else contextlib.nullcontext():
@@ -165,7 +165,7 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
         if x.is_cuda:
-            hush_cublaslt()
+            ignore_cublaslt_warning()
         x, w = x.to(dtype), rounded(weight, dtype)
         ctx.save_for_backward(x, w)
         ctx.weight = weight

@@ -139,7 +139,7 @@ def test_where_the_matmul_is_used(monkeypatch):
 
     def fits(rows=exp_cross_entropy.MIN_ROWS, V=48, C=16, dtype=bf16, offset=0):
         x, w = torch.zeros(rows, C), torch.zeros(V * C + offset)[offset:].view(V, C)
-        return exp_cross_entropy.fits(x.as_subclass(OnHopper), w, dtype)
+        return exp_cross_entropy.supports(x.as_subclass(OnHopper), w, dtype)
 
     assert fits() and fits(rows=1337, V=8, C=1600)
     assert not fits(rows=exp_cross_entropy.MIN_ROWS - 1) and not fits(V=50257) and not fits(C=20)

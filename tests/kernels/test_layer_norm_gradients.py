@@ -32,7 +32,7 @@ def capturing(monkeypatch):
 
     monkeypatch.setattr(layer_norm_gradients, 'launch_reduce', launch_reduce)
     monkeypatch.setattr(linear_module, 'capturing', lambda weight: True)
-    monkeypatch.setattr(layer_norm_gradients, 'TOGETHER', 2)
+    monkeypatch.setattr(layer_norm_gradients, 'LAYER_NORMS_PER_LAUNCH', 2)
     return together
 
 

@@ -56,7 +56,7 @@ if gpu:
         Both add to float32 gradients, are no further from float64 than cuBLAS, give the same bits every time, and print
         no warning.
         """
-        linear.hush_cublaslt.cache_clear()  # pytest has taken back the filter that an earlier test made
+        linear.ignore_cublaslt_warning.cache_clear()  # pytest has taken back the filter that an earlier test made
         generator = torch.Generator(device).manual_seed(0)
         random = lambda *shape: torch.randn(*shape, device=device, generator=generator)
         weight = random(*shape).requires_grad_()

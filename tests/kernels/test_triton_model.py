@@ -17,7 +17,7 @@ from torch import nn
 import fake_cuda_graph
 import kv_cache
 from kernels import available
-from kernels.decode import MOST_SAMPLES
+from kernels.decode import MAX_SAMPLES
 from kernels.device import answers
 
 VOCABULARY, BLOCK, MICRO_STEPS = 65, 16 if gpu else 8, 3 if gpu else 2  # the interpreter takes half a second for one
@@ -517,5 +517,5 @@ def test_sampling_with_a_cache(samples, options, monkeypatch):
     monkeypatch.setattr(kv_cache.KVCache, 'decode', lambda self, token: steps.append(0) or decode(self, token))
     assert torch.equal(kv_cache.generate(model, prompt, samples, 14, temperature=0), expected.expand(samples, -1))
     assert not steps
-    kv_cache.generate(model, prompt, MOST_SAMPLES + 1, 3, cuda_graph=False)
+    kv_cache.generate(model, prompt, MAX_SAMPLES + 1, 3, cuda_graph=False)
     assert len(steps) == 2
