@@ -500,3 +500,16 @@ def test_growth_says_why_torch_reserved_memory():
     assert found['reserved_by_stream'] == [2 * gib - 2**21, 2**21]
     step = {'bytes': gib, 'functions': ['model:9 forward']}
     assert found['growth'] == [step | {'reserved': 0, 'live': 0}, step | {'reserved': gib, 'live': 2**20}]
+
+
+def test_history_of_several_ranks_is_that_of_the_rank_that_reserved_most():
+    """bench_memory.py --history --ranks=2: numbers are the largest of any rank, the history belongs to one rank."""
+    import bench_memory
+
+    one = dict(reserved=5, allocated=4, alloc_retries=0, growth=['a'], reserved_by_stream=[5], history_complete=True)
+    other = dict(reserved=7, allocated=3, alloc_retries=2, growth=['b'], reserved_by_stream=[7], history_complete=False)
+    found = bench_memory.most_of_ranks([one, other])
+    assert found == other | dict(allocated=4, history_of_rank=1)
+    on_cpus = dict.fromkeys(('reserved', 'allocated')) | bench_memory.growth(bench_memory.history())
+    assert bench_memory.most_of_ranks([on_cpus, on_cpus]) == on_cpus | dict(history_of_rank=0)
+    assert 'history_of_rank' not in bench_memory.most_of_ranks([dict(reserved=1), dict(reserved=2)])
