@@ -208,12 +208,12 @@ class Variant(Trainer):
         fp8 = options.pop('fp8', None)
         if fp8 is not None:
             options['fp8'] = True
-        pays = fp8 if type(fp8) in (int, float) else kernels.fp8_linear.OWN_KERNEL_PAYS
+        pays = fp8 if type(fp8) in (int, float) else kernels.fp8_linear.QUANTIZING_PAYS_FROM
         options |= dict(model=folder, compile=compiled and device == 'cuda', cuda_graph=graph and device == 'cuda')
         collect()
         shape, (batch_size, block_size) = SIZES[size], batches[0][0].shape
         options |= dict(batch_size=batch_size, block_size=block_size, seed=seed, init='gpu')
-        with replaced(kernels.fp8_linear, 'OWN_KERNEL_PAYS', pays):
+        with replaced(kernels.fp8_linear, 'QUANTIZING_PAYS_FROM', pays):
             super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
         if isinstance(fp8, str):  # the other part stays in bfloat16
             head = [self.raw_model.lm_head, self.raw_model.transformer.ln_f]

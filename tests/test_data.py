@@ -452,6 +452,16 @@ def test_openwebtext(copy, tmp_path):
     decode = encoding.get_encoding({}).decode
     parts = [decode(ids.tolist()).split('<|endoftext|>')[:-1] for ids in (train, val)]
     assert len(parts[1]) == 2 and sorted(parts[0] + parts[1]) == sorted(documents)
+    before = contents(copy / 'data/openwebtext')
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'one' / 'train.jsonl').write_text('{"text": "only one"}\n')
+    for options, message in (
+        (['--source', tmp_path / 'one'], 'too few documents (1): train and val need one each'),
+        (['--num_proc', '0'], '--num_proc 0 is not a positive number'),
+    ):
+        run = subprocess.run([sys.executable, script, *options], env=env, capture_output=True, text=True)
+        assert run.returncode == 2 and message in run.stderr and 'Traceback' not in run.stderr
+        assert contents(copy / 'data/openwebtext') == before
     run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert (
         run.returncode == 2

@@ -23,8 +23,8 @@ from .linear import hush_cublaslt, not_a_view, rounded, weight_gradient
 # No producer writes attention's output and its packed gradient in fp8, so a separate kernel has to quantize them. With
 # 768 columns and 12,288 tokens on an H200, FP8 saves 8 µs of the output's matmul and 19 µs of the gradient's, and the
 # kernel takes 5 and 22 µs (fp8_matmuls_h200.json). The savings per element grow with the width, the costs do not.
-# Matmuls that need such a kernel run in FP8 from this width.
-OWN_KERNEL_PAYS = 1024
+# Matmuls that need such a kernel run in FP8 from this width, n_embd.
+QUANTIZING_PAYS_FROM = 1024
 
 
 class Layer:
@@ -58,7 +58,7 @@ def prepare_fp8(model: nn.Module) -> Scales | None:
         return None
     blocks, width, vocabulary = model.transformer.h, model.config.n_embd, model.config.vocab_size
     scales = Scales(2 * (4 * len(blocks) + 1))
-    fits, wide = width % 16 == 0, width >= OWN_KERNEL_PAYS
+    fits, wide = width % 16 == 0, width >= QUANTIZING_PAYS_FROM
     for i, block in enumerate(blocks if fits else ()):
         attention, mlp = block.attn, block.mlp
         block.ln_1.fp8 = attention.c_attn.fp8 = Layer(scales, 4 * i, gradient=wide)

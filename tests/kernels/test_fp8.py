@@ -265,8 +265,8 @@ def test_layers_whose_quantization_does_not_pay_stay_in_bfloat16(monkeypatch):
         return original(a, b, *args, **kwargs)
 
     monkeypatch.setattr(torch, '_scaled_mm', counted)
-    for own_kernel_pays, vocabulary, each_block in ((1024, 80, (3, 3)), (64, 80, (4, 4)), (1024, 65, (3, 3))):
-        monkeypatch.setattr(fp8_linear, 'OWN_KERNEL_PAYS', own_kernel_pays)
+    for quantizing_pays_from, vocabulary, each_block in ((1024, 80, (3, 3)), (64, 80, (4, 4)), (1024, 65, (3, 3))):
+        monkeypatch.setattr(fp8_linear, 'QUANTIZING_PAYS_FROM', quantizing_pays_from)
         calls.clear()
         model = eight_bits(vocab_size=vocabulary)
         accumulated(model, bf16, micro_steps=1)
@@ -320,7 +320,7 @@ def launches_of_quantize(monkeypatch):
     [
         ({}, 0),
         ({'half_residual': True, 'bias': False, 'activation_checkpointing': True}, 0),
-        ({'own_kernel_pays': 64}, 2),  # attention's output and its packed gradient
+        ({'quantizing_pays_from': 64}, 2),  # attention's output and its packed gradient
         ({'dropout': 0.1}, 2),  # between both projections and the residual LayerNorms, which write the gradients
     ],
     ids=['narrow', 'checkpointed', 'wide', 'dropout'],
@@ -330,7 +330,7 @@ def test_producers_leave_little_to_quantize(monkeypatch, options, per_block):
     The kernels that write activations and gradients write their fp8 forms too, and the matmuls take those. If one did
     not, training would slow down without another sign.
     """
-    monkeypatch.setattr(fp8_linear, 'OWN_KERNEL_PAYS', options.pop('own_kernel_pays', 1024))
+    monkeypatch.setattr(fp8_linear, 'QUANTIZING_PAYS_FROM', options.pop('quantizing_pays_from', 1024))
     model = eight_bits(n_layer=2, **options)
     for _ in range(2):  # the first only measures
         with launches_of_quantize(monkeypatch) as launched:
