@@ -256,6 +256,11 @@ if not dataset and not hellaswag:
 # encode before anything is computed: an alphabet may lack a character
 questions = on_rank_0(read_questions) if hellaswag else []
 endings = [endings_of(question, get_encoding(meta)) for question in questions[rank::world_size]]
+cut = sum(n > args['block_size'] for rows in endings for _, n, _ in rows)
+cut = round(mean_over_ranks(torch.tensor(float(cut))).item() * world_size) if hellaswag else 0
+if cut:
+    which, part = ('1 ending is', 'its end is') if cut == 1 else (f'{cut:,} endings are', 'their ends are')
+    print(f'note: {which} longer than block_size={args["block_size"]}, so only {part} scored')
 results = {'checkpoint': os.path.basename(path), 'fingerprint': fingerprint(path), 'iter': checkpoint['iter_num']}
 results['dtype'] = dtype
 data = None

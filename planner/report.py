@@ -219,7 +219,7 @@ def scaling(config, gpu, name, network):
 
 def draw(found, config, gpu, gpus, network, path):
     """Writes the picture. Raises UserError without matplotlib."""
-    if os.path.isdir(path):
+    if os.path.isdir(path) or path.endswith(('/', os.sep)):
         raise UserError(f'--picture={path} is a folder: name a file in it')
     try:
         import matplotlib

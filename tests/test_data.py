@@ -198,6 +198,17 @@ def test_packages_without_wheels(prepare, copy, tmp_path, wheels):
     (wheels / 'b-1.0-py3-none-any.whl').write_bytes(b'half a wheel')
     with pytest.raises(UserError, match='b-1.0-py3-none-any.whl is not a complete wheel'):
         prepare('packages', '--wheels', wheels)
+    with zipfile.ZipFile(wheels / 'b-1.0-py3-none-any.whl', 'w', zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr('b/code.py', 'code = 1\n' * 99)
+    intact = (wheels / 'b-1.0-py3-none-any.whl').read_bytes()
+    listed = intact.index(b'PK\x01\x02')  # the table of contents at the end
+    for offsets, value in (((6, listed + 8), 1), ((8, listed + 10), 99), ((39,), 255)):  # encrypted, unknown, damaged
+        damaged = bytearray(intact)
+        for offset in offsets:
+            damaged[offset] = value
+        (wheels / 'b-1.0-py3-none-any.whl').write_bytes(damaged)
+        with pytest.raises(UserError, match='b-1.0-py3-none-any.whl is not a complete wheel'):
+            prepare('packages', '--wheels', wheels)
     assert not list((copy / 'data' / 'packages').glob('*.bin*'))
 
 

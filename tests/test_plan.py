@@ -164,7 +164,7 @@ def test_beyond_the_measured_is_extrapolated():
         (['--init_from=gpt3'], f"init_from is 'gpt3', but it can be auto, {', '.join(INIT_FROM)}\n"),
         (['--use_zero1=True', '--use_fsdp=True'], 'use_zero1=True and use_fsdp=True select two trainers'),
         (['--picture=no/such/folder/plan.png'], '--picture=no/such/folder/plan.png: '),
-        (['--picture=/'], '--picture=/ is a folder: name a file in it'),
+        (['--picture=no/'], '--picture=no/ is a folder: name a file in it'),
     ],
 )
 def test_impossible_flags(args, message):
