@@ -8,7 +8,8 @@ result.
     python benchmarks/bench_memory.py --set=alone --out=benchmarks/results/memory_alone_h200.json --seconds=90
     python benchmarks/bench_memory.py --set=fp8 --history --out=benchmarks/results/memory_fp8_h200.json --seconds=57
     python benchmarks/bench_memory.py --set=several --ranks=2 --out=benchmarks/results/memory_h200x2.json --seconds=60
-    python benchmarks/bench_memory.py --set=several --ranks=2 --history --out=memory.json --seconds=90
+    python benchmarks/bench_memory.py --set=peaks --history --out=memory.json --seconds=90
+    python benchmarks/bench_memory.py --set=rank_peaks --ranks=2 --history --out=memory.json --seconds=150
     python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: only checks the script
 
 The models of one GPU run in nanoGPT/bench.py without a process group, so gradients are not in buckets. FSDP, and DDP
@@ -196,6 +197,30 @@ def several_ranks():
     ]
 
 
+def peaks_to_explain():
+    """Returns configurations of one GPU, in the form of configurations(), to trace: FSDP with checkpointing."""
+    return [
+        ('fsdp', '124M', 32, 1024, GRAPHS | AC),
+        ('fsdp', '350M', 16, 1024, GRAPHS | AC),
+        ('ddp', '124M', 32, 1024, GRAPHS | AC),
+        ('fsdp', '124M', 12, 1024, GRAPHS | AC),
+    ]
+
+
+def peaks_of_ranks():
+    """
+    Returns configurations of several ranks, in the form of configurations(), to trace: identical runs of these reserved
+    different amounts.
+    """
+    half_residual = GRAPHS | {'half_residual': True}
+    return [
+        ('ddp+triton', '1.5B', 8, 1024, half_residual | {'gradient_accumulation_steps': 5}),
+        ('zero1', '1.5B', 8, 1024, GRAPHS | {'gradient_accumulation_steps': 5}),
+        ('zero1+triton', '124M', 12, 1024, half_residual | {'gradient_accumulation_steps': 10}),
+        ('ddp+triton', '124M', 12, 1024, half_residual | {'gradient_accumulation_steps': 10}),
+    ]
+
+
 def ranks_alone():
     """Returns configurations of ZeRO-1, in the form of configurations(). one_of: one of this number of ranks runs."""
     one_step, five_steps = {'gradient_accumulation_steps': 1}, {'gradient_accumulation_steps': 5}
@@ -231,9 +256,11 @@ SETS = {  # for --set
     'fp8': fp8_configurations,
     'alone': ranks_alone,
     'several': several_ranks,
+    'peaks': peaks_to_explain,
+    'rank_peaks': peaks_of_ranks,
     'tiny': tiny,
 }
-MOST_EVENTS = 400_000  # of a history, which forgets the oldest ones; 11 launched iterations under DDP have the most
+MOST_EVENTS = 1_000_000  # of a history, which forgets the oldest ones; 11 launched iterations under DDP have the most
 STEPS = {'124M': 40, '350M': 20, '774M': 12, '1.5B': 8, 'tiny': 4}  # iterations to time, about 2 s
 
 
@@ -289,18 +316,14 @@ def record_history():
 
 def history():
     """
-    Returns what torch's allocator did on this process's GPU: (action, address, bytes, stream, functions that asked for
-    it) each time. Empty on a CPU.
+    Returns what torch's allocator did on this process's GPU: (action, address, bytes, stream, stack) each time. Empty
+    on a CPU.
     """
     if not torch.cuda.is_available():
         return []
-
-    def function(frame):
-        return f'{Path(frame["filename"]).stem}:{frame["line"]} {frame["name"]}'
-
-    facts = ('action', 'addr', 'size', 'stream')
+    facts = ('action', 'addr', 'size', 'stream', 'frames')
     trace = torch.cuda.memory._snapshot()['device_traces'][torch.cuda.current_device()]
-    return [[*map(entry.get, facts), [function(f) for f in entry.get('frames', ())[:12]]] for entry in trace]
+    return [[entry.get(fact) for fact in facts] for entry in trace]
 
 
 def growth(events):
@@ -319,9 +342,10 @@ def growth(events):
             reserved[stream] -= size
         elif action == 'segment_map':
             if size >= 2**28:
-                functions = next((functions for kind, *_, functions in events[i:] if kind == 'alloc'), [])
+                stack = next((stack for kind, *_, stack in events[i:] if kind == 'alloc'), None) or []
+                functions = [f'{Path(f["filename"]).stem}:{f["line"]} {f["name"]}' for f in stack[:4]]
                 before = {'reserved': sum(reserved.values()), 'live': sum(live.values())}
-                steps.append({'bytes': size} | before | {'functions': functions[:4]})
+                steps.append({'bytes': size} | before | {'functions': functions})
             reserved[stream] += size
     complete = len(events) < MOST_EVENTS
     return {'reserved_by_stream': [*reserved.values()], 'growth': steps, 'history_complete': complete}
@@ -562,8 +586,8 @@ def main():
         return child(args.child)
     if not torch.cuda.is_available() and not args.dry_run:
         sys.exit('bench_memory.py: needs a CUDA GPU; --dry-run tries it without')
-    if (args.set == 'several') != (args.ranks > 1) and not args.dry_run:
-        parser.error('--set=several needs --ranks=2 or more, and the other sets run on one GPU')
+    if (args.set in ('several', 'rank_peaks')) != (args.ranks > 1) and not args.dry_run:
+        parser.error('--set=several and --set=rank_peaks need --ranks=2 or more, and the other sets run on one GPU')
     started = time.time()
     chosen = SETS['tiny' if args.dry_run else args.set]()
     wanted = [
