@@ -85,10 +85,14 @@ def read_questions():
             continue
         try:
             question = json.loads(line)
+            if not isinstance(question, dict):
+                raise TypeError(f'not an object, but a {type(question).__name__}')
             texts = [question[key] for key in ('ctx', 'ctx_a', 'ctx_b', 'activity_label')] + question['endings']
             label = str(question['label'])
-            if not all(isinstance(text, str) for text in texts) or label not in map(str, range(len(texts) - 4)):
-                raise ValueError('a field has the wrong type')
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError('a text is not a string')
+            if label not in map(str, range(len(texts) - 4)):
+                raise ValueError(f'its label is {label:.20}, but it has {len(texts) - 4} endings')
         except (ValueError, TypeError, KeyError, RecursionError) as e:
             raise UserError(f'{path}, line {i}, is not a HellaSwag question: {type(e).__name__}: {e}') from None
         questions.append(question)

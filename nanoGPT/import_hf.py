@@ -40,6 +40,8 @@ def find_folder(hf_dir):
     hf_format.check_name(hf_dir)
     if os.path.isdir(hf_dir):
         return hf_dir
+    if os.path.isfile(hf_dir):
+        raise UserError(f'hf_dir={hf_dir} is a file: name the folder that holds config.json and the weights')
     if os.path.exists(hf_dir) or not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', hf_dir):
         raise UserError(f'hf_dir={hf_dir}: there is no such folder')
     try:

@@ -210,7 +210,8 @@ def test_mistakes_with_hellaswag(launch, questions, nproc):
     for label in ('1e999', '4', '-1', '1.5', 'true', 'null'):
         with open('label.jsonl', 'w') as f:
             f.write(json.dumps(questions[0] | {'label': 0}).replace('"label": 0', f'"label": {label}'))
-        assert 'label.jsonl, line 1, is not a HellaSwag question' in fails('--input=label.jsonl')
+        message = fails('--input=label.jsonl')
+        assert 'label.jsonl, line 1, is not a HellaSwag question: ValueError: its label is' in message
     os.mkfifo('pipe')
     assert 'pipe cannot be read: not a regular file' in fails('--input=pipe')
     with open('hellaswag.jsonl', 'a') as f:

@@ -318,6 +318,7 @@ def test_damaged_and_missing_files(launch, work):
         with open('hf/model.safetensors', 'wb') as f:
             f.write(damaged)
         assert 'hf/model.safetensors is damaged or not a safetensors file' in fails('--hf_dir=hf')
+    assert 'is a file: name the folder that holds config.json' in fails('--hf_dir=hf/model.safetensors')
     os.remove('hf/model.safetensors')
     assert 'hf/model.safetensors does not exist' in fails('--hf_dir=hf')
     assert 'no model of that name could be downloaded' in fails('--hf_dir=no-such/model')
