@@ -269,8 +269,11 @@ def saved_options(checkpoint: dict, options: dict, flags_set: set) -> dict:
 def load_model(model: torch.nn.Module, checkpoint: dict) -> None:
     """
     Copies the checkpoint's weights into the model. Raises UserError if they do not fit or are not finite, or if weights
-    differ that are one tensor in this model.
+    differ that are one tensor in this model. Prints a note on fields of model_args that the model does not have.
     """
+    unknown = [f'{k}={v!r:.40}' for k, v in checkpoint['model_args'].items() if not hasattr(model.config, str(k))]
+    if unknown:
+        print(f"note: the checkpoint's model_args have {', '.join(unknown)}, which this model.py ignores")
     own = model.state_dict()
     saved = fit_names(checkpoint['model'], own)
     wrong = [f'{k} is missing' for k in own if k not in saved] + [f'{k} is unknown' for k in saved if k not in own]

@@ -232,9 +232,13 @@ def test_names_of_wrappers_and_masks_of_other_versions(launch, run):
         load_model(model, {**checkpoint, 'model': both})
 
 
-def test_an_output_layer_of_its_own_is_another_model(launch, run):
-    """A fork of nanoGPT may not tie the output layer to the embedding. Our model would drop one of the two."""
+def test_a_checkpoint_of_another_model(launch, run):
+    """A fork of nanoGPT may have other options, or an output layer of its own, which our model would drop."""
     checkpoint = load('out/ckpt.pt')
+    checkpoint['model_args']['rotary'] = True
+    torch.save(checkpoint, 'out/ckpt.pt')
+    result = launch(SAMPLE, '--device=cpu', '--num_samples=1', '--max_new_tokens=1')
+    assert "note: the checkpoint's model_args have rotary=True, which this model.py ignores" in result.stdout
     checkpoint['model']['lm_head.weight'] = checkpoint['model']['lm_head.weight'] + 1
     torch.save(checkpoint, 'out/ckpt.pt')
     for script, *flags in ((TRAIN, *RESUME, '--n_layer=1'), (SAMPLE, '--device=cpu')):
