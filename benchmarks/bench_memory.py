@@ -311,6 +311,7 @@ def wait_for_turn(hardware, ready):
 def record_history():
     """Makes torch's allocator record what it does from now on. Only CUDA has this allocator."""
     if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))  # else CUDA's context would be made on GPU 0
         torch.cuda.memory._record_memory_history(context='alloc', stacks='python', max_entries=MOST_EVENTS)
 
 

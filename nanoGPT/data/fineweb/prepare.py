@@ -152,9 +152,9 @@ def download_ready_made(kind, sample, out, num_shards):
         for file, future in zip(names, running, strict=True):
             try:
                 counts.append(future.result())
-            except UserError:
+            except UserError as error:
                 pool.shutdown(cancel_futures=True)
-                raise
+                raise UserError(f'{error}. Remove it, and run the same command again') from None
             except Exception as error:
                 pool.shutdown(cancel_futures=True)
                 by_hand = f'get the shards from\nhttps://huggingface.co/datasets/{repository} and put them into {out}'
