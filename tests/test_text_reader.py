@@ -174,6 +174,18 @@ def test_documents_in_a_txt_file(tmp_path, monkeypatch, capsys):
     assert "a.txt: <|endoftext|> was read as text; to separate documents at it, pass --separator '<|endoftext|>'" in (
         capsys.readouterr().out
     )
+    (tmp_path / 'b.txt').write_text('one\ntwo')
+    paths = [str(tmp_path / name) for name in ('a.txt', 'b.txt')]
+    hint = "; bash writes a line end as $'\\n'"
+    # the second separator is as typed in quotes: a backslash and an n
+    for separator, number, whole, more in (('<|endoftext|>', 31, paths[1:], ''), ('\\n', 2, paths, hint)):
+        reader = TextReader(paths, separator=separator)
+        assert len(list(reader.documents())) == number
+        reader.report_documents()
+        note = (
+            f'{", ".join(whole)}: read as one document each, because the separator {separator!r} does not occur{more}'
+        )
+        assert f'note: {note}\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['a.txt.gz', 'a.jsonl.bz2', 'a.txt.xz', *['a.jsonl.zst'] * ('.zst' in COMPRESSORS)])

@@ -57,6 +57,7 @@ class TextReader:
         self.bytes = sum(map(os.path.getsize, self.paths))
         self.empty = 0  # documents without text, which documents() leaves out
         self.unsplit = set()  # .txt files that hold <|endoftext|> as text
+        self.whole = set()  # .txt files in which the separator does not occur
 
     def fetch(self, index: int) -> str:
         """Returns the path of file number `index`."""
@@ -104,6 +105,12 @@ class TextReader:
                 f'note: {", ".join(sorted(self.unsplit)[:NAMED])}: {ENDOFTEXT_TEXT} was read as text; to separate '
                 f"documents at it, pass --separator '{ENDOFTEXT_TEXT}'"
             )
+        if self.whole:
+            hint = "; bash writes a line end as $'\\n'" if '\\n' in self.separator else ''
+            print(
+                f'note: {", ".join(sorted(self.whole)[:NAMED])}: read as one document each, because the separator '
+                f'{self.separator!r} does not occur{hint}'
+            )
 
     def documents(
         self, update: Callable[[int], None] = lambda n: None, start: int = 0
@@ -112,7 +119,7 @@ class TextReader:
         Yields (size in bytes, consecutive pieces of text) for each document with text, starting at file number `start`.
         Calls update with the bytes just read. Raises UserError for a file whose contents do not match its name.
         """
-        self.empty, self.unsplit = 0, set()
+        self.empty, self.unsplit, self.whole = 0, set(), set()
         for path in self.paths[start:]:
             yield from self.read(path, update)
 
@@ -131,10 +138,12 @@ class TextReader:
             first = next(pieces, '')
             yield os.path.getsize(path) if first else 0, itertools.chain([first], pieces)
             return
+        self.whole.add(path)
         parts, rest = [], ''  # the unfinished document; rest may end within a separator
         for piece in read_pieces(path, update):
             *complete, rest = (rest + piece).split(self.separator)
             for text in complete:
+                self.whole.discard(path)
                 yield as_document(''.join([*parts, text]).strip('\n'))
                 parts = []
             parts.append(rest[: -len(self.separator)])

@@ -71,7 +71,8 @@ class HubReader(TextReader):
 
     def __init__(self, repository: str, sample: str, folder: str):
         self.repository, self.sample, self.folder = repository, sample, folder
-        self.field, self.separator, self.empty, self.unsplit, self.skipped = 'text', '', 0, set(), []
+        self.field, self.separator, self.empty, self.skipped = 'text', '', 0, []
+        self.unsplit = self.whole = frozenset()
         api = hub().HfApi()
         try:
             self.revision = api.dataset_info(repository).sha
