@@ -192,9 +192,20 @@ def test_documents_in_a_txt_file(tmp_path, monkeypatch, capsys):
 def test_damaged_compressed_files(tmp_path, name):
     lines = b''.join(b'{"text": "%d"}\n' % i for i in range(100_000))
     whole = COMPRESSORS[name[name.rindex('.') :]](lines)
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=f'{name} is damaged or incomplete: .*. Get the file again'):
-        documents(tmp_path / name)
+    # parallel compressors and `cat` write several streams
+    for damaged in (whole[: len(whole) // 2], whole + whole[: len(whole) // 2], whole + b'??' + whole):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=f'{name} is damaged or incomplete: .*. Get the file again'):
+            documents(tmp_path / name)
+
+
+@pytest.mark.parametrize('ending', COMPRESSORS)
+def test_several_compressed_streams(tmp_path, ending):
+    lines = [b''.join(b'{"text": "%d"}\n' % i for i in part) for part in (range(100_000), range(100_000, 100_003))]
+    padding = b'\0' * 8 if ending in ('.xz', '.gz') else b''  # which these two formats allow
+    streams = [COMPRESSORS[ending](part) + padding for part in lines]
+    (tmp_path / f'a.jsonl{ending}').write_bytes(b''.join(streams))
+    assert documents(tmp_path / f'a.jsonl{ending}') == list(map(str, range(100_003)))
 
 
 GERMAN, RUSSIAN = 'Größe, Maß und Öl – „Zitat“\n' * 9, 'Война и мир\n' * 9

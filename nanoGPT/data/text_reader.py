@@ -357,9 +357,9 @@ def opened(path: str, update: Callable[[int], None] = lambda n: None) -> Iterato
             if head.startswith(b'\x1f\x8b'):
                 stream = gzip.GzipFile(fileobj=raw)
             elif head[:3] == b'BZh' and head[4:10] == b'1AY&SY':
-                stream = bz2.BZ2File(raw)
+                stream = io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), BLOCK)
             elif head.startswith(b'\xfd7zXZ\0'):
-                stream = lzma.LZMAFile(raw)
+                stream = io.BufferedReader(_Streams(raw, lzma.LZMADecompressor), BLOCK)
             elif head.startswith(b'\x28\xb5\x2f\xfd') or (head[1:4] == b'\x2a\x4d\x18' and head[0] >> 4 == 5):
                 stream = io.BufferedReader(_zstd(path, raw), BLOCK)
             else:
@@ -396,6 +396,40 @@ class _Counted(io.RawIOBase):
         if n:
             self.update(n)
         return n
+
+
+class _Streams(io.RawIOBase):
+    """
+    The contents of all bzip2 or xz streams in a file. BZ2File and LZMAFile take a damaged second stream for the end of
+    the file, and so lose the rest.
+    """
+
+    def __init__(self, raw, decompressor):
+        self.raw, self.new, self.decompressor = raw, decompressor, decompressor()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = b''
+        while not data:
+            if self.decompressor.eof:
+                block = self.decompressor.unused_data.lstrip(b'\0')  # xz may pad with zeros
+                while not block:
+                    more = self.raw.read1(BLOCK)
+                    if not more:
+                        return 0
+                    block = more.lstrip(b'\0')
+                self.decompressor = self.new()
+            elif self.decompressor.needs_input:
+                block = self.raw.read1(BLOCK)
+                if not block:
+                    raise EOFError('it ends within a compressed stream')
+            else:
+                block = b''
+            data = self.decompressor.decompress(block, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _zstd(path, raw):
