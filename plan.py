@@ -14,7 +14,6 @@ numbers are from measured ones.
 """
 
 import json
-import math
 import os
 import sys
 from contextlib import redirect_stdout
@@ -44,6 +43,7 @@ FLAGS = {  # name: (default, help)
     'picture': ('', 'write a picture to this file: memory for each trainer, tokens/s from 1 to 1,024 GPUs'),
 }
 # -----------------------------------------------------------------------------
+LIMIT = 1e15  # of these flags, so that no result overflows
 
 
 def print_help():
@@ -78,11 +78,11 @@ def parse():
     if config['trainer'] not in ('', *options.NAMES, *options.FOLDERS.values()):
         raise UserError(f"trainer is '{config['trainer']}', but it can be {', '.join(options.NAMES)}")
     for flag in ('tokens', 'price', 'network', 'gpu_memory'):
-        if not 0 <= config[flag] < math.inf:
-            raise UserError(f'{flag}={config[flag]}, but it must be a number that is at least 0')
-    for flag in ('network', 'vocab_size'):
-        if not config[flag] > 0:
-            raise UserError(f'{flag}={config[flag]}, but it must be more than 0')
+        if not 0 <= config[flag] < LIMIT:
+            raise UserError(f'{flag}={config[flag]}, but it must be a number from 0 to {LIMIT:.0e}')
+    for flag, least in (('network', 1 / LIMIT), ('vocab_size', 1)):
+        if not config[flag] >= least:
+            raise UserError(f'{flag}={config[flag]}, but it must be at least {least:g}')
     return config, flags_set, arguments, in_files
 
 

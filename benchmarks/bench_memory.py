@@ -8,6 +8,8 @@ result.
     python benchmarks/bench_memory.py --set=alone --out=benchmarks/results/memory_alone_h200.json --seconds=90
     python benchmarks/bench_memory.py --set=fp8 --history --out=benchmarks/results/memory_fp8_h200.json --seconds=57
     python benchmarks/bench_memory.py --set=several --ranks=2 --out=benchmarks/results/memory_h200x2.json --seconds=60
+    python benchmarks/bench_memory.py --set=peaks --history --out=memory.json --seconds=90
+    python benchmarks/bench_memory.py --set=rank_peaks --ranks=2 --history --out=memory.json --seconds=150
     python benchmarks/bench_memory.py --dry-run --out=memory.json  # tiny models on a CPU: only checks the script
 
 The models of one GPU run in nanoGPT/bench.py without a process group, so gradients are not in buckets. FSDP, and DDP
@@ -25,7 +27,8 @@ With --set=timed, each process also times iterations. Processes compile and warm
 are ready, each has the GPU to itself in turn; the first half of its iterations warms the GPU up again and does not
 count. --set=fp8 does the same for --fp8, next to processes that are not timed.
 
-With --history, the result of a process that is not timed also states why torch reserved memory (growth()).
+With --history, the result of a process that is not timed also states why torch reserved memory (growth()). With several
+ranks, each records its own history, and the result has that of the rank that reserved most (history_of_rank).
 """
 
 import argparse
@@ -194,6 +197,30 @@ def several_ranks():
     ]
 
 
+def peaks_to_explain():
+    """Returns configurations of one GPU, in the form of configurations(), to trace: FSDP with checkpointing."""
+    return [
+        ('fsdp', '124M', 32, 1024, GRAPHS | AC),
+        ('fsdp', '350M', 16, 1024, GRAPHS | AC),
+        ('ddp', '124M', 32, 1024, GRAPHS | AC),
+        ('fsdp', '124M', 12, 1024, GRAPHS | AC),
+    ]
+
+
+def peaks_of_ranks():
+    """
+    Returns configurations of several ranks, in the form of configurations(), to trace: identical runs of these reserved
+    different amounts.
+    """
+    half_residual = GRAPHS | {'half_residual': True}
+    return [
+        ('ddp+triton', '1.5B', 8, 1024, half_residual | {'gradient_accumulation_steps': 5}),
+        ('zero1', '1.5B', 8, 1024, GRAPHS | {'gradient_accumulation_steps': 5}),
+        ('zero1+triton', '124M', 12, 1024, half_residual | {'gradient_accumulation_steps': 10}),
+        ('ddp+triton', '124M', 12, 1024, half_residual | {'gradient_accumulation_steps': 10}),
+    ]
+
+
 def ranks_alone():
     """Returns configurations of ZeRO-1, in the form of configurations(). one_of: one of this number of ranks runs."""
     one_step, five_steps = {'gradient_accumulation_steps': 1}, {'gradient_accumulation_steps': 5}
@@ -229,8 +256,11 @@ SETS = {  # for --set
     'fp8': fp8_configurations,
     'alone': ranks_alone,
     'several': several_ranks,
+    'peaks': peaks_to_explain,
+    'rank_peaks': peaks_of_ranks,
     'tiny': tiny,
 }
+MOST_EVENTS = 1_000_000  # of a history, which forgets the oldest ones; 11 launched iterations under DDP have the most
 STEPS = {'124M': 40, '350M': 20, '774M': 12, '1.5B': 8, 'tiny': 4}  # iterations to time, about 2 s
 
 
@@ -278,21 +308,30 @@ def wait_for_turn(hardware, ready):
     hardware.now = waits_once
 
 
+def record_history():
+    """Makes torch's allocator record what it does from now on. Only CUDA has this allocator."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))  # else CUDA's context would be made on GPU 0
+        torch.cuda.memory._record_memory_history(context='alloc', stacks='python', max_entries=MOST_EVENTS)
+
+
 def history():
-    """Returns what torch's allocator did: (action, address, bytes, stream, functions that asked for it) each time."""
-
-    def function(frame):
-        return f'{Path(frame["filename"]).stem}:{frame["line"]} {frame["name"]}'
-
-    facts = ('action', 'addr', 'size', 'stream')
-    trace = torch.cuda.memory._snapshot()['device_traces'][0]
-    return [[*map(entry.get, facts), [function(f) for f in entry.get('frames', ())[:12]]] for entry in trace]
+    """
+    Returns what torch's allocator did on this process's GPU: (action, address, bytes, stream, stack) each time. Empty
+    on a CPU.
+    """
+    if not torch.cuda.is_available():
+        return []
+    facts = ('action', 'addr', 'size', 'stream', 'frames')
+    trace = torch.cuda.memory._snapshot()['device_traces'][torch.cuda.current_device()]
+    return [[entry.get(fact) for fact in facts] for entry in trace]
 
 
 def growth(events):
     """
     Returns why torch reserved memory: the bytes per stream at the end, and each step of at least 256 MiB with the bytes
-    reserved and live before it, and the functions that asked. events: of history().
+    reserved and live before it, and the functions that asked. events: of history(). history_complete: whether these are
+    all events.
     """
     live, reserved, steps = {}, defaultdict(int), []
     for i, (action, address, size, stream, _) in enumerate(events):
@@ -304,11 +343,13 @@ def growth(events):
             reserved[stream] -= size
         elif action == 'segment_map':
             if size >= 2**28:
-                functions = next((functions for kind, *_, functions in events[i:] if kind == 'alloc'), [])
+                stack = next((stack for kind, *_, stack in events[i:] if kind == 'alloc'), None) or []
+                functions = [f'{Path(f["filename"]).stem}:{f["line"]} {f["name"]}' for f in stack[:4]]
                 before = {'reserved': sum(reserved.values()), 'live': sum(live.values())}
-                steps.append({'bytes': size} | before | {'functions': functions[:4]})
+                steps.append({'bytes': size} | before | {'functions': functions})
             reserved[stream] += size
-    return {'reserved_by_stream': [*reserved.values()], 'growth': steps}
+    complete = len(events) < MOST_EVENTS
+    return {'reserved_by_stream': [*reserved.values()], 'growth': steps, 'history_complete': complete}
 
 
 def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, ready='', traced=False):
@@ -317,7 +358,7 @@ def measure(trainer, size, batch_size, block_size, options, ranks, dry_run, read
     `ready` names a file to create before the timed iterations, their tokens/s. traced: adds growth().
     """
     if traced:
-        torch.cuda.memory._record_memory_history(context='alloc', stacks='python', max_entries=100_000)
+        record_history()
     options = {'gradient_accumulation_steps': 2} | options
     launched, times = {}, []
     if ranks > 1 or 'fsdp' in trainer or 'one_of' in options:
@@ -414,13 +455,26 @@ class OneOfRanks(torch.optim.Optimizer):
         self.own.zero_grad(set_to_none=True)
 
 
-def most_of_ranks(result):
-    """Returns the largest of all ranks' numbers for each key."""
+def results_of_ranks(result):
+    """Returns every rank's result, on every rank. Collective."""
     import torch.distributed as dist
 
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, result)
-    return {key: value and max(its[key] for its in everyone) for key, value in result.items()}
+    return everyone
+
+
+def most_of_ranks(everyone):
+    """
+    Returns one result for those of all ranks: the largest number for each key, and growth() of the rank that reserved
+    most, whose number is history_of_rank.
+    """
+    rank = max(range(len(everyone)), key=lambda rank: everyone[rank]['reserved'] or 0)
+    most = dict(everyone[rank])
+    for key, value in most.items():
+        if isinstance(value, int) and key != 'history_complete':
+            most[key] = max(result[key] for result in everyone)
+    return most | ({'history_of_rank': rank} if 'growth' in most else {})
 
 
 def estimate(row):
@@ -451,7 +505,7 @@ def child(arguments):
     else:
         result = measure(**spec)
         if spec['ranks'] > 1:
-            result = most_of_ranks(result)
+            result = most_of_ranks(results_of_ranks(result))
     if os.environ.get('RANK', '0') == '0':
         print('\nRESULT ' + json.dumps(result), flush=True)
     os._exit(0)  # destroying NCCL's graphs and the interpreter would take seconds
@@ -533,10 +587,8 @@ def main():
         return child(args.child)
     if not torch.cuda.is_available() and not args.dry_run:
         sys.exit('bench_memory.py: needs a CUDA GPU; --dry-run tries it without')
-    if (args.set == 'several') != (args.ranks > 1) and not args.dry_run:
-        parser.error('--set=several needs --ranks=2 or more, and the other sets run on one GPU')
-    if args.history and args.ranks > 1:
-        parser.error('--history works with one rank only')
+    if (args.set in ('several', 'rank_peaks')) != (args.ranks > 1) and not args.dry_run:
+        parser.error('--set=several and --set=rank_peaks need --ranks=2 or more, and the other sets run on one GPU')
     started = time.time()
     chosen = SETS['tiny' if args.dry_run else args.set]()
     wanted = [
@@ -560,7 +612,7 @@ def main():
                     more = {'dry_run': args.dry_run}
                     if timed(args.set, spec):
                         more['ready'] = f'{folder}/{key}.ready'
-                    elif args.history and not args.dry_run:
+                    elif args.history:
                         more['traced'] = True
                     children.start(key, spec | more)
                     used[key] = needs

@@ -85,10 +85,14 @@ def read_questions():
             continue
         try:
             question = json.loads(line)
+            if not isinstance(question, dict):
+                raise TypeError(f'not an object, but a {type(question).__name__}')
             texts = [question[key] for key in ('ctx', 'ctx_a', 'ctx_b', 'activity_label')] + question['endings']
             label = str(question['label'])
-            if not all(isinstance(text, str) for text in texts) or label not in map(str, range(len(texts) - 4)):
-                raise ValueError('a field has the wrong type')
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError('a text is not a string')
+            if label not in map(str, range(len(texts) - 4)):
+                raise ValueError(f'its label is {label:.20}, but it has {len(texts) - 4} endings')
         except (ValueError, TypeError, KeyError, RecursionError) as e:
             raise UserError(f'{path}, line {i}, is not a HellaSwag question: {type(e).__name__}: {e}') from None
         questions.append(question)
@@ -256,6 +260,11 @@ if not dataset and not hellaswag:
 # encode before anything is computed: an alphabet may lack a character
 questions = on_rank_0(read_questions) if hellaswag else []
 endings = [endings_of(question, get_encoding(meta)) for question in questions[rank::world_size]]
+cut = sum(n > args['block_size'] for rows in endings for _, n, _ in rows)
+cut = round(mean_over_ranks(torch.tensor(float(cut))).item() * world_size) if hellaswag else 0
+if cut:
+    which, part = ('1 ending is', 'its end is') if cut == 1 else (f'{cut:,} endings are', 'their ends are')
+    print(f'note: {which} longer than block_size={args["block_size"]}, so only {part} scored')
 results = {'checkpoint': os.path.basename(path), 'fingerprint': fingerprint(path), 'iter': checkpoint['iter_num']}
 results['dtype'] = dtype
 data = None

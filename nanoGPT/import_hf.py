@@ -40,6 +40,8 @@ def find_folder(hf_dir):
     hf_format.check_name(hf_dir)
     if os.path.isdir(hf_dir):
         return hf_dir
+    if os.path.isfile(hf_dir):
+        raise UserError(f'hf_dir={hf_dir} is a file: name the folder that holds config.json and the weights')
     if os.path.exists(hf_dir) or not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', hf_dir):
         raise UserError(f'hf_dir={hf_dir}: there is no such folder')
     try:
@@ -101,7 +103,8 @@ def other_formats():
 def check_vocabulary(folder, vocab_size):
     """
     Raises UserError if the tokenizer in the folder does not fit: if it has more tokens than the model, or differs from
-    GPT-2's where sample.py would use GPT-2's. Accepts a folder without a tokenizer.
+    GPT-2's where sample.py would use GPT-2's. Accepts a folder without a tokenizer. Prints a note on tokens that were
+    added to GPT-2's.
     """
     paths = [os.path.join(folder, name) for name in ('tokenizer.json', 'vocab.json')]
     path = next(filter(os.path.exists, paths), None)
@@ -134,6 +137,10 @@ def check_vocabulary(folder, vocab_size):
                 f"the tokenizer does not fit: {path} is not GPT-2's, which train.py and sample.py use for a model with "
                 f'{vocab_size:,} tokens; --check_tokenizer=False imports the weights anyway'
             )
+        added = sorted(vocab.keys() - gpt2.keys(), key=vocab.get)
+        if added:
+            names = ', '.join(map(repr, added[:5])) + ', ...' * (len(added) > 5)
+            print(f"note: {path} adds {names} to GPT-2's tokens; train.py and sample.py read them as plain text")
 
 
 protect_output()

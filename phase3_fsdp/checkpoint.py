@@ -267,7 +267,13 @@ def saved_options(checkpoint: dict, options: dict, flags_set: set) -> dict:
 
 
 def load_model(model: torch.nn.Module, checkpoint: dict) -> None:
-    """Copies the checkpoint's weights into the model. Raises UserError if they do not fit or are not finite."""
+    """
+    Copies the checkpoint's weights into the model. Raises UserError if they do not fit or are not finite, or if weights
+    differ that are one tensor in this model. Prints a note on fields of model_args that the model does not have.
+    """
+    unknown = [f'{k}={v!r:.40}' for k, v in checkpoint['model_args'].items() if not hasattr(model.config, str(k))]
+    if unknown:
+        print(f"note: the checkpoint's model_args have {', '.join(unknown)}, which this model.py ignores")
     own = model.state_dict()
     saved = fit_names(checkpoint['model'], own)
     wrong = [f'{k} is missing' for k in own if k not in saved] + [f'{k} is unknown' for k in saved if k not in own]
@@ -281,10 +287,17 @@ def load_model(model: torch.nn.Module, checkpoint: dict) -> None:
             f'the checkpoint does not fit its own model_args: {"; ".join(wrong[:3])}'
             + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
         )
-    for name, _ in model.named_parameters():
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         # a trainer may have loaded this rank's shard only
         shard = saved[name].to_local() if hasattr(saved[name], 'to_local') else saved[name]
         check_finite(shard, name)
+        first, other = names.setdefault(id(parameter), (name, shard))
+        if other is not shard and not torch.equal(other, shard.to(other.dtype)):
+            raise UserError(
+                f"the checkpoint's {name} differs from its {first}, but in our model they are one tensor: the "
+                'checkpoint comes from another model.py'
+            )
     model.load_state_dict(saved)
 
 

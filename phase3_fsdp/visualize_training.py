@@ -561,8 +561,12 @@ def parse_args(argv):
 
 
 def output_path(args, runs):
-    """Returns the path of the picture: next to the first log, unless --output names a file or a folder."""
+    """
+    Returns the path of the picture: next to the first log, unless --output names a file or a folder. Raises LogError.
+    """
     path = os.path.splitext(runs[0].path)[0] + ('_comparison_analysis.png' if len(runs) > 1 else '_analysis.png')
+    if args.output and args.output.endswith(('/', os.sep)) and not os.path.isdir(args.output):
+        raise LogError(f'--output={args.output}: there is no such folder')
     if args.output:
         path = os.path.join(args.output, os.path.basename(path)) if os.path.isdir(args.output) else args.output
     stem, ending = os.path.splitext(path)

@@ -1,9 +1,12 @@
 """Formats plan.py's output: the tables, the recommendation, the JSON object and the picture."""
 
+import os
+
 from errors import UserError
 from planner import memory, options, plan, speed
 from planner.gpus import GIB
 from planner.memory import COMPONENTS
+from replaced import replaced
 from shell import pip_install
 
 TITLES = {
@@ -144,7 +147,7 @@ def advice(found, config, gpu, gpus, asked, best, arguments, in_files, way_out):
     possible = [e for e in found.values() if e.fits and options.known_to(e.name).issuperset(in_files)]
     others = [e for e in possible if e.tokens_per_sec > best.tokens_per_sec]
     why = 'the fastest that fits'
-    if any(not e.tight for e in others):
+    if any(best.tight or not e.tight for e in others):  # recommend() passes over tight runs only for one with room
         why = 'within 2% of the fastest that fits, and simpler'
     elif others:
         why = 'the fastest that fits with room to spare'
@@ -216,6 +219,8 @@ def scaling(config, gpu, name, network):
 
 def draw(found, config, gpu, gpus, network, path):
     """Writes the picture. Raises UserError without matplotlib."""
+    if os.path.isdir(path) or path.endswith(('/', os.sep)):
+        raise UserError(f'--picture={path} is a folder: name a file in it')
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -254,6 +259,7 @@ def draw(found, config, gpu, gpus, network, path):
     speed_axis.legend(fontsize=8, frameon=False)
     figure.tight_layout()
     try:
-        figure.savefig(path, dpi=110)
+        with replaced(path if os.path.splitext(path)[1] else f'{path}.png') as temporary:
+            figure.savefig(temporary, dpi=110)
     except (OSError, ValueError) as error:  # no such folder, or a format that matplotlib does not know
         raise UserError(f'--picture={path}: {error}') from None

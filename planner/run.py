@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 from planner.gpus import GPU
 
+OWN_KERNEL_MIN_WIDTH = 1024  # columns, as in kernels/fp8_linear.py
+
 
 @dataclass(frozen=True)
 class Run:
@@ -59,9 +61,9 @@ class Run:
     def fp8_everywhere(self):
         """
         Whether all matmuls of a block run in FP8. Narrow models compute two of the eight in 16 bits: the forward of
-        attention's output and the input gradient of query, key and value (fp8_linear.OWN_KERNEL_MIN_WIDTH).
+        attention's output and the input gradient of query, key and value.
         """
-        return self.fp8 and self.n_embd >= 1024
+        return self.fp8 and self.n_embd >= OWN_KERNEL_MIN_WIDTH
 
     @property
     def shards(self):

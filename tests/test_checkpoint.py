@@ -232,6 +232,21 @@ def test_names_of_wrappers_and_masks_of_other_versions(launch, run):
         load_model(model, {**checkpoint, 'model': both})
 
 
+def test_a_checkpoint_of_another_model(launch, run):
+    """A fork of nanoGPT may have other options, or an output layer of its own, which our model would drop."""
+    checkpoint = load('out/ckpt.pt')
+    checkpoint['model_args']['rotary'] = True
+    torch.save(checkpoint, 'out/ckpt.pt')
+    result = launch(SAMPLE, '--device=cpu', '--num_samples=1', '--max_new_tokens=1')
+    assert "note: the checkpoint's model_args have rotary=True, which this model.py ignores" in result.stdout
+    checkpoint['model']['lm_head.weight'] = checkpoint['model']['lm_head.weight'] + 1
+    torch.save(checkpoint, 'out/ckpt.pt')
+    for script, *flags in ((TRAIN, *RESUME, '--n_layer=1'), (SAMPLE, '--device=cpu')):
+        result = launch(script, *flags, check=False)
+        assert result.returncode == 2
+        assert 'lm_head.weight differs from its transformer.wte.weight, but in our model they are' in result.stderr
+
+
 def test_the_best_checkpoint_has_its_own_storage(run):
     write_checkpoint({'iter_num': 1}, 'made/anew', best=True, required=True)
     assert os.stat('made/anew/ckpt.pt').st_ino != os.stat('made/anew/ckpt_best.pt').st_ino

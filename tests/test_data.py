@@ -198,6 +198,17 @@ def test_packages_without_wheels(prepare, copy, tmp_path, wheels):
     (wheels / 'b-1.0-py3-none-any.whl').write_bytes(b'half a wheel')
     with pytest.raises(UserError, match='b-1.0-py3-none-any.whl is not a complete wheel'):
         prepare('packages', '--wheels', wheels)
+    with zipfile.ZipFile(wheels / 'b-1.0-py3-none-any.whl', 'w', zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr('b/code.py', 'code = 1\n' * 99)
+    intact = (wheels / 'b-1.0-py3-none-any.whl').read_bytes()
+    listed = intact.index(b'PK\x01\x02')  # the table of contents at the end
+    for offsets, value in (((6, listed + 8), 1), ((8, listed + 10), 99), ((39,), 255)):  # encrypted, unknown, damaged
+        damaged = bytearray(intact)
+        for offset in offsets:
+            damaged[offset] = value
+        (wheels / 'b-1.0-py3-none-any.whl').write_bytes(damaged)
+        with pytest.raises(UserError, match='b-1.0-py3-none-any.whl is not a complete wheel'):
+            prepare('packages', '--wheels', wheels)
     assert not list((copy / 'data' / 'packages').glob('*.bin*'))
 
 
@@ -452,6 +463,16 @@ def test_openwebtext(copy, tmp_path):
     decode = encoding.get_encoding({}).decode
     parts = [decode(ids.tolist()).split('<|endoftext|>')[:-1] for ids in (train, val)]
     assert len(parts[1]) == 2 and sorted(parts[0] + parts[1]) == sorted(documents)
+    before = contents(copy / 'data/openwebtext')
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'one' / 'train.jsonl').write_text('{"text": "only one"}\n')
+    for options, message in (
+        (['--source', tmp_path / 'one'], 'too few documents (1): train and val need one each'),
+        (['--num_proc', '0'], '--num_proc 0 is not a positive number'),
+    ):
+        run = subprocess.run([sys.executable, script, *options], env=env, capture_output=True, text=True)
+        assert run.returncode == 2 and message in run.stderr and 'Traceback' not in run.stderr
+        assert contents(copy / 'data/openwebtext') == before
     run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert (
         run.returncode == 2

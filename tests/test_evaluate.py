@@ -142,6 +142,7 @@ def questions(work):
         a, b = words(), words().lower()
         question = dict(activity_label='Running', ctx_a=a, ctx_b=b, ctx=f'{a} {b}', endings=[words() for _ in range(4)])
         questions.append(question | {'label': int(rng.integers(4))})
+    questions[0]['endings'][2] *= 4
     with open('hellaswag.jsonl', 'w') as f:
         f.writelines(json.dumps(question) + '\n' for question in questions)
     return questions
@@ -155,7 +156,7 @@ def accuracy(model, questions, contexts, endings, lengths):
         scores = []
         for ending in choices:
             tokens = torch.tensor(ByteEncoding().encode(context + ending))[-65:]
-            n = len(ending.encode())
+            n = min(len(ending.encode()), 64)
             logits = model(tokens[None, :-1], tokens[None, 1:])[0][0, -n:]
             scores.append(F.log_softmax(logits, -1).gather(1, tokens[-n:, None]).sum().item())
         normalized = [score / lengths(ending) for score, ending in zip(scores, choices)]
@@ -181,12 +182,14 @@ def test_hellaswag(launch, questions):
     endings = [[' ' + ending for ending in q['endings']] for q in questions]
     llmc = accuracy(model, questions, [q['ctx'] for q in questions], endings, len)
     assert 0 < harness[0] < 1 and harness[0] != harness[1]
+    assert sum(len(ending) > 64 for rows in endings for ending in rows) == 1
     flags = ['--hellaswag=True', '--input=hellaswag.jsonl', '--device=cpu']
     for nproc, more in ((1, ['--batch_size=3']), (2, ['--batch_size=5'])):
         run = launch(EVALUATE, *flags, *more, nproc=nproc)
         found = results()['hellaswag']
         assert [found['acc'], found['acc_norm']] == pytest.approx(harness) and found['questions'] == 13
         assert f'13 questions: acc_norm {harness[1]:.4f}' in run.stdout and 'SHA-256 differs' in run.stdout
+        assert 'note: 1 ending is longer than block_size=64, so only its end is scored' in run.stdout
     launch(EVALUATE, *flags, '--hellaswag_style=llm.c')
     found = results()['hellaswag_llmc']
     assert [found['acc'], found['acc_norm']] == pytest.approx(llmc)
@@ -207,7 +210,8 @@ def test_mistakes_with_hellaswag(launch, questions, nproc):
     for label in ('1e999', '4', '-1', '1.5', 'true', 'null'):
         with open('label.jsonl', 'w') as f:
             f.write(json.dumps(questions[0] | {'label': 0}).replace('"label": 0', f'"label": {label}'))
-        assert 'label.jsonl, line 1, is not a HellaSwag question' in fails('--input=label.jsonl')
+        message = fails('--input=label.jsonl')
+        assert 'label.jsonl, line 1, is not a HellaSwag question: ValueError: its label is' in message
     os.mkfifo('pipe')
     assert 'pipe cannot be read: not a regular file' in fails('--input=pipe')
     with open('hellaswag.jsonl', 'a') as f:

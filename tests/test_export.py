@@ -318,6 +318,7 @@ def test_damaged_and_missing_files(launch, work):
         with open('hf/model.safetensors', 'wb') as f:
             f.write(damaged)
         assert 'hf/model.safetensors is damaged or not a safetensors file' in fails('--hf_dir=hf')
+    assert 'is a file: name the folder that holds config.json' in fails('--hf_dir=hf/model.safetensors')
     os.remove('hf/model.safetensors')
     assert 'hf/model.safetensors does not exist' in fails('--hf_dir=hf')
     assert 'no model of that name could be downloaded' in fails('--hf_dir=no-such/model')
@@ -331,7 +332,7 @@ def test_tokenizers_that_do_not_fit(launch, work):
         json.dump({'model': {'vocab': vocab}}, open('hf/tokenizer.json', 'w'))
         run = launch(IMPORT, '--hf_dir=hf', '--out_dir=back', *flags, check=False)
         assert run.returncode == 2 and 'Traceback' not in run.stderr
-        return run.stderr
+        return run.stdout + run.stderr
 
     os.makedirs('hf')
     sizes = dict(n_layer=1, n_head=1, n_embd=8, n_positions=8)
@@ -341,6 +342,13 @@ def test_tokenizers_that_do_not_fit(launch, work):
     assert 'is not GPT-2' in import_error({'a': 0, 'b': 40})
     assert 'model.safetensors does not exist' in import_error({'a': 0}, '--check_tokenizer=False')
     assert 'has no table of tokens and ids' in import_error([['a', -1.0]])
+    edit_json('hf/config.json', vocab_size=50259)
+    gpt2 = json.load(open(hf_format.gpt2_files()[0]))
+    assert 'note: hf/tokenizer.json adds' not in import_error(gpt2)
+    note = import_error(gpt2 | {'<pad>': 50258, '<user>': 50257})
+    assert (
+        "note: hf/tokenizer.json adds '<user>', '<pad>' to GPT-2's tokens; train.py and sample.py read them as" in note
+    )
 
     write_random_checkpoint('letters', 40, False, 'erf')
     make_dataset('bytes', 256, {'vocab_size': 256, 'encoding': 'byte'})

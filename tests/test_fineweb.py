@@ -153,6 +153,7 @@ def test_ready_made_shards(hub, prepare, tmp_path):
     (source / 'fineweb_train_000003.bin').write_bytes(b'version https://git-lfs.github.com/spec/v1')
     run = prepare(*arguments, 3, check=False)
     assert run.returncode == 2 and 'fineweb_train_000003.bin is not a complete shard' in run.stderr
+    assert 'Remove it, and run the same command again' in run.stderr
     run = prepare('--ready-made', '--kind', 'edu', check=False)
     assert run.returncode == 2 and 'belongs to another data set' in run.stderr
     run = prepare('--ready-made', '--sample', '350BT', check=False)

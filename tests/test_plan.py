@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from conftest import NANOGPT, ROOT
 from model import GPT, GPTConfig
 
 sys.path += [str(ROOT), str(ROOT / 'benchmarks')]
-from planner import measured, memory, options, plan, presets, speed
+from planner import measured, memory, options, plan, presets, report, speed
 from planner.gpus import GPUS
 from planner.run import Run
 
@@ -155,13 +155,16 @@ def test_beyond_the_measured_is_extrapolated():
         (['--trainer=phase1'], "trainer is 'phase1', but it can be ddp"),
         (['--trainer=hybrid', '--gpus=2'], 'trainer=hybrid needs 4 GPUs or more'),
         (['none.py'], 'none.py: no such config file'),
-        (['--tokens=inf'], 'tokens=inf, but it must be a number that is at least 0'),
-        (['--gpu_memory=-1'], 'gpu_memory=-1.0, but it must be a number that is at least 0'),
-        (['--vocab_size=0'], 'vocab_size=0, but it must be more than 0'),
+        (['--tokens=inf'], 'tokens=inf, but it must be a number from 0 to 1e+15'),
+        (['--price=1e300'], 'price=1e+300, but it must be a number from 0 to 1e+15'),
+        (['--gpu_memory=-1'], 'gpu_memory=-1.0, but it must be a number from 0 to 1e+15'),
+        (['--vocab_size=0'], 'vocab_size=0, but it must be at least 1'),
+        (['--network=1e-320'], 'network=1e-320, but it must be at least 1e-15'),
         (['--loss_rows=-1'], 'loss_rows=-1, but it must be at least 0'),
         (['--init_from=gpt3'], f"init_from is 'gpt3', but it can be auto, {', '.join(INIT_FROM)}\n"),
         (['--use_zero1=True', '--use_fsdp=True'], 'use_zero1=True and use_fsdp=True select two trainers'),
         (['--picture=no/such/folder/plan.png'], '--picture=no/such/folder/plan.png: '),
+        (['--picture=no/'], '--picture=no/ is a folder: name a file in it'),
     ],
 )
 def test_impossible_flags(args, message):
@@ -265,6 +268,13 @@ def test_fp8_changes_the_triton_model_alone():
         assert '--fp8' in after['command'] and '--fp8' not in with_fp8['ddp']['command']
 
 
+def test_the_width_from_which_fp8_computes_everything_is_the_kernels():
+    code = (ROOT / 'phase2_triton' / 'kernels' / 'fp8_linear.py').read_text()
+    width = int(re.search(r'^OWN_KERNEL_MIN_WIDTH = (\d+)$', code, re.M)[1])
+    run = Run(GPUS['h200'], 1, 12, 16, width, 12, 1024, 1, kernels=True, fp8=True)
+    assert run.fp8_everywhere and not run.change(n_embd=width - 16).fp8_everywhere
+
+
 def test_fp8_on_graphs_costs_what_was_measured():
     run = small_run(n_layer=12, n_head=12, n_embd=768, batch_size=12, block_size=1024, micro_steps=8)
     run = run.change(kernels=True, half_residual=True)
@@ -340,6 +350,28 @@ def test_a_tight_run_is_called_that():
     assert 'Recommended: triton, the fastest that fits; it fits only because torch gives unused memory' in run.stdout
     run = run_plan('--batch_size=32', '--gpu=h200', '--gpu_memory=10')  # else 10.22 GiB in 10 would look like a mistake
     assert re.search(r'The smallest change that fits: triton, .* \(10\.\d\d GiB reserved, tight, ', run.stdout)
+
+
+def test_the_reason_for_a_tight_recommendation():
+    """If every trainer is tight, a simpler one within 2% of the fastest has no room to spare either."""
+    config = {**options.train_flags(), **options.kernel_flags(), 'vocab_size': 50304}
+    found = plan.make_plan(config, GPUS['h200'], 2, 50e9)
+    for number, name in enumerate(('ddp', 'triton')):
+        tight = {'memory_bytes': {'total': 1e13}, 'memory_low': 1e9, 'tokens_per_sec': 1000.0 + number}
+        found[name] = replace(found[name], **tight)
+    found = {name: found[name] for name in ('ddp', 'triton')}
+    best = plan.recommend(found)
+    text = report.advice(found, config, GPUS['h200'], 2, '', best, [], {}, None)
+    assert text.startswith('Recommended: ddp, within 2% of the fastest that fits, and simpler; it fits only because')
+    found['ddp'] = replace(found['ddp'], memory_bytes={'total': 1e9})
+    text = report.advice(found, config, GPUS['h200'], 2, '', plan.recommend(found), [], {}, None)
+    assert text.startswith('Recommended: ddp, the fastest that fits with room to spare')
+
+
+def test_numbers_do_not_overflow():
+    largest = ['--tokens=9e14', '--price=9e14', '--gpu_memory=9e14', '--network=1e-15', '--gpus=16']
+    found = as_json(*largest, '--gradient_accumulation_steps=16')
+    assert all(trainer['cost'] > 1e15 for trainer in found['trainers'].values())
 
 
 def test_trainers_that_run_alike_appear_once():
@@ -485,14 +517,15 @@ def test_growth_says_why_torch_reserved_memory():
     import bench_memory
 
     gib = 2**30
+    forward = [{'filename': '/nanoGPT/model.py', 'line': 9, 'name': 'forward'}]
     events = [
-        ['segment_map', 0, gib, 7, []],
-        ['alloc', 0, gib, 7, ['model:9 forward']],
+        ['segment_map', 0, gib, 7, None],
+        ['alloc', 0, gib, 7, forward],
         ['free_requested', 0, gib, 7, []],
         ['free_completed', 0, gib, 7, []],
-        ['alloc', 0, 2**20, 7, ['linear:5 backward']],
+        ['alloc', 0, 2**20, 7, []],
         ['segment_map', gib, gib, 7, []],
-        ['alloc', gib, gib, 7, ['model:9 forward']],
+        ['alloc', gib, gib, 7, forward],
         ['segment_map', 9 * gib, 2**21, 8, []],
         ['segment_unmap', 0, 2**21, 7, []],
     ]
@@ -500,3 +533,16 @@ def test_growth_says_why_torch_reserved_memory():
     assert found['reserved_by_stream'] == [2 * gib - 2**21, 2**21]
     step = {'bytes': gib, 'functions': ['model:9 forward']}
     assert found['growth'] == [step | {'reserved': 0, 'live': 0}, step | {'reserved': gib, 'live': 2**20}]
+
+
+def test_history_of_several_ranks_is_that_of_the_rank_that_reserved_most():
+    """bench_memory.py --history --ranks=2: numbers are the largest of any rank, the history belongs to one rank."""
+    import bench_memory
+
+    one = dict(reserved=5, allocated=4, alloc_retries=0, growth=['a'], reserved_by_stream=[5], history_complete=True)
+    other = dict(reserved=7, allocated=3, alloc_retries=2, growth=['b'], reserved_by_stream=[7], history_complete=False)
+    found = bench_memory.most_of_ranks([one, other])
+    assert found == other | dict(allocated=4, history_of_rank=1)
+    on_cpus = dict.fromkeys(('reserved', 'allocated')) | bench_memory.growth(bench_memory.history())
+    assert bench_memory.most_of_ranks([on_cpus, on_cpus]) == on_cpus | dict(history_of_rank=0)
+    assert 'history_of_rank' not in bench_memory.most_of_ranks([dict(reserved=1), dict(reserved=2)])

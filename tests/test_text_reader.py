@@ -174,15 +174,38 @@ def test_documents_in_a_txt_file(tmp_path, monkeypatch, capsys):
     assert "a.txt: <|endoftext|> was read as text; to separate documents at it, pass --separator '<|endoftext|>'" in (
         capsys.readouterr().out
     )
+    (tmp_path / 'b.txt').write_text('one\ntwo')
+    paths = [str(tmp_path / name) for name in ('a.txt', 'b.txt')]
+    hint = "; bash writes a line end as $'\\n'"
+    # the second separator is as typed in quotes: a backslash and an n
+    for separator, number, whole, more in (('<|endoftext|>', 31, paths[1:], ''), ('\\n', 2, paths, hint)):
+        reader = TextReader(paths, separator=separator)
+        assert len(list(reader.documents())) == number
+        reader.report_documents()
+        note = (
+            f'{", ".join(whole)}: read as one document each, because the separator {separator!r} does not occur{more}'
+        )
+        assert f'note: {note}\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['a.txt.gz', 'a.jsonl.bz2', 'a.txt.xz', *['a.jsonl.zst'] * ('.zst' in COMPRESSORS)])
 def test_damaged_compressed_files(tmp_path, name):
     lines = b''.join(b'{"text": "%d"}\n' % i for i in range(100_000))
     whole = COMPRESSORS[name[name.rindex('.') :]](lines)
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=f'{name} is damaged or incomplete: .*. Get the file again'):
-        documents(tmp_path / name)
+    # parallel compressors and `cat` write several streams
+    for damaged in (whole[: len(whole) // 2], whole + whole[: len(whole) // 2], whole + b'??' + whole):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=f'{name} is damaged or incomplete: .*. Get the file again'):
+            documents(tmp_path / name)
+
+
+@pytest.mark.parametrize('ending', COMPRESSORS)
+def test_several_compressed_streams(tmp_path, ending):
+    lines = [b''.join(b'{"text": "%d"}\n' % i for i in part) for part in (range(100_000), range(100_000, 100_003))]
+    padding = b'\0' * 8 if ending in ('.xz', '.gz') else b''  # which these two formats allow
+    streams = [COMPRESSORS[ending](part) + padding for part in lines]
+    (tmp_path / f'a.jsonl{ending}').write_bytes(b''.join(streams))
+    assert documents(tmp_path / f'a.jsonl{ending}') == list(map(str, range(100_003)))
 
 
 GERMAN, RUSSIAN = 'Größe, Maß und Öl – „Zitat“\n' * 9, 'Война и мир\n' * 9

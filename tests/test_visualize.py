@@ -665,6 +665,7 @@ def test_other_mistakes_get_one_message(tmp_path, monkeypatch, capsys):
         (['.git'], 'no such file'),
         ([path, '--output', 'no/where.png'], 'no/where'),
         ([path, '--output', 'x.docx'], 'docx'),
+        ([path, '--output', 'no/'], '--output=no/: there is no such folder'),
     ):
         assert main(argv) == 2
         error = capsys.readouterr().err

@@ -388,11 +388,12 @@ def write_char_dataset(out_dir, train_text, val_text, chars, documents=1):
     # the loss of a model that knows only the frequency of each character: the loss to beat. Each count is increased by
     # one, so that the loss is finite for a character that occurs only in val
     counts = np.bincount(train, minlength=len(chars)) + 1
-    meta['unigram_entropy'] = float(-np.log(counts / counts.sum())[val].mean())
-    print(
-        f'unigram entropy: {meta["unigram_entropy"]:.4f} nats (a lower validation loss means that the model has '
-        'learned from context)'
-    )
+    if val.size:
+        meta['unigram_entropy'] = float(-np.log(counts / counts.sum())[val].mean())
+        print(
+            f'unigram entropy: {meta["unigram_entropy"]:.4f} nats (a lower validation loss means that the model has '
+            'learned from context)'
+        )
     with DatasetWriter(out_dir, dtype_for(len(chars))) as out:
         out.write('train', train)
         out.write('val', val)

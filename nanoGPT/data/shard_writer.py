@@ -137,7 +137,8 @@ class ShardFolder:
             theirs, shards = state.pop('source'), state['shards']
             types = {key: type(value) for key, value in vars(self).items() if key not in ('folder', 'name')}
             found = {key: type(value) for key, value in {**state, 'source': theirs}.items()}
-            if found != types or len(state['tokens']) != shards:
+            numbers = [value for value in (*state.values(), *state['tokens']) if isinstance(value, int)]
+            if found != types or len(state['tokens']) != shards or min(numbers) < 0:
                 raise ValueError
         except FileNotFoundError:
             theirs, shards = None, 0
@@ -159,7 +160,11 @@ class ShardFolder:
             path = self.path(shard_name(self.name, index))
             if not os.path.exists(path):
                 raise UserError(f'{path} is missing. {self._elsewhere()}')
-            if read_header(path) != tokens:
+            try:
+                changed = read_header(path) != tokens
+            except UserError as error:
+                raise UserError(f'{error}. {self._elsewhere()}') from None
+            if changed:
                 raise UserError(f'{path} has changed since it was written. {self._elsewhere()}')
 
     def _elsewhere(self):

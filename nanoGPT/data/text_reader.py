@@ -57,6 +57,7 @@ class TextReader:
         self.bytes = sum(map(os.path.getsize, self.paths))
         self.empty = 0  # documents without text, which documents() leaves out
         self.unsplit = set()  # .txt files that hold <|endoftext|> as text
+        self.whole = set()  # .txt files in which the separator does not occur
 
     def fetch(self, index: int) -> str:
         """Returns the path of file number `index`."""
@@ -104,6 +105,12 @@ class TextReader:
                 f'note: {", ".join(sorted(self.unsplit)[:NAMED])}: {ENDOFTEXT_TEXT} was read as text; to separate '
                 f"documents at it, pass --separator '{ENDOFTEXT_TEXT}'"
             )
+        if self.whole:
+            hint = "; bash writes a line end as $'\\n'" if '\\n' in self.separator else ''
+            print(
+                f'note: {", ".join(sorted(self.whole)[:NAMED])}: read as one document each, because the separator '
+                f'{self.separator!r} does not occur{hint}'
+            )
 
     def documents(
         self, update: Callable[[int], None] = lambda n: None, start: int = 0
@@ -112,7 +119,7 @@ class TextReader:
         Yields (size in bytes, consecutive pieces of text) for each document with text, starting at file number `start`.
         Calls update with the bytes just read. Raises UserError for a file whose contents do not match its name.
         """
-        self.empty, self.unsplit = 0, set()
+        self.empty, self.unsplit, self.whole = 0, set(), set()
         for path in self.paths[start:]:
             yield from self.read(path, update)
 
@@ -131,10 +138,12 @@ class TextReader:
             first = next(pieces, '')
             yield os.path.getsize(path) if first else 0, itertools.chain([first], pieces)
             return
+        self.whole.add(path)
         parts, rest = [], ''  # the unfinished document; rest may end within a separator
         for piece in read_pieces(path, update):
             *complete, rest = (rest + piece).split(self.separator)
             for text in complete:
+                self.whole.discard(path)
                 yield as_document(''.join([*parts, text]).strip('\n'))
                 parts = []
             parts.append(rest[: -len(self.separator)])
@@ -348,9 +357,9 @@ def opened(path: str, update: Callable[[int], None] = lambda n: None) -> Iterato
             if head.startswith(b'\x1f\x8b'):
                 stream = gzip.GzipFile(fileobj=raw)
             elif head[:3] == b'BZh' and head[4:10] == b'1AY&SY':
-                stream = bz2.BZ2File(raw)
+                stream = io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), BLOCK)
             elif head.startswith(b'\xfd7zXZ\0'):
-                stream = lzma.LZMAFile(raw)
+                stream = io.BufferedReader(_Streams(raw, lzma.LZMADecompressor), BLOCK)
             elif head.startswith(b'\x28\xb5\x2f\xfd') or (head[1:4] == b'\x2a\x4d\x18' and head[0] >> 4 == 5):
                 stream = io.BufferedReader(_zstd(path, raw), BLOCK)
             else:
@@ -387,6 +396,40 @@ class _Counted(io.RawIOBase):
         if n:
             self.update(n)
         return n
+
+
+class _Streams(io.RawIOBase):
+    """
+    The contents of all bzip2 or xz streams in a file. BZ2File and LZMAFile take a damaged second stream for the end of
+    the file, and so lose the rest.
+    """
+
+    def __init__(self, raw, decompressor):
+        self.raw, self.new, self.decompressor = raw, decompressor, decompressor()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = b''
+        while not data:
+            if self.decompressor.eof:
+                block = self.decompressor.unused_data.lstrip(b'\0')  # xz may pad with zeros
+                while not block:
+                    more = self.raw.read1(BLOCK)
+                    if not more:
+                        return 0
+                    block = more.lstrip(b'\0')
+                self.decompressor = self.new()
+            elif self.decompressor.needs_input:
+                block = self.raw.read1(BLOCK)
+                if not block:
+                    raise EOFError('it ends within a compressed stream')
+            else:
+                block = b''
+            data = self.decompressor.decompress(block, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _zstd(path, raw):

@@ -23,7 +23,7 @@ from .linear import ignore_cublaslt_warning, not_a_view, rounded, weight_gradien
 # No producer writes attention's output and its packed gradient in fp8, so a separate kernel has to quantize them. With
 # 768 columns and 12,288 tokens on an H200, FP8 saves 8 µs of the output's matmul and 19 µs of the gradient's, and the
 # kernel takes 5 and 22 µs (fp8_matmuls_h200.json). The savings per element grow with the width, the costs do not.
-# From this width on, matmuls that need such a kernel run in FP8.
+# Matmuls that need such a kernel run in FP8 from this width, n_embd.
 OWN_KERNEL_MIN_WIDTH = 1024
 
 

@@ -71,7 +71,8 @@ class HubReader(TextReader):
 
     def __init__(self, repository: str, sample: str, folder: str):
         self.repository, self.sample, self.folder = repository, sample, folder
-        self.field, self.separator, self.empty, self.unsplit, self.skipped = 'text', '', 0, set(), []
+        self.field, self.separator, self.empty, self.skipped = 'text', '', 0, []
+        self.unsplit = self.whole = frozenset()
         api = hub().HfApi()
         try:
             self.revision = api.dataset_info(repository).sha
@@ -152,9 +153,9 @@ def download_ready_made(kind, sample, out, num_shards):
         for file, future in zip(names, running, strict=True):
             try:
                 counts.append(future.result())
-            except UserError:
+            except UserError as error:
                 pool.shutdown(cancel_futures=True)
-                raise
+                raise UserError(f'{error}. Remove it, and run the same command again') from None
             except Exception as error:
                 pool.shutdown(cancel_futures=True)
                 by_hand = f'get the shards from\nhttps://huggingface.co/datasets/{repository} and put them into {out}'

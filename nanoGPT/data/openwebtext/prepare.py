@@ -44,6 +44,8 @@ def load(source, revision=None):
         raise UserError(f'{source} has no column text, but {", ".join(dataset.column_names)}')
     if getattr(dataset.features['text'], 'dtype', None) not in ('string', 'large_string'):
         raise UserError(f'{source}: the column text is of type {dataset.features["text"]}, not text')
+    if len(dataset) < 2:
+        raise UserError(f'{source} has too few documents ({len(dataset)}): train and val need one each')
     return dataset
 
 
@@ -94,6 +96,8 @@ if __name__ == '__main__':
     )
     parser.add_argument('--revision', help='its revision on the Hub')
     args = parser.parse_args()
+    if args.num_proc < 1:
+        raise UserError(f'--num_proc {args.num_proc} is not a positive number')
     gpt2_encoding()  # reports its errors before the download
     if not os.path.exists(args.source):
         print('OpenWebText takes hours and about 90 GB of disk. data/python_char needs no download.', flush=True)

@@ -17,13 +17,15 @@ import hashlib
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]  # data/ and the trainer's folder
+from errors import first_line
 from prepare_common import DatasetWriter, UserError, encode_documents, gpt2_encode_pieces, gpt2_encoding, progress
 from shell import quote_path, shortest_path
-from text_reader import NOTES, clean
+from text_reader import NOTES, clean, plural
 
 SUFFIXES = ('.py', '.rst', '.md', '.txt')
 LARGEST = 200_000  # bytes; larger files are mostly tables and generated code
@@ -73,8 +75,10 @@ def documents(wheels: list[str], update) -> Iterator[tuple[int, list[str]]]:
                         yield len(data), [clean(data.decode())]
                     except UnicodeDecodeError:
                         continue  # a file in another encoding
-        except zipfile.BadZipFile as error:
-            raise UserError(f'{path} is not a complete wheel ({error}): remove it and download it again') from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # also encrypted ones
+            raise UserError(
+                f'{path} is not a complete wheel ({first_line(error)}): remove it and download it again'
+            ) from None
         update(os.path.getsize(path))
 
 
@@ -89,7 +93,7 @@ if __name__ == '__main__':
     gpt2_encoding()  # report its errors first
     wheels = find_wheels(args.wheels)
     total = sum(map(os.path.getsize, wheels))
-    print(f'reading {len(wheels)} wheels, {total:,} bytes')
+    print(f'reading {len(wheels)} {plural("wheel", wheels)}, {total:,} bytes')
     with DatasetWriter(args.out) as out:
         texts = documents(wheels, progress('encoding', total))
         encode_documents(out, texts, gpt2_encode_pieces, end=None, val_fraction=args.val_fraction)
