@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from .add_layer_norm import add_layer_norm
 from .fp8_linear import active, fp8_linear, slot_of_input
 from .gelu import gelu
-from .linear import autocast_dtype, linear
+from .linear import autocast_dtype, linear, plain_linear
 
 
 class Linear(nn.Linear):
@@ -22,7 +22,7 @@ class Linear(nn.Linear):
     def forward(self, input):
         if active(self.fp8):
             return fp8_linear(input, self.weight, self.bias, autocast_dtype(input) or input.dtype, self.fp8)
-        return (linear if self.use_triton else F.linear)(input, self.weight, self.bias)
+        return (linear if self.use_triton else plain_linear)(input, self.weight, self.bias)
 
 
 class Gelu(nn.Module):
