@@ -326,5 +326,5 @@ while True:
 
 saver.wait()
 data.raise_problem()
-report.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped')
+report.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped', step_guard.unsaved)
 leave_ranks(micro_step)

@@ -315,5 +315,5 @@ while True:
     iter_num += 1
 
 data.raise_problem()
-report.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped')
+report.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped', step_guard.unsaved)
 leave_ranks(micro_step)

@@ -363,11 +363,10 @@ def test_actions_at_the_end(work):
     assert run.returncode == 2 and run.stdout == 'save a mistake\ntracker a mistake\nerror: a mistake\n'
 
 
-@pytest.mark.parametrize('folder', ['nanoGPT', 'phase3_fsdp'])
-def test_a_nan_in_the_last_iteration(launch, work, folder):
+def with_a_nan(work, folder, calls):
     """
-    The step is skipped, and an evaluation finds the weights good, so they are saved. (For bad weights see
-    test_train.py.)
+    Returns a program that runs folder/train.py with a loss of NaN in the forwards that `calls` compares, such as '==
+    3', counted from 1 in training on this rank.
     """
     script = work / 'glitch.py'
     script.write_text(f"""
@@ -378,16 +377,43 @@ forward, calls = model.GPT.forward, []
 def glitch(self, idx, targets=None):
     logits, loss = forward(self, idx, targets)
     calls.extend([1] * self.training)
-    return logits, loss * float('nan') if len(calls) == 11 and self.training else loss
+    return logits, loss * float('nan') if len(calls) {calls} and self.training else loss
 model.GPT.forward = glitch
 sys.argv[0] = {str(ROOT / folder / 'train.py')!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
 """)
+    return script
+
+
+@pytest.mark.parametrize('folder', ['nanoGPT', 'phase3_fsdp'])
+def test_a_nan_in_the_last_iteration(launch, work, folder):
+    """
+    The step is skipped, and an evaluation finds the weights good, so they are saved. (For bad weights see
+    test_train.py.)
+    """
     # with 2 ranks each has 1 of the 2 micro-steps of an iteration, so call 11 is in iteration 10
-    run = launch(script, *TINY, '--max_iters=10', '--eval_interval=7', nproc=2)
+    run = launch(with_a_nan(work, folder, '== 11'), *TINY, '--max_iters=10', '--eval_interval=7', nproc=2)
     assert 'iter 10: loss nan' in run.stdout and '1 steps skipped' in run.stdout
     checkpoint = torch.load('out/ckpt.pt', weights_only=True)
     assert checkpoint['iter_num'] == 11 and all(w.isfinite().all() for w in checkpoint['model'].values())
+
+
+@pytest.mark.parametrize(
+    'folder, options',
+    [('nanoGPT', []), ('phase1_zero1', []), ('phase3_fsdp', []), ('phase3_fsdp', ['--ckpt_format=sharded'])],
+    ids=['DDP', 'ZeRO-1', 'FSDP', 'FSDP sharded'],
+)
+def test_a_run_whose_last_state_is_not_saved_fails(launch, work, folder, options):
+    """The message names the latest checkpoint, also one that was still being written when the loss became NaN."""
+    run = [with_a_nan(work, folder, '>= 11'), *TINY, *options, '--max_iters=11']
+    reason = 'error: the last state is not saved, because its loss, or a weight, is not finite (inf or NaN). '
+    for interval, latest in (
+        (5, 'The latest checkpoint in out continues at iteration 10. Resume from it with a lower --learning_rate'),
+        (50, 'This run has saved no checkpoint. Train again with a lower --learning_rate'),
+    ):
+        result = launch(*run, f'--eval_interval={interval}', nproc=2, check=False)
+        assert result.returncode == 2 and result.stderr.count('error: ') == 1 and reason + latest in result.stderr
+        assert 'iter 11: ' in result.stdout and log_of('out')['run']['status'] == 'failed'
 
 
 @pytest.mark.parametrize(
