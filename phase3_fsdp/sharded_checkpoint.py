@@ -37,7 +37,7 @@ from checkpoint import write_checkpoint
 from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import reason
-from out_dir import set_aside
+from out_dir import set_aside, set_best_aside
 from regular_file import check_regular
 from shell import python_command, quote
 
@@ -211,6 +211,8 @@ def write_sharded(
     size = sum(os.path.getsize(os.path.join(saving, name)) for name in os.listdir(saving))
     os.rename(saving, path)
     name = os.path.basename(path)
+    if best:
+        set_best_aside(os.path.dirname(folder), os.path.join(folder, 'best'))
     for file, text in (('README', README), ('latest', name), *([('best', name)] if best else [])):
         with open(os.path.join(folder, file + '.tmp'), 'w') as f:
             f.write(text)
@@ -218,7 +220,8 @@ def write_sharded(
             os.fsync(f.fileno())
         os.replace(os.path.join(folder, file + '.tmp'), os.path.join(folder, file))
     full_checkpoint.sync(folder)
-    kept = {named_by('latest', folder), named_by('best', folder)}
+    # best_before, best_before_2, ... name checkpoints that were set aside
+    kept = {named_by(pointer, folder) for pointer in ('latest', 'best', *glob.glob('best_before*', root_dir=folder))}
     for old in _all_in(folder):
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)

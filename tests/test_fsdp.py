@@ -231,6 +231,19 @@ def test_conversion_writes_the_latest_and_the_best_or_says_why_not(launch, work)
     )
 
 
+def test_a_best_loss_on_other_tokens_is_not_the_one_to_beat(launch, work):
+    """The sharded checkpoint that has it stays, named by best_before."""
+    launch(FSDP, *TINY, SHARDED, '--max_iters=10', nproc=2)
+    best = open('out/ckpt_sharded/best').read()
+    out = launch(FSDP, *TINY, SHARDED, RESUME, '--val_tokens=300', '--learning_rate=3', '--min_lr=3', nproc=2).stdout
+    assert 'ckpt_sharded/best has the lowest loss measured on other tokens: renamed to best_before\n' in out
+    latest, new, before = (open(f'out/ckpt_sharded/{name}').read() for name in ('latest', 'best', 'best_before'))
+    assert before == best and new.startswith('iter_0000020') and latest.startswith('iter_0000021')
+    assert {latest, new, before} < set(os.listdir('out/ckpt_sharded'))
+    out = launch(FSDP, *TINY, SHARDED, RESUME, '--val_tokens=300', '--max_iters=30', nproc=2).stdout
+    assert 'other tokens' not in out and before in os.listdir('out/ckpt_sharded')
+
+
 def test_mistakes_end_with_one_message(launch, work):
     def message(*flags, nproc=2):
         run = launch(FSDP, *TINY, *flags, nproc=nproc, check=False)
