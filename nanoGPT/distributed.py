@@ -77,14 +77,10 @@ def rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     its own.)
     """
     hosted = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # torchrun hosts the store; otherwise rank 0 does
-    store = dist.TCPStore(
-        os.environ['MASTER_ADDR'],
-        int(os.environ['MASTER_PORT']),
-        world_size,
-        rank == 0 and not hosted,
-        timeout,
-        multi_tenant=True,
-    )
+    host, port, hosts = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), rank == 0 and not hosted
+    if not hosts:
+        wait_for_port(host, port, timeout.total_seconds())
+    store = dist.TCPStore(host, port, world_size, hosts, timeout, multi_tenant=True)
     me = uuid.uuid4().hex
     if rank > 0:
         store.set(f'hello/{rank}', me)
@@ -101,6 +97,24 @@ def rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
             time.sleep(0.01)
     torchrun_env.launch_id = me
     return dist.PrefixStore(me, store)
+
+
+def wait_for_port(host: str, port: int, timeout_s: float) -> None:
+    """
+    Returns once a process listens there. Raises UserError after timeout_s. TCPStore would wait too, but prints a stack
+    trace for each failed attempt.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=min(timeout_s, 10)).close()
+        except OSError as e:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f'nothing answers at {host}:{port} (MASTER_ADDR and MASTER_PORT) within dist_timeout={timeout_s:g} '
+                    f's ({first_line(e)}): rank 0, which should, has ended, or its machine cannot be reached'
+                ) from None
+        time.sleep(0.1)
 
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:

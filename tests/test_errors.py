@@ -225,6 +225,13 @@ def test_half_an_environment(launch, work, env, found):
     assert found in run.stderr and 'Traceback' not in run.stderr
 
 
+def test_rank_0_has_ended_before_the_others_start(launch, work):
+    """Without torchrun, whose store is always there."""
+    run = launch(TRAIN, *TINY, '--dist_timeout=1', check=False, env=dict(TWO, MASTER_PORT='1'), timeout=20)
+    assert run.returncode == 2 and run.stdout == '' and run.stderr.count('\n') == 1
+    assert 'error: nothing answers at localhost:1 (MASTER_ADDR and MASTER_PORT) within dist_timeout=1 s' in run.stderr
+
+
 @pytest.mark.parametrize(
     'env',
     [
