@@ -225,6 +225,20 @@ def test_half_an_environment(launch, work, env, found):
     assert found in run.stderr and 'Traceback' not in run.stderr
 
 
+def test_a_compiler_that_fails(launch, work):
+    """As with a TMPDIR that cannot be written to. The message shows what the compiler says."""
+    compiler = work / 'g++'
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *--version*) echo "g++ 12.2.0" ;;\n'
+        '*) echo "In file included from x.h" >&2; echo "fatal error: no space left" >&2; exit 1 ;; esac\n'
+    )
+    compiler.chmod(0o755)
+    env = {'PATH': str(work), 'TORCHINDUCTOR_CACHE_DIR': str(work / 'cache')}
+    run = launch(TRAIN, *TINY, '--compile=True', env=env, check=False)
+    assert run.returncode == 2
+    assert 'error: torch.compile cannot run its compiler (fatal error: no space left): --compile' in run.stderr
+
+
 def test_rank_0_has_ended_before_the_others_start(launch, work):
     """Without torchrun, whose store is always there."""
     run = launch(TRAIN, *TINY, '--dist_timeout=1', check=False, env=dict(TWO, MASTER_PORT='1'), timeout=20)
