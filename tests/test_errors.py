@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import NANOGPT, ROOT, TINY, log_of, make_letters
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of, make_letters
 from errors import UserError
 from step_guard import StepGuard
 
@@ -223,6 +224,34 @@ def test_half_an_environment(launch, work, env, found):
     run = launch(TRAIN, *TINY, check=False, env=env, timeout=20)
     assert run.returncode == 2 and run.stderr.count('error: ') == 1 and 'the environment has ' in run.stderr
     assert found in run.stderr and 'Traceback' not in run.stderr
+
+
+@pytest.mark.parametrize(
+    'extra, says',
+    [
+        ('--learning_rate=1e-3', 'learning_rate is 0.01 on rank 0 and 0.001 on rank 1'),  # would train two models
+        ('--max_iters=4', 'max_iters is 6 on rank 0 and 4 on rank 1'),  # rank 0 would wait for rank 1
+        ('--n_layer=3', 'n_layer is 2 on rank 0 and 3 on rank 1'),
+        ('--dataset=shorter', 'the number of training tokens in letters is 1800 on one rank and 3600 on another'),
+    ],
+)
+@pytest.mark.parametrize('folder', ['nanoGPT', 'phase1_zero1', 'phase3_fsdp'])
+def test_ranks_that_were_started_with_different_flags(launch, work, folder, extra, says):
+    make_letters(work / 'x')
+    shutil.move('x/data/letters', 'data/shorter')
+    with open('data/shorter/train.bin', 'r+b') as f:
+        f.truncate(3600)
+    run = [PROGRAMS / 'other_flags.py', ROOT / folder / 'train.py', *TINY, '--max_iters=6']
+    result = launch(*run, nproc=2, check=False, env={'EXTRA': extra})
+    assert result.returncode == 2 and result.stderr.count('\n') == 1 and 'error: ' in result.stderr
+    assert says.replace('letters', 'shorter') in result.stderr.replace('letters', 'shorter')
+
+
+def test_flags_that_may_differ_between_ranks(launch, work):
+    """Paths can be those of a machine, and only rank 0 has a log and a tracker."""
+    run = [PROGRAMS / 'other_flags.py', TRAIN, *TINY, '--max_iters=6']
+    launch(*run, nproc=2, env={'EXTRA': '--out_dir=own --json_log=False --wandb_run_name=b --dataset=./data/letters'})
+    assert load('out/ckpt.pt')['iter_num'] == 7 and not os.path.exists('own')
 
 
 def test_a_compiler_that_fails(launch, work):
