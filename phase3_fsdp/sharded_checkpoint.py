@@ -192,11 +192,17 @@ def write_sharded(
         writer = Writer(saving, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = 0 if group is None else dist.get_rank()
-    crcs = {name: crc32_of_chunks(os.path.join(saving, name)) for name in glob.glob(f'__{rank}_*', root_dir=saving)}
+    try:
+        crcs = {name: crc32_of_chunks(os.path.join(saving, name)) for name in glob.glob(f'__{rank}_*', root_dir=saving)}
+    except OSError as e:
+        crcs = e  # raised below, because rank 0 waits for it
     everyone = [crcs]
     if group is not None:
         everyone = [None] * dist.get_world_size() if rank == 0 else None
         dist.gather_object(crcs, everyone, group=group)
+    for part in everyone or [crcs]:
+        if isinstance(part, OSError):
+            raise part
     if rank != 0:
         return None, None, time.monotonic()
     crcs = {name: crc for part in everyone for name, crc in part.items()}

@@ -151,11 +151,18 @@ class ShardedSaver:
             busy = torch.tensor(float(not future.done()))
             dist.all_reduce(busy, op=dist.ReduceOp.MAX)
         try:
-            path, size, ended = future.result()
+            (path, size, ended), failed = future.result(), None
         except (CheckpointException, OSError, RuntimeError, UserError) as e:
+            failed = first_cause(e)
+        if together:
+            # rank 0 writes more than the others, so it can be the only one that fails
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, failed)
+            failed = next(filter(None, everyone), None)
+        if failed:
             latest = named_by('latest', self.folder)
             earlier = 'the earlier one is untouched' if latest and os.path.exists(latest) else 'there is no earlier one'
-            problem = f'a checkpoint could not be saved in {self.folder} ({first_cause(e)}); {earlier}'
+            problem = f'a checkpoint could not be saved in {self.folder} ({failed}); {earlier}'
             if required:
                 raise UserError(problem) from None
             if dist.get_rank() == 0:

@@ -168,6 +168,21 @@ def test_parts_on_different_disks_are_no_checkpoint(launch, work):
     )
 
 
+@pytest.mark.parametrize('part, rank', [('own', 0), ('own', 1), ('whole', 0)])
+def test_one_rank_fails_in_a_sharded_save(launch, work, part, rank):
+    """
+    The others do not wait for it, and all ranks know that the best checkpoint was not saved: otherwise they would
+    disagree about the next one. A later save works again.
+    """
+    flags = [*TINY, SHARDED, '--eval_interval=2', '--max_iters=7', '--always_save_checkpoint=False', '--dist_timeout=5']
+    env = {'PART': part, 'RANK_THAT_FAILS': str(rank)}
+    run = launch(PROGRAMS / 'failing_part.py', FSDP, *flags, nproc=2, env=env, timeout=20)
+    assert run.stderr.count('WARNING: ') == run.stderr.count('\n') == 1
+    assert 'could not be saved in out/ckpt_sharded (OSError: [Errno 5] Input/output error); the earlier' in run.stderr
+    latest, best = (open(f'out/ckpt_sharded/{name}').read() for name in ('latest', 'best'))
+    assert latest.startswith('iter_0000008') and best.startswith('iter_0000006')
+
+
 def test_conversion_replaces_nothing_that_is_newer(launch, work):
     launch(FSDP, *TINY, '--max_iters=3', nproc=2)
     launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
