@@ -84,8 +84,12 @@ def temporary(path: str) -> str:
     Returns the name under which a file for path is written. A killed run leaves at most one such file, which the next
     one overwrites. Only of two runs in one folder, the second has names of its own.
     """
-    own = f'.{os.getpid()}' if os.path.dirname(os.path.abspath(path)) in shared else ''
-    return f'{path}{own}.tmp'
+    return f'{path}{own_ending(os.path.dirname(path))}.tmp'
+
+
+def own_ending(out_dir: str) -> str:
+    """Returns an ending for names of temporary files, '' unless another run uses the folder too."""
+    return f'.{os.getpid()}' if os.path.abspath(out_dir) in shared else ''
 
 
 def is_checkpoint_folder(out_dir: str, name: str) -> bool:

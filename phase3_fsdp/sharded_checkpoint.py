@@ -37,7 +37,7 @@ from checkpoint import write_checkpoint
 from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import reason
-from out_dir import set_aside, set_best_aside
+from out_dir import own_ending, set_aside, set_best_aside
 from regular_file import check_regular
 from shell import python_command, quote
 
@@ -156,13 +156,18 @@ def split(checkpoint: dict, names: dict) -> tuple[dict, dict]:
     return tensors, {**checkpoint, 'model': names, 'optimizer': {**checkpoint['optimizer'], 'state': small}}
 
 
-def prepare(folder: str) -> None:
-    """Makes an empty folder/saving. Ignores errors: whoever writes to the folder finds and reports them."""
-    saving = os.path.join(folder, 'saving')
+def prepare(folder: str) -> str:
+    """
+    Makes an empty folder in `folder` to write to, and returns its name. Ignores errors: whoever writes to it finds and
+    reports them.
+    """
+    name = 'saving' + own_ending(os.path.dirname(folder))
+    saving = os.path.join(folder, name)
     shutil.rmtree(saving, ignore_errors=True)  # left by a killed run
     with suppress(OSError):
         set_aside(os.path.dirname(folder))
         os.makedirs(saving)
+    return name
 
 
 class Writer(dcp.FileSystemWriter):
@@ -179,13 +184,13 @@ class Writer(dcp.FileSystemWriter):
 
 
 def write_sharded(
-    tensors: dict, rest: dict, folder: str, best: bool, group=None
+    tensors: dict, rest: dict, folder: str, name: str, best: bool, group=None
 ) -> tuple[str | None, int | None, float]:
     """
-    Writes this rank's part and, once all ranks have finished, makes it the latest checkpoint. Returns (path, bytes, end
-    time); the first two are None on ranks other than 0.
+    Writes this rank's part to folder/name, which prepare() has made on rank 0, and, once all ranks have finished, makes
+    it the latest checkpoint. Returns (path, bytes, end time); the first two are None on ranks other than 0.
     """
-    saving = os.path.join(folder, 'saving')
+    saving = os.path.join(folder, name)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         # copying ahead would wait for GPU 0 every 10 MB, which on all ranks but one is another rank's GPU
@@ -370,11 +375,11 @@ def convert(to, out_dir):
         first = {}
         names = {name: first.setdefault(v.data_ptr(), name) for name, v in checkpoint['model'].items()}
         tensors, rest = split(checkpoint, names)
-        prepare(folder)
+        name = prepare(folder)
         try:
-            return write_sharded(tensors, rest, folder, best=False, group=None)[0]
+            return write_sharded(tensors, rest, folder, name, best=False, group=None)[0]
         except (CheckpointException, OSError, RuntimeError) as e:  # a full disk
-            shutil.rmtree(os.path.join(folder, 'saving'), ignore_errors=True)
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
             problem = f'{folder} could not be written ({first_cause(e)}); the earlier checkpoint is untouched'
             raise UserError(problem) from None
     if not latest:

@@ -119,10 +119,9 @@ class ShardedSaver:
         copies = {name: as_dtensor(p, self.copies[name]) for name, p in tensors.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if dist.get_rank() == 0:
-            prepare(self.folder)
-        dist.all_reduce(torch.zeros(1))  # rank 0 has prepared the folder
-        future = self.executor.submit(write_sharded, copies, rest, self.folder, best, self.group)
+        name = [prepare(self.folder) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(name)  # rank 0 has prepared the folder
+        future = self.executor.submit(write_sharded, copies, rest, self.folder, *name, best, self.group)
         self.running = future, checkpoint['iter_num'], required, started, time.monotonic() - started
         if required:
             self.wait()

@@ -3,6 +3,7 @@ FSDP: DDP's numbers from shards, checkpoints that any trainer at any world size 
 killed during a save.
 """
 
+import fcntl
 import os
 import pickle
 import re
@@ -181,6 +182,20 @@ def test_one_rank_fails_in_a_sharded_save(launch, work, part, rank):
     assert 'could not be saved in out/ckpt_sharded (OSError: [Errno 5] Input/output error); the earlier' in run.stderr
     latest, best = (open(f'out/ckpt_sharded/{name}').read() for name in ('latest', 'best'))
     assert latest.startswith('iter_0000008') and best.startswith('iter_0000006')
+
+
+def test_two_runs_in_one_folder_write_their_parts_to_folders_of_their_own(launch, work):
+    """Otherwise each deletes or replaces parts that the other has just written."""
+    launch(FSDP, *TINY, SHARDED, '--max_iters=3', nproc=2)
+    os.mkdir('out/ckpt_sharded/saving')
+    lock = os.open('out', os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as a run does
+    run = launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
+    os.close(lock)
+    assert 'another run is using out_dir=out' in run.stderr and 'could not' not in run.stderr
+    assert os.path.isdir('out/ckpt_sharded/saving') and open('out/ckpt_sharded/latest').read().startswith(
+        'iter_0000006'
+    )
 
 
 def test_conversion_replaces_nothing_that_is_newer(launch, work):
