@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from checkpoint import write_from_rank_0
+from distributed import max_over_ranks
 from end_of_run import at_end
 from errors import UserError
 from sharded_checkpoint import FOLDER, first_cause, named_by, prepare, saved_names, split, write_sharded
@@ -87,6 +88,7 @@ class ShardedSaver:
     def __init__(self, out_dir: str, model, optimizer, on_saved):
         self.on_saved = on_saved
         self.folder = os.path.join(out_dir, FOLDER)
+        max_over_ranks(0)  # fails at once if a rank has ended, as one that cannot make out_dir; new_group() would wait
         # Background writes must not share a process group with the training. Its timeout is long, because a slow disk
         # is not a lost rank, and a group is unusable after a timeout.
         self.group = dist.new_group(backend='gloo', timeout=6 * dist.distributed_c10d.default_pg_timeout)

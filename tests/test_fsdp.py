@@ -286,6 +286,7 @@ def test_mistakes_end_with_one_message(launch, work):
     assert "fsdp_reshard is 'often'" in message('--fsdp_reshard=often')
     assert "ckpt_format is 'zip'" in message('--ckpt_format=zip')
     assert 'needs FSDP' in message(SHARDED, nproc=1)
+    assert 'cannot be used: ' in message(SHARDED, '--out_dir=data/letters/meta.pkl/out')  # only rank 0 notices it
     assert 'training diverged' in message('--learning_rate=1e30', '--decay_lr=False', '--max_iters=40')
     assert 'there is no checkpoint' in message(RESUME, SHARDED, '--out_dir=nothing')
 
