@@ -199,14 +199,14 @@ def write_sharded(
     rank = 0 if group is None else dist.get_rank()
     try:
         crcs = {name: crc32_of_chunks(os.path.join(saving, name)) for name in glob.glob(f'__{rank}_*', root_dir=saving)}
-    except OSError as e:
+    except Exception as e:
         crcs = e  # raised below, because rank 0 waits for it
     everyone = [crcs]
     if group is not None:
         everyone = [None] * dist.get_world_size() if rank == 0 else None
         dist.gather_object(crcs, everyone, group=group)
     for part in everyone or [crcs]:
-        if isinstance(part, OSError):
+        if isinstance(part, Exception):
             raise part
     if rank != 0:
         return None, None, time.monotonic()

@@ -153,7 +153,7 @@ class ShardedSaver:
             dist.all_reduce(busy, op=dist.ReduceOp.MAX)
         try:
             (path, size, ended), failed = future.result(), None
-        except (CheckpointException, OSError, RuntimeError, UserError) as e:
+        except (CheckpointException, OSError, RuntimeError, MemoryError, UserError) as e:
             failed = first_cause(e)
         if together:
             # rank 0 writes more than the others, so it can be the only one that fails
