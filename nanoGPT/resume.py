@@ -18,6 +18,10 @@ from errors import UserError
 from out_dir import other_best
 from regular_file import check_regular
 
+# of a checkpoint; sharded ones have two more
+FIELDS = {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'resume'}
+FIELDS |= {'folder', 'crc32_of_chunks'}
+
 
 def resume_model_args(checkpoint: dict, model_args: dict, flags_set: set[str]) -> dict:
     """
@@ -214,6 +218,9 @@ class Resume:
         self.path, self.checkpoint = path, self.read(path) if path else {}
         self.iter_num, self.best_val_loss, self.log, self.order = 0, 1e9, None, None
         if path:
+            unknown = ', '.join(str(k)[:100] for k in self.checkpoint.keys() - FIELDS)
+            if unknown:
+                print(f'note: {path} also holds {unknown}, which the next save drops: to keep it, copy the file first')
             self.iter_num = same_on_all_ranks(self.checkpoint['iter_num'], f'the iteration of {path}')
             self.best_val_loss = max_over_ranks(loss_to_beat(self.checkpoint, self.best_path(path), config))
             extra = self.checkpoint.get('resume', {})  # nanoGPT's own checkpoints have none

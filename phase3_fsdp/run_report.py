@@ -31,6 +31,8 @@ class RunReport:
         more = {k: v for k, v in losses.items() if k not in ('train', 'val') and v is not None}
         text = f', val {more["val_bits_per_byte"]:.4f} bits per byte' if 'val_bits_per_byte' in more else ''
         print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}{text}')
+        if not math.isfinite(losses['val']):
+            print('note: a state whose validation loss is not finite is not saved')
         self.log.evaluation(iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr, **more)
         self.for_tracker = {'train/loss': losses['train'], 'val/loss': losses['val'], **more}
         self.for_tracker |= {'iter': iter_num, 'lr': lr, 'mfu': (self.running_mfu or 0) * 100}

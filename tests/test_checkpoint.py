@@ -284,6 +284,14 @@ def test_a_best_loss_on_other_tokens_is_not_the_one_to_beat(launch, run):
     assert 'other tokens' not in out and not os.path.exists('out/ckpt_best_before_2.pt')
 
 
+def test_fields_that_a_save_would_drop(launch, run):
+    """Such as a moving average of the weights that another program has added."""
+    flags = [TRAIN, *TINY, '--init_from=resume', '--n_layer=1', '--max_iters=5']
+    assert 'also holds' not in launch(*flags).stdout
+    torch.save({**load('out/ckpt.pt'), 'ema': {'a': torch.ones(2)}}, 'out/ckpt.pt')
+    assert 'note: out/ckpt.pt also holds ema, which the next save drops: to keep it, copy' in launch(*flags).stdout
+
+
 @pytest.mark.parametrize(
     'saved, config, same_data, difference',
     [
