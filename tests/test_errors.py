@@ -19,6 +19,7 @@ import torch
 
 from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of, make_letters
 from errors import UserError
+from run_report import RunReport
 from step_guard import StepGuard
 
 TRAIN = NANOGPT / 'train.py'
@@ -482,6 +483,15 @@ def test_what_is_said_of_the_weights_of_a_run_that_diverged(weight, says):
     guard.step(torch.optim.SGD(model.parameters()), torch.tensor(1.0))
     guard.measure(torch.tensor(1.0), torch.tensor(1.0))
     guard.check(8, 0.01, skipped, model)  # a good step ends the row
+
+
+def test_a_validation_loss_that_is_not_finite(tmp_path, capsys):
+    """An evaluation saves nothing then, and says so."""
+    config = dict(out_dir=str(tmp_path), json_log=False, wandb_log=False, max_iters=9, device='cpu')
+    report = RunReport(config, {}, None, True, 0, None)
+    for val, notes in ((2.0, 0), (math.nan, 1)):
+        report.evaluation(3, {'train': 2.0, 'val': val}, 0.1)
+        assert capsys.readouterr().out.count('note: a state whose validation loss is not finite is not saved') == notes
 
 
 def test_a_file_that_cannot_be_read_is_one_message(launch, tmp_path):
