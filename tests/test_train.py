@@ -290,7 +290,9 @@ def test_sigterm_saves_the_current_step(launch, work):
 
 
 @pytest.mark.parametrize(
-    'number', [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=['Ctrl-C', 'closed terminal', 'time limit']
+    'number',
+    [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU],
+    ids=['Ctrl-C', 'closed terminal', 'time limit', 'time limit (LSF)', 'limit of CPU time'],
 )
 def test_signals_in_one_process_save_too(launch, work, number):
     run = launch.start(TRAIN, *TINY, '--max_iters=1000000', '--eval_interval=1000000')
