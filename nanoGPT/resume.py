@@ -18,7 +18,7 @@ from errors import UserError
 from out_dir import other_best
 from regular_file import check_regular
 
-# of a checkpoint; sharded ones have two more
+# the fields of a checkpoint that a save writes again, and two that only sharded ones have
 FIELDS = {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'resume'}
 FIELDS |= {'folder', 'crc32_of_chunks'}
 

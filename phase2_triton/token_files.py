@@ -248,7 +248,7 @@ class TokenFiles:
         return np.frombuffer(data, file.dtype)
 
     def _allocate(self, count):
-        """Returns memory for rows. Call it first: if there is not enough, a list of places would fill the machine's."""
+        """Returns count rows of -1. Call it before making a list of places, which would fill the memory slowly."""
         return torch.full((count, self.block_size + 1), -1).numpy()
 
     def _fill(self, rows, places, vocab_size):

@@ -4,11 +4,13 @@ part.
 """
 
 import os
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 
 from checkpoint import fit_names
+from errors import UserError
 from resume import Resume
 from sharded_checkpoint import load_checkpoint, named_by, open_sharded, read_tensors, unsharded_file
 from sharding import as_dtensor, own_rows
@@ -23,7 +25,10 @@ class ShardedResume(Resume):
     def best_path(self, path: str) -> str:
         if path.endswith('.pt'):
             return super().best_path(path)
-        return unsharded_file(named_by('best', os.path.dirname(path)) or path)
+        best = None
+        with suppress(UserError):  # training can continue without it
+            best = named_by('best', os.path.dirname(path))
+        return unsharded_file(best or path)
 
     def load(self, model, optimizer, scaler) -> None:
         if self.path:
