@@ -99,5 +99,5 @@ def largest_weight(model: nn.Module) -> float:
     Returns the largest absolute weight, inf if any weight is inf or NaN. Collective; FSDP's ranks check their shards.
     """
     weights = [p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters()]
-    largest = max(p.abs().max().item() if p.isfinite().all() else float('inf') for p in weights if p.numel())
-    return max_over_ranks(largest)
+    largest = (p.abs().max().item() if p.isfinite().all() else float('inf') for p in weights if p.numel())
+    return max_over_ranks(max(largest, default=0.0))  # with more ranks than rows, a rank has no weights

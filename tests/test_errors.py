@@ -485,6 +485,12 @@ def test_what_is_said_of_the_weights_of_a_run_that_diverged(weight, says):
     guard.check(8, 0.01, skipped, model)  # a good step ends the row
 
 
+def test_a_rank_without_weights():
+    """As with FSDP, if there are more ranks than rows in any parameter."""
+    guard = StepGuard('cpu', torch.amp.GradScaler('cpu', enabled=False))
+    assert guard.worth_saving(torch.nn.Linear(0, 3, bias=False), None)
+
+
 def test_a_validation_loss_that_is_not_finite(tmp_path, capsys):
     """An evaluation saves nothing then, and says so."""
     config = dict(out_dir=str(tmp_path), json_log=False, wandb_log=False, max_iters=9, device='cpu')
