@@ -82,7 +82,7 @@ def clip_gradients(optimizer, parameters, max_norm):
 def off(*names):
     """Returns PyTorch's own functions for the named ones of the kernel package, as {name: function}."""
 
-    def add_layer_norm(x, branch, weight, bias, eps, dtype, slot=None):
+    def add_layer_norm(x, branch, weight, bias, eps, dtype, *slots):
         total = x if branch is None else x + branch
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
@@ -91,7 +91,7 @@ def off(*names):
         linear_cross_entropy=lambda x, weight, targets, **_: F.cross_entropy(
             F.linear(x, weight).flatten(0, -2), targets.flatten(), ignore_index=-1
         ),
-        gelu=lambda x, approximate='none', slot=None: F.gelu(x, approximate=approximate),
+        gelu=lambda x, approximate='none', *slots: F.gelu(x, approximate=approximate),
         linear=F.linear,
         embeddings=lambda idx, wte, wpe, dtype=None, use_triton=True: embeddings(idx, wte, wpe, dtype, False),
         scaled=lambda x, scale, out=None: torch.mul(x, scale, out=out),
@@ -217,9 +217,12 @@ class Variant(Trainer):
             super().__init__('ddp', shape | dict(vocab_size=50304, dropout=0.0), device, **options)
         if isinstance(fp8, str):  # the other part stays in bfloat16
             head = [self.raw_model.lm_head, self.raw_model.transformer.ln_f]
-            for module in head if fp8 == 'blocks' else self.raw_model.transformer.h.modules():
-                if hasattr(module, 'fp8'):
-                    module.fp8 = None
+            modules = head if fp8 == 'blocks' else self.raw_model.transformer.h.modules()
+            layers = [layer for module in modules if (layer := getattr(module, 'fp8', None))]
+            for module in self.raw_model.modules():
+                for name in ('fp8', 'fp8_before'):
+                    if getattr(module, name, None) in layers:
+                        setattr(module, name, None)
         self.feed(Variant.take)
         self.per_iteration, began = micro_steps, time.perf_counter()
         self.loss = sum(self.iteration().item() for _ in range(3)) if warm else None

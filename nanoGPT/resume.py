@@ -15,7 +15,12 @@ from configurator import ARCHITECTURE
 from data_identity import check_same_data
 from distributed import max_over_ranks, same_on_all_ranks
 from errors import UserError
+from out_dir import other_best
 from regular_file import check_regular
+
+# the fields of a checkpoint that a save writes again, and two that only sharded ones have
+FIELDS = {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'resume'}
+FIELDS |= {'folder', 'crc32_of_chunks'}
 
 
 def resume_model_args(checkpoint: dict, model_args: dict, flags_set: set[str]) -> dict:
@@ -164,17 +169,39 @@ def crop_positions(checkpoint: dict, model) -> dict:
     return {**checkpoint, 'model': weights}
 
 
-def _loss_of_best(path):
+def measured_differently(saved: dict, config: dict, same_data: bool) -> str:
     """
-    Returns the validation loss of ckpt_best.pt in the folder of the checkpoint, -inf if there is none. A run that could
-    write ckpt.pt but not its copy leaves an older ckpt_best.pt, with a larger loss, which is the one to beat.
+    Returns the flags that select other tokens for the validation loss than those in saved, the config of a checkpoint,
+    such as 'val_tokens=1000 instead of 0'; '' if there are none.
     """
+    saved = {'val_tokens': 0, **saved}  # nanoGPT's checkpoints lack it
+    names = ['val_tokens', 'block_size', *([] if same_data else ['dataset'])]
+    changed = [k for k in names if k in saved and str(saved[k]) != str(config[k])]
+    return ', '.join(f'{k}={config[k]} instead of {str(saved[k])[:100]}' for k in changed)
+
+
+def loss_to_beat(checkpoint: dict, best_path: str, config: dict) -> float:
+    """
+    Returns the lowest validation loss so far, 1e9 if there is none. If the file best_path of the best checkpoint has a
+    higher one than the checkpoint, returns that: its run could write ckpt.pt but not the copy. A loss on other tokens
+    than this run's does not count, with a printed note, and the best checkpoint that has it will be renamed.
+    """
+    same_data = bool(checkpoint.get('resume', {}).get('data'))  # then check_same_data() compares it
+    difference = measured_differently(checkpoint.get('config', {}), config, same_data)
+    losses = [] if difference else [checkpoint['best_val_loss']]
     with suppress(Exception):  # a damaged file can raise any error
-        best_path = os.path.join(os.path.dirname(path), 'ckpt_best.pt')
         check_regular(best_path)
         best = torch.load(best_path, 'cpu', weights_only=True, mmap=True)
-        return float(best['best_val_loss'])
-    return -math.inf
+        if measured_differently(best.get('config', {}), config, same_data):
+            other_best.add(os.path.abspath(config['out_dir']))
+        else:
+            losses.append(float(best['best_val_loss']))
+    if not losses and checkpoint['best_val_loss'] < 1e9 and not config['eval_only']:
+        print(
+            f'note: the lowest validation loss so far, {checkpoint["best_val_loss"]:.4f}, does not count in this run, '
+            f'which measures on other tokens ({difference}); the best checkpoint so far will be renamed, not replaced'
+        )
+    return max(losses, default=1e9)
 
 
 class Resume:
@@ -182,16 +209,19 @@ class Resume:
     Everything a run takes from a checkpoint. With path=None, for a run from scratch or from pretrained weights, it is
     empty: iteration 0, no best loss, and load() and next_batch() change nothing.
 
-    path: the checkpoint's file (or folder, for a subclass). data: the Dataset to continue on. Raises UserError if the
-    checkpoint is unusable.
+    path: the checkpoint's file (or folder, for a subclass). data: the Dataset to continue on. config: this run's flags.
+    Raises UserError if the checkpoint is unusable.
     """
 
-    def __init__(self, path: str | None = None, data=None):
+    def __init__(self, path: str | None, data, config: dict):
         self.path, self.checkpoint = path, self.read(path) if path else {}
         self.iter_num, self.best_val_loss, self.log, self.order = 0, 1e9, None, None
         if path:
+            unknown = ', '.join(str(k)[:100] for k in self.checkpoint.keys() - FIELDS)
+            if unknown:
+                print(f'note: {path} also holds {unknown}, which the next save drops: to keep it, copy the file first')
             self.iter_num = same_on_all_ranks(self.checkpoint['iter_num'], f'the iteration of {path}')
-            self.best_val_loss = max_over_ranks(max(self.checkpoint['best_val_loss'], _loss_of_best(path)))
+            self.best_val_loss = max_over_ranks(loss_to_beat(self.checkpoint, self.best_path(path), config))
             extra = self.checkpoint.get('resume', {})  # nanoGPT's own checkpoints have none
             self.log = {'log': extra.get('log'), 'iter': self.iter_num}
             self.order = extra.get('order')
@@ -199,6 +229,10 @@ class Resume:
 
     def read(self, path: str) -> dict:
         return load_checkpoint(path, to_resume=True)
+
+    def best_path(self, path: str) -> str:
+        """Returns the path of the best checkpoint's file."""
+        return os.path.join(os.path.dirname(path), 'ckpt_best.pt')
 
     def model_args(self, model_args: dict, flags_set: set) -> dict:
         """

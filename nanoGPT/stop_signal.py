@@ -9,16 +9,17 @@ from output import Output, discard_stuck_output
 
 class StopSignal:
     """
-    Stops a run at the next step boundary after SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) or SIGUSR1 (which
-    schedulers send before a time limit), instead of in the middle of a step. The handler only records the signal:
-    another rank may be inside a collective, so the ranks must leave the loop together. A problem of the data stops the
-    run in the same way, so that it saves first.
+    Stops a run at the next step boundary after SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal), SIGUSR1 or SIGUSR2
+    (which schedulers send before a time limit) or SIGXCPU (a limit of CPU time), instead of in the middle of a step.
+    The handler only records the signal: another rank may be inside a collective, so the ranks must leave the loop
+    together. A problem of the data stops the run in the same way, so that it saves first.
     """
 
     def __init__(self, data=None):
         self.data, self.received_at = data, None  # a Dataset or None; time of the first signal
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            # nohup ignores SIGHUP, and the user may handle SIGUSR1
+        limits = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *limits):
+            # nohup ignores SIGHUP, and the user may handle SIGUSR1 and SIGUSR2
             if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, self._handle)
 

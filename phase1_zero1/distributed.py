@@ -6,6 +6,7 @@ Every rank must call each of these functions. All of them also work in a single 
 
 import atexit
 import os
+import re
 import socket
 import sys
 import time
@@ -18,6 +19,8 @@ import torch.distributed as dist
 import torchrun_env
 from end_of_run import end_run
 from errors import UserError, first_line
+
+MAY_DIFFER = re.compile('out_dir|dataset|model_dir|device|compile|cuda_graph|peak_tflops|json_log|tracker|wandb_.*')
 
 
 def check_environment():
@@ -77,14 +80,10 @@ def rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     its own.)
     """
     hosted = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # torchrun hosts the store; otherwise rank 0 does
-    store = dist.TCPStore(
-        os.environ['MASTER_ADDR'],
-        int(os.environ['MASTER_PORT']),
-        world_size,
-        rank == 0 and not hosted,
-        timeout,
-        multi_tenant=True,
-    )
+    host, port, hosts = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), rank == 0 and not hosted
+    if not hosts:
+        wait_for_port(host, port, timeout.total_seconds())
+    store = dist.TCPStore(host, port, world_size, hosts, timeout, multi_tenant=True)
     me = uuid.uuid4().hex
     if rank > 0:
         store.set(f'hello/{rank}', me)
@@ -101,6 +100,24 @@ def rendezvous(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
             time.sleep(0.01)
     torchrun_env.launch_id = me
     return dist.PrefixStore(me, store)
+
+
+def wait_for_port(host: str, port: int, timeout_s: float) -> None:
+    """
+    Returns once a process listens there. Raises UserError after timeout_s. TCPStore would wait too, but prints a stack
+    trace for each failed attempt.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=min(timeout_s, 10)).close()
+        except OSError as e:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f'nothing answers at {host}:{port} (MASTER_ADDR and MASTER_PORT) within dist_timeout={timeout_s:g} '
+                    f's ({first_line(e)}): rank 0, which should, has ended, or its machine cannot be reached'
+                ) from None
+        time.sleep(0.1)
 
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
@@ -140,6 +157,26 @@ def same_on_all_ranks(number: int, name: str) -> int:
             f'{name} is {least:.0f} on one rank and {most:.0f} on another: do all machines see the same files?'
         )
     return number
+
+
+def check_same_flags(config: dict) -> None:
+    """
+    Raises UserError on every rank if the flags in config differ between ranks, as when machines are started with
+    different commands. Otherwise the ranks would wait for each other in different places, or train different models.
+    Some flags may differ: paths, which can be a machine's own, and what concerns one rank alone.
+    """
+    if not dist.is_initialized():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {k: v for k, v in config.items() if not MAY_DIFFER.fullmatch(k)})
+    for rank, other in enumerate(everyone):
+        for key in (everyone[0] | other).keys():
+            ours, theirs = everyone[0].get(key), other.get(key)
+            if ours != theirs:
+                raise UserError(
+                    f'{key} is {ours} on rank 0 and {theirs} on rank {rank}, but all ranks need the same flags: start '
+                    f'each with the same --{key}'
+                )
 
 
 def gather_from_ranks(x):

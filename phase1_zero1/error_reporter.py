@@ -113,9 +113,12 @@ def _explain(error, trace, place, alone):
         for cause in causes(error):
             lines = [line for line in str(cause).splitlines() if MISSING_TOOL.search(line)]
             if isinstance(cause, OSError) or (lines and not _is_compile_error(cause)):
+                # the compiler's own lines, if there are any, with its errors first
+                output = [line for line in str(cause).partition('\nOutput:\n')[2].splitlines() if line.strip()]
+                output.sort(key=lambda line: 'error' not in line)
                 return (
-                    'torch.compile cannot run its compiler '
-                    f'({lines[0] if lines else first_line(cause)}): --compile=False works without it; '
+                    f'torch.compile cannot run its compiler ({[*output, *lines, first_line(cause)][0]}): '
+                    '--compile=False works without it; '
                     '--compile=True needs a C++ compiler, such as g++, and the headers of Python'
                 )
     if isinstance(error, RuntimeError) and 'CUDA driver error: operation not supported' in str(error):

@@ -212,11 +212,11 @@ class TokenFiles:
         Returns batch_size random windows, int64 (batch_size, block_size + 1), all equally likely. Draws one
         torch.randint, which for a single file is nanoGPT's own draw.
         """
-        places = []
+        rows, places = self._allocate(batch_size), []
         for i in torch.randint(self.windows, (batch_size,)).tolist():
             k = bisect_right(self.first_window, i) - 1
             places.append((k, i - self.first_window[k]))
-        return self._windows_at(places, vocab_size)
+        return self._fill(rows, places, vocab_size)
 
     def consecutive(self, first: int, count: int, vocab_size: int) -> torch.Tensor:
         """
@@ -224,7 +224,8 @@ class TokenFiles:
         overlap: row 0 starts at the first token, each further row block_size tokens later, and the last row of a file
         is padded with -1. The last row of all is followed by row 0.
         """
-        return self._windows_at([self.place(i % self.rows) for i in range(first, first + count)], vocab_size)
+        rows = self._allocate(count)
+        return self._fill(rows, [self.place(i % self.rows) for i in range(first, first + count)], vocab_size)
 
     def place(self, row: int) -> tuple[int, int]:
         """Returns (index of the file, position in it) for the first token of a row."""
@@ -246,9 +247,12 @@ class TokenFiles:
             raise UserError(unreadable(file.path, e)) from None
         return np.frombuffer(data, file.dtype)
 
-    def _windows_at(self, places, vocab_size):
+    def _allocate(self, count):
+        """Returns count rows of -1. Call it before making a list of places, which would fill the memory slowly."""
+        return torch.full((count, self.block_size + 1), -1).numpy()
+
+    def _fill(self, rows, places, vocab_size):
         problems = len(self.problems)
-        rows = np.full((len(places), self.block_size + 1), -1, np.int64)
         for row, (k, position) in zip(rows, places):
             try:
                 tokens = self.read(k, position, self.block_size + 1)

@@ -25,7 +25,7 @@ import torchrun_env
 from checkpoint_crc import DamagedFile, add_crc, check_archive
 from checkpoint_fields import check_fields, check_finite
 from errors import UserError, first_line, reason
-from out_dir import is_checkpoint_folder, set_aside, temporary
+from out_dir import is_checkpoint_folder, set_aside, set_best_aside, temporary
 from regular_file import check_regular
 from shell import quote
 
@@ -68,6 +68,7 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
             raise OSError(f'another run is writing {unfinished}')
         set_aside(out_dir)  # only now: if the disk is full, the other run's checkpoints keep their names
         if best:
+            set_best_aside(out_dir, best_path)
             with suppress(OSError):
                 copied = _copy(unfinished, best_path)
         elif os.path.exists(best_path):

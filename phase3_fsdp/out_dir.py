@@ -9,6 +9,7 @@ import sys
 from errors import UserError
 
 unsaved_runs = set()  # folders where this process trains from scratch and has not saved yet
+other_best = set()  # folders whose best checkpoint has a validation loss that is not comparable with this run's
 shared = set()  # folders that another run used when this process started
 
 
@@ -47,6 +48,23 @@ def set_aside(out_dir: str) -> None:
         return
     names = sorted(os.listdir(out_dir))
     found = [name for name in names if name in ('ckpt.pt', 'ckpt_best.pt') or is_checkpoint_folder(out_dir, name)]
+    _rename(out_dir, found, 'belongs to another run')
+    unsaved_runs.discard(os.path.abspath(out_dir))
+
+
+def set_best_aside(out_dir: str, path: str) -> None:
+    """
+    Renames the best checkpoint at path in the same way, if resume.py has found its loss not comparable. Call it before
+    each save of a best checkpoint; it acts once.
+    """
+    if os.path.abspath(out_dir) in other_best and os.path.exists(path):
+        _rename(os.path.dirname(path), [os.path.basename(path)], 'has the lowest loss measured on other tokens')
+    other_best.discard(os.path.abspath(out_dir))
+
+
+def _rename(folder, found, reason):
+    """Gives the files named in `found` new names, with one ending for all of them, and prints them."""
+    names = os.listdir(folder)
 
     def renamed(name, ending):
         stem, dot, extension = name.partition('.')
@@ -57,9 +75,8 @@ def set_aside(out_dir: str) -> None:
         number += 1
     for name in found:
         new = renamed(name, _ending(number))
-        os.rename(os.path.join(out_dir, name), os.path.join(out_dir, new))
-        print(f'{os.path.join(out_dir, name)} belongs to another run: renamed to {new}')
-    unsaved_runs.discard(os.path.abspath(out_dir))
+        os.rename(os.path.join(folder, name), os.path.join(folder, new))
+        print(f'{os.path.join(folder, name)} {reason}: renamed to {new}')
 
 
 def temporary(path: str) -> str:
@@ -67,8 +84,12 @@ def temporary(path: str) -> str:
     Returns the name under which a file for path is written. A killed run leaves at most one such file, which the next
     one overwrites. Only of two runs in one folder, the second has names of its own.
     """
-    own = f'.{os.getpid()}' if os.path.dirname(os.path.abspath(path)) in shared else ''
-    return f'{path}{own}.tmp'
+    return f'{path}{own_ending(os.path.dirname(path))}.tmp'
+
+
+def own_ending(out_dir: str) -> str:
+    """Returns an ending for names of temporary files, '' unless another run uses the folder too."""
+    return f'.{os.getpid()}' if os.path.abspath(out_dir) in shared else ''
 
 
 def is_checkpoint_folder(out_dir: str, name: str) -> bool:

@@ -3,7 +3,8 @@
 import math
 import os
 
-from distributed import sum_over_ranks
+from distributed import max_over_ranks, sum_over_ranks
+from errors import UserError
 from tracker import Tracker
 from training_logger import TrainingLogger
 
@@ -12,7 +13,7 @@ class RunReport:
     """
     Prints, logs and tracks a run. config: all flags. facts: the log's `run` block. model: its rank_state, if it has
     one, adds counts to each iteration's record. enabled: True on rank 0; on other ranks the methods print and write
-    nothing. Every rank must call iteration(), which sums the counts. resumed_from: see TrainingLogger.
+    nothing. Every rank must call iteration(), which sums the counts, and close(). resumed_from: see TrainingLogger.
     """
 
     def __init__(self, config: dict, facts: dict, model, enabled: bool, first_iter: int, resumed_from: dict | None):
@@ -23,17 +24,22 @@ class RunReport:
         self.max_iters, self.first_iter, self.running_mfu = config['max_iters'], first_iter, None
         self.rank_state, self.device = getattr(model, 'rank_state', None), config['device']
         self.for_tracker = {}  # sent after the save that may follow, or with the next iteration
+        self.out_dir, self.saved_iter = config['out_dir'], (resumed_from or {}).get('iter', -1)  # -1: nothing is saved
 
     def evaluation(self, iter_num: int, losses: dict, lr: float) -> None:
         """Reports an evaluation. losses: {'train': nats, 'val': nats, ...}; further entries are logged unchanged."""
         more = {k: v for k, v in losses.items() if k not in ('train', 'val') and v is not None}
         text = f', val {more["val_bits_per_byte"]:.4f} bits per byte' if 'val_bits_per_byte' in more else ''
         print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}{text}')
+        if not math.isfinite(losses['val']):
+            print('note: a state whose validation loss is not finite is not saved')
         self.log.evaluation(iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr, **more)
         self.for_tracker = {'train/loss': losses['train'], 'val/loss': losses['val'], **more}
         self.for_tracker |= {'iter': iter_num, 'lr': lr, 'mfu': (self.running_mfu or 0) * 100}
 
     def checkpoint(self, iter_num: int, **written) -> None:
+        if written['bytes'] is not None:
+            self.saved_iter = iter_num
         self.log.checkpoint(iter_num, **written)
         self._track()
 
@@ -58,9 +64,18 @@ class RunReport:
         """Writes the last record to the log in the background, while the GPU works."""
         self.log.flush()
 
-    def close(self, status: str) -> None:
-        """Ends the log. status: completed, stopped or failed."""
+    def close(self, status: str, unsaved: str | None = None) -> None:
+        """
+        Ends the log. status: completed or stopped. unsaved: why the last state is not saved; raises UserError with it
+        instead, which ends the log as failed.
+        """
         self._track()
+        if unsaved:
+            saved_iter = int(max_over_ranks(self.saved_iter))  # of sharded checkpoints only rank 0 knows
+            latest = 'This run has saved no checkpoint. Train again'
+            if saved_iter >= 0:
+                latest = f'The latest checkpoint in {self.out_dir} continues at iteration {saved_iter}. Resume from it'
+            raise UserError(f'{unsaved}. {latest} with a lower --learning_rate, more --warmup_iters or --grad_clip=1.0')
         self.log.close(status)
 
     def _track(self):

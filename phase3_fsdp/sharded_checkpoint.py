@@ -37,7 +37,7 @@ from checkpoint import write_checkpoint
 from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import reason
-from out_dir import set_aside
+from out_dir import own_ending, set_aside, set_best_aside
 from regular_file import check_regular
 from shell import python_command, quote
 
@@ -156,13 +156,18 @@ def split(checkpoint: dict, names: dict) -> tuple[dict, dict]:
     return tensors, {**checkpoint, 'model': names, 'optimizer': {**checkpoint['optimizer'], 'state': small}}
 
 
-def prepare(folder: str) -> None:
-    """Makes an empty folder/saving. Ignores errors: whoever writes to the folder finds and reports them."""
-    saving = os.path.join(folder, 'saving')
+def prepare(folder: str) -> str:
+    """
+    Makes an empty folder in `folder` to write to, and returns its name. Ignores errors: whoever writes to it finds and
+    reports them.
+    """
+    name = 'saving' + own_ending(os.path.dirname(folder))
+    saving = os.path.join(folder, name)
     shutil.rmtree(saving, ignore_errors=True)  # left by a killed run
     with suppress(OSError):
         set_aside(os.path.dirname(folder))
         os.makedirs(saving)
+    return name
 
 
 class Writer(dcp.FileSystemWriter):
@@ -179,24 +184,30 @@ class Writer(dcp.FileSystemWriter):
 
 
 def write_sharded(
-    tensors: dict, rest: dict, folder: str, best: bool, group=None
+    tensors: dict, rest: dict, folder: str, name: str, best: bool, group=None
 ) -> tuple[str | None, int | None, float]:
     """
-    Writes this rank's part and, once all ranks have finished, makes it the latest checkpoint. Returns (path, bytes, end
-    time); the first two are None on ranks other than 0.
+    Writes this rank's part to folder/name, which prepare() has made on rank 0, and, once all ranks have finished, makes
+    it the latest checkpoint. Returns (path, bytes, end time); the first two are None on ranks other than 0.
     """
-    saving = os.path.join(folder, 'saving')
+    saving = os.path.join(folder, name)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         # copying ahead would wait for GPU 0 every 10 MB, which on all ranks but one is another rank's GPU
         writer = Writer(saving, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = 0 if group is None else dist.get_rank()
-    crcs = {name: crc32_of_chunks(os.path.join(saving, name)) for name in glob.glob(f'__{rank}_*', root_dir=saving)}
+    try:
+        crcs = {name: crc32_of_chunks(os.path.join(saving, name)) for name in glob.glob(f'__{rank}_*', root_dir=saving)}
+    except Exception as e:
+        crcs = e  # raised below, because rank 0 waits for it
     everyone = [crcs]
     if group is not None:
         everyone = [None] * dist.get_world_size() if rank == 0 else None
         dist.gather_object(crcs, everyone, group=group)
+    for part in everyone or [crcs]:
+        if isinstance(part, Exception):
+            raise part
     if rank != 0:
         return None, None, time.monotonic()
     crcs = {name: crc for part in everyone for name, crc in part.items()}
@@ -211,6 +222,8 @@ def write_sharded(
     size = sum(os.path.getsize(os.path.join(saving, name)) for name in os.listdir(saving))
     os.rename(saving, path)
     name = os.path.basename(path)
+    if best:
+        set_best_aside(os.path.dirname(folder), os.path.join(folder, 'best'))
     for file, text in (('README', README), ('latest', name), *([('best', name)] if best else [])):
         with open(os.path.join(folder, file + '.tmp'), 'w') as f:
             f.write(text)
@@ -218,7 +231,8 @@ def write_sharded(
             os.fsync(f.fileno())
         os.replace(os.path.join(folder, file + '.tmp'), os.path.join(folder, file))
     full_checkpoint.sync(folder)
-    kept = {named_by('latest', folder), named_by('best', folder)}
+    # best_before, best_before_2, ... name checkpoints that were set aside
+    kept = {named_by(pointer, folder) for pointer in ('latest', 'best', *glob.glob('best_before*', root_dir=folder))}
     for old in _all_in(folder):
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
@@ -361,11 +375,11 @@ def convert(to, out_dir):
         first = {}
         names = {name: first.setdefault(v.data_ptr(), name) for name, v in checkpoint['model'].items()}
         tensors, rest = split(checkpoint, names)
-        prepare(folder)
+        name = prepare(folder)
         try:
-            return write_sharded(tensors, rest, folder, best=False, group=None)[0]
+            return write_sharded(tensors, rest, folder, name, best=False, group=None)[0]
         except (CheckpointException, OSError, RuntimeError) as e:  # a full disk
-            shutil.rmtree(os.path.join(folder, 'saving'), ignore_errors=True)
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
             problem = f'{folder} could not be written ({first_cause(e)}); the earlier checkpoint is untouched'
             raise UserError(problem) from None
     if not latest:

@@ -3,12 +3,16 @@ Resumes a sharded run from a checkpoint in either format, written by any trainer
 part.
 """
 
+import os
+from contextlib import suppress
+
 import torch
 import torch.distributed as dist
 
 from checkpoint import fit_names
+from errors import UserError
 from resume import Resume
-from sharded_checkpoint import load_checkpoint, open_sharded, read_tensors
+from sharded_checkpoint import load_checkpoint, named_by, open_sharded, read_tensors, unsharded_file
 from sharding import as_dtensor, own_rows
 
 
@@ -17,6 +21,14 @@ class ShardedResume(Resume):
 
     def read(self, path: str) -> dict:
         return load_checkpoint(path, fsdp=True)
+
+    def best_path(self, path: str) -> str:
+        if path.endswith('.pt'):
+            return super().best_path(path)
+        best = None
+        with suppress(UserError):  # training can continue without it
+            best = named_by('best', os.path.dirname(path))
+        return unsharded_file(best or path)
 
     def load(self, model, optimizer, scaler) -> None:
         if self.path:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from checkpoint import write_from_rank_0
+from distributed import max_over_ranks
 from end_of_run import at_end
 from errors import UserError
 from sharded_checkpoint import FOLDER, first_cause, named_by, prepare, saved_names, split, write_sharded
@@ -87,6 +88,7 @@ class ShardedSaver:
     def __init__(self, out_dir: str, model, optimizer, on_saved):
         self.on_saved = on_saved
         self.folder = os.path.join(out_dir, FOLDER)
+        max_over_ranks(0)  # fails at once if a rank has ended, as one that cannot make out_dir; new_group() would wait
         # Background writes must not share a process group with the training. Its timeout is long, because a slow disk
         # is not a lost rank, and a group is unusable after a timeout.
         self.group = dist.new_group(backend='gloo', timeout=6 * dist.distributed_c10d.default_pg_timeout)
@@ -119,10 +121,9 @@ class ShardedSaver:
         copies = {name: as_dtensor(p, self.copies[name]) for name, p in tensors.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if dist.get_rank() == 0:
-            prepare(self.folder)
-        dist.all_reduce(torch.zeros(1))  # rank 0 has prepared the folder
-        future = self.executor.submit(write_sharded, copies, rest, self.folder, best, self.group)
+        name = [prepare(self.folder) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(name)  # rank 0 has prepared the folder
+        future = self.executor.submit(write_sharded, copies, rest, self.folder, *name, best, self.group)
         self.running = future, checkpoint['iter_num'], required, started, time.monotonic() - started
         if required:
             self.wait()
@@ -151,11 +152,18 @@ class ShardedSaver:
             busy = torch.tensor(float(not future.done()))
             dist.all_reduce(busy, op=dist.ReduceOp.MAX)
         try:
-            path, size, ended = future.result()
-        except (CheckpointException, OSError, RuntimeError, UserError) as e:
+            (path, size, ended), failed = future.result(), None
+        except (CheckpointException, OSError, RuntimeError, MemoryError, UserError) as e:
+            failed = first_cause(e)
+        if together:
+            # rank 0 writes more than the others, so it can be the only one that fails
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, failed)
+            failed = next(filter(None, everyone), None)
+        if failed:
             latest = named_by('latest', self.folder)
             earlier = 'the earlier one is untouched' if latest and os.path.exists(latest) else 'there is no earlier one'
-            problem = f'a checkpoint could not be saved in {self.folder} ({first_cause(e)}); {earlier}'
+            problem = f'a checkpoint could not be saved in {self.folder} ({failed}); {earlier}'
             if required:
                 raise UserError(problem) from None
             if dist.get_rank() == 0:

@@ -4,7 +4,7 @@ import os
 
 from checkpoint import find_checkpoint
 from cuda_graph import resolve_cuda_graph, use_side_stream
-from distributed import check_environment, join_ranks, max_over_ranks
+from distributed import check_environment, check_same_flags, join_ranks, max_over_ranks
 from errors import UserError
 from hardware import device_name, resolve_auto
 from output import protect_output
@@ -17,13 +17,14 @@ def setup(config: dict, find_checkpoint=find_checkpoint, cpu_offload: bool = Fal
     Joins the ranks and returns (rank, world_size). Call it right after configure(). Replaces every 'auto' in config:
     device, dtype, compile, backend, cuda_graph, and init_from, which becomes 'resume' on all ranks if any rank sees a
     checkpoint. find_checkpoint: the trainer's function. cpu_offload: the trainer keeps weights in CPU memory. Raises
-    UserError for a value that is unknown or does not fit this machine.
+    UserError for a value that is unknown, does not fit this machine, or differs between ranks.
     """
     protect_output()
     check_environment()
     names = ('device', 'dtype', 'compile', 'backend')
     config.update(zip(names, resolve_auto(*(config[name] for name in names))))
     rank, world_size = join_ranks(config['backend'], config['dist_timeout'])
+    check_same_flags(config)
     config['cuda_graph'] = resolve_cuda_graph(config, world_size, cpu_offload)
     if config['cuda_graph']:
         use_side_stream(config['device'])

@@ -24,6 +24,7 @@ class StepGuard:
         self.scaler = scaler
         self.skipped = torch.zeros((), device=device)  # steps skipped in this run
         self.in_a_row = torch.zeros((), device=device)  # steps skipped since the last good one
+        self.unsaved = None  # or why the last state of the run is not saved
 
     def step(self, optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> None:
         """
@@ -82,12 +83,13 @@ class StepGuard:
         """
         Returns whether the last state of a run may replace its checkpoint: whether all weights and the last gradient
         are finite. If only the gradient is not, its step was skipped and the weights may be good, so next_loss(), the
-        loss of the next batch (shape ()), decides. Prints a line if the state is not worth saving. Collective.
+        loss of the next batch (shape ()), decides. Otherwise `unsaved` says why not. Collective.
         """
         if math.isfinite(largest_weight(model)):
             if not self.in_a_row or math.isfinite(mean_over_ranks(next_loss()).item()):
                 return True
-        print('not saving: the last loss, or a weight, is not finite (inf or NaN)')
+        self.unsaved = 'the last state is not saved, because its loss, or a weight, is not finite (inf or NaN)'
+        print(self.unsaved)
         return False
 
 
@@ -97,5 +99,5 @@ def largest_weight(model: nn.Module) -> float:
     Returns the largest absolute weight, inf if any weight is inf or NaN. Collective; FSDP's ranks check their shards.
     """
     weights = [p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters()]
-    largest = max(p.abs().max().item() if p.isfinite().all() else float('inf') for p in weights if p.numel())
-    return max_over_ranks(largest)
+    largest = (p.abs().max().item() if p.isfinite().all() else float('inf') for p in weights if p.numel())
+    return max_over_ranks(max(largest, default=0.0))  # with more ranks than rows, a rank has no weights

@@ -121,7 +121,7 @@ ctx = nullcontext()  # instead of autocast, FSDP gathers the weights in dtype; t
 
 # data: the token files, and the order in which windows of them are drawn
 data = open_dataset(dataset, block_size)
-resume = ShardedResume(find_checkpoint(out_dir) if init_from == 'resume' else None, data)  # None: nothing to resume
+resume = ShardedResume(find_checkpoint(out_dir) if init_from == 'resume' else None, data, config)  # None: start anew
 iter_num = resume.iter_num
 best_val_loss = previous_best = resume.best_val_loss  # after and before the latest evaluation
 order = training_order(data.train, config, rank, world_size, resume.order)
@@ -326,5 +326,5 @@ while True:
 
 saver.wait()
 data.raise_problem()
-report.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped')
+report.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped', step_guard.unsaved)
 leave_ranks(micro_step)

@@ -109,7 +109,7 @@ ctx = hardware.autocast(device, dtype)  # matmuls in dtype; the weights stay flo
 
 # data: the token files, and the order in which windows of them are drawn
 data = open_dataset(dataset, block_size)
-resume = Resume(find_checkpoint(out_dir) if init_from == 'resume' else None, data)  # None: nothing to resume
+resume = Resume(find_checkpoint(out_dir) if init_from == 'resume' else None, data, config)  # None: start anew
 iter_num = resume.iter_num
 best_val_loss = previous_best = resume.best_val_loss  # after and before the latest evaluation
 order = training_order(data.train, config, rank, world_size, resume.order)
@@ -315,5 +315,5 @@ while True:
     iter_num += 1
 
 data.raise_problem()
-report.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped')
+report.close('completed' if iter_num > max_iters or (eval_only and not done) else 'stopped', step_guard.unsaved)
 leave_ranks(micro_step)

@@ -17,6 +17,7 @@ from checkpoint_changes import changes, representatives
 from conftest import NANOGPT, ROOT, TINY, load, log_of, make_letters
 from errors import UserError
 from model import GPT, GPTConfig
+from resume import measured_differently
 
 TRAIN, SAMPLE = NANOGPT / 'train.py', NANOGPT / 'sample.py'
 RESUME = [*TINY, '--init_from=resume', '--max_iters=5', '--eval_interval=100', '--eval_iters=1']
@@ -278,6 +279,48 @@ def test_a_resume_knows_the_best_checkpoint_on_the_disk(launch, run):
     launch(TRAIN, *RESUME, '--n_layer=1', '--max_iters=6', '--eval_interval=3', '--learning_rate=1e-2')
     assert best['best_val_loss'] > load('out/ckpt_best.pt')['best_val_loss'] > 0.5
     assert load('out/ckpt.pt')['best_val_loss'] == load('out/ckpt_best.pt')['best_val_loss']
+
+
+def test_a_best_loss_on_other_tokens_is_not_the_one_to_beat(launch, run):
+    """It could be out of reach, so that no best checkpoint is saved any more. The one that has it gets another name."""
+    for name in ('ckpt', 'ckpt_best'):
+        torch.save({**load(f'out/{name}.pt'), 'best_val_loss': 0.5}, f'out/{name}.pt')
+    best = (run / 'out' / 'ckpt_best.pt').read_bytes()
+    flags = [TRAIN, *TINY, '--init_from=resume', '--n_layer=1', '--eval_interval=3', '--val_tokens=300']
+    note = 'note: the lowest validation loss so far, 0.5000, does not count in this run'
+    out = launch(*flags, '--max_iters=5').stdout  # without an evaluation, so ckpt_best.pt stays
+    assert note in out and 'on other tokens (val_tokens=300 instead of 0)' in out
+    assert (run / 'out' / 'ckpt_best.pt').read_bytes() == best
+    out = launch(*flags, '--max_iters=6').stdout
+    assert 'ckpt_best.pt has the lowest loss measured on other tokens: renamed to ckpt_best_before.pt' in out
+    assert (run / 'out' / 'ckpt_best_before.pt').read_bytes() == best
+    assert load('out/ckpt_best.pt')['iter_num'] == 6 and 0.5 < load('out/ckpt_best.pt')['best_val_loss'] < 1e9
+    out = launch(*flags, '--max_iters=9').stdout
+    assert 'other tokens' not in out and not os.path.exists('out/ckpt_best_before_2.pt')
+
+
+def test_fields_that_a_save_would_drop(launch, run):
+    """Such as a moving average of the weights that another program has added."""
+    flags = [TRAIN, *TINY, '--init_from=resume', '--n_layer=1', '--max_iters=5']
+    assert 'also holds' not in launch(*flags).stdout
+    torch.save({**load('out/ckpt.pt'), 'ema': {'a': torch.ones(2)}}, 'out/ckpt.pt')
+    assert 'note: out/ckpt.pt also holds ema, which the next save drops: to keep it, copy' in launch(*flags).stdout
+
+
+@pytest.mark.parametrize(
+    'saved, config, same_data, difference',
+    [
+        ({'block_size': 64, 'eval_iters': 1}, {}, True, ''),  # more or fewer random batches estimate the same loss
+        ({'val_tokens': 10, 'block_size': 8}, {}, True, 'val_tokens=0 instead of 10, block_size=64 instead of 8'),
+        ({'block_size': 64}, {'val_tokens': 10}, True, 'val_tokens=10 instead of 0'),
+        ({'dataset': 'letters'}, {}, True, ''),
+        ({'dataset': 'letters'}, {}, False, 'dataset=words instead of letters'),
+        ({'val_tokens': torch.zeros(2)}, {}, True, 'val_tokens=0 instead of tensor([0., 0.])'),
+    ],
+)
+def test_on_which_tokens_a_loss_is_measured(saved, config, same_data, difference):
+    config = {'val_tokens': 0, 'block_size': 64, 'eval_iters': 200, 'dataset': 'words', **config}
+    assert measured_differently(saved, config, same_data) == difference
 
 
 def test_what_was_set_aside_is_not_overwritten(launch, run):

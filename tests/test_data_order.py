@@ -29,6 +29,14 @@ def tokens(tmp_path):
     return open_dataset(write(tmp_path, files), block_size=8).train
 
 
+@pytest.mark.parametrize('order', ['sequential', 'random'])
+def test_a_batch_that_no_memory_can_hold(launch, work, order):
+    """It ends the run at once, instead of filling the memory with a list of its rows."""
+    flags = [*TINY, f'--data_order={order}', f'--batch_size={2**63 - 1}']
+    run = launch(TRAIN, *flags, nproc=2, check=False, timeout=30)
+    assert run.returncode == 2 and run.stderr.count('error: ') == 1 and 'ran out of memory' in run.stderr
+
+
 def first_tokens(orders, steps):
     """
     Returns the first tokens of the rows that the orders of all ranks return in so many steps, in the order of the

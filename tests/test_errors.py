@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import NANOGPT, ROOT, TINY, log_of, make_letters
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of, make_letters
 from errors import UserError
+from run_report import RunReport
 from step_guard import StepGuard
 
 TRAIN = NANOGPT / 'train.py'
@@ -226,6 +228,55 @@ def test_half_an_environment(launch, work, env, found):
 
 
 @pytest.mark.parametrize(
+    'extra, says',
+    [
+        ('--learning_rate=1e-3', 'learning_rate is 0.01 on rank 0 and 0.001 on rank 1'),  # would train two models
+        ('--max_iters=4', 'max_iters is 6 on rank 0 and 4 on rank 1'),  # rank 0 would wait for rank 1
+        ('--n_layer=3', 'n_layer is 2 on rank 0 and 3 on rank 1'),
+        ('--dataset=shorter', 'the number of training tokens in letters is 1800 on one rank and 3600 on another'),
+    ],
+)
+@pytest.mark.parametrize('folder', ['nanoGPT', 'phase1_zero1', 'phase3_fsdp'])
+def test_ranks_that_were_started_with_different_flags(launch, work, folder, extra, says):
+    make_letters(work / 'x')
+    shutil.move('x/data/letters', 'data/shorter')
+    with open('data/shorter/train.bin', 'r+b') as f:
+        f.truncate(3600)
+    run = [PROGRAMS / 'other_flags.py', ROOT / folder / 'train.py', *TINY, '--max_iters=6']
+    result = launch(*run, nproc=2, check=False, env={'EXTRA': extra})
+    assert result.returncode == 2 and result.stderr.count('\n') == 1 and 'error: ' in result.stderr
+    assert says.replace('letters', 'shorter') in result.stderr.replace('letters', 'shorter')
+
+
+def test_flags_that_may_differ_between_ranks(launch, work):
+    """Paths can be those of a machine, and only rank 0 has a log and a tracker."""
+    run = [PROGRAMS / 'other_flags.py', TRAIN, *TINY, '--max_iters=6']
+    launch(*run, nproc=2, env={'EXTRA': '--out_dir=own --json_log=False --wandb_run_name=b --dataset=./data/letters'})
+    assert load('out/ckpt.pt')['iter_num'] == 7 and not os.path.exists('own')
+
+
+def test_a_compiler_that_fails(launch, work):
+    """As with a TMPDIR that cannot be written to. The message shows what the compiler says."""
+    compiler = work / 'g++'
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *--version*) echo "g++ 12.2.0" ;;\n'
+        '*) echo "In file included from x.h" >&2; echo "fatal error: no space left" >&2; exit 1 ;; esac\n'
+    )
+    compiler.chmod(0o755)
+    env = {'PATH': str(work), 'TORCHINDUCTOR_CACHE_DIR': str(work / 'cache')}
+    run = launch(TRAIN, *TINY, '--compile=True', env=env, check=False)
+    assert run.returncode == 2
+    assert 'error: torch.compile cannot run its compiler (fatal error: no space left): --compile' in run.stderr
+
+
+def test_rank_0_has_ended_before_the_others_start(launch, work):
+    """Without torchrun, whose store is always there."""
+    run = launch(TRAIN, *TINY, '--dist_timeout=1', check=False, env=dict(TWO, MASTER_PORT='1'), timeout=20)
+    assert run.returncode == 2 and run.stdout == '' and run.stderr.count('\n') == 1
+    assert 'error: nothing answers at localhost:1 (MASTER_ADDR and MASTER_PORT) within dist_timeout=1 s' in run.stderr
+
+
+@pytest.mark.parametrize(
     'env',
     [
         dict.fromkeys(('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'), ''),
@@ -363,11 +414,10 @@ def test_actions_at_the_end(work):
     assert run.returncode == 2 and run.stdout == 'save a mistake\ntracker a mistake\nerror: a mistake\n'
 
 
-@pytest.mark.parametrize('folder', ['nanoGPT', 'phase3_fsdp'])
-def test_a_nan_in_the_last_iteration(launch, work, folder):
+def with_a_nan(work, folder, calls):
     """
-    The step is skipped, and an evaluation finds the weights good, so they are saved. (For bad weights see
-    test_train.py.)
+    Returns a program that runs folder/train.py with a loss of NaN in the forwards that `calls` compares, such as '==
+    3', counted from 1 in training on this rank.
     """
     script = work / 'glitch.py'
     script.write_text(f"""
@@ -378,16 +428,43 @@ forward, calls = model.GPT.forward, []
 def glitch(self, idx, targets=None):
     logits, loss = forward(self, idx, targets)
     calls.extend([1] * self.training)
-    return logits, loss * float('nan') if len(calls) == 11 and self.training else loss
+    return logits, loss * float('nan') if len(calls) {calls} and self.training else loss
 model.GPT.forward = glitch
 sys.argv[0] = {str(ROOT / folder / 'train.py')!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
 """)
+    return script
+
+
+@pytest.mark.parametrize('folder', ['nanoGPT', 'phase3_fsdp'])
+def test_a_nan_in_the_last_iteration(launch, work, folder):
+    """
+    The step is skipped, and an evaluation finds the weights good, so they are saved. (For bad weights see
+    test_train.py.)
+    """
     # with 2 ranks each has 1 of the 2 micro-steps of an iteration, so call 11 is in iteration 10
-    run = launch(script, *TINY, '--max_iters=10', '--eval_interval=7', nproc=2)
+    run = launch(with_a_nan(work, folder, '== 11'), *TINY, '--max_iters=10', '--eval_interval=7', nproc=2)
     assert 'iter 10: loss nan' in run.stdout and '1 steps skipped' in run.stdout
     checkpoint = torch.load('out/ckpt.pt', weights_only=True)
     assert checkpoint['iter_num'] == 11 and all(w.isfinite().all() for w in checkpoint['model'].values())
+
+
+@pytest.mark.parametrize(
+    'folder, options',
+    [('nanoGPT', []), ('phase1_zero1', []), ('phase3_fsdp', []), ('phase3_fsdp', ['--ckpt_format=sharded'])],
+    ids=['DDP', 'ZeRO-1', 'FSDP', 'FSDP sharded'],
+)
+def test_a_run_whose_last_state_is_not_saved_fails(launch, work, folder, options):
+    """The message names the latest checkpoint, also one that was still being written when the loss became NaN."""
+    run = [with_a_nan(work, folder, '>= 11'), *TINY, *options, '--max_iters=11']
+    reason = 'error: the last state is not saved, because its loss, or a weight, is not finite (inf or NaN). '
+    for interval, latest in (
+        (5, 'The latest checkpoint in out continues at iteration 10. Resume from it with a lower --learning_rate'),
+        (50, 'This run has saved no checkpoint. Train again with a lower --learning_rate'),
+    ):
+        result = launch(*run, f'--eval_interval={interval}', nproc=2, check=False)
+        assert result.returncode == 2 and result.stderr.count('error: ') == 1 and reason + latest in result.stderr
+        assert 'iter 11: ' in result.stdout and log_of('out')['run']['status'] == 'failed'
 
 
 @pytest.mark.parametrize(
@@ -406,6 +483,21 @@ def test_what_is_said_of_the_weights_of_a_run_that_diverged(weight, says):
     guard.step(torch.optim.SGD(model.parameters()), torch.tensor(1.0))
     guard.measure(torch.tensor(1.0), torch.tensor(1.0))
     guard.check(8, 0.01, skipped, model)  # a good step ends the row
+
+
+def test_a_rank_without_weights():
+    """As with FSDP, if there are more ranks than rows in any parameter."""
+    guard = StepGuard('cpu', torch.amp.GradScaler('cpu', enabled=False))
+    assert guard.worth_saving(torch.nn.Linear(0, 3, bias=False), None)
+
+
+def test_a_validation_loss_that_is_not_finite(tmp_path, capsys):
+    """An evaluation saves nothing then, and says so."""
+    config = dict(out_dir=str(tmp_path), json_log=False, wandb_log=False, max_iters=9, device='cpu')
+    report = RunReport(config, {}, None, True, 0, None)
+    for val, notes in ((2.0, 0), (math.nan, 1)):
+        report.evaluation(3, {'train': 2.0, 'val': val}, 0.1)
+        assert capsys.readouterr().out.count('note: a state whose validation loss is not finite is not saved') == notes
 
 
 def test_a_file_that_cannot_be_read_is_one_message(launch, tmp_path):

@@ -3,6 +3,7 @@ FSDP: DDP's numbers from shards, checkpoints that any trainer at any world size 
 killed during a save.
 """
 
+import fcntl
 import os
 import pickle
 import re
@@ -168,6 +169,35 @@ def test_parts_on_different_disks_are_no_checkpoint(launch, work):
     )
 
 
+@pytest.mark.parametrize('part, rank', [('own', 0), ('own', 1), ('whole', 0)])
+def test_one_rank_fails_in_a_sharded_save(launch, work, part, rank):
+    """
+    The others do not wait for it, and all ranks know that the best checkpoint was not saved: otherwise they would
+    disagree about the next one. A later save works again.
+    """
+    flags = [*TINY, SHARDED, '--eval_interval=2', '--max_iters=7', '--always_save_checkpoint=False', '--dist_timeout=5']
+    env = {'PART': part, 'RANK_THAT_FAILS': str(rank)}
+    run = launch(PROGRAMS / 'failing_part.py', FSDP, *flags, nproc=2, env=env, timeout=20)
+    assert run.stderr.count('WARNING: ') == run.stderr.count('\n') == 1
+    assert 'could not be saved in out/ckpt_sharded (OSError: [Errno 5] Input/output error); the earlier' in run.stderr
+    latest, best = (open(f'out/ckpt_sharded/{name}').read() for name in ('latest', 'best'))
+    assert latest.startswith('iter_0000008') and best.startswith('iter_0000006')
+
+
+def test_two_runs_in_one_folder_write_their_parts_to_folders_of_their_own(launch, work):
+    """Otherwise each deletes or replaces parts that the other has just written."""
+    launch(FSDP, *TINY, SHARDED, '--max_iters=3', nproc=2)
+    os.mkdir('out/ckpt_sharded/saving')
+    lock = os.open('out', os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as a run does
+    run = launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
+    os.close(lock)
+    assert 'another run is using out_dir=out' in run.stderr and 'could not' not in run.stderr
+    assert os.path.isdir('out/ckpt_sharded/saving') and open('out/ckpt_sharded/latest').read().startswith(
+        'iter_0000006'
+    )
+
+
 def test_conversion_replaces_nothing_that_is_newer(launch, work):
     launch(FSDP, *TINY, '--max_iters=3', nproc=2)
     launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
@@ -231,6 +261,19 @@ def test_conversion_writes_the_latest_and_the_best_or_says_why_not(launch, work)
     )
 
 
+def test_a_best_loss_on_other_tokens_is_not_the_one_to_beat(launch, work):
+    """The sharded checkpoint that has it stays, named by best_before."""
+    launch(FSDP, *TINY, SHARDED, '--max_iters=10', nproc=2)
+    best = open('out/ckpt_sharded/best').read()
+    out = launch(FSDP, *TINY, SHARDED, RESUME, '--val_tokens=300', '--learning_rate=3', '--min_lr=3', nproc=2).stdout
+    assert 'ckpt_sharded/best has the lowest loss measured on other tokens: renamed to best_before\n' in out
+    latest, new, before = (open(f'out/ckpt_sharded/{name}').read() for name in ('latest', 'best', 'best_before'))
+    assert before == best and new.startswith('iter_0000020') and latest.startswith('iter_0000021')
+    assert {latest, new, before} < set(os.listdir('out/ckpt_sharded'))
+    out = launch(FSDP, *TINY, SHARDED, RESUME, '--val_tokens=300', '--max_iters=30', nproc=2).stdout
+    assert 'other tokens' not in out and before in os.listdir('out/ckpt_sharded')
+
+
 def test_mistakes_end_with_one_message(launch, work):
     def message(*flags, nproc=2):
         run = launch(FSDP, *TINY, *flags, nproc=nproc, check=False)
@@ -243,6 +286,7 @@ def test_mistakes_end_with_one_message(launch, work):
     assert "fsdp_reshard is 'often'" in message('--fsdp_reshard=often')
     assert "ckpt_format is 'zip'" in message('--ckpt_format=zip')
     assert 'needs FSDP' in message(SHARDED, nproc=1)
+    assert 'cannot be used: ' in message(SHARDED, '--out_dir=data/letters/meta.pkl/out')  # only rank 0 notices it
     assert 'training diverged' in message('--learning_rate=1e30', '--decay_lr=False', '--max_iters=40')
     assert 'there is no checkpoint' in message(RESUME, SHARDED, '--out_dir=nothing')
 

@@ -254,8 +254,10 @@ def test_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(launch, 
             '--decay_lr=False',
             '--max_iters=13',
             nproc=nproc,
+            check=False,
         )
-        assert 'not finite' in run.stdout and '2 steps skipped' in run.stdout
+        assert run.returncode == 2 and '2 steps skipped' in run.stdout and log_of('out')['run']['status'] == 'failed'
+        assert run.stderr.count('The latest checkpoint in out continues at iteration 11. Resume from it with') == 1
         assert open('out/ckpt.pt', 'rb').read() == before
     log = json.load(open(sorted(p for p in os.listdir('out') if p.endswith('.json'))[-1].join(['out/', ''])))
     assert None in [record['loss'] for record in log['iterations']]  # strict JSON has no NaN
@@ -288,7 +290,9 @@ def test_sigterm_saves_the_current_step(launch, work):
 
 
 @pytest.mark.parametrize(
-    'number', [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=['Ctrl-C', 'closed terminal', 'time limit']
+    'number',
+    [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU],
+    ids=['Ctrl-C', 'closed terminal', 'time limit', 'time limit (LSF)', 'limit of CPU time'],
 )
 def test_signals_in_one_process_save_too(launch, work, number):
     run = launch.start(TRAIN, *TINY, '--max_iters=1000000', '--eval_interval=1000000')

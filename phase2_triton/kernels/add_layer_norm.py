@@ -28,12 +28,12 @@ from .layer_norm_gradients import place_of_shares, read_early
 
 class AddLayerNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, eps, out_dtype, slot):
+    def forward(ctx, x, branch, weight, bias, eps, out_dtype, slot, gradient_slot):
         y, stats, total = launch_forward(x, branch, weight, bias, eps, out_dtype, slot)
         ctx.save_for_backward(total, weight, stats)
         ctx.parameters, ctx.read_early = (weight, bias), read_early()
         ctx.branch_dtype = None if branch is None else branch.dtype
-        ctx.gradient_slot = getattr(branch, 'gradient_slot', None)
+        ctx.gradient_slot = gradient_slot
         ctx.set_materialize_grads(False)
         return total, y
 
@@ -43,7 +43,7 @@ class AddLayerNormFunction(torch.autograd.Function):
         total, weight, stats = ctx.saved_tensors
         if dy is None:
             alone = dtotal is None or ctx.branch_dtype is None
-            return dtotal, None if alone else dtotal.to(ctx.branch_dtype), None, None, None, None, None
+            return dtotal, None if alone else dtotal.to(ctx.branch_dtype), None, None, None, None, None, None
         need_dw, need_db = ctx.needs_input_grad[2:4]
         place = place_of_shares(ctx, need_dw, need_db)
         bias_dtype = None if ctx.parameters[1] is None else ctx.parameters[1].dtype
@@ -61,18 +61,19 @@ class AddLayerNormFunction(torch.autograd.Function):
             place,
             ctx.gradient_slot,
         )
-        return dx, None if ctx.branch_dtype is None else dbranch, dw, db, None, None, None
+        return dx, None if ctx.branch_dtype is None else dbranch, dw, db, None, None, None, None
 
 
-def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, out_dtype=None, slot=None):
+def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, out_dtype=None, slot=None, gradient_slot=None):
     """
     Returns (x + branch, layer_norm(x + branch, weight, bias, eps, out_dtype)), by one Triton kernel where it can run,
     and otherwise by two operations.
 
     x: (..., N), float32, bfloat16 or float16. branch: the same shape in the same or a narrower dtype, or None to add
-    nothing. The sum has the dtype of x and is rounded to it before the normalization. slot: the fp8.Slot in which the
-    kernel also writes the second result, for the matmul that follows. See layer_norm for the rest. Raises ValueError
-    for a branch of another shape or device.
+    nothing. The sum has the dtype of x and is rounded to it before the normalization. slot, gradient_slot: the
+    fp8.Slots in which the kernels also write the second result, for the matmul that follows, and the gradient of the
+    branch, for the matmul that computed it. See layer_norm for the rest. Raises ValueError for a branch of another
+    shape or device.
     """
     if branch is not None and branch.shape != x.shape:
         raise ValueError(f'add_layer_norm: branch has shape {tuple(branch.shape)}, x {tuple(x.shape)}')
@@ -91,4 +92,4 @@ def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, out_dtype=None, slot=
         return total, layer_norm(total, weight, bias, eps, out_dtype)
     if out_dtype is None:
         out_dtype = reference_dtype(x)
-    return AddLayerNormFunction.apply(x, branch, weight, bias, eps, out_dtype, slot)
+    return AddLayerNormFunction.apply(x, branch, weight, bias, eps, out_dtype, slot, gradient_slot)

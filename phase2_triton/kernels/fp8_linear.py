@@ -48,11 +48,17 @@ def slot_of_input(layer):
     return layer.input_slot if active(layer) and layer.forward else None
 
 
+def slot_of_gradient(layer):
+    """Returns the slot in which the producer of the gradient of the layer's output should write, or None."""
+    return layer.gradient_slot if active(layer) and layer.gradient else None
+
+
 def prepare_fp8(model: nn.Module) -> Scales | None:
     """
     Decides which matmuls of a GPT run in FP8 if its config asks for that. Gives each Linear its Layer as the attribute
-    `fp8`, and each LayerNorm and GELU the Layer of the Linear that follows. Returns the Scales that they share, or None
-    without FP8. FP8 needs sizes that are multiples of 16; other layers stay in bfloat16.
+    `fp8`, and each LayerNorm and GELU the Layers of the Linear that follows, as `fp8`, and of the one whose output it
+    reads, as `fp8_before`. Returns the Scales that they share, or None without FP8. FP8 needs sizes that are multiples
+    of 16; other layers stay in bfloat16.
     """
     if not (model.config.fp8 and model.config.use_triton):
         return None
@@ -64,7 +70,11 @@ def prepare_fp8(model: nn.Module) -> Scales | None:
         block.ln_1.fp8 = attention.c_attn.fp8 = Layer(scales, 4 * i, gradient=wide)
         attention.c_proj.fp8 = Layer(scales, 4 * i + 1, forward=wide)
         block.ln_2.fp8 = mlp.c_fc.fp8 = Layer(scales, 4 * i + 2)
+        mlp.gelu.fp8_before = mlp.c_fc.fp8
         mlp.gelu.fp8 = mlp.c_proj.fp8 = Layer(scales, 4 * i + 3)
+        if model.config.dropout == 0:  # otherwise LayerNorm's backward writes the gradient of dropout's output
+            norm_after = blocks[i + 1].ln_1 if i + 1 < len(blocks) else model.transformer.ln_f
+            block.ln_2.fp8_before, norm_after.fp8_before = attention.c_proj.fp8, mlp.c_proj.fp8
     head = fits and vocabulary % 16 == 0 and not model.config.loss_rows
     model.transformer.ln_f.fp8 = model.lm_head.fp8 = Layer(scales, 4 * len(blocks)) if head else None
     return scales
@@ -176,7 +186,4 @@ class Fp8LinearFunction(torch.autograd.Function):
 def fp8_linear(x, weight, bias, dtype, layer):
     """Returns linear(x, weight, bias) in dtype, bfloat16, with the matmuls in FP8 that the Layer selects."""
     with torch.autocast(x.device.type, enabled=False):
-        y = Fp8LinearFunction.apply(x, weight, bias, dtype, layer)
-    if layer.gradient:
-        y.gradient_slot = layer.gradient_slot  # the kernel that writes y's gradient can write it in fp8 too
-    return y
+        return Fp8LinearFunction.apply(x, weight, bias, dtype, layer)

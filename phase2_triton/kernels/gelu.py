@@ -130,8 +130,8 @@ def launch_gelu(kernel, fp8_kernel, *inputs, tanh, slot):
 
 class GeluFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, tanh, slot):
-        ctx.tanh, ctx.gradient_slot = tanh, getattr(x, 'gradient_slot', None)
+    def forward(ctx, x, tanh, slot, gradient_slot):
+        ctx.tanh, ctx.gradient_slot = tanh, gradient_slot
         x = x.contiguous()
         ctx.save_for_backward(x)
         return launch_gelu(forward_kernel, forward_fp8_kernel, x, tanh=tanh, slot=slot)
@@ -141,14 +141,14 @@ class GeluFunction(torch.autograd.Function):
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         how = dict(tanh=ctx.tanh, slot=ctx.gradient_slot)
-        return launch_gelu(backward_kernel, backward_fp8_kernel, dy.contiguous(), x, **how), None, None
+        return launch_gelu(backward_kernel, backward_fp8_kernel, dy.contiguous(), x, **how), None, None, None
 
 
-def gelu(x, approximate='none', slot=None):
+def gelu(x, approximate='none', slot=None, gradient_slot=None):
     """
     Returns torch.nn.functional.gelu(x, approximate=approximate), 'none' or 'tanh', for x of any shape in float32,
-    bfloat16 or float16. Uses a Triton kernel where it can run, and that function elsewhere. Differentiable once. slot:
-    the fp8.Slot in which the kernel also writes the result.
+    bfloat16 or float16. Uses a Triton kernel where it can run, and that function elsewhere. Differentiable once. slot,
+    gradient_slot: the fp8.Slots in which the kernels also write the result and the gradient of x.
     """
     if (
         type(x) is torch.Tensor
@@ -156,5 +156,5 @@ def gelu(x, approximate='none', slot=None):
         and available(x.device)
         and not torch.compiler.is_compiling()
     ):
-        return GeluFunction.apply(x, approximate == 'tanh', slot)
+        return GeluFunction.apply(x, approximate == 'tanh', slot, gradient_slot)
     return F.gelu(x, approximate=approximate)

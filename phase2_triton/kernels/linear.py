@@ -183,6 +183,12 @@ class LinearFunction(torch.autograd.Function):
         return dx, dw, db, None
 
 
+def plain_linear(x, weight, bias=None):
+    """Returns torch.nn.functional.linear(x, weight, bias), not as a view: FSDP warns of units that return views."""
+    y = F.linear(x, weight, bias)
+    return y if bias is None else not_a_view(y)
+
+
 def linear(x, weight, bias=None):
     """
     Returns torch.nn.functional.linear(x, weight, bias), (..., out), for x (..., in), weight (out, in) and bias (out,)
@@ -191,6 +197,6 @@ def linear(x, weight, bias=None):
     dtype = autocast_dtype(x)
     plain = type(x) is torch.Tensor and weight.dtype == torch.float32 and not torch.compiler.is_compiling()
     if dtype is None or not plain or not available(x.device):
-        return F.linear(x, weight, bias)
+        return plain_linear(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return LinearFunction.apply(x, weight, bias, dtype)

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .add_layer_norm import add_layer_norm
-from .fp8_linear import active, fp8_linear, slot_of_input
+from .fp8_linear import active, fp8_linear, slot_of_gradient, slot_of_input
 from .gelu import gelu
-from .linear import autocast_dtype, linear
+from .linear import autocast_dtype, linear, plain_linear
 
 
 class Linear(nn.Linear):
@@ -22,11 +22,11 @@ class Linear(nn.Linear):
     def forward(self, input):
         if active(self.fp8):
             return fp8_linear(input, self.weight, self.bias, autocast_dtype(input) or input.dtype, self.fp8)
-        return (linear if self.use_triton else F.linear)(input, self.weight, self.bias)
+        return (linear if self.use_triton else plain_linear)(input, self.weight, self.bias)
 
 
 class Gelu(nn.Module):
-    fp8 = None  # or the Layer of the Linear that follows
+    fp8 = fp8_before = None  # or the Layers of the Linear that follows and of the one before
 
     def __init__(self, approximate, use_triton):
         super().__init__()
@@ -34,7 +34,7 @@ class Gelu(nn.Module):
 
     def forward(self, input):
         if self.use_triton:
-            return gelu(input, self.approximate, slot_of_input(self.fp8))
+            return gelu(input, self.approximate, slot_of_input(self.fp8), slot_of_gradient(self.fp8_before))
         return F.gelu(input, approximate=self.approximate)
 
 
@@ -45,7 +45,7 @@ class AddLayerNorm(nn.Module):
     matmul that follows.
     """
 
-    fp8 = None  # or the Layer of the Linear that follows
+    fp8 = fp8_before = None  # or the Layers of the Linear that follows and of the one that computes the branch
 
     def __init__(self, ndim, bias, use_triton):
         super().__init__()
@@ -57,4 +57,5 @@ class AddLayerNorm(nn.Module):
         if not self.use_triton:
             x = x if branch is None else x + branch
             return x, F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-        return add_layer_norm(x, branch, self.weight, self.bias, 1e-5, autocast_dtype(x), slot_of_input(self.fp8))
+        slots = slot_of_input(self.fp8), slot_of_gradient(self.fp8_before)
+        return add_layer_norm(x, branch, self.weight, self.bias, 1e-5, autocast_dtype(x), *slots)

@@ -101,10 +101,9 @@ def test_layer_norm_writes_fp8_too(N, residual):
         branch.requires_grad_()
         seen = {}
         branch_before = branch * 1
-        if with_fp8:
-            branch_before.gradient_slot = Slot(scales, 1)
         branch_before.register_hook(lambda grad: seen.update(dy=grad))
-        total, y = add_layer_norm(x, branch_before, weight, bias, 1e-5, bf16, Slot(scales, 0) if with_fp8 else None)
+        slots = (Slot(scales, 0), Slot(scales, 1)) if with_fp8 else ()
+        total, y = add_layer_norm(x, branch_before, weight, bias, 1e-5, bf16, *slots)
         torch.autograd.backward((total, y), (torch.ones_like(total), torch.ones_like(y) * 0.1))
         if with_fp8:
             for number, tensor in enumerate((y, seen['dy'])):
@@ -123,10 +122,8 @@ def test_gelu_writes_fp8_too(approximate):
         x = (torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 3).to(device, bf16).requires_grad_()
         scales, seen = scales_of(1.0, 0.25), {}
         before = x * 1
-        if with_fp8:
-            before.gradient_slot = Slot(scales, 1)
         before.register_hook(lambda grad: seen.update(dx=grad))
-        y = gelu(before, approximate, Slot(scales, 0) if with_fp8 else None)
+        y = gelu(before, approximate, *((Slot(scales, 0), Slot(scales, 1)) if with_fp8 else ()))
         y.backward(torch.ones_like(y))
         if with_fp8:
             for number, tensor in enumerate((y, seen['dx'])):
@@ -462,8 +459,7 @@ def test_wrapped_in_fp8(monkeypatch):
                         loss = wrapped(x, y)[1]
                     loss.backward()
                     losses.append(loss.item())
-            # FSDP hands a block new tensors, which do not say where to write the gradient of the block before
-            assert launched.count(fp8.quantize_kernel) == 3 * (wrapper == 'FSDP2')
+            assert fp8.quantize_kernel not in launched
             grads = [p.grad.full_tensor() if wrapper == 'FSDP2' else p.grad for p in model.parameters()]
             assert model.rank_state.save()['model'][0, 3] > 0, 'measured'
             results[wrapper] = losses, grads

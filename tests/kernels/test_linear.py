@@ -5,6 +5,7 @@ import torch
 from numerics import bf16, bound, device, f64, gpu
 
 from kernels import linear
+from kernels.modules import Linear
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,19 @@ def test_the_users_library_is_back_after_an_error(monkeypatch):
         assert chosen[-1] == torch._C._BlasBackend.Cublaslt
         raise RuntimeError('out of memory')
     assert chosen[-1] == 'the user chose this'
+
+
+@pytest.mark.parametrize('use_triton', [True, False])
+@pytest.mark.parametrize('compiled', [True, False])
+def test_the_output_without_autocast_may_change_in_place(use_triton, compiled):
+    """FSDP gathers the weights in the compute dtype and needs no autocast."""
+    layer = Linear(8, 16, bias=True, use_triton=use_triton).to(device, bf16)
+    run = torch.compile(layer, fullgraph=True, backend='aot_eager') if compiled else layer
+    x = torch.randn(2, 3, 8, device=device, dtype=bf16)
+    y = run(x)
+    assert not y._is_view() and torch.equal(y, torch.nn.functional.linear(x, layer.weight, layer.bias))
+    y.mul_(2).sum().backward()
+    assert (layer.bias.grad == 12).all()
 
 
 @pytest.mark.parametrize('bias', [True, False])
