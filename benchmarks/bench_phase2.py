@@ -98,7 +98,7 @@ def off(*names):
         may_wait=lambda *_: False,
         packed_plan=lambda *_: None,
         takes_cublaslt=lambda *_: False,
-        fits=lambda *_: False,
+        supports=lambda *_: False,  # exp_cross_entropy's: whether exponentials can be written
         clip=None,
         rounded=lambda weight, dtype: weight.to(dtype),  # in each micro-step
     )
@@ -122,7 +122,7 @@ def steps():
         ('+ LayerNorm gradients summed together', 'may_wait'),
         ("+ attention's gradients packed by cuDNN", 'packed_plan'),
         ('+ cuBLASLt where it is faster', 'takes_cublaslt'),
-        (TRITON, 'fits'),
+        (TRITON, 'supports'),
     ]
     later = [name for _, name in changes]
     yield 'cuda_graph, PyTorch only', (*later, 'clip')
@@ -252,9 +252,10 @@ class Variant(Trainer):
         """Puts PyTorch's functions in the places of those that the variant does without."""
         with contextlib.ExitStack() as stack:
             for name, function in self.functions.items():
-                for module in (self.module, *kernel_modules):
-                    if hasattr(module, name):
-                        stack.enter_context(replaced(module, name, function))
+                modules = [module for module in (self.module, *kernel_modules) if hasattr(module, name)]
+                assert modules or name == 'clip', f'no module has a function {name}'
+                for module in modules:
+                    stack.enter_context(replaced(module, name, function))
             yield
 
     def ms(self, iterations):
