@@ -188,19 +188,19 @@ def loss_to_beat(checkpoint: dict, best_path: str, config: dict) -> float:
     """
     same_data = bool(checkpoint.get('resume', {}).get('data'))  # then check_same_data() compares it
     difference = measured_differently(checkpoint.get('config', {}), config, same_data)
-    losses, renamed = [] if difference else [checkpoint['best_val_loss']], ''
+    losses, kept = [] if difference else [checkpoint['best_val_loss']], ''
     with suppress(Exception):  # a damaged file can raise any error
         check_regular(best_path)
         best = torch.load(best_path, 'cpu', weights_only=True, mmap=True)
         if measured_differently(best.get('config', {}), config, same_data):
             other_best.add(os.path.abspath(config['out_dir']))
-            renamed = '; the best checkpoint so far will be renamed, not replaced'
+            kept = '; the best checkpoint so far will be kept'
         else:
             losses.append(float(best['best_val_loss']))
     if not losses and checkpoint['best_val_loss'] < 1e9 and not config['eval_only']:
         print(
             f'note: the lowest validation loss so far, {checkpoint["best_val_loss"]:.4f}, does not count in this run, '
-            f'which measures on other tokens ({difference}){renamed}'
+            f'which measures on other tokens ({difference}){kept}'
         )
     return max(losses, default=1e9)
 

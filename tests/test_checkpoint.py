@@ -300,7 +300,7 @@ def test_a_best_loss_on_other_tokens_is_not_the_one_to_beat(launch, run):
 
 
 @pytest.mark.parametrize('kept', [True, False])
-def test_a_note_promises_to_rename_only_what_exists(tmp_path, capsys, kept):
+def test_a_note_promises_to_keep_only_what_exists(tmp_path, capsys, kept):
     """nanoGPT itself keeps no copy of the best checkpoint."""
     checkpoint = {'best_val_loss': 0.5, 'config': {'dataset': 'words', 'block_size': 8}}
     if kept:
@@ -309,7 +309,7 @@ def test_a_note_promises_to_rename_only_what_exists(tmp_path, capsys, kept):
     assert loss_to_beat(checkpoint, str(tmp_path / 'ckpt_best.pt'), config) == 1e9
     said = capsys.readouterr().out
     assert 'measures on other tokens (dataset=letters instead of words)' in said
-    assert ('will be renamed' in said) == (str(tmp_path) in out_dir.other_best) == kept
+    assert ('will be kept' in said) == (str(tmp_path) in out_dir.other_best) == kept
 
 
 def test_fields_that_a_save_would_drop(launch, run):
