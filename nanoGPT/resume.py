@@ -176,7 +176,8 @@ def measured_differently(saved: dict, config: dict, same_data: bool) -> str:
     """
     saved = {'val_tokens': 0, **saved}  # nanoGPT's checkpoints lack it
     names = ['val_tokens', 'block_size', *([] if same_data else ['dataset'])]
-    changed = [k for k in names if k in saved and str(saved[k]) != str(config[k])]
+    last_part = lambda value: os.path.basename(os.path.normpath(str(value)))  # nanoGPT's data sets are names, not paths
+    changed = [k for k in names if k in saved and last_part(saved[k]) != last_part(config[k])]
     return ', '.join(f'{k}={config[k]} instead of {str(saved[k])[:100]}' for k in changed)
 
 

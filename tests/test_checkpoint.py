@@ -328,6 +328,7 @@ def test_fields_that_a_save_would_drop(launch, run):
         ({'block_size': 64}, {'val_tokens': 10}, True, 'val_tokens=10 instead of 0'),
         ({'dataset': 'letters'}, {}, True, ''),
         ({'dataset': 'letters'}, {}, False, 'dataset=words instead of letters'),
+        ({'dataset': 'letters'}, {'dataset': '/nanoGPT/data/letters/'}, False, ''),
         ({'val_tokens': torch.zeros(2)}, {}, True, 'val_tokens=0 instead of tensor([0., 0.])'),
     ],
 )
