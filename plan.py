@@ -78,7 +78,7 @@ def parse():
     if config['trainer'] not in ('', *options.NAMES, *options.FOLDERS.values()):
         raise UserError(f"trainer is '{config['trainer']}', but it can be {', '.join(options.NAMES)}")
     for flag in ('tokens', 'price', 'network', 'gpu_memory'):
-        if not 0 <= config[flag] < LIMIT:
+        if not 0 <= config[flag] <= LIMIT:
             raise UserError(f'{flag}={config[flag]}, but it must be a number from 0 to {LIMIT:.0e}')
     for flag, least in (('network', 1 / LIMIT), ('vocab_size', 1)):
         if not config[flag] >= least:

@@ -134,12 +134,13 @@ def draw_rows(rows, path):
 
 
 def losses_of(row):
+    """Returns {iteration: validation loss}."""
     return {record['iter']: record['val_loss'] for record in row['log']['evaluations']}
 
 
 @number
 def long_run_apart(file, *words):
-    """Validation loss of `A minus B` at the last evaluation that both have, like +0.0012."""
+    """Returns the validation loss of A minus that of B, like +0.0012, at the last evaluation that both have."""
     rows = {row['name']: losses_of(row) for row in load(file)['rows']}
     a, b = (rows[name] for name in ' '.join(words).split(' minus '))
     last = max(a.keys() & b.keys())

@@ -111,11 +111,12 @@ def wait_for_port(host: str, port: int, timeout_s: float) -> None:
     while True:
         try:
             return socket.create_connection((host, port), timeout=min(timeout_s, 10)).close()
-        except OSError as e:
+        except (OSError, UnicodeError) as e:  # UnicodeError: no host has such a name
             if time.monotonic() > deadline:
                 raise UserError(
-                    f'nothing answers at {host}:{port} (MASTER_ADDR and MASTER_PORT) within dist_timeout={timeout_s:g} '
-                    f's ({first_line(e)}): rank 0, which should, has ended, or its machine cannot be reached'
+                    f'nothing answered at {host}:{port} (MASTER_ADDR and MASTER_PORT) within '
+                    f'dist_timeout={timeout_s:g} s ({first_line(e)}): rank 0 is not running, or its machine cannot be '
+                    'reached'
                 ) from None
         time.sleep(0.1)
 

@@ -176,7 +176,8 @@ def measured_differently(saved: dict, config: dict, same_data: bool) -> str:
     """
     saved = {'val_tokens': 0, **saved}  # nanoGPT's checkpoints lack it
     names = ['val_tokens', 'block_size', *([] if same_data else ['dataset'])]
-    changed = [k for k in names if k in saved and str(saved[k]) != str(config[k])]
+    last_part = lambda value: os.path.basename(os.path.normpath(str(value)))  # nanoGPT's data sets are names, not paths
+    changed = [k for k in names if k in saved and last_part(saved[k]) != last_part(config[k])]
     return ', '.join(f'{k}={config[k]} instead of {str(saved[k])[:100]}' for k in changed)
 
 
@@ -188,18 +189,19 @@ def loss_to_beat(checkpoint: dict, best_path: str, config: dict) -> float:
     """
     same_data = bool(checkpoint.get('resume', {}).get('data'))  # then check_same_data() compares it
     difference = measured_differently(checkpoint.get('config', {}), config, same_data)
-    losses = [] if difference else [checkpoint['best_val_loss']]
+    losses, kept = [] if difference else [checkpoint['best_val_loss']], ''
     with suppress(Exception):  # a damaged file can raise any error
         check_regular(best_path)
         best = torch.load(best_path, 'cpu', weights_only=True, mmap=True)
         if measured_differently(best.get('config', {}), config, same_data):
             other_best.add(os.path.abspath(config['out_dir']))
+            kept = '; the best checkpoint so far will be kept'
         else:
             losses.append(float(best['best_val_loss']))
     if not losses and checkpoint['best_val_loss'] < 1e9 and not config['eval_only']:
         print(
             f'note: the lowest validation loss so far, {checkpoint["best_val_loss"]:.4f}, does not count in this run, '
-            f'which measures on other tokens ({difference}); the best checkpoint so far will be renamed, not replaced'
+            f'which measures on other tokens ({difference}){kept}'
         )
     return max(losses, default=1e9)
 
@@ -217,9 +219,9 @@ class Resume:
         self.path, self.checkpoint = path, self.read(path) if path else {}
         self.iter_num, self.best_val_loss, self.log, self.order = 0, 1e9, None, None
         if path:
-            unknown = ', '.join(str(k)[:100] for k in self.checkpoint.keys() - FIELDS)
+            unknown = ', '.join(sorted(str(k)[:100] for k in self.checkpoint.keys() - FIELDS))
             if unknown:
-                print(f'note: {path} also holds {unknown}, which the next save drops: to keep it, copy the file first')
+                print(f'note: {path} also holds {unknown}, which the next save drops: to keep it, copy {path} first')
             self.iter_num = same_on_all_ranks(self.checkpoint['iter_num'], f'the iteration of {path}')
             self.best_val_loss = max_over_ranks(loss_to_beat(self.checkpoint, self.best_path(path), config))
             extra = self.checkpoint.get('resume', {})  # nanoGPT's own checkpoints have none
@@ -231,7 +233,7 @@ class Resume:
         return load_checkpoint(path, to_resume=True)
 
     def best_path(self, path: str) -> str:
-        """Returns the path of the best checkpoint's file."""
+        """Returns the path of the best checkpoint's file, which may be missing."""
         return os.path.join(os.path.dirname(path), 'ckpt_best.pt')
 
     def model_args(self, model_args: dict, flags_set: set) -> dict:

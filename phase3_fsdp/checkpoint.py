@@ -296,7 +296,7 @@ def load_model(model: torch.nn.Module, checkpoint: dict) -> None:
         first, other = names.setdefault(id(parameter), (name, shard))
         if other is not shard and not torch.equal(other, shard.to(other.dtype)):
             raise UserError(
-                f"the checkpoint's {name} differs from its {first}, but in our model they are one tensor: the "
+                f"the checkpoint's {name} differs from its {first}, but in this model.py they are one tensor: the "
                 'checkpoint comes from another model.py'
             )
     model.load_state_dict(saved)

@@ -128,11 +128,12 @@ def flag_elsewhere(key, script):
     for model in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(own)), '*', 'model.py'))):
         folder = os.path.dirname(model)
         other = os.path.basename(folder)
-        with suppress(OSError, SyntaxError, ValueError):  # not a folder of ours, or one without this script
+        with suppress(Exception):  # not a folder of ours, or one without this script
             if key in model_options(folder, script):
                 return f'; the model in {other} has it: --model_dir=../{other}'
             with open(os.path.join(folder, name), encoding='utf-8') as f:
-                if re.search(rf'^{re.escape(key)} = [^#]*#', f.read(), re.M):
+                flags, call, _ = f.read().partition('configure(globals())')
+                if call and re.search(rf'^{re.escape(key)} = ', flags, re.M):
                     return f'; {other}/{name} has it'
     return ''
 

@@ -184,13 +184,13 @@ class Writer(dcp.FileSystemWriter):
 
 
 def write_sharded(
-    tensors: dict, rest: dict, folder: str, name: str, best: bool, group=None
+    tensors: dict, rest: dict, folder: str, unfinished: str, best: bool, group=None
 ) -> tuple[str | None, int | None, float]:
     """
-    Writes this rank's part to folder/name, which prepare() has made on rank 0, and, once all ranks have finished, makes
-    it the latest checkpoint. Returns (path, bytes, end time); the first two are None on ranks other than 0.
+    Writes this rank's part to folder/unfinished, which prepare() has made on rank 0, and, once all ranks have finished,
+    makes it the latest checkpoint. Returns (path, bytes, end time); the first two are None on ranks other than 0.
     """
-    saving = os.path.join(folder, name)
+    saving = os.path.join(folder, unfinished)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         # copying ahead would wait for GPU 0 every 10 MB, which on all ranks but one is another rank's GPU
@@ -375,11 +375,11 @@ def convert(to, out_dir):
         first = {}
         names = {name: first.setdefault(v.data_ptr(), name) for name, v in checkpoint['model'].items()}
         tensors, rest = split(checkpoint, names)
-        name = prepare(folder)
+        unfinished = prepare(folder)
         try:
-            return write_sharded(tensors, rest, folder, name, best=False, group=None)[0]
+            return write_sharded(tensors, rest, folder, unfinished, best=False, group=None)[0]
         except (CheckpointException, OSError, RuntimeError) as e:  # a full disk
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            shutil.rmtree(os.path.join(folder, unfinished), ignore_errors=True)
             problem = f'{folder} could not be written ({first_cause(e)}); the earlier checkpoint is untouched'
             raise UserError(problem) from None
     if not latest:

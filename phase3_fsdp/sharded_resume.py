@@ -28,7 +28,7 @@ class ShardedResume(Resume):
         best = None
         with suppress(UserError):  # training can continue without it
             best = named_by('best', os.path.dirname(path))
-        return unsharded_file(best or path)
+        return unsharded_file(best) if best else ''
 
     def load(self, model, optimizer, scaler) -> None:
         if self.path:

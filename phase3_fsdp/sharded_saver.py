@@ -121,9 +121,9 @@ class ShardedSaver:
         copies = {name: as_dtensor(p, self.copies[name]) for name, p in tensors.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        name = [prepare(self.folder) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(name)  # rank 0 has prepared the folder
-        future = self.executor.submit(write_sharded, copies, rest, self.folder, *name, best, self.group)
+        unfinished = [prepare(self.folder) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(unfinished)  # from now on the folder exists
+        future = self.executor.submit(write_sharded, copies, rest, self.folder, *unfinished, best, self.group)
         self.running = future, checkpoint['iter_num'], required, started, time.monotonic() - started
         if required:
             self.wait()

@@ -478,7 +478,7 @@ def _bars(ax, runs, key, table, named):
     widest = max(np.nan_to_num(values)) or 1
     lengths = {run.evaluations['iter'].max() for run in runs if len(run.evaluations['iter'])}
     if key == 'final_val_loss' and len(lengths) > 1:
-        title = 'Last validation loss, at iteration'
+        title = 'Last validation loss and its iteration'
     for i, (value, row) in enumerate(zip(values, table)):
         known, color = math.isfinite(value), COLORS[i % len(COLORS)]
         if known and key == 'state_bytes_total':

@@ -17,7 +17,7 @@ from checkpoint_changes import changes, representatives
 from conftest import NANOGPT, ROOT, TINY, load, log_of, make_letters
 from errors import UserError
 from model import GPT, GPTConfig
-from resume import measured_differently
+from resume import loss_to_beat, measured_differently
 
 TRAIN, SAMPLE = NANOGPT / 'train.py', NANOGPT / 'sample.py'
 RESUME = [*TINY, '--init_from=resume', '--max_iters=5', '--eval_interval=100', '--eval_iters=1']
@@ -245,7 +245,7 @@ def test_a_checkpoint_of_another_model(launch, run):
     for script, *flags in ((TRAIN, *RESUME, '--n_layer=1'), (SAMPLE, '--device=cpu')):
         result = launch(script, *flags, check=False)
         assert result.returncode == 2
-        assert 'lm_head.weight differs from its transformer.wte.weight, but in our model they are' in result.stderr
+        assert 'lm_head.weight differs from its transformer.wte.weight, but in this model.py they are' in result.stderr
 
 
 def test_the_best_checkpoint_has_its_own_storage(run):
@@ -299,6 +299,19 @@ def test_a_best_loss_on_other_tokens_is_not_the_one_to_beat(launch, run):
     assert 'other tokens' not in out and not os.path.exists('out/ckpt_best_before_2.pt')
 
 
+@pytest.mark.parametrize('kept', [True, False])
+def test_a_note_promises_to_keep_only_what_exists(tmp_path, capsys, kept):
+    """nanoGPT itself keeps no copy of the best checkpoint."""
+    checkpoint = {'best_val_loss': 0.5, 'config': {'dataset': 'words', 'block_size': 8}}
+    if kept:
+        torch.save(checkpoint, tmp_path / 'ckpt_best.pt')
+    config = {'val_tokens': 0, 'block_size': 8, 'dataset': 'letters', 'eval_only': False, 'out_dir': str(tmp_path)}
+    assert loss_to_beat(checkpoint, str(tmp_path / 'ckpt_best.pt'), config) == 1e9
+    said = capsys.readouterr().out
+    assert 'measures on other tokens (dataset=letters instead of words)' in said
+    assert ('will be kept' in said) == (str(tmp_path) in out_dir.other_best) == kept
+
+
 def test_fields_that_a_save_would_drop(launch, run):
     """Such as a moving average of the weights that another program has added."""
     flags = [TRAIN, *TINY, '--init_from=resume', '--n_layer=1', '--max_iters=5']
@@ -315,6 +328,7 @@ def test_fields_that_a_save_would_drop(launch, run):
         ({'block_size': 64}, {'val_tokens': 10}, True, 'val_tokens=10 instead of 0'),
         ({'dataset': 'letters'}, {}, True, ''),
         ({'dataset': 'letters'}, {}, False, 'dataset=words instead of letters'),
+        ({'dataset': 'letters'}, {'dataset': '/nanoGPT/data/letters/'}, False, ''),
         ({'val_tokens': torch.zeros(2)}, {}, True, 'val_tokens=0 instead of tensor([0., 0.])'),
     ],
 )

@@ -103,10 +103,28 @@ def test_mistakes(script, arguments, message):
         ('nanoGPT/train.py', 'use_zero1', '; phase1_zero1/train.py has it'),
         ('phase1_zero1/train.py', 'fsdp_reshard', '; phase3_fsdp/train.py has it'),
         ('nanoGPT/sample.py', 'max_iters', ''),
+        ('nanoGPT/train.py', 'resume', ''),  # a variable of train.py, not a flag
     ],
 )
 def test_flags_of_another_trainer_or_model(path, flag, message):
     assert flag_elsewhere(flag, ROOT / path) == message
+
+
+def test_neighbouring_folders_that_are_not_ours(tmp_path):
+    """A mistyped flag must still be answered."""
+    for name, code in (
+        ('a', 'class GPTConfig:\n    x: int = = 3'),
+        ('b', 'class GPTConfig:\n    x: int'),
+        ('c', 'class GPTConfig:\n    x: float = math.inf'),
+        ('d', 'class GPTConfig:\n    x: dict = {[]: 1}'),
+        ('e', 'class GPTConfig:\n    max_len: int = 9'),
+        ('own', 'class GPTConfig:\n    y: int = 1'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'model.py').write_text(code)
+        (tmp_path / name / 'train.py').write_text('max_iters = 3  # of another program')
+    assert flag_elsewhere('max_iters', tmp_path / 'own' / 'train.py') == ''
+    assert flag_elsewhere('max_len', tmp_path / 'own' / 'train.py') == '; the model in e has it: --model_dir=../e'
 
 
 @pytest.mark.parametrize(

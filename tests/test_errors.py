@@ -269,11 +269,13 @@ def test_a_compiler_that_fails(launch, work):
     assert 'error: torch.compile cannot run its compiler (fatal error: no space left): --compile' in run.stderr
 
 
-def test_rank_0_has_ended_before_the_others_start(launch, work):
+@pytest.mark.parametrize('host', ['localhost', 'not..a.host'])
+def test_rank_0_has_ended_before_the_others_start(launch, work, host):
     """Without torchrun, whose store is always there."""
-    run = launch(TRAIN, *TINY, '--dist_timeout=1', check=False, env=dict(TWO, MASTER_PORT='1'), timeout=20)
+    env = dict(TWO, MASTER_ADDR=host, MASTER_PORT='1')
+    run = launch(TRAIN, *TINY, '--dist_timeout=1', check=False, env=env, timeout=20)
     assert run.returncode == 2 and run.stdout == '' and run.stderr.count('\n') == 1
-    assert 'error: nothing answers at localhost:1 (MASTER_ADDR and MASTER_PORT) within dist_timeout=1 s' in run.stderr
+    assert f'error: nothing answered at {host}:1 (MASTER_ADDR and MASTER_PORT) within dist_timeout=1 s' in run.stderr
 
 
 @pytest.mark.parametrize(

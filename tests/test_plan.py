@@ -369,7 +369,7 @@ def test_the_reason_for_a_tight_recommendation():
 
 
 def test_numbers_do_not_overflow():
-    largest = ['--tokens=9e14', '--price=9e14', '--gpu_memory=9e14', '--network=1e-15', '--gpus=16']
+    largest = ['--tokens=1e15', '--price=1e15', '--gpu_memory=1e15', '--network=1e-15', '--gpus=16']
     found = as_json(*largest, '--gradient_accumulation_steps=16')
     assert all(trainer['cost'] > 1e15 for trainer in found['trainers'].values())
 

@@ -201,7 +201,8 @@ def test_damaged_compressed_files(tmp_path, name):
 
 @pytest.mark.parametrize('ending', COMPRESSORS)
 def test_several_compressed_streams(tmp_path, ending):
-    lines = [b''.join(b'{"text": "%d"}\n' % i for i in part) for part in (range(100_000), range(100_000, 100_003))]
+    parts = range(0), range(100_000), range(100_000, 100_003)
+    lines = [b''.join(b'{"text": "%d"}\n' % i for i in part) for part in parts]
     padding = b'\0' * 8 if ending in ('.xz', '.gz') else b''  # which these two formats allow
     streams = [COMPRESSORS[ending](part) + padding for part in lines]
     (tmp_path / f'a.jsonl{ending}').write_bytes(b''.join(streams))

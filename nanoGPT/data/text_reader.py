@@ -93,8 +93,7 @@ class TextReader:
         reasons = Counter(reason for _, reason in self.skipped)
         for reason, count in reasons.most_common():
             names = [path for path, why in self.skipped if why == reason]
-            more = f' and {count - NAMED:,} more' if count > NAMED else ''
-            print(f'skipped {count} {plural("file", names)}: {", ".join(names[:NAMED])}{more}: {reason}')
+            print(f'skipped {count} {plural("file", names)}: {listed(names)}: {reason}')
 
     def report_documents(self) -> None:
         """Prints, after documents(), which documents were skipped and which option may have been forgotten."""
@@ -102,13 +101,13 @@ class TextReader:
             print(f'skipped {self.empty:,} {plural("document", range(self.empty))} without text')
         if self.unsplit:
             print(
-                f'note: {", ".join(sorted(self.unsplit)[:NAMED])}: {ENDOFTEXT_TEXT} was read as text; to separate '
+                f'note: {listed(sorted(self.unsplit))}: {ENDOFTEXT_TEXT} was read as text; to separate '
                 f"documents at it, pass --separator '{ENDOFTEXT_TEXT}'"
             )
         if self.whole:
             hint = "; bash writes a line end as $'\\n'" if '\\n' in self.separator else ''
             print(
-                f'note: {", ".join(sorted(self.whole)[:NAMED])}: read as one document each, because the separator '
+                f'note: {listed(sorted(self.whole))}: read as one document each, because the separator '
                 f'{self.separator!r} does not occur{hint}'
             )
 
@@ -228,6 +227,12 @@ class TextReader:
 
 def plural(noun, things):
     return noun if len(things) == 1 else f'{noun}s'
+
+
+def listed(names):
+    """Returns 'a, b and 3 more': the first names of a list."""
+    more = f' and {len(names) - NAMED:,} more' if len(names) > NAMED else ''
+    return ', '.join(names[:NAMED]) + more
 
 
 def by_kind(paths):
@@ -356,7 +361,7 @@ def opened(path: str, update: Callable[[int], None] = lambda n: None) -> Iterato
             head = raw.peek(10)[:10]
             if head.startswith(b'\x1f\x8b'):
                 stream = gzip.GzipFile(fileobj=raw)
-            elif head[:3] == b'BZh' and head[4:10] == b'1AY&SY':
+            elif head[:3] == b'BZh' and head[4:10] in (b'1AY&SY', b'\x17rE8P\x90'):  # the second is an empty one
                 stream = io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), BLOCK)
             elif head.startswith(b'\xfd7zXZ\0'):
                 stream = io.BufferedReader(_Streams(raw, lzma.LZMADecompressor), BLOCK)
@@ -401,7 +406,7 @@ class _Counted(io.RawIOBase):
 class _Streams(io.RawIOBase):
     """
     The contents of all bzip2 or xz streams in a file. BZ2File and LZMAFile take a damaged second stream for the end of
-    the file, and so lose the rest.
+    the file, and so lose the rest. Reads small blocks, because each end of a stream copies the rest of its block.
     """
 
     def __init__(self, raw, decompressor):
@@ -416,13 +421,13 @@ class _Streams(io.RawIOBase):
             if self.decompressor.eof:
                 block = self.decompressor.unused_data.lstrip(b'\0')  # xz may pad with zeros
                 while not block:
-                    more = self.raw.read1(BLOCK)
+                    more = self.raw.read1(io.DEFAULT_BUFFER_SIZE)
                     if not more:
                         return 0
                     block = more.lstrip(b'\0')
                 self.decompressor = self.new()
             elif self.decompressor.needs_input:
-                block = self.raw.read1(BLOCK)
+                block = self.raw.read1(io.DEFAULT_BUFFER_SIZE)
                 if not block:
                     raise EOFError('it ends within a compressed stream')
             else:
