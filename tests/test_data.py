@@ -419,7 +419,11 @@ def test_text_many_blanks(prepare, tmp_path):
         ('a.txt', b'x' * 2_999_999 + b'\xc3(', 'a.txt is not UTF-8 text: byte 2,999,999 is 0xc3'),
         ('a.txt', b'', 'the text is too short: 0 tokens for train'),
         ('a.csv', b'x', 'a.csv is not a .txt, .jsonl or .parquet file'),
-        ('b/a.csv', b'x', 'there are no .txt, .jsonl or .parquet files in'),
+        (
+            'b/a.csv',
+            b'x',
+            r'there are no .txt, .jsonl or .parquet files in (.|\n)* the ending .txt\n  .*a.csv: not .txt',
+        ),
         ('a.parquet', b'x' * 100, 'a.parquet is not a readable parquet file'),
     ],
 )

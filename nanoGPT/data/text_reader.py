@@ -296,7 +296,11 @@ def find_files(inputs: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]
                 add(name, '')
     if not paths:
         reasons = ''.join(f'\n  {path}: {reason}' for path, reason in skipped[:NAMED])
-        raise UserError(f'there are no .txt, .jsonl or .parquet files in {", ".join(inputs)}{reasons}')
+        reasons += f'\n  and {len(skipped) - NAMED:,} more' if len(skipped) > NAMED else ''
+        raise UserError(
+            f'there are no .txt, .jsonl or .parquet files in {", ".join(inputs)}. If others hold text, give copies of '
+            f'them the ending .txt{reasons}'
+        )
     return sorted(paths), sorted(skipped)
 
 
