@@ -68,8 +68,8 @@ def row(name, seconds):
 
 def loop(log, busy, busy_ms, steps):
     """
-    Runs steps of 20 ms that call busy() for busy_ms and sleep for the rest, as if they waited for a GPU. A random half
-    of the steps is logged. Prints the time of the call, and how much longer the busy part takes with it.
+    Runs steps of 20 ms that call busy() for busy_ms and sleep for the rest, as if they waited for a GPU. Logs a random
+    half of the steps. Prints how long a call of the log takes, and how much longer busy() takes in the logged steps.
     """
     count, best = 1, 0.0
     while best < busy_ms / 1e3:  # find the count that takes busy_ms without logging

@@ -260,7 +260,7 @@ SETS = {  # for --set
     'rank_peaks': peaks_of_ranks,
     'tiny': tiny,
 }
-MOST_EVENTS = 1_000_000  # of a history, which forgets the oldest ones; 11 launched iterations under DDP have the most
+MAX_EVENTS = 1_000_000  # torch drops older ones; DDP's 11 iterations of warm-up make the most
 STEPS = {'124M': 40, '350M': 20, '774M': 12, '1.5B': 8, 'tiny': 4}  # iterations to time, about 2 s
 
 
@@ -312,7 +312,7 @@ def record_history():
     """Makes torch's allocator record what it does from now on. Only CUDA has this allocator."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))  # else CUDA's context would be made on GPU 0
-        torch.cuda.memory._record_memory_history(context='alloc', stacks='python', max_entries=MOST_EVENTS)
+        torch.cuda.memory._record_memory_history(context='alloc', stacks='python', max_entries=MAX_EVENTS)
 
 
 def history():
@@ -348,7 +348,7 @@ def growth(events):
                 before = {'reserved': sum(reserved.values()), 'live': sum(live.values())}
                 steps.append({'bytes': size} | before | {'functions': functions})
             reserved[stream] += size
-    complete = len(events) < MOST_EVENTS
+    complete = len(events) < MAX_EVENTS
     return {'reserved_by_stream': [*reserved.values()], 'growth': steps, 'history_complete': complete}
 
 

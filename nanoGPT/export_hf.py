@@ -48,7 +48,7 @@ TOLERANCE = 1e-4  # for logits; a tenth of it, times the largest logit, is added
 RELOAD = """
 import json, os, sys, torch
 stdout = os.fdopen(os.dup(1), 'wb')
-os.dup2(2, 1)  # what transformers may print
+os.dup2(2, 1)  # sends what transformers prints to stderr, because stdout carries the result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, idx, texts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

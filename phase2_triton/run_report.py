@@ -71,7 +71,7 @@ class RunReport:
         """
         self._track()
         if unsaved:
-            saved_iter = int(max_over_ranks(self.saved_iter))  # of sharded checkpoints only rank 0 knows
+            saved_iter = int(max_over_ranks(self.saved_iter))  # only rank 0 learns when a sharded save ends
             latest = 'This run has saved no checkpoint. Train again'
             if saved_iter >= 0:
                 latest = f'The latest checkpoint in {self.out_dir} continues at iteration {saved_iter}. Resume from it'
