@@ -49,6 +49,7 @@ from tables import NAMES, SHAPES, gib, load, markdown, number, percent, table, t
 
 TRITON, LAUNCHED = '--model_dir=../phase2_triton', '--cuda_graph=False'
 HALF = '--half_residual=True'  # computes in FSDP's precision
+FP8 = '--fp8=True'
 TRAINERS = {  # name: (folder of train.py, flags)
     'ddp': ('nanoGPT', []),
     'zero1': ('phase1_zero1', []),
@@ -58,6 +59,9 @@ TRAINERS = {  # name: (folder of train.py, flags)
     'fsdp+triton': ('phase3_fsdp', [TRITON]),
     'triton+half_residual': ('phase2_triton', [HALF]),
     'zero1+triton+half_residual': ('phase1_zero1', [TRITON, HALF]),
+    'triton+fp8': ('phase2_triton', [HALF, FP8]),
+    'zero1+triton+fp8': ('phase1_zero1', [TRITON, HALF, FP8]),
+    'fsdp+triton+fp8': ('phase3_fsdp', [TRITON, FP8]),
     'hybrid': ('phase3_fsdp', ['--fsdp_shard_size={half}']),
     'fsdp+one_unit': ('phase3_fsdp', ['--fsdp_min_num_params=1000000000000']),
     # without CUDA graphs, which train.py uses by default

@@ -36,6 +36,9 @@ NAMES = {
     'fsdp+triton': 'FSDP + Triton',
     'triton+half_residual': 'Triton, half_residual',
     'zero1+triton+half_residual': 'ZeRO-1 + Triton, half_residual',
+    'triton+fp8': 'Triton, half_residual, fp8',
+    'zero1+triton+fp8': 'ZeRO-1 + Triton, half_residual, fp8',
+    'fsdp+triton+fp8': 'FSDP + Triton, fp8',
     'hybrid': 'FSDP, hybrid sharding',
     'fsdp+one_unit': 'FSDP as one unit',
 }

@@ -49,10 +49,11 @@ def as_of(date, run):
 def trainer_of(name, gpus):
     """Returns the fields of Run for a trainer's name in bench_trainers.py."""
     parts = name.split('+')
-    fields = dict(graphs='launched' not in parts, kernels='triton' in parts, half_residual='half_residual' in parts)
+    fields = dict(graphs='launched' not in parts, kernels='triton' in parts, fp8='fp8' in parts)
     fields['trainer'] = next((t for t in ('zero1', 'fsdp', 'hybrid') if t in parts), 'ddp')
     if fields['trainer'] == 'hybrid':
         fields.update(trainer='fsdp', shard_size=gpus // 2)
+    fields['half_residual'] = 'half_residual' in parts or (fields['fp8'] and fields['trainer'] != 'fsdp')
     if 'one_unit' in parts:
         fields['min_num_params'] = 10**12
     return fields
