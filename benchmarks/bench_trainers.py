@@ -571,17 +571,20 @@ def trainers_checkpoint(report):
     return on_gpus(report) and checkpoints(report)
 
 
-def in_short(report):
-    """Returns a table: DDP's tokens/s by model and micro-steps, the others in percent of DDP, and memory in GiB."""
-    rows = [
-        row
-        for row in in_order(report['rows'])
-        if 'error' not in row and not row['trainer'].endswith(('launched', 'one_unit'))
-    ]
+PEAKS = 'trainers_h200x4_peaks'  # the memory of four GPUs, of runs that had more micro-steps first
+
+
+def in_short(report, memory_report):
+    """
+    Returns a table: DDP's tokens/s by model and micro-steps, the others in percent of DDP, and memory in GiB from
+    memory_report.
+    """
+    variants = ('launched', 'one_unit', 'half_residual', 'fp8')
+    rows = [row for row in in_order(report['rows']) if 'error' not in row and not row['trainer'].endswith(variants)]
     works = list(dict.fromkeys((row['size'], row['micro_steps']) for row in rows))
     sizes = list(dict.fromkeys(size for size, _ in works))
     found = {(row['trainer'], row['size'], row['micro_steps']): row for row in rows}
-    memory = {(row['trainer'], row['size']): row['memory_bytes'] for row in one_of_each(rows)}
+    memory = {(row['trainer'], row['size']): row['memory_bytes'] for row in one_of_each(memory_report['rows'])}
     cells = []
     for trainer in (key for key in NAMES if key in {row['trainer'] for row in rows}):
         line = [NAMES[trainer]]
@@ -595,12 +598,12 @@ def in_short(report):
 
 @table('trainers_h200x4')
 def trainers_on_4(report):
-    return in_short(report)
+    return in_short(report, load(PEAKS) or report)
 
 
 @table('trainers_h200x1', 'trainers_h100x1')
 def trainers_on_1(report):
-    return in_short(report)
+    return in_short(report, report)
 
 
 @table('trainers_h200x4')
@@ -818,6 +821,9 @@ def main():
         args.trainers, args.micro_steps = args.trainers or ['fsdp'], args.micro_steps or [[2, 1]]
     if args.worker:
         work(args.worker)
+    if any(numbers != sorted(numbers, reverse=True) for numbers in args.micro_steps):
+        # the first iterations launch kernels, and more micro-steps take more memory then
+        parser.error('--micro_steps: name larger numbers first, or the peaks of their runs come out too small')
     gpus = torch.cuda.device_count() if args.device == 'cuda' else 0
     args.sizes = args.sizes or (['124M', '1.5B', '350M'] if gpus else ['tiny'])
     numbers = args.nproc or sorted({gpus or 2, 1}, reverse=True)

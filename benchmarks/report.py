@@ -70,13 +70,14 @@ WHAT = {  # beginning of a result file's name -> what it measures
     'planner_error': "the planner's errors",
     'reference': "the reference's loop",
     'sampling': 'sampling with the key-value cache',
+    'second_stream': 'weight gradients on a second stream',
     'segments': 'segments of fixed sizes, and expandable ones',
     'shards': 'bytes on eight processes',
     'trainers': 'speed and memory of the trainers',
     'zero1_124M_curves': 'ZeRO-1: loss curves, profile',
     'zero1': 'ZeRO-1 and DDP in turn',
 }
-FOUR = 'trainers_h200x4'  # the file behind the summary's picture
+FOUR = 'trainers_h200x4'  # the speeds in the summary's picture; its memory is in bench_trainers.PEAKS
 MOST = {'124M': '10', '1.5B': '5'}  # size -> the most micro-steps that were measured
 ORANGE, GREY = '#E69F00', '#999999'
 
@@ -110,7 +111,7 @@ def overview_data():
     parts |= {'other, at rest': 'not_accounted_for', 'more at the peak': 'activations'}
     memory = {}
     for trainer in ('ddp', 'zero1', 'fsdp'):
-        its = bench_trainers.row_of(FOUR, trainer, '1.5B', MOST['1.5B'])['memory_bytes']
+        its = bench_trainers.row_of(bench_trainers.PEAKS, trainer, '1.5B', MOST['1.5B'])['memory_bytes']
         memory[NAMES[trainer]] = {label: its[key] / GIB for label, key in parts.items()}
     speed = {}
     for size, micro_steps in MOST.items():

@@ -192,7 +192,7 @@ def sorted_out(kernels, start):
 
     nccl = [(re.search('AllReduce|AllGather|ReduceScatter|Broadcast', k[0]), *k[1:]) for k in kernels if 'nccl' in k[0]]
     own = [k for k in kernels if 'nccl' not in k[0]]
-    loss = next(a for name, a, _ in own if 'cross_entropy' in name)
+    loss = next(a for name, a, _ in own if re.search('cross_entropy|losses_kernel', name))
     clip = next(a for name, a, _ in own if 'LpNorm' in name and a > loss)
     phases = {'forward': [], 'backward': [], 'optimizer': []}
     for _, a, b in own:
