@@ -430,10 +430,13 @@ def rows_of(runs):
         memory = {
             key: max(b[key] for _, b in its) for key in block if isinstance(block[key], int) and key != 'micro_steps'
         }
+        if micro_steps > run['blocks'][0]['micro_steps']:  # the first iterations, which launch kernels, had fewer
+            memory = {key: memory[key] for key in memory if not key.startswith('peak')}
         if 'rest' in memory:
             memory['not_accounted_for'] = memory['rest'] - sum(
                 memory[key] for key in ('parameters', 'gradients', 'optimizer')
             )
+        if 'peak' in memory:
             memory['activations'] = memory['peak'] - memory['rest']
         row['memory_bytes'] = memory
         for key in ('first_step_seconds', 'ready_seconds', 'graphs', 'graphs_from_cache'):
@@ -604,6 +607,26 @@ def trainers_on_4(report):
 @table('trainers_h200x1', 'trainers_h100x1')
 def trainers_on_1(report):
     return in_short(report, report)
+
+
+@table('trainers_h200x4')
+def trainers_alike(report):
+    """Returns a table of trainers that compute in the same formats: DDP's tokens/s, the others in percent of them."""
+    rows = {(row['trainer'], row['size'], row['micro_steps']): row for row in report['rows'] if 'error' not in row}
+    works = [(size, n) for size, n in (('124M', 10), ('124M', 1), ('1.5B', 5), ('1.5B', 1)) if ('ddp', size, n) in rows]
+    cells = []
+    for base, *others in (
+        ('triton+half_residual', 'zero1+triton+half_residual', 'fsdp+triton'),
+        ('triton+fp8', 'zero1+triton+fp8', 'fsdp+triton+fp8'),
+    ):
+        cells.append([NAMES[base], *(f'{rows[(base, *work)]["tokens_per_sec"]["median"]:,.0f}' for work in works)])
+        for name in others:
+            pairs = [(rows[(name, *work)], rows[(base, *work)]) for work in works]
+            speeds = [
+                percent(a['tokens_per_sec'], b['tokens_per_sec'], min(a['rounds'], b['rounds'])) for a, b in pairs
+            ]
+            cells.append([NAMES[name], *speeds])
+    return markdown(['', *(f'{size} × {n}' for size, n in works)], cells)
 
 
 @table('trainers_h200x4')
@@ -823,7 +846,7 @@ def main():
         work(args.worker)
     if any(numbers != sorted(numbers, reverse=True) for numbers in args.micro_steps):
         # the first iterations launch kernels, and more micro-steps take more memory then
-        parser.error('--micro_steps: name larger numbers first, or the peaks of their runs come out too small')
+        parser.error('--micro_steps: name larger numbers first: otherwise, their peaks are not measured')
     gpus = torch.cuda.device_count() if args.device == 'cuda' else 0
     args.sizes = args.sizes or (['124M', '1.5B', '350M'] if gpus else ['tiny'])
     numbers = args.nproc or sorted({gpus or 2, 1}, reverse=True)

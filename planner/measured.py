@@ -104,9 +104,9 @@ def trainers_rows(results=RESULTS):
                 speed['median'],
                 speed['min'],
                 speed['max'],
-                allocated=None if run.graphs else memory['peak'],
+                allocated=None if run.graphs else memory.get('peak'),
                 reserved=max(reserved, default=None),
-                flagged=memory['peak'] if run.graphs else None,
+                flagged=memory.get('peak') if run.graphs else None,
             )
 
 
