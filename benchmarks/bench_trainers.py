@@ -489,8 +489,12 @@ def against_ddp(row, rows):
     base = base_of(row, rows)
     if base is None or base is row:
         return ''
-    runs = min(row.get('rounds', 1), base.get('rounds', 1))
-    return percent(row['tokens_per_sec'], base['tokens_per_sec'], runs)
+    return of_row(row, base)
+
+
+def of_row(row, base):
+    """Returns the row's speed in percent of that of another row."""
+    return percent(row['tokens_per_sec'], base['tokens_per_sec'], min(row.get('rounds', 1), base.get('rounds', 1)))
 
 
 def on_gpus(report):
@@ -675,8 +679,7 @@ def of_ddp(file, trainer, size, micro_steps):
 @number
 def of_trainer(file, trainer, base, size, micro_steps):
     """Returns the speed of a trainer in percent of that of another one, base."""
-    row, other = row_of(file, trainer, size, micro_steps), row_of(file, base, size, micro_steps)
-    return percent(row['tokens_per_sec'], other['tokens_per_sec'], min(row['rounds'], other['rounds']))
+    return of_row(row_of(file, trainer, size, micro_steps), row_of(file, base, size, micro_steps))
 
 
 @number
