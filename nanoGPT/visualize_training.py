@@ -467,6 +467,12 @@ def _state(run):
     return f'{short(size / scale)} {unit} on each rank' if size else ''
 
 
+def _validation_tokens(run):
+    """Returns the flags that decide on which tokens a run takes its validation loss."""
+    folder = os.path.basename(str(run.config.get('dataset')).rstrip('/'))
+    return folder, run.config.get('val_tokens') or 0, run.config.get('block_size')
+
+
 def _bars(ax, runs, key, table, named):
     (title, unit), scale = BARS[key], 1
     if key in ('state_bytes_total', 'peak_memory_bytes'):
@@ -477,8 +483,11 @@ def _bars(ax, runs, key, table, named):
     values = [math.nan if row[key] is None else row[key] / scale for row in table]
     widest = max(np.nan_to_num(values)) or 1
     lengths = {run.evaluations['iter'].max() for run in runs if len(run.evaluations['iter'])}
+    comparable = key != 'final_val_loss' or len({_validation_tokens(run) for run in runs}) == 1
+    if not comparable:
+        unit += ', on different tokens'
     if key == 'final_val_loss' and len(lengths) > 1:
-        title = 'Last validation loss and its iteration'
+        title, unit = 'Last validation loss', f'{unit}, and its iteration'
     for i, (value, row) in enumerate(zip(values, table)):
         known, color = math.isfinite(value), COLORS[i % len(COLORS)]
         if known and key == 'state_bytes_total':
@@ -494,6 +503,7 @@ def _bars(ax, runs, key, table, named):
         else:
             ax.barh(i, value if known else 0, color=color, height=0.7)
         ratio = 'baseline' if i == 0 else f'{row[f"{key}_ratio"]:.3f}×' if row[f'{key}_ratio'] else ''
+        ratio = ratio if comparable else ''
         text = f'{number(value) if key == "final_val_loss" else short(value)}  {ratio}'
         if key == 'final_val_loss' and len(lengths) > 1:  # a ratio would compare different points of training
             text = f'{number(value)} at {int(runs[i].evaluations["iter"].max(initial=0)):,}'

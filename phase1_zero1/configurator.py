@@ -114,7 +114,9 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
 def check_name(key, known, where, script, hint=''):
     """Raises UserError if no flag has this name."""
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
+        initials = {''.join(word[:1] for word in k.split('_')): k for k in reversed(known) if '_' in k}
+        near = [initials[key]] if key in initials else [k for k in known if len(key) > 2 and k.startswith(key)]
+        near += difflib.get_close_matches(key, known, n=1, cutoff=0.7)
         advice = f'; did you mean {near[0]}?{hint}' if near else hint
         if key.replace('-', '_') in TORCHRUN:
             advice = "; it is torchrun's: write it before the name of the script"

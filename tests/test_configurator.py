@@ -70,6 +70,8 @@ def test_values_have_the_type_of_their_default(script, argument, value):
     'arguments, message',
     [
         (['--learnin_rate=1'], 'no flag learnin_rate; did you mean learning_rate?'),
+        (['--lr=1'], 'no flag lr; did you mean learning_rate?'),
+        (['--learn=1'], 'no flag learn; did you mean learning_rate?'),
         (['--nproc_per_node=2'], "no flag nproc_per_node; it is torchrun's: write it before the name of the script"),
         (['--max_iters=1.5'], 'max_iters must be a whole number'),
         (['--max_iters=many'], 'max_iters must be a whole number'),

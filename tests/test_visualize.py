@@ -560,9 +560,16 @@ def test_long_names_and_large_losses_stay_legible(tmp_path):
 def test_losses_of_runs_that_end_at_different_iterations_have_no_ratio(tmp_path):
     runs = vis.load_runs([write_log(tmp_path / str(steps), steps=steps) for steps in (200, 100, 200)])
     axes = axes_of(draw(runs))['final_val_loss']
-    assert axes.get_title('left') == 'Last validation loss and its iteration' and '×' not in texts(axes)
+    assert axes.get_title('left') == 'Last validation loss' and axes.get_xlabel().endswith('and its iteration')
+    assert '×' not in texts(axes)
     assert [text.get_text().split(' at ')[1] for text in axes.texts] == ['160', '80', '160']
     assert '×' in texts(axes_of(draw(runs[::2]))['final_val_loss'])
+
+
+def test_losses_on_different_tokens_have_no_ratio(tmp_path):
+    runs = vis.load_runs([write_log(tmp_path / str(n), val_tokens=n) for n in (0, 4000)])
+    axes = axes_of(draw(runs))['final_val_loss']
+    assert axes.get_xlabel() == 'nats/token, on different tokens' and '×' not in texts(axes)
 
 
 def test_the_bars_name_many_runs(tmp_path):

@@ -260,4 +260,6 @@ def main(kind, out=FOLDER / 'timeline.json'):
 
 
 if __name__ == '__main__':
+    if sys.argv[1:2] not in (['memory'], ['overlap'], ['timeline']):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -197,7 +197,7 @@ def draw_ladder(panels):
         axes.text(end + 1, -len(times), f'{end:.1f}: {start / end:.2f} × the reference', va='center')
         axes.set_yticks(range(0, -len(times) - 1, -1), [*names, 'all of these'])
         axes.set_xlim(150, max(times) + 30)
-        axes.set_xlabel('ms of an iteration of 98,304 tokens (axis from 150)')
+        axes.set_xlabel('milliseconds per iteration (axis from 150)')
         axes.set_title(f'one {gpu}')
     return figure
 

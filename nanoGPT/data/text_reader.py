@@ -298,8 +298,8 @@ def find_files(inputs: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]
         reasons = ''.join(f'\n  {path}: {reason}' for path, reason in skipped[:NAMED])
         reasons += f'\n  and {len(skipped) - NAMED:,} more' if len(skipped) > NAMED else ''
         raise UserError(
-            f'there are no .txt, .jsonl or .parquet files in {", ".join(inputs)}. If others hold text, give copies of '
-            f'them the ending .txt{reasons}'
+            f'there are no .txt, .jsonl or .parquet files to read in {", ".join(inputs)}. If others hold text, give '
+            f'copies of them the ending .txt{reasons}'
         )
     return sorted(paths), sorted(skipped)
 

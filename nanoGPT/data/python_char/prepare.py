@@ -3,9 +3,9 @@ Prepares the built-in data set: the standard library of the running Python, one 
 
     python data/python_char/prepare.py
 
-Writes train.bin, val.bin and meta.pkl next to this file. The vocabulary is fixed ('\n' is 0, then printable ASCII from
-' ' = 1 to '~' = 95), so that ids mean the same everywhere. The text depends only on the Python version. val is a tenth
-of the modules, each whole, taken evenly from the whole library.
+Writes train.bin, val.bin and meta.pkl next to this file. The vocabulary is fixed (newline is 0, then printable ASCII
+from ' ' = 1 to '~' = 95), so that ids mean the same everywhere. The text depends only on the Python version. val is a
+tenth of the modules, each whole, taken evenly from the whole library.
 """
 
 import argparse
