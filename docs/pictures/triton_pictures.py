@@ -194,7 +194,7 @@ def draw_ladder(panels):
             axes.plot([before, before], [y + 0.4, y + 0.6], color=DARK, lw=1)
             axes.text(max(ms, before) + 1, y, f'{ms - before:+.1f}'.replace('-', '−'), va='center')
         axes.barh(-len(times), end, color=GREEN)
-        axes.text(end + 1, -len(times), f'{end:.1f}: {start / end:.2f} × the reference', va='center')
+        axes.text(end + 1, -len(times), f'{end:.1f}: {start / end:.2f} × as fast', va='center')
         axes.set_yticks(range(0, -len(times) - 1, -1), [*names, 'all of these'])
         axes.set_xlim(150, max(times) + 30)
         axes.set_xlabel('milliseconds per iteration (axis from 150)')
