@@ -27,7 +27,13 @@ def draw(path=FOLDER / 'step_memory.svg'):
         rest = its['at_rest'] / MIB
         axis.axhline(rest, color=BLACK, linewidth=1, linestyle='--')
         per_parameter = its['at_rest'] / its['parameters'], its['peak'] / its['parameters']
-        axis.text(0.04, rest - 6, f'at rest: {rest:.0f} MiB\n({per_parameter[0]:.1f} bytes a parameter)', va='top')
+        axis.text(
+            0.04,
+            rest - 6,
+            f'at rest: {rest:.0f} MiB\n({per_parameter[0]:.1f} bytes per parameter)',
+            va='top',
+            fontsize=11,
+        )
         axis.set_title(f'{title}\npeak: {its["peak"] / MIB:.0f} MiB', fontsize=14)
         for x in (1, 2):
             axis.axvline(x, color=GREY, linewidth=0.8)
