@@ -683,13 +683,6 @@ def of_trainer(file, trainer, base, size, micro_steps):
 
 
 @number
-def iteration_ms(file, trainer, size, micro_steps):
-    """Milliseconds of an iteration, with the fastest and the slowest interval of the log."""
-    ms = row_of(file, trainer, size, micro_steps)['time_ms']
-    return f'{ms["median"]:.1f} ms ({ms["min"]:.1f} to {ms["max"]:.1f})'
-
-
-@number
 def trainer_memory(file, trainer, size, key, digits=1):
     """Returns the memory of a trainer in GiB. key: a key of its memory_bytes, such as rest or peak."""
     return gib(row_of(file, trainer, size)['memory_bytes'][key], int(digits))
