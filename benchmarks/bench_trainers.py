@@ -868,6 +868,9 @@ def main():
 def measure(args, numbers, report, folder):
     """Runs everything in torchrun groups, which exchange files with this process in the folder."""
     runs = {n: plan(args, n, folder) for n in numbers}
+    took = {(run['trainer'], run['size'], run['processes']): run['seconds'] for run in report['runs'] if 'blocks' in run}
+    for run in (run for its in runs.values() for run in its):  # an earlier run on this machine is the best estimate
+        run['expected_seconds'] = took.get((run['trainer'], run['size'], run['processes']), run['expected_seconds'])
     expected = sum(run['expected_seconds'] for its in runs.values() for run in its)
     limit = f', limited to {args.minutes:g}' * bool(args.minutes)
     print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}', flush=True)
