@@ -402,11 +402,15 @@ def add(spec, run, results):
     print(f'{run["name"]:<44} {results.get("seconds", 0):4.0f} s  {line}', flush=True)
 
 
+def cell_of(run):
+    return run['trainer'], run['size'], run['processes']
+
+
 def rows_of(runs):
     """Returns one row for each trainer, size, number of processes and number of micro-steps, over all of its runs."""
     rows, loads = {}, {}
     for run in runs:
-        cell = run['trainer'], run['size'], run['processes']
+        cell = cell_of(run)
         if run['resume'] and 'error' not in run:
             loads.setdefault(cell, []).append(run)
             continue
@@ -868,14 +872,14 @@ def main():
 def measure(args, numbers, report, folder):
     """Runs everything in torchrun groups, which exchange files with this process in the folder."""
     runs = {n: plan(args, n, folder) for n in numbers}
-    took = {(run['trainer'], run['size'], run['processes']): run['seconds'] for run in report['runs'] if 'blocks' in run}
-    for run in (run for its in runs.values() for run in its):  # an earlier run on this machine is the best estimate
-        run['expected_seconds'] = took.get((run['trainer'], run['size'], run['processes']), run['expected_seconds'])
+    took = {cell_of(run): run['seconds'] for run in report['runs'] if 'blocks' in run}
+    for run in (run for its in runs.values() for run in its):
+        run['expected_seconds'] = took.get(cell_of(run), run['expected_seconds'])
     expected = sum(run['expected_seconds'] for its in runs.values() for run in its)
     limit = f', limited to {args.minutes:g}' * bool(args.minutes)
     print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}', flush=True)
     if args.plan:
-        print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4} s' for its in runs.values() for run in its))
+        print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4.0f} s' for its in runs.values() for run in its))
         return
     make_data(folder / 'gpt2', None)
     make_data(folder / 'tiny', 512)
