@@ -402,11 +402,15 @@ def add(spec, run, results):
     print(f'{run["name"]:<44} {results.get("seconds", 0):4.0f} s  {line}', flush=True)
 
 
+def cell_of(run):
+    return run['trainer'], run['size'], run['processes']
+
+
 def rows_of(runs):
     """Returns one row for each trainer, size, number of processes and number of micro-steps, over all of its runs."""
     rows, loads = {}, {}
     for run in runs:
-        cell = run['trainer'], run['size'], run['processes']
+        cell = cell_of(run)
         if run['resume'] and 'error' not in run:
             loads.setdefault(cell, []).append(run)
             continue
@@ -683,13 +687,6 @@ def of_trainer(file, trainer, base, size, micro_steps):
 
 
 @number
-def iteration_ms(file, trainer, size, micro_steps):
-    """Milliseconds of an iteration, with the fastest and the slowest interval of the log."""
-    ms = row_of(file, trainer, size, micro_steps)['time_ms']
-    return f'{ms["median"]:.1f} ms ({ms["min"]:.1f} to {ms["max"]:.1f})'
-
-
-@number
 def trainer_memory(file, trainer, size, key, digits=1):
     """Returns the memory of a trainer in GiB. key: a key of its memory_bytes, such as rest or peak."""
     return gib(row_of(file, trainer, size)['memory_bytes'][key], int(digits))
@@ -875,11 +872,14 @@ def main():
 def measure(args, numbers, report, folder):
     """Runs everything in torchrun groups, which exchange files with this process in the folder."""
     runs = {n: plan(args, n, folder) for n in numbers}
+    took = {cell_of(run): run['seconds'] for run in report['runs'] if 'blocks' in run}
+    for run in (run for its in runs.values() for run in its):
+        run['expected_seconds'] = took.get(cell_of(run), run['expected_seconds'])
     expected = sum(run['expected_seconds'] for its in runs.values() for run in its)
     limit = f', limited to {args.minutes:g}' * bool(args.minutes)
     print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}', flush=True)
     if args.plan:
-        print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4} s' for its in runs.values() for run in its))
+        print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4.0f} s' for its in runs.values() for run in its))
         return
     make_data(folder / 'gpt2', None)
     make_data(folder / 'tiny', 512)
