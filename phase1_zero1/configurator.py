@@ -117,7 +117,7 @@ def check_name(key, known, where, script, hint=''):
         initials = {''.join(word[:1] for word in k.split('_')): k for k in reversed(known) if '_' in k}
         near = [initials[key]] if key in initials else [k for k in known if len(key) > 2 and k.startswith(key)]
         near += difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-        advice = f'; did you mean {near[0]}?{hint}' if near else hint
+        advice = f'; did you mean {near[0]}?' + hint.replace('; a', ' A') if near else hint
         if key.replace('-', '_') in TORCHRUN:
             advice = "; it is torchrun's: write it before the name of the script"
         advice = flag_elsewhere(key, script) or advice

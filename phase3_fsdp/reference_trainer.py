@@ -18,11 +18,13 @@ REFERENCE = os.path.join(FOLDER, 'train_ddp.py')
 def hand_over_if_unsharded(config: dict, flags_set: set) -> None:
     """
     With one process, or with use_fsdp=False, runs train_ddp.py with those flags in flags_set that it knows, and then
-    exits. Otherwise returns. Raises UserError for ckpt_format=sharded, which needs shards.
+    exits. Otherwise returns. Raises UserError for a wrong ckpt_format or fsdp_reshard.
     """
     sharded = config['use_fsdp'] and torchrun_env.number('WORLD_SIZE', 1) > 1
     if config['ckpt_format'] not in ('full', 'sharded'):
         raise UserError(f"ckpt_format is '{config['ckpt_format']}', but it can be full or sharded")
+    if config['fsdp_reshard'] not in ('auto', True, False):
+        raise UserError(f"fsdp_reshard is '{config['fsdp_reshard']}', but it can be auto, True or False")
     if config['ckpt_format'] == 'sharded' and not sharded:
         raise UserError('ckpt_format=sharded needs FSDP: several processes under torchrun, and use_fsdp=True')
     if sharded:

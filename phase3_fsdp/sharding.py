@@ -115,13 +115,10 @@ def choose_reshard(config: dict, num_params: int) -> bool:
     """
     Returns config['fsdp_reshard'] as a bool. 'auto' becomes True with CPU offload, or if whole bfloat16 parameters and
     float32 gradients, 6 bytes per parameter, would take more than an eighth of the GPU's memory; False without a GPU.
-    Raises UserError if it is not auto, True or False.
     """
     wanted, device = config['fsdp_reshard'], config['device']
     if wanted == 'auto' and device.startswith('cuda'):
         return config['fsdp_cpu_offload'] or 6 * num_params > torch.cuda.get_device_properties(device).total_memory / 8
-    if wanted not in ('auto', True, False):
-        raise UserError(f"fsdp_reshard is '{wanted}', but it can be auto, True or False")
     return wanted is True
 
 

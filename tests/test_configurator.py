@@ -172,7 +172,7 @@ def test_only_what_a_config_file_assigns_is_given(script, tmp_path):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('learning_rte = 1', 'no flag learning_rte; did you mean learning_rate?'),
+        ('learning_rte = 1', 'no flag learning_rte; did you mean learning_rate? A helper variable'),
         ('max_iters = 10\nmax_iters = = 3', 'line 2: SyntaxError'),
         ('max_iters = 10\n\nmax_iters /= 0', 'line 3: ZeroDivisionError'),
         ("max_iters = 'ten'", 'max_iters must be a whole number'),

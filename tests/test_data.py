@@ -422,7 +422,7 @@ def test_text_many_blanks(prepare, tmp_path):
         (
             'b/a.csv',
             b'x',
-            r'there are no .txt, .jsonl or .parquet files in (.|\n)* the ending .txt\n  .*a.csv: not .txt',
+            r'there are no .txt, .jsonl or .parquet files to read in (.|\n)* the ending .txt\n  .*a.csv: not .txt',
         ),
         ('a.parquet', b'x' * 100, 'a.parquet is not a readable parquet file'),
     ],

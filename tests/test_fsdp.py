@@ -284,6 +284,7 @@ def test_mistakes_end_with_one_message(launch, work):
         '--fsdp_shard_size=2', '--gradient_accumulation_steps=3', nproc=3
     )
     assert "fsdp_reshard is 'often'" in message('--fsdp_reshard=often')
+    assert "fsdp_reshard is 'often'" in message('--fsdp_reshard=often', nproc=1)
     assert "ckpt_format is 'zip'" in message('--ckpt_format=zip')
     assert 'needs FSDP' in message(SHARDED, nproc=1)
     assert 'cannot be used: ' in message(SHARDED, '--out_dir=data/letters/meta.pkl/out')  # only rank 0 notices it
