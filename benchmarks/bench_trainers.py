@@ -402,11 +402,15 @@ def add(spec, run, results):
     print(f'{run["name"]:<44} {results.get("seconds", 0):4.0f} s  {line}', flush=True)
 
 
+def cell_of(run):
+    return run['trainer'], run['size'], run['processes']
+
+
 def rows_of(runs):
     """Returns one row for each trainer, size, number of processes and number of micro-steps, over all of its runs."""
     rows, loads = {}, {}
     for run in runs:
-        cell = run['trainer'], run['size'], run['processes']
+        cell = cell_of(run)
         if run['resume'] and 'error' not in run:
             loads.setdefault(cell, []).append(run)
             continue
@@ -430,10 +434,13 @@ def rows_of(runs):
         memory = {
             key: max(b[key] for _, b in its) for key in block if isinstance(block[key], int) and key != 'micro_steps'
         }
+        if micro_steps > run['blocks'][0]['micro_steps']:  # the first iterations, which launch kernels, had fewer
+            memory = {key: memory[key] for key in memory if not key.startswith('peak')}
         if 'rest' in memory:
             memory['not_accounted_for'] = memory['rest'] - sum(
                 memory[key] for key in ('parameters', 'gradients', 'optimizer')
             )
+        if 'peak' in memory:
             memory['activations'] = memory['peak'] - memory['rest']
         row['memory_bytes'] = memory
         for key in ('first_step_seconds', 'ready_seconds', 'graphs', 'graphs_from_cache'):
@@ -486,8 +493,12 @@ def against_ddp(row, rows):
     base = base_of(row, rows)
     if base is None or base is row:
         return ''
-    runs = min(row.get('rounds', 1), base.get('rounds', 1))
-    return percent(row['tokens_per_sec'], base['tokens_per_sec'], runs)
+    return of_row(row, base)
+
+
+def of_row(row, base):
+    """Returns the row's speed in percent of that of another row."""
+    return percent(row['tokens_per_sec'], base['tokens_per_sec'], min(row.get('rounds', 1), base.get('rounds', 1)))
 
 
 def on_gpus(report):
@@ -607,6 +618,26 @@ def trainers_on_1(report):
 
 
 @table('trainers_h200x4')
+def trainers_alike(report):
+    """Returns a table of trainers that compute in the same formats: DDP's tokens/s, the others in percent of them."""
+    rows = {(row['trainer'], row['size'], row['micro_steps']): row for row in report['rows'] if 'error' not in row}
+    works = [(size, n) for size, n in (('124M', 10), ('124M', 1), ('1.5B', 5), ('1.5B', 1)) if ('ddp', size, n) in rows]
+    cells = []
+    for base, *others in (
+        ('triton+half_residual', 'zero1+triton+half_residual', 'fsdp+triton'),
+        ('triton+fp8', 'zero1+triton+fp8', 'fsdp+triton+fp8'),
+    ):
+        cells.append([NAMES[base], *(f'{rows[(base, *work)]["tokens_per_sec"]["median"]:,.0f}' for work in works)])
+        for name in others:
+            pairs = [(rows[(name, *work)], rows[(base, *work)]) for work in works]
+            speeds = [
+                percent(a['tokens_per_sec'], b['tokens_per_sec'], min(a['rounds'], b['rounds'])) for a, b in pairs
+            ]
+            cells.append([NAMES[name], *speeds])
+    return markdown(['', *(f'{size} × {n}' for size, n in works)], cells)
+
+
+@table('trainers_h200x4')
 def triton_of_ddp(report):
     found = {(row['trainer'], row['size'], row['micro_steps']): row for row in report['rows'] if 'error' not in row}
     works = sorted({(size, n) for _, size, n in found}, key=lambda work: (list(SHAPES).index(work[0]), -work[1]))
@@ -652,15 +683,7 @@ def of_ddp(file, trainer, size, micro_steps):
 @number
 def of_trainer(file, trainer, base, size, micro_steps):
     """Returns the speed of a trainer in percent of that of another one, base."""
-    row, other = row_of(file, trainer, size, micro_steps), row_of(file, base, size, micro_steps)
-    return percent(row['tokens_per_sec'], other['tokens_per_sec'], min(row['rounds'], other['rounds']))
-
-
-@number
-def iteration_ms(file, trainer, size, micro_steps):
-    """Milliseconds of an iteration, with the fastest and the slowest interval of the log."""
-    ms = row_of(file, trainer, size, micro_steps)['time_ms']
-    return f'{ms["median"]:.1f} ms ({ms["min"]:.1f} to {ms["max"]:.1f})'
+    return of_row(row_of(file, trainer, size, micro_steps), row_of(file, base, size, micro_steps))
 
 
 @number
@@ -823,7 +846,7 @@ def main():
         work(args.worker)
     if any(numbers != sorted(numbers, reverse=True) for numbers in args.micro_steps):
         # the first iterations launch kernels, and more micro-steps take more memory then
-        parser.error('--micro_steps: name larger numbers first, or the peaks of their runs come out too small')
+        parser.error('--micro_steps: name larger numbers first: otherwise, their peaks are not measured')
     gpus = torch.cuda.device_count() if args.device == 'cuda' else 0
     args.sizes = args.sizes or (['124M', '1.5B', '350M'] if gpus else ['tiny'])
     numbers = args.nproc or sorted({gpus or 2, 1}, reverse=True)
@@ -849,11 +872,14 @@ def main():
 def measure(args, numbers, report, folder):
     """Runs everything in torchrun groups, which exchange files with this process in the folder."""
     runs = {n: plan(args, n, folder) for n in numbers}
+    took = {cell_of(run): run['seconds'] for run in report['runs'] if 'blocks' in run}
+    for run in (run for its in runs.values() for run in its):
+        run['expected_seconds'] = took.get(cell_of(run), run['expected_seconds'])
     expected = sum(run['expected_seconds'] for its in runs.values() for run in its)
     limit = f', limited to {args.minutes:g}' * bool(args.minutes)
     print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}', flush=True)
     if args.plan:
-        print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4} s' for its in runs.values() for run in its))
+        print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4.0f} s' for its in runs.values() for run in its))
         return
     make_data(folder / 'gpt2', None)
     make_data(folder / 'tiny', 512)

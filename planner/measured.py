@@ -95,7 +95,7 @@ def trainers_rows(results=RESULTS):
                 **trainer_of(row['trainer'], gpus),
             )
             run = as_of(report['sessions'][0]['date'], run)
-            speed, peak = row['tokens_per_sec'], row['memory_bytes']['peak']
+            speed, peak = row['tokens_per_sec'], row['memory_bytes'].get('peak')
             yield Row(
                 run,
                 path.name,

@@ -16,7 +16,7 @@ from planner import memory
 from planner.gpus import GPUS
 from planner.run import Run
 
-PICTURES = ('who_holds_what', 'all_reduce', 'step_memory', 'overlap', 'activations')
+PICTURES = ('who_holds_what', 'all_reduce', 'step_memory', 'overlap', 'timeline', 'activations')
 GRADERS = {  # a program that grades the exercise, its arguments, its number of ranks, and what it prints at the end
     'zero1': ('zero1_cases.py', ['few_tensors'], 4, '"equal": true'),
     'fsdp': ('fsdp_first_weights.py', ['phase3_fsdp'], 3, 'equal\n'),

@@ -209,6 +209,18 @@ def test_runs_of_another_kind_get_a_file_of_their_own(launch, tmp_path, change):
     assert f'has runs with {next(iter(change))} ' in done.stderr
 
 
+def test_peaks_count_only_where_more_micro_steps_ran_first(launch):
+    block = dict(tokens_per_sec=[1.0], time_ms=[1.0], mfu=[None], parameters=4, gradients=4, optimizer=8, rest=16)
+    blocks = [block | dict(micro_steps=n, peak=20, peak_reserved=24) for n in (1, 5)]
+    run = dict(trainer='ddp', size='tiny', processes=2, batch_size=8, block_size=64, resume=False, parameters=1)
+    for order, peaks in ((blocks, [20, None]), (blocks[::-1], [20, 20])):
+        rows = bench_trainers.rows_of([run | dict(first_step_seconds=1.0, ready_seconds=1.0, blocks=order)])
+        assert [row['memory_bytes'].get('peak') for row in rows] == peaks
+    flags = ['--device=cpu', '--plan', '--micro_steps=1,5']
+    done = launch(ROOT / 'benchmarks' / 'bench_trainers.py', *flags, check=False)
+    assert done.returncode == 2 and 'name larger numbers first' in done.stderr
+
+
 def test_a_ladder_of_other_work_is_not_in_the_readme_and_says_what_it_is(results):
     ladder = tables.load('phase2_ladder_h100')
     write_json(results / 'phase2_ladder_h200.json', ladder | dict(size='350M', batch_size=4, micro_steps=2))
