@@ -211,23 +211,25 @@ def stale_logits(run):
     FP8, whose gradient of the logits in 8 bits leaves memory, too.
     """
     several, logits = run.micro_steps > 1, run.half_bytes * run.tokens * run.vocab_size
+    freed = logits + run.fp8_head * run.tokens * run.vocab_size
     gradients = 4 * run.n_layer * run.block_parameters
     if run.path == 'eager':  # gradients settle in the other tensors of this shape
         return logits if several and not run.sharded else 0.0
-    if run.sharded and several:
-        if run.kernels:
-            return 0.0
-        if run.checkpointing:  # the last block's gradients settle above its recomputed activations, which are then lost
-            return min(logits, run.tokens * saved_per_layer(run.change(checkpointing=False)))
-        return max(0.0, logits - gradients - adamw(run))
-    if run.loss_rows or not (run.sharded or (run.kernels and several)):
+    if run.loss_rows and run.kernels:
         return 0.0
-    left = logits + run.fp8_head * run.tokens * run.vocab_size - (adamw(run) if run.sharded else gradients)
-    lost = max(0.0, left - logits * (left >= logits))
-    if run.sharded or run.gpus == 1:
-        return lost
-    # in DDP's graphs no gradients settle, and AdamW's state settles in what launched kernels lost
-    return max(0.0, lost - adamw(run))
+    if run.sharded and not several:
+        return 0.0 if run.checkpointing else max(0.0, freed - adamw(run)) % logits
+    if run.sharded and run.kernels:
+        return 0.0
+    if run.sharded and run.checkpointing:  # the last block's gradients settle above the activations that it recomputes
+        return min(logits, run.tokens * saved_per_layer(run.change(checkpointing=False)))
+    if run.sharded:
+        return max(0.0, logits - gradients - adamw(run))
+    if not (run.kernels and several):
+        return 0.0
+    lost = max(0.0, freed - gradients) % logits
+    # on several GPUs, no gradients settle in the graphs, and AdamW's state settles in what launched kernels lost
+    return lost if run.gpus == 1 else max(0.0, lost - adamw(run))
 
 
 def first_bucket(run):
