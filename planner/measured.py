@@ -11,8 +11,8 @@ import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from planner import memory
 from planner.gpus import GIB, gpu_of_device
-from planner.memory import CONTEXT
 from planner.options import takes_exponentials
 from planner.run import Run
 
@@ -35,6 +35,7 @@ class Row:
     allocated: float | None = None
     reserved: float | None = None
     flagged: float | None = None  # an allocated peak next to CUDA graphs, or a reserved peak with fixed segments
+    date: str = ''  # of the measurement
 
 
 def shape_of(size):
@@ -73,17 +74,15 @@ def trainers_rows(results=RESULTS):
                 for r in report['runs']
                 if (r['trainer'], r['size'], r['processes']) == (row['trainer'], row['size'], gpus)
             ]
-            commits = {report['sessions'][r['session']]['commit'][:7]: r for r in runs}
-            grown = [r for commit, r in commits.items() if commit not in FIXED_SEGMENTS]
+            grown = [r for r in runs if report['sessions'][r['session']]['commit'][:7] not in FIXED_SEGMENTS]
+            # The first iterations launch kernels. Several ranks need more memory then, and later numbers of micro-steps
+            # only replay. On one GPU, a peak counts after a larger number, unless it is still that of the larger number
             blocks = [(b, r['blocks'][:i]) for r in grown for i, b in enumerate(r['blocks'])]
-            # If the number has not changed, and always under FSDP, the peak is the previous block's. Only the first
-            # block launches kernels, and more micro-steps take more memory then
-            sharded = trainer_of(row['trainer'], gpus)['trainer'] == 'fsdp'
             reserved = [
                 b['peak_reserved']
                 for b, before in blocks
                 if b['micro_steps'] == row['micro_steps'] <= [b, *before[:1]][-1]['micro_steps']
-                and not (sharded and before)
+                and not (gpus > 1 and before)
                 and b['peak_reserved'] not in [x['peak_reserved'] for x in before]
             ]
             run = Run(
@@ -96,7 +95,7 @@ def trainers_rows(results=RESULTS):
                 **trainer_of(row['trainer'], gpus),
             )
             run = as_of(report['sessions'][0]['date'], run)
-            speed, memory = row['tokens_per_sec'], row['memory_bytes']
+            speed, peak = row['tokens_per_sec'], row['memory_bytes'].get('peak')
             yield Row(
                 run,
                 path.name,
@@ -104,9 +103,10 @@ def trainers_rows(results=RESULTS):
                 speed['median'],
                 speed['min'],
                 speed['max'],
-                allocated=None if run.graphs else memory.get('peak'),
+                allocated=None if run.graphs else peak,
                 reserved=max(reserved, default=None),
-                flagged=memory.get('peak') if run.graphs else None,
+                flagged=peak if run.graphs else None,
+                date=report['sessions'][0]['date'],
             )
 
 
@@ -146,7 +146,9 @@ def memory_rows(results=RESULTS):
                 'memory',
                 *(speed.get(key) for key in ('median', 'min', 'max')),
                 allocated=row['allocated'],
-                reserved=row['reserved'],
+                # one rank alone reduces at once, so it does not keep memory.first_bucket()
+                reserved=None if 'one_of' in row['options'] and memory.first_bucket(run) else row['reserved'],
+                date=report['date'],
             )
 
 
@@ -173,7 +175,7 @@ def kernel_rows(results=RESULTS):
         report = read(path.name, results)
         ladder, gpu = 'ladder' in path.name, gpu_of_device(report['device'])
         if report.get('gib'):  # a limit for torch alone
-            gpu = replace(gpu, memory_bytes=report['gib'] * GIB + CONTEXT)
+            gpu = replace(gpu, memory_bytes=report['gib'] * GIB + memory.CONTEXT)
         names = {*(row['name'] for row in report['rows']), report.get('base')}
         model = [name for name in LAST_CHANGES if name in names][-1:]
         variants = VARIANTS | {name: dict(kernels=True) for name in model}
@@ -203,6 +205,7 @@ def kernel_rows(results=RESULTS):
                 max(times, default=None),
                 allocated=None if run.graphs and ladder else row['peak_memory_bytes'],
                 flagged=row['peak_memory_bytes'] if run.graphs and ladder else None,
+                date=report['date'],
             )
 
 
@@ -232,7 +235,8 @@ def largest_rows(results=RESULTS):
                     offload=flags.get('fsdp_cpu_offload', False),
                 )
                 speed = row['tokens_per_sec']
-                yield Row(run, path.name, 'largest', speed['median'], speed['p10'], speed['p90'], row['peak_bytes'])
+                bounds = speed['median'], speed['p10'], speed['p90']
+                yield Row(run, path.name, 'largest', *bounds, row['peak_bytes'], date=report['date'])
 
 
 def all_rows(results: Path = RESULTS) -> list[Row]:

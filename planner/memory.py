@@ -105,13 +105,18 @@ def half_copies(run):
     return half * head if run.path == 'eager' else 0.0
 
 
+def adamw(run):
+    """Returns the bytes of AdamW's two moments on the GPU."""
+    return 0.0 if run.offload else 8 * run.parameters / (run.gpus if run.trainer == 'zero1' else run.shards)
+
+
 def at_loss(run):
     """Returns the bytes by component when the last micro-step's backward starts, with the activations of all blocks."""
     n, half, shards = run.parameters, run.half_bytes, run.shards
     several = run.micro_steps > 1
     result = dict.fromkeys(COMPONENTS, 0.0)
     result['parameters'] = 4 * n / shards
-    result['optimizer'] = 8 * n / (run.gpus if run.trainer == 'zero1' else shards)
+    result['optimizer'] = adamw(run)
     result['activations'] = run.tokens * (run.n_layer * saved_per_layer(run) + saved_at_ends(run))
     result['logits'] = logits_bytes(run)
     root = half * run.root_parameters
@@ -120,7 +125,7 @@ def at_loss(run):
         result['gradients'] = several * 4 * n / (shards if run.reshard else 1)
         result['gathered_units'] = root + (root + 2 * half * run.unit_parameters if run.reshard else half * n)
         if run.offload:
-            result['parameters'] = result['optimizer'] = result['gradients'] = 0.0
+            result['parameters'] = result['gradients'] = 0.0
     else:
         result['gradients'] = 4 * n * several + 4 * n * (run.gpus > 1)  # and DDP's buckets
     result['half_copies'] = half_copies(run)
@@ -199,32 +204,63 @@ def streams_apart(run):
 
 def stale_logits(run):
     """
-    Returns the bytes that the first micro-step's logits leave unused. The blocks' gradients, which stay, settle in the
-    logits' memory. The next logits get new memory if they do not fit into what is left, which is then lost. Traced with
-    bench_memory.py --history for the Triton model and compiled FSDP; with FP8, whose gradient of the logits in 8 bits
-    leaves memory, too, inferred from sizes.
+    Returns the bytes that the logits leave unused. What is allocated after them and stays settles in their memory: the
+    blocks' gradients if more micro-steps follow, or AdamW's new state. The next logits get new memory if they do not
+    fit into what is left, which is then lost. bench_memory.py --history traced this for the Triton model, and under
+    FSDP for the compiled model with several micro-steps. FSDP with one micro-step is inferred from sizes, and so is
+    FP8, whose gradient of the logits in 8 bits leaves memory, too.
     """
-    if run.micro_steps == 1 or (run.loss_rows and run.kernels):
+    several, logits = run.micro_steps > 1, run.half_bytes * run.tokens * run.vocab_size
+    freed = logits + run.fp8_head * run.tokens * run.vocab_size
+    gradients = 4 * run.n_layer * run.block_parameters
+    if run.path == 'eager':  # gradients settle in the other tensors of this shape
+        return logits if several and not run.sharded else 0.0
+    if run.loss_rows and run.kernels:
         return 0.0
-    logits = run.half_bytes * run.tokens * run.vocab_size
-    if run.path == 'eager' and not run.sharded:
-        return logits  # gradients settle in the other tensors of this shape
-    left = logits + run.fp8_head * run.tokens * run.vocab_size - 4 * run.n_layer * run.block_parameters
-    if run.kernels and not run.sharded:
-        return max(0.0, left - logits * (left >= logits))
-    if run.sharded and run.path == 'compiled' and not run.checkpointing:  # AdamW's new state fills some of it
-        return max(0.0, left - 8 * run.parameters / run.shards)
-    return 0.0
+    if run.sharded and not several:
+        return 0.0 if run.checkpointing else max(0.0, freed - adamw(run)) % logits
+    if run.sharded and run.kernels:
+        return 0.0
+    if run.sharded and run.checkpointing:  # the last block's gradients settle above the activations that it recomputes
+        return min(logits, run.tokens * saved_per_layer(run.change(checkpointing=False)))
+    if run.sharded:
+        return max(0.0, logits - gradients - adamw(run))
+    if not (run.kernels and several):
+        return 0.0
+    lost = max(0.0, freed - gradients) % logits
+    # on several GPUs, no gradients settle in the graphs, and AdamW's state settles in what launched kernels lost
+    return lost if run.gpus == 1 else max(0.0, lost - adamw(run))
+
+
+def first_bucket(run):
+    """
+    Returns the bytes of gradients that DDP and ZeRO-1 have in addition in the second iteration. In the first iteration,
+    all gradients are in one bucket, which smaller ones replace. NCCL's process group refers to the first bucket until
+    the CPU notices that its reduction has ended. With one micro-step, that is often too late. by_chance() has the other
+    runs.
+    """
+    return 0.0 if run.gpus == 1 or run.sharded or run.micro_steps > 1 else 4.0 * run.parameters
 
 
 def by_chance(run):
     """
-    Returns the bytes that some runs of several ranks under DDP and ZeRO-1 reserve in addition: one more set of
-    gradients, or of logits. Identical runs differ; the reason is not known.
+    Returns the bytes that some runs of several ranks under DDP and ZeRO-1 reserve in addition with several micro-steps:
+    the first bucket, or a set of logits. Identical runs differ.
     """
     if run.gpus == 1 or run.sharded or run.micro_steps == 1:
         return 0.0
     return max(4 * run.parameters, run.half_bytes * run.tokens * run.vocab_size)
+
+
+def settled(run, allocator):
+    """Returns {component: bytes} like memory(), without first_bucket() and the total."""
+    result, n = streams_apart(run), run.parameters
+    result['allocator'] = allocator.workspace + allocator.rounding * sum(result.values()) + stale_logits(run)
+    if run.graphs and not run.sharded:
+        pool = allocator.pool_kernels if run.kernels else allocator.pool_compiled
+        # with several ranks the gradients are in DDP's buckets, outside the pool
+        result['graph_pools'] = 0.12 * GIB + (pool * 4 * n if run.gpus == 1 else 0.0)
+    return result
 
 
 def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
@@ -232,15 +268,11 @@ def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
     Returns {component: bytes, 'total': bytes}: torch.cuda.max_memory_reserved() on the GPU with the most, with
     expandable segments, which train.py enables.
     """
-    allocator = allocator or ALLOCATOR
-    result, n = streams_apart(run), run.parameters
-    result['allocator'] = allocator.workspace + allocator.rounding * sum(result.values()) + stale_logits(run)
-    if run.graphs and not run.sharded:
-        pool = allocator.pool_kernels if run.kernels else allocator.pool_compiled
-        # with several ranks the gradients are in DDP's buckets, outside the pool
-        result['graph_pools'] = 0.12 * GIB + (pool * 4 * n if run.gpus == 1 else 0.0)
-    result['total'] = sum(result.values())
-    return result
+    result = settled(run, allocator or ALLOCATOR)
+    # the largest models that trained had no room for it
+    if sum(result.values()) + first_bucket(run) + outside_torch(run) <= run.gpu.memory_bytes:
+        result['gradients'] += first_bucket(run)
+    return result | {'total': sum(result.values())}
 
 
 def needed(run: Run, allocator: Allocator | None = None) -> float:
@@ -248,9 +280,9 @@ def needed(run: Run, allocator: Allocator | None = None) -> float:
     Returns the least bytes with which the run can train. Out of memory, torch frees stale blocks, which costs speed.
     """
     allocator = allocator or ALLOCATOR
-    result = memory(run, replace(allocator, pool_compiled=0.0, pool_kernels=0.0))
+    total = sum(settled(run, replace(allocator, pool_compiled=0.0, pool_kernels=0.0)).values())
     apart = run.reshard * (sum(streams_apart(run).values()) - sum(tensors(run).values()))
-    return result['total'] - stale_logits(run) - (1 + allocator.rounding) * apart
+    return total - stale_logits(run) - (1 + allocator.rounding) * apart
 
 
 def outside_torch(run: Run) -> float:

@@ -12,9 +12,10 @@ from planner import memory, options, speed
 from planner.gpus import GPU
 from planner.run import Run
 
-# Relative half-widths of the range of tokens/s. The first two are the largest errors with a configuration left out of
+# Relative half-widths of the range of tokens/s. The first is about the largest error with a configuration left out of
 # the fit; the others are judgement: more GPUs of a measured machine, other shapes, and other GPUs or several machines.
-RANGES = {'interpolated': 0.07, 'launched': 0.36, 'more_gpus': 0.10, 'extrapolated': 0.15, 'other': 0.35}
+RANGES = {'interpolated': 0.07, 'more_gpus': 0.10, 'extrapolated': 0.15, 'other': 0.35}
+CPU_TIMES = 0.65, 1.5  # without CUDA graphs: the fastest and the slowest CPU of the measured runs, relative to the fit
 MEMORY_RANGES = {'interpolated': 0.05, 'extrapolated': 0.10}
 
 
@@ -58,12 +59,10 @@ def speed_basis(run):
     batch = 3072 <= run.tokens <= 128 * 1024 and 256 <= run.block_size <= 2048
     inside = width and batch and run.vocab_size == 50304 and run.half_bytes == 2
     inside = inside and not (run.checkpointing and run.gpus > 1) and not run.offload and not run.dropout
-    inside = inside and not (run.fp8 and (run.gpus > 1 or not run.half_residual))
+    inside = inside and not (run.fp8 and not (run.half_residual or run.sharded))
     if not run.gpu.measured or run.gpus > run.gpu.per_machine:
         return 'extrapolated', 'other'
     basis = 'interpolated' if inside and run.gpus <= 4 else 'extrapolated'
-    if not run.graphs:
-        return basis, 'launched'
     return basis, 'more_gpus' if inside and run.gpus > 4 else basis
 
 
@@ -71,7 +70,6 @@ def memory_basis(run):
     """Returns 'interpolated' if architecture, batch, context and number of GPUs are within the measured ones."""
     shape = 768 <= run.n_embd <= 8192 and 4 <= run.n_layer <= 76 and 256 <= run.block_size <= 2048
     inside = shape and run.gpu.measured and run.gpus <= 4 and 1024 <= run.tokens <= 260 * 1024
-    inside = inside and not (run.fp8 and run.gpus > 1)
     return 'interpolated' if inside and run.half_bytes == 2 and run.vocab_size == 50304 else 'extrapolated'
 
 
@@ -82,18 +80,19 @@ def estimate(name: str, run: Run, network: float, rows=()) -> Estimate:
     reserved = [row.reserved for row in same if row.reserved]
     basis, width = memory_basis(run), MEMORY_RANGES[memory_basis(run)]
     if reserved:  # attribute the difference from the model to the allocator
-        parts['allocator'] += reserved[0] - parts['total']
-        parts['total'], basis, width = reserved[0], 'measured', 0.01
+        parts['allocator'] += max(reserved) - parts['total']
+        parts['total'], basis, width = max(reserved), 'measured', 0.01
     low, high = min(memory.needed(run), parts['total']), parts['total'] * (1 + width)
     tokens_per_sec = speed.tokens_per_sec(run, network=network)
     speed_is, key = speed_basis(run)
-    bounds = (tokens_per_sec * (1 - RANGES[key]), tokens_per_sec * (1 + RANGES[key]))
-    if high + memory.outside_torch(run) > run.gpu.memory_bytes:  # torch may lack memory
-        slow, fast = (speed.tokens_per_sec(run, network=network, full=full) for full in (True, False))
-        bounds = (slow * (1 - RANGES[key]), fast * (1 + RANGES[key]))
+    may_lack = memory.tight(run) or high + memory.outside_torch(run) > run.gpu.memory_bytes
+    quick, slow = (speed.EFFICIENCIES.on_cpu(factor) for factor in CPU_TIMES)
+    least = speed.tokens_per_sec(run, slow, network, full=may_lack)
+    most = speed.tokens_per_sec(run, quick, network, full=False)
+    bounds = least * (1 - RANGES[key]), most * (1 + RANGES[key])
     timed = [row for row in same if row.tokens_per_sec and row.low]
     if timed:
-        best = max(timed, key=lambda row: row.source)
+        best = max(timed, key=lambda row: row.date)
         tokens_per_sec, bounds, speed_is = best.tokens_per_sec, (best.low, best.high), 'measured'
     high += memory.by_chance(run) if basis != 'measured' else 0.0
     return Estimate(name, run, parts, memory.outside_torch(run), low, high, basis, tokens_per_sec, *bounds, speed_is)

@@ -7,7 +7,7 @@ in sequence), plus communication that no computation hides, plus clipping and Ad
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from planner import memory
@@ -39,6 +39,11 @@ class Efficiencies:
     launch_reduce: float = 2.5e-3  # and once per iteration for each FSDP unit
     cpu_bandwidth: float = 45e9  # bytes/s of CPU memory for each rank's share of an offloaded AdamW
     mapping: float = 220e9  # bytes/s at which torch gives memory back to CUDA and allocates it again
+
+    def on_cpu(self, factor):
+        """Returns these Efficiencies with `factor` times the CPU's time for launching kernels."""
+        names = ('launch', 'launch_kernels', 'launch_fsdp', 'launch_reduce')
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
 
 
 def element_bytes(run):

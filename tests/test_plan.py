@@ -121,13 +121,18 @@ def test_the_published_error_is_that_of_the_rows():
 
 
 def test_a_measured_configuration_gives_the_measurement():
-    report = measured.read('trainers_h200x4.json')
-    row = next(r for r in report['rows'] if (r['trainer'], r['size'], r['micro_steps']) == ('ddp', '1.5B', 5))
+    """Speed is that of the latest file, reserved memory that of the file whose runs began with five micro-steps."""
+
+    def row_of(name):
+        rows = measured.read(name)['rows']
+        return next(r for r in rows if (r['trainer'], r['size'], r['micro_steps']) == ('ddp', '1.5B', 5))
+
     shape = ('--n_layer=48', '--n_head=25', '--n_embd=1600', '--batch_size=8', '--gradient_accumulation_steps=20')
     found = as_json(*shape, '--gpu=h200', '--gpus=4')['trainers']
     assert found['ddp']['basis'] == 'measured'
-    assert found['ddp']['tokens_per_sec'] == round(row['tokens_per_sec']['median'])
-    assert found['ddp']['memory_bytes']['total'] == row['memory_bytes']['peak_reserved']
+    assert found['ddp']['tokens_per_sec'] == round(row_of('trainers_h200x4.json')['tokens_per_sec']['median'])
+    peak = row_of('trainers_h200x4_peaks.json')['memory_bytes']['peak_reserved']
+    assert found['ddp']['memory_bytes']['total'] == peak
     assert found['fsdp+checkpointing']['basis'] == 'extrapolated'  # its speed was not measured at this size
 
 
@@ -251,20 +256,21 @@ def test_a_full_gpu_is_slow_unless_a_graph_replays():
 
 def test_fp8_changes_the_triton_model_alone():
     """
-    By hand at 12 x 1024 x 50304: the gradient of the logits in 8 bits takes one more byte per logit, 0.58 GiB. So
-    measured in fp8_ladder_h200.json: 7,858 MB against 7,184. Speed on one H200: 1.08 x (phase2_ladder_h200.json).
+    At 11 x 1024 tokens, which were not measured: the gradient of the logits in 8 bits takes one more byte per logit, as
+    measured with 12 in fp8_ladder_h200.json (7,858 MB against 7,184). Speed on one H200: 1.08 x
+    (phase2_ladder_h200.json).
     """
-    flags = ('--gpu=h200', '--gpus=4', '--half_residual=True')
+    flags = ('--gpu=h200', '--gpus=4', '--half_residual=True', '--batch_size=11')
     without, with_fp8 = as_json(*flags)['trainers'], as_json(*flags, '--fp8')['trainers']
     for name in options.NAMES:
         before, after = without[name], with_fp8[name]
         if 'triton' not in name:
             assert before == after, name
             continue
-        assert after['basis'] == after['memory_basis'] == 'extrapolated'
+        assert after['basis'] == after['memory_basis'] == 'interpolated'
         assert 1.03 < after['tokens_per_sec'] / before['tokens_per_sec'] < 1.15, name
         logits = after['memory_bytes']['logits'] - before['memory_bytes']['logits']
-        assert logits == 12 * 1024 * 50304, name
+        assert logits == 11 * 1024 * 50304, name
         assert '--fp8' in after['command'] and '--fp8' not in with_fp8['ddp']['command']
 
 
@@ -444,6 +450,45 @@ def test_several_ranks_may_reserve_another_set_of_gradients():
     one_step, several = (plan.estimate('ddp', run.change(micro_steps=n), 50e9) for n in (1, 2))
     assert one_step.memory_high < 1.11 * one_step.memory_bytes['total']
     assert several.memory_high > several.memory_bytes['total'] + 4 * run.parameters
+
+
+def test_one_micro_step_keeps_the_first_bucket():
+    """In the second iteration of DDP and ZeRO-1, where there is room for it. With more micro-steps most runs do not."""
+    run = small_run(n_layer=24, n_head=16, n_embd=1024, micro_steps=1).change(gpus=4)
+    for trainer, more in (('ddp', 4), ('zero1', 4), ('fsdp', 0)):
+        for steps in (1, 2):
+            changed = run.change(trainer=trainer, micro_steps=steps)
+            without = sum(memory.settled(changed, memory.ALLOCATOR).values())
+            assert memory.memory(changed)['total'] == without + (steps == 1) * more * run.parameters
+    full = replace(run.gpu, memory_bytes=memory.needed(run) + memory.outside_torch(run) + run.parameters)
+    assert memory.memory(run.change(gpu=full))['gradients'] == memory.at_loss(run)['gradients']
+    assert not memory.tight(run.change(gpu=full))
+
+
+def test_recomputation_loses_one_blocks_activations():
+    """
+    FSDP with checkpointing, as traced: when torch last reserved memory for logits with launched kernels, it had
+    32 bytes per token and column, one recomputed block, more than its tensors. 3%: the small tensors of a block.
+    """
+    rows = [row for row in measured.read('memory_peaks_h200.json')['rows'] if row['trainer'] == 'fsdp']
+    for row in rows:
+        run = measured.memory_run(row, GPUS['h200'])
+        last = max(row['growth'], key=lambda step: step['reserved'])
+        on_this_stream = last['reserved'] + last['bytes'] - row['reserved_by_stream'][1]
+        lost = on_this_stream - last['live'] - 2 * run.tokens * run.vocab_size
+        assert memory.stale_logits(run) == pytest.approx(lost, rel=0.03)
+        assert 32 * run.tokens * run.n_embd == pytest.approx(lost, rel=0.03)
+    assert len(rows) == 3
+
+
+def test_ranges_without_cuda_graphs_cover_the_runs_that_the_cpu_slowed_down():
+    """FSDP in units of a block, and the Triton model: their hooks and autograd functions run in Python."""
+    rows = [row for row in ROWS if row.kind == 'trainers' and not row.run.graphs]
+    rows = [row for row in rows if row.run.kernels or (row.run.sharded and row.run.min_num_params == 1_000_000)]
+    for row in rows:
+        found = plan.estimate('', row.run, 50e9)
+        assert found.low < row.low and row.high < found.high, row.source
+    assert len(rows) > 15
 
 
 def test_peaks_are_hardware_pys():

@@ -4,15 +4,15 @@
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_350M.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                            1 H100       4 H100        8 H100       1 H200       4 H200        8 H200
-#   ddp                 44 GiB 187k  44 GiB 695k  44 GiB 1368k  44 GiB 202k  44 GiB 754k  44 GiB 1486k
-#   zero1               44 GiB 187k  42 GiB 695k  42 GiB 1368k  44 GiB 202k  42 GiB 753k  42 GiB 1481k
-#   triton              39 GiB 207k  40 GiB 769k  40 GiB 1511k  39 GiB 219k  40 GiB 813k  40 GiB 1600k
-#   fsdp                44 GiB 187k  32 GiB 727k  32 GiB 1444k  44 GiB 202k  32 GiB 780k  32 GiB 1549k
-#   zero1+triton        39 GiB 207k  38 GiB 769k  38 GiB 1510k  39 GiB 219k  38 GiB 812k  38 GiB 1594k
-#   fsdp+triton         39 GiB 207k  31 GiB 797k  30 GiB 1583k  39 GiB 219k  31 GiB 835k  30 GiB 1658k
-#   hybrid                        -  33 GiB 725k  32 GiB 1441k            -  33 GiB 779k  32 GiB 1546k
-#   fsdp+checkpointing  19 GiB 153k   8 GiB 566k   8 GiB 1127k  19 GiB 166k   8 GiB 608k   8 GiB 1209k
-#   fsdp+offload        44 GiB 187k  29 GiB 599k  29 GiB 1029k  44 GiB 202k  29 GiB 634k  29 GiB 1081k
+#   ddp                 44 GiB 186k  44 GiB 691k  44 GiB 1361k  44 GiB 201k  44 GiB 749k  44 GiB 1476k
+#   zero1               44 GiB 186k  42 GiB 691k  42 GiB 1361k  44 GiB 201k  42 GiB 748k  42 GiB 1472k
+#   triton              39 GiB 207k  38 GiB 767k  38 GiB 1506k  39 GiB 218k  38 GiB 809k  38 GiB 1592k
+#   fsdp                44 GiB 186k  32 GiB 721k  32 GiB 1432k  44 GiB 201k  32 GiB 774k  32 GiB 1536k
+#   zero1+triton        39 GiB 207k  38 GiB 767k  38 GiB 1505k  39 GiB 218k  38 GiB 808k  38 GiB 1586k
+#   fsdp+triton         39 GiB 207k  31 GiB 794k  30 GiB 1576k  39 GiB 218k  31 GiB 831k  30 GiB 1648k
+#   hybrid                        -  33 GiB 719k  32 GiB 1429k            -  33 GiB 772k  32 GiB 1533k
+#   fsdp+checkpointing  19 GiB 152k   9 GiB 562k   9 GiB 1118k  19 GiB 165k   9 GiB 603k   9 GiB 1199k
+#   fsdp+offload        44 GiB 186k  30 GiB 594k  30 GiB 1023k  44 GiB 201k  30 GiB 629k  30 GiB 1074k
 # It recommends fsdp+triton on 8 H100 (0.2 days), fsdp+triton on 8 H200 (0.2 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says

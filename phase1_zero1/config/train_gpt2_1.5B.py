@@ -4,15 +4,15 @@
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_1.5B.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                           1 H100       4 H100       8 H100      1 H200       4 H200       8 H200
-#   ddp                 53 GiB 46k  56 GiB 174k  56 GiB 345k  53 GiB 50k  56 GiB 187k  56 GiB 371k
-#   zero1               53 GiB 46k  47 GiB 174k  46 GiB 345k  53 GiB 50k  47 GiB 187k  46 GiB 370k
-#   triton              50 GiB 51k  55 GiB 190k  55 GiB 377k  50 GiB 53k  55 GiB 200k  55 GiB 396k
-#   fsdp                53 GiB 46k  35 GiB 180k  32 GiB 359k  53 GiB 50k  35 GiB 192k  32 GiB 382k
-#   zero1+triton        50 GiB 51k  46 GiB 190k  44 GiB 377k  50 GiB 53k  46 GiB 200k  44 GiB 395k
-#   fsdp+triton         50 GiB 51k  35 GiB 192k  32 GiB 383k  50 GiB 53k  35 GiB 201k  32 GiB 401k
-#   hybrid                       -  40 GiB 180k  35 GiB 359k           -  40 GiB 192k  35 GiB 382k
-#   fsdp+checkpointing  33 GiB 38k  17 GiB 139k  14 GiB 277k  33 GiB 41k  17 GiB 147k  14 GiB 294k
-#   fsdp+offload        53 GiB 46k  20 GiB 148k  20 GiB 269k  53 GiB 50k  20 GiB 156k  20 GiB 281k
+#   ddp                 53 GiB 46k  56 GiB 173k  56 GiB 343k  53 GiB 50k  56 GiB 186k  56 GiB 368k
+#   zero1               53 GiB 46k  47 GiB 173k  46 GiB 343k  53 GiB 50k  47 GiB 185k  46 GiB 368k
+#   triton              50 GiB 51k  55 GiB 190k  55 GiB 376k  50 GiB 53k  55 GiB 199k  55 GiB 394k
+#   fsdp                53 GiB 46k  35 GiB 179k  32 GiB 356k  53 GiB 50k  35 GiB 190k  32 GiB 379k
+#   zero1+triton        50 GiB 51k  46 GiB 190k  44 GiB 376k  50 GiB 53k  46 GiB 199k  44 GiB 393k
+#   fsdp+triton         50 GiB 51k  35 GiB 192k  32 GiB 382k  50 GiB 53k  35 GiB 200k  32 GiB 399k
+#   hybrid                       -  40 GiB 179k  35 GiB 356k           -  40 GiB 190k  35 GiB 379k
+#   fsdp+checkpointing  33 GiB 38k  17 GiB 138k  14 GiB 275k  33 GiB 41k  17 GiB 146k  14 GiB 291k
+#   fsdp+offload        53 GiB 46k  20 GiB 147k  20 GiB 266k  53 GiB 50k  20 GiB 154k  20 GiB 278k
 # It recommends triton on 8 H100 (1.0 days), triton on 8 H200 (1.0 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says

@@ -4,15 +4,15 @@
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_774M.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                           1 H100       4 H100       8 H100       1 H200       4 H200       8 H200
-#   ddp                 45 GiB 91k  47 GiB 338k  47 GiB 664k   45 GiB 98k  47 GiB 363k  47 GiB 715k
-#   zero1               45 GiB 91k  42 GiB 338k  41 GiB 664k   45 GiB 98k  42 GiB 363k  41 GiB 713k
-#   triton              41 GiB 99k  44 GiB 367k  44 GiB 720k  41 GiB 104k  44 GiB 386k  44 GiB 759k
-#   fsdp                45 GiB 91k  32 GiB 351k  30 GiB 697k   45 GiB 98k  32 GiB 374k  30 GiB 742k
-#   zero1+triton        41 GiB 99k  39 GiB 367k  38 GiB 719k  41 GiB 104k  39 GiB 386k  38 GiB 757k
-#   fsdp+triton         41 GiB 99k  32 GiB 377k  30 GiB 749k  41 GiB 104k  32 GiB 394k  30 GiB 783k
-#   hybrid                       -  35 GiB 350k  32 GiB 695k            -  35 GiB 373k  32 GiB 741k
-#   fsdp+checkpointing  21 GiB 74k  11 GiB 270k   9 GiB 538k   21 GiB 80k  11 GiB 288k   9 GiB 573k
-#   fsdp+offload        45 GiB 91k  25 GiB 280k  25 GiB 478k   45 GiB 98k  25 GiB 294k  25 GiB 499k
+#   ddp                 45 GiB 90k  47 GiB 336k  47 GiB 660k   45 GiB 97k  47 GiB 361k  47 GiB 711k
+#   zero1               45 GiB 90k  42 GiB 336k  41 GiB 660k   45 GiB 97k  42 GiB 360k  41 GiB 708k
+#   triton              41 GiB 99k  44 GiB 365k  44 GiB 717k  41 GiB 104k  44 GiB 384k  44 GiB 755k
+#   fsdp                45 GiB 90k  32 GiB 348k  30 GiB 691k   45 GiB 97k  32 GiB 371k  30 GiB 736k
+#   zero1+triton        41 GiB 99k  39 GiB 365k  38 GiB 717k  41 GiB 104k  39 GiB 384k  38 GiB 753k
+#   fsdp+triton         41 GiB 99k  32 GiB 376k  30 GiB 745k  41 GiB 104k  32 GiB 392k  30 GiB 778k
+#   hybrid                       -  35 GiB 347k  32 GiB 689k            -  35 GiB 370k  32 GiB 735k
+#   fsdp+checkpointing  21 GiB 74k  11 GiB 268k  10 GiB 533k   21 GiB 79k  11 GiB 286k  10 GiB 568k
+#   fsdp+offload        45 GiB 90k  25 GiB 278k  25 GiB 475k   45 GiB 97k  25 GiB 292k  25 GiB 496k
 # It recommends fsdp+triton on 8 H100 (2.3 days), fsdp+triton on 8 H200 (2.2 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says

@@ -9,13 +9,13 @@
 #   ddp                      -             -           -       -             -           -
 #   zero1                    -             -           -       -             -           -
 #   triton                   -             -           -       -             -           -
-#   fsdp                     -  76 GiB 19.4k  52 GiB 37k       -    76 GiB 20k  52 GiB 39k
+#   fsdp                     -  76 GiB 19.1k  52 GiB 37k       -  76 GiB 19.9k  52 GiB 38k
 #   zero1+triton             -             -           -       -             -           -
-#   fsdp+triton              -    76 GiB 20k  52 GiB 39k       -    76 GiB 21k  52 GiB 40k
-#   hybrid                   -             -  76 GiB 39k       -   125 GiB 22k  76 GiB 40k
-#   fsdp+checkpointing       -  53 GiB 15.8k  29 GiB 31k       -  53 GiB 16.4k  29 GiB 32k
-#   fsdp+offload             -  28 GiB 18.5k  28 GiB 34k       -  28 GiB 19.3k  28 GiB 36k
-# It recommends fsdp+triton on 8 H100 (89.0 days), fsdp+triton on 8 H200 (86.4 days).
+#   fsdp+triton              -  76 GiB 20.0k  52 GiB 39k       -    76 GiB 21k  52 GiB 40k
+#   hybrid                   -             -  76 GiB 38k       -   125 GiB 21k  76 GiB 40k
+#   fsdp+checkpointing       -  53 GiB 15.6k  29 GiB 30k       -  53 GiB 16.2k  29 GiB 31k
+#   fsdp+offload             -  28 GiB 18.3k  28 GiB 34k       -  28 GiB 19.0k  28 GiB 35k
+# It recommends fsdp+triton on 8 H100 (90.1 days), fsdp+triton on 8 H200 (87.6 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 

@@ -5,16 +5,16 @@
 # $ torchrun --standalone --nproc_per_node=8 phase3_fsdp/train.py config/gpt3_2.7B.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                           1 H100       4 H100       8 H100      1 H200       4 H200       8 H200
-#   ddp                 75 GiB 29k            -            -  75 GiB 30k  80 GiB 114k  80 GiB 226k
-#   zero1               75 GiB 29k  65 GiB 108k  63 GiB 214k  75 GiB 30k  65 GiB 114k  63 GiB 226k
-#   triton              71 GiB 31k            -            -  71 GiB 32k  79 GiB 121k  79 GiB 239k
-#   fsdp                75 GiB 29k   32 GiB 99k  27 GiB 195k  75 GiB 30k  46 GiB 117k  41 GiB 232k
-#   zero1+triton        71 GiB 31k  64 GiB 117k  61 GiB 231k  71 GiB 32k  64 GiB 121k  61 GiB 239k
-#   fsdp+triton         71 GiB 31k  32 GiB 104k  27 GiB 204k  71 GiB 32k  46 GiB 121k  41 GiB 241k
-#   hybrid                       -  42 GiB 103k  32 GiB 198k           -  56 GiB 117k  46 GiB 232k
-#   fsdp+checkpointing  56 GiB 24k   13 GiB 79k   8 GiB 155k  56 GiB 25k   27 GiB 90k  22 GiB 179k
-#   fsdp+offload        75 GiB 29k   22 GiB 91k  22 GiB 164k  75 GiB 30k   22 GiB 94k  22 GiB 169k
-# It recommends fsdp+triton on 8 H100 (17.0 days), fsdp+triton on 8 H200 (14.4 days).
+#   ddp                 75 GiB 29k            -            -  75 GiB 30k  80 GiB 113k  80 GiB 224k
+#   zero1               75 GiB 29k  65 GiB 107k  63 GiB 212k  75 GiB 30k  65 GiB 113k  63 GiB 224k
+#   triton              71 GiB 31k            -            -  71 GiB 32k  79 GiB 120k  79 GiB 237k
+#   fsdp                75 GiB 29k   32 GiB 98k  27 GiB 193k  75 GiB 30k  46 GiB 116k  41 GiB 230k
+#   zero1+triton        71 GiB 31k  64 GiB 116k  61 GiB 229k  71 GiB 32k  64 GiB 120k  61 GiB 237k
+#   fsdp+triton         71 GiB 31k  32 GiB 103k  27 GiB 202k  71 GiB 32k  46 GiB 120k  41 GiB 239k
+#   hybrid                       -  42 GiB 102k  32 GiB 196k           -  56 GiB 115k  46 GiB 230k
+#   fsdp+checkpointing  56 GiB 24k   14 GiB 78k   9 GiB 153k  56 GiB 25k   28 GiB 89k  23 GiB 177k
+#   fsdp+offload        75 GiB 29k   22 GiB 90k  22 GiB 162k  75 GiB 30k   22 GiB 93k  22 GiB 168k
+# It recommends fsdp+triton on 8 H100 (17.2 days), fsdp+triton on 8 H200 (14.5 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 

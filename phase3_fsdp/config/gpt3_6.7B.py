@@ -5,16 +5,16 @@
 # $ torchrun --standalone --nproc_per_node=8 phase3_fsdp/train.py config/gpt3_6.7B.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                       1 H100      4 H100      8 H100         1 H200       4 H200        8 H200
-#   ddp                      -           -           -  144 GiB 12.5k            -             -
-#   zero1                    -           -           -  144 GiB 12.5k  120 GiB 47k   113 GiB 93k
+#   ddp                      -           -           -  144 GiB 12.4k            -             -
+#   zero1                    -           -           -  144 GiB 12.4k  120 GiB 46k   113 GiB 93k
 #   triton                   -           -           -  136 GiB 13.6k            -             -
-#   fsdp                     -  43 GiB 37k  31 GiB 71k  144 GiB 12.5k   43 GiB 38k    31 GiB 74k
-#   zero1+triton             -           -           -  136 GiB 13.6k  119 GiB 51k  113 GiB 102k
-#   fsdp+triton              -  43 GiB 38k  31 GiB 74k  136 GiB 13.6k   43 GiB 39k    31 GiB 76k
-#   hybrid                   -  68 GiB 39k  43 GiB 73k              -   68 GiB 41k    43 GiB 76k
-#   fsdp+checkpointing       -  28 GiB 30k  16 GiB 58k  139 GiB 10.4k   28 GiB 31k    16 GiB 60k
-#   fsdp+offload             -  18 GiB 35k  18 GiB 65k  144 GiB 12.5k   18 GiB 36k    18 GiB 68k
-# It recommends fsdp+triton on 8 H100 (47.1 days), fsdp+triton on 8 H200 (45.7 days).
+#   fsdp                     -  43 GiB 36k  31 GiB 70k  144 GiB 12.4k   43 GiB 38k    31 GiB 73k
+#   zero1+triton             -           -           -  136 GiB 13.6k  119 GiB 51k  113 GiB 101k
+#   fsdp+triton              -  43 GiB 38k  31 GiB 73k  136 GiB 13.6k   43 GiB 39k    31 GiB 75k
+#   hybrid                   -  68 GiB 39k  43 GiB 72k              -   68 GiB 41k    43 GiB 75k
+#   fsdp+checkpointing       -  29 GiB 29k  16 GiB 57k  139 GiB 10.3k   29 GiB 31k    16 GiB 59k
+#   fsdp+offload             -  18 GiB 34k  18 GiB 64k  144 GiB 12.4k   18 GiB 36k    18 GiB 67k
+# It recommends fsdp+triton on 8 H100 (47.7 days), fsdp+triton on 8 H200 (46.2 days).
 # Numbers for 8 GPUs are extrapolated; docs/planner.md states the errors.
 # end of what plan.py says
 
