@@ -32,7 +32,8 @@ def setup(config: dict, find_checkpoint=find_checkpoint, cpu_offload: bool = Fal
     over = f' over {backend}' if world_size > 1 else ''
     print(f'device {device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}{over}')
     if config['init_from'] == 'auto':
-        found = max_over_ranks(os.path.exists(find_checkpoint(config['out_dir'])))
+        # a link to a file that is missing counts: its disk may not be mounted
+        found = max_over_ranks(os.path.lexists(find_checkpoint(config['out_dir'])))
         config['init_from'] = 'resume' if found else 'scratch'
     if config['init_from'] not in INIT_FROM:
         raise UserError(f"init_from is '{config['init_from']}', but it can be auto, {', '.join(INIT_FROM)}")

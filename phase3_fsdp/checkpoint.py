@@ -178,7 +178,7 @@ def find_checkpoint(out_dir: str) -> str:
 def find_file(out_dir: str) -> str:
     """Returns the path of ckpt.pt in out_dir, or of ckpt_best.pt, with a printed line, if only that is left."""
     path, best = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_best.pt')
-    if not os.path.exists(path) and os.path.exists(best):
+    if not os.path.lexists(path) and os.path.exists(best):
         print(f'{path} is missing, so {best} takes its place')
         return best
     return path
@@ -204,6 +204,10 @@ def read_file(path: str):
         # mapped into memory, so that the ranks of one machine share the pages they read
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise UserError(
+                f'{path} is a link to {os.path.realpath(path)}, which does not exist: is its disk mounted?'
+            ) from None
         others = _others(path)
         advice = (
             f'the checkpoints there are {others}'

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -420,6 +422,49 @@ def test_two_runs_in_one_folder_can_both_save(launch, run, tmp_path):
     text = (tmp_path / 'output').read_text()
     assert 'WARNING: another run is using out_dir=both' in text and 'could not be saved' not in text
     assert load('both/ckpt.pt')['iter_num'] == 61 and not glob.glob('both/*.tmp')
+
+
+def test_what_killed_runs_left_is_removed_once_nobody_writes_to_it(launch, run):
+    """Only a second run in a folder has names of its own, which no later run would overwrite."""
+    left = ['ckpt.pt.12.tmp', 'ckpt_best.pt.12.tmp', 'ckpt_sharded/saving_1', 'ckpt_sharded/saving.12_1']
+    kept = ['ckpt.pt.mine.tmp', 'ckpt_sharded/iter_0000002_1']
+    code = f'import sys; sys.path.insert(0, {str(NANOGPT)!r}); import out_dir; out_dir.make_out_dir("out", "resume")'
+
+    def start():
+        """Returns a process that uses the folder until its input ends."""
+        command = [sys.executable, '-c', f'{code}; print(flush=True); sys.stdin.read()']
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        return process
+
+    first = start()
+    for name in left + kept:
+        os.makedirs(f'out/{name}') if 'sharded' in name else open(f'out/{name}', 'w').close()
+    second = start()  # has names of its own
+    for other in (first, second):
+        start().communicate()
+        assert all(os.path.exists(f'out/{name}') for name in left + kept)
+        other.communicate()
+    start().communicate()
+    assert [name for name in left + kept if os.path.exists(f'out/{name}')] == kept
+
+
+def test_a_link_is_no_reason_to_overwrite_what_it_refers_to(launch, run):
+    """It may be another run's checkpoint. If its disk is not mounted, init_from=auto must not start from scratch."""
+    os.rename('out', 'other')
+    os.mkdir('out')
+    os.symlink('../other/ckpt.pt', 'out/ckpt.pt')
+    before = (run / 'other' / 'ckpt.pt').read_bytes()
+    out = launch(TRAIN, *RESUME, '--n_layer=1').stdout
+    assert f'note: out/ckpt.pt is a link to {run}/other/ckpt.pt, which stays as it is' in out and 'iter 5:' in out
+    assert load('out/ckpt.pt')['iter_num'] == 6 and (run / 'other' / 'ckpt.pt').read_bytes() == before
+    os.symlink('../elsewhere/ckpt.pt', 'out/ckpt.link')
+    os.rename('out/ckpt.pt', 'out/ckpt_best.pt')
+    os.rename('out/ckpt.link', 'out/ckpt.pt')
+    for script, *flags in ((TRAIN, *RESUME, '--n_layer=1', '--init_from=auto'), (SAMPLE,)):
+        ended = launch(script, *flags, check=False)
+        says = f'error: out/ckpt.pt is a link to {run}/elsewhere/ckpt.pt, which does not exist: is its disk mounted?\n'
+        assert ended.returncode == 2 and ended.stderr == says
 
 
 def test_a_folder_of_the_users_is_no_checkpoint(launch, run):
