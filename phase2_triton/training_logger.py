@@ -203,6 +203,7 @@ class TrainingLogger:
             self.state['status'], self.state['end_time'] = status, utc_now()
             self._mend()
             self._overwrite(0, self._head(PAGE))
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
             self._write_file(self.path + '.new', os.O_TRUNC, reserve=False)
         finally:
             os.close(self.fd)
@@ -264,10 +265,9 @@ class TrainingLogger:
         summary['dropped_records'] += 1  # undone below
         if self.second != (second := int(time.time())):  # check the clock and the folder once a second
             self.second, self.state['last_record_time'] = second, utc_now()
-            if os.fstat(self.fd).st_nlink == 0:
-                os.close(self.fd)
-                self.fd = None
-                raise FileNotFoundError('the log or its directory was deleted')
+            if os.fstat(self.fd).st_nlink == 0:  # deleted, perhaps with its folder, but open and so still readable
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                self._write_file(self.path + '.new', os.O_TRUNC, reserve=True)
         self._mend()
         fields = jsonable(fields)
         text = f'{"," if region.used else ""}\n{encode(fields)}'.encode()

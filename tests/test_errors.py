@@ -22,7 +22,7 @@ from errors import UserError
 from run_report import RunReport
 from step_guard import StepGuard
 
-TRAIN = NANOGPT / 'train.py'
+TRAIN, SHARDED = NANOGPT / 'train.py', ['--ckpt_format=sharded']
 
 
 class Malicious:
@@ -234,6 +234,7 @@ def test_half_an_environment(launch, work, env, found):
         ('--max_iters=4', 'max_iters is 6 on rank 0 and 4 on rank 1'),  # rank 0 would wait for rank 1
         ('--n_layer=3', 'n_layer is 2 on rank 0 and 3 on rank 1'),
         ('--dataset=shorter', 'the number of training tokens in letters is 1800 on one rank and 3600 on another'),
+        ('--dataset=reversed', 'the fingerprint of the data set letters is '),
     ],
 )
 @pytest.mark.parametrize('folder', ['nanoGPT', 'phase1_zero1', 'phase3_fsdp'])
@@ -242,10 +243,25 @@ def test_ranks_that_were_started_with_different_flags(launch, work, folder, extr
     shutil.move('x/data/letters', 'data/shorter')
     with open('data/shorter/train.bin', 'r+b') as f:
         f.truncate(3600)
+    make_letters(work / 'x')
+    shutil.move('x/data/letters', 'data/reversed')
+    np.fromfile('data/letters/train.bin', np.uint16)[::-1].tofile('data/reversed/train.bin')
     run = [PROGRAMS / 'other_flags.py', ROOT / folder / 'train.py', *TINY, '--max_iters=6']
     result = launch(*run, nproc=2, check=False, env={'EXTRA': extra})
     assert result.returncode == 2 and result.stderr.count('\n') == 1 and 'error: ' in result.stderr
-    assert says.replace('letters', 'shorter') in result.stderr.replace('letters', 'shorter')
+    assert says in re.sub('shorter|reversed', 'letters', result.stderr)
+
+
+@pytest.mark.parametrize('folder, flags', [('nanoGPT', []), ('phase3_fsdp', []), ('phase3_fsdp', SHARDED)])
+def test_ranks_that_see_different_checkpoints(launch, work, folder, flags):
+    """Of the same iteration, as on a machine with a copy of its own. The ranks would train a mixture of two models."""
+    script = ROOT / folder / 'train.py'
+    for out_dir, rate in (('out', '1e-2'), ('own', '2e-2')):
+        launch(script, *TINY, *flags, '--max_iters=3', f'--out_dir={out_dir}', f'--learning_rate={rate}', nproc=2)
+    run = [PROGRAMS / 'other_flags.py', script, *TINY, *flags, '--init_from=resume']
+    result = launch(*run, nproc=2, check=False, env={'EXTRA': '--out_dir=own'})
+    assert result.returncode == 2 and result.stderr.count('\n') == 1
+    assert re.match(r'error: the fingerprint of .*ckpt.* is \d+ on one rank and \d+ on another: do all', result.stderr)
 
 
 def test_flags_that_may_differ_between_ranks(launch, work):
