@@ -23,6 +23,8 @@ def make_out_dir(out_dir: str, init_from: str) -> None:
         unsaved_runs.add(os.path.abspath(out_dir))
     try:
         out_dir.encode()  # torch opens only file names in UTF-8
+        if os.path.islink(out_dir) and not os.path.exists(out_dir):
+            raise FileNotFoundError(f'it is a link to {os.path.realpath(out_dir)}, which does not exist')
         os.makedirs(out_dir, exist_ok=True)
         if not os.access(out_dir, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError('not writable, or not readable')

@@ -100,6 +100,8 @@ class ShardedSaver:
     def __init__(self, out_dir: str, model, optimizer, on_saved):
         self.on_saved = on_saved
         self.folder = os.path.join(out_dir, FOLDER)
+        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
+            raise UserError(f'{self.folder} is not a folder, so no checkpoint can be saved there: rename it')
         max_over_ranks(0)  # fails at once if a rank has ended, as one that cannot make out_dir; new_group() would wait
         self._start_writer()
         self.running = None

@@ -465,6 +465,10 @@ def test_a_link_is_no_reason_to_overwrite_what_it_refers_to(launch, run):
         ended = launch(script, *flags, check=False)
         says = f'error: out/ckpt.pt is a link to {run}/elsewhere/ckpt.pt, which does not exist: is its disk mounted?\n'
         assert ended.returncode == 2 and ended.stderr == says
+    os.symlink('nowhere', 'linked')
+    ended = launch(TRAIN, *TINY, '--out_dir=linked', check=False)
+    says = f'error: out_dir=linked cannot be used: it is a link to {run}/nowhere, which does not exist\n'
+    assert ended.returncode == 2 and ended.stderr == says
 
 
 def test_a_folder_of_the_users_is_no_checkpoint(launch, run):

@@ -290,6 +290,9 @@ def test_mistakes_end_with_one_message(launch, work):
     assert 'cannot be used: ' in message(SHARDED, '--out_dir=data/letters/meta.pkl/out')  # only rank 0 notices it
     assert 'training diverged' in message('--learning_rate=1e30', '--decay_lr=False', '--max_iters=40')
     assert 'there is no checkpoint' in message(RESUME, SHARDED, '--out_dir=nothing')
+    os.mkdir('occupied')
+    open('occupied/ckpt_sharded', 'w').close()
+    assert 'occupied/ckpt_sharded is not a folder' in message(SHARDED, '--out_dir=occupied')
 
     launch(FSDP, *TINY, EACH_BLOCK, SHARDED, '--max_iters=2', nproc=2)
     folder = 'out/ckpt_sharded/' + open('out/ckpt_sharded/latest').read()
