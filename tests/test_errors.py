@@ -11,14 +11,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+import output
 from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of, make_letters
 from errors import UserError
+from output import Output
 from run_report import RunReport
 from step_guard import StepGuard
 
@@ -525,6 +528,29 @@ def test_a_file_that_cannot_be_read_is_one_message(launch, tmp_path):
     run = launch(tmp_path / 'read.py', check=False)
     message = f'error: /proc/none/x: No such file or directory (in line 3 of {tmp_path}/read.py)\n'
     assert run.returncode == 2 and run.stderr == message
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_output_that_nobody_reads(monkeypatch, ranks):
+    """
+    As after Ctrl-S in a terminal. One process waits for its reader. One rank of several does not, because the others
+    would time out.
+    """
+    monkeypatch.setenv('WORLD_SIZE', str(ranks))
+    monkeypatch.setattr(output, 'PATIENCE_S', 0.1)
+    read_end, write_end = os.pipe()
+    stream = Output(open(write_end, 'w'))
+    printing = threading.Thread(target=lambda: [print(f'line {i}', file=stream) for i in range(20_000)], daemon=True)
+    printing.start()
+    printing.join(5)
+    assert printing.is_alive() == (ranks == 1)
+    if ranks == 1:
+        with open(read_end) as reader:
+            assert [reader.readline() for _ in range(20_000)] == [f'line {i}\n' for i in range(20_000)]
+    else:
+        os.read(read_end, 2**20)
+        print('more', file=stream)
+        assert os.read(read_end, 2**20).endswith(b'(lines are missing, because nobody read them for a while)\nmore\n')
 
 
 def test_ctrl_c_is_one_line(tmp_path):

@@ -409,6 +409,20 @@ def test_deleted_folder(tmp_path, capfd):
     assert capfd.readouterr().err.count('\n') == 1
 
 
+def test_a_disk_that_does_not_answer(tmp_path, monkeypatch):
+    """Other ranks would time out while this one waits, so records are kept in memory meanwhile."""
+    log, answers, pwrite = TrainingLogger(tmp_path, {}, RUN), threading.Event(), os.pwrite
+    monkeypatch.setattr(training_logger, 'PATIENCE_S', 0.05)
+    monkeypatch.setattr(os, 'pwrite', lambda *args: (answers.wait(60), pwrite(*args))[1])
+    started = time.monotonic()
+    for i in range(1000):
+        step(log, i)
+    assert time.monotonic() - started < 30  # once PATIENCE_S, not once per record or until the disk answers
+    answers.set()
+    assert [record['iter'] for record in read(log)['iterations']] == list(range(1000))
+    log.close('completed')
+
+
 def test_impossible_records_are_dropped(tmp_path, capfd):
     log = TrainingLogger(tmp_path, {}, RUN)
     step(log, 0, note='x' * 5000)
