@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from errors import UserError
 
+started_in = os.getcwd()
 unsaved_runs = set()  # folders where this process trains from scratch and has not saved yet
 other_best = set()  # folders whose best checkpoint has a validation loss that is not comparable with this run's
 shared = set()  # folders that another run used when this process started
@@ -45,6 +46,16 @@ def make_out_dir(out_dir: str, init_from: str) -> None:
             file=sys.stderr,
         )
         shared.add(os.path.abspath(out_dir))
+
+
+def make_again(folder: str) -> None:
+    """Creates the folder, and the working folder too, if they were deleted during the run. Raises OSError."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # relative names lead nowhere, even if there is a new folder of the same name
+        os.makedirs(started_in, exist_ok=True)
+        os.chdir(started_in)
+    os.makedirs(folder, exist_ok=True)
 
 
 def alone_in(folder: str) -> bool | None:

@@ -37,7 +37,7 @@ from checkpoint import write_checkpoint
 from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import reason
-from out_dir import make_out_dir, own_ending, set_aside, set_best_aside
+from out_dir import make_again, make_out_dir, own_ending, set_aside, set_best_aside
 from regular_file import check_regular
 from shell import python_command, quote
 
@@ -161,18 +161,21 @@ def prepare(folder: str) -> str:
     Makes an empty folder in `folder` to write to, and returns its name, always a new one, because a rank may still be
     writing to that of a save that failed. Ignores errors: whoever writes to it finds and reports them.
     """
-    discard_unfinished(folder)
-    name = f'saving{own_ending(os.path.dirname(folder))}_{time.time_ns()}'
+    name = f'saving_{time.time_ns()}'
     with suppress(OSError):
+        make_again(os.path.dirname(folder))
+        discard_unfinished(folder)
+        name = f'saving{own_ending(os.path.dirname(folder))}_{time.time_ns()}'
         set_aside(os.path.dirname(folder))
         os.makedirs(os.path.join(folder, name))
     return name
 
 
 def discard_unfinished(folder: str) -> None:
-    """Removes what this run, or a killed one, could not finish."""
-    for left in glob.glob(f'saving{own_ending(os.path.dirname(folder))}_*', root_dir=folder):
-        shutil.rmtree(os.path.join(folder, left), ignore_errors=True)
+    """Removes what this run, or a killed one, could not finish. Ignores errors."""
+    with suppress(OSError):
+        for left in glob.glob(f'saving{own_ending(os.path.dirname(folder))}_*', root_dir=folder):
+            shutil.rmtree(os.path.join(folder, left), ignore_errors=True)
 
 
 class Writer(dcp.FileSystemWriter):
@@ -196,6 +199,8 @@ def write_sharded(
     makes it the latest checkpoint. Returns (path, bytes, end time); the first two are None on ranks other than 0.
     """
     saving = os.path.join(folder, unfinished)
+    with suppress(OSError):
+        make_again(folder)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         # copying ahead would wait for GPU 0 every 10 MB, which on all ranks but one is another rank's GPU

@@ -486,6 +486,24 @@ def test_a_folder_that_was_deleted_is_made_again(launch, run):
     assert load('gone/ckpt.pt')['iter_num'] == 4 and ended.stderr == ''
 
 
+@pytest.mark.parametrize('folder, flags', [('nanoGPT', []), ('phase3_fsdp', ['--ckpt_format=sharded'])])
+def test_a_working_folder_that_was_deleted_is_made_again(launch, run, folder, flags):
+    """out_dir is relative to it. The user may have made a new one of the same name meanwhile."""
+    os.makedirs('project/data')
+    shutil.copytree('data/letters', 'project/data/letters')
+    patch = (
+        'from step_guard import StepGuard\nstep = StepGuard.step\n'
+        'def deleting_step(*args):\n'
+        '    if os.environ["RANK"] == "0" and os.path.exists("data"): shutil.rmtree(here); os.mkdir(here)\n'
+        '    step(*args)\n'
+        'here, StepGuard.step = os.getcwd(), deleting_step'
+    )
+    script = patched(run, patch, ROOT / folder / 'train.py')
+    ended = launch(script, *TINY, *flags, '--max_iters=3', nproc=2, cwd=run / 'project')
+    assert ended.stderr == '' and log_of('project/out')['run']['status'] == 'completed'
+    assert os.path.exists('project/out/ckpt_sharded/latest' if flags else 'project/out/ckpt.pt')
+
+
 def test_a_save_that_fails_is_no_best_one(launch, run):
     """The evaluations see 3.0, 2.0 and 2.5. The save of 2.0 fails, so 2.5 is the best on the disk."""
     patch = (
