@@ -8,7 +8,6 @@ epoch, so a batch may hold the end of one epoch and the start of the next. Each 
 The position counts rows over all ranks and epochs, so it stays valid at any world size and batch size.
 """
 
-from distributed import same_on_all_ranks
 from errors import UserError
 from token_files import TokenFiles
 
@@ -16,10 +15,8 @@ from token_files import TokenFiles
 def training_order(tokens: TokenFiles, config: dict, rank: int, world_size: int, state: dict | None):
     """
     Returns an object that yields the training batches in order: .next(vocab_size) -> rows, .state() -> dict or None.
-    state: from a checkpoint, or None to start. Raises UserError for an unknown data_order, or if the ranks have
-    different data. Collective.
+    state: from a checkpoint, or None to start. Raises UserError for an unknown data_order.
     """
-    same_on_all_ranks(len(tokens), f'the number of training tokens in {config["dataset"]}')
     if config['data_order'] not in ('random', 'sequential'):
         raise UserError(f'data_order={config["data_order"]}, but it can be random or sequential')
     if config['data_order'] == 'random':

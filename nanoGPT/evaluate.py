@@ -28,7 +28,7 @@ from checkpoint import find_checkpoint, load_checkpoint, load_model, saved_optio
 from checkpoint_crc import fingerprint
 from configurator import configure
 from dataset import meta_of_model, open_dataset
-from distributed import check_environment, join_ranks, leave_ranks, mean_over_ranks
+from distributed import check_environment, join_ranks, leave_ranks, mean_over_ranks, same_on_all_ranks
 from encoding import download, get_encoding, has_sha256
 from evaluation import bits_per_byte, mean_bytes_per_token, mean_loss
 from output import protect_output
@@ -246,6 +246,8 @@ from model import GPT, GPTConfig
 
 path = find_checkpoint(out_dir) if ckpt == 'ckpt.pt' else os.path.join(out_dir, ckpt)
 checkpoint = load_checkpoint(path)
+# a machine may have a copy of its own, or a run may have replaced the file meanwhile
+same_on_all_ranks(int(fingerprint(path), 16), f'the fingerprint of {path}')
 args = {k: v for k, v in checkpoint['model_args'].items() if k in GPTConfig.__dataclass_fields__}
 options = saved_options(checkpoint, {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__}, flags_set)
 model = GPT(GPTConfig(**{**args, 'dropout': 0.0, **options})).eval()

@@ -28,6 +28,7 @@ from configurator import configure
 from dataset import meta_of_model
 from encoding import CharEncoding, encoding_fingerprint, get_encoding
 from model import GPT, GPTConfig
+from out_dir import alone_in
 from output import protect_output
 from shell import pip_install
 
@@ -216,12 +217,18 @@ weights = model.state_dict()
 torch_dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16}[dtype]
 tensors = hf_format.to_hf(weights, args['vocab_size'], torch_dtype)
 folder = os.path.join(os.path.dirname(target), f'.{os.path.basename(target)}.unfinished-export')
-shutil.rmtree(folder, ignore_errors=True)  # left by a killed export
 for number in (signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
         signal.signal(number, lambda number, frame: sys.exit(128 + number))  # through `finally` below
 try:
-    os.makedirs(folder)
+    os.makedirs(folder, exist_ok=True)
+    if alone_in(folder) is False:
+        raise UserError(f'another export is writing hf_dir={hf_dir}: wait for it, or name another folder')
+except OSError as error:
+    raise UserError(f'{hf_dir} could not be written: {error}') from None
+try:
+    for name in os.listdir(folder):  # left by a killed export
+        os.remove(os.path.join(folder, name))
     end_token = encoding = None
     if not no_tokenizer:
         try:

@@ -25,7 +25,7 @@ import torchrun_env
 from checkpoint_crc import DamagedFile, add_crc, check_archive
 from checkpoint_fields import check_fields, check_finite
 from errors import UserError, first_line, reason
-from out_dir import is_checkpoint_folder, set_aside, set_best_aside, temporary
+from out_dir import is_checkpoint_folder, make_again, set_aside, set_best_aside, temporary
 from regular_file import check_regular
 from shell import quote
 
@@ -51,9 +51,10 @@ def write_checkpoint(checkpoint: dict, out_dir: str, best: bool, required: bool,
     """
     started = time.monotonic()
     path, best_path = os.path.join(out_dir, name), os.path.join(out_dir, 'ckpt_best.pt')
-    unfinished, ours, copied = temporary(path), None, False
+    unfinished, ours, copied = '', None, False
     try:
-        os.makedirs(out_dir, exist_ok=True)  # it may have been deleted during the run
+        make_again(out_dir)
+        unfinished = temporary(path)
         with suppress(FileNotFoundError):
             # left by a killed run; it may share storage with ckpt_best.pt if an old version linked the two
             os.remove(unfinished)
@@ -178,7 +179,7 @@ def find_checkpoint(out_dir: str) -> str:
 def find_file(out_dir: str) -> str:
     """Returns the path of ckpt.pt in out_dir, or of ckpt_best.pt, with a printed line, if only that is left."""
     path, best = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_best.pt')
-    if not os.path.exists(path) and os.path.exists(best):
+    if not os.path.lexists(path) and os.path.exists(best):
         print(f'{path} is missing, so {best} takes its place')
         return best
     return path
@@ -204,6 +205,10 @@ def read_file(path: str):
         # mapped into memory, so that the ranks of one machine share the pages they read
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise UserError(
+                f'{path} is a link to {os.path.realpath(path)}, which does not exist: is its disk mounted?'
+            ) from None
         others = _others(path)
         advice = (
             f'the checkpoints there are {others}'

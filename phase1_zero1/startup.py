@@ -2,6 +2,7 @@
 
 import os
 
+import torchrun_env
 from checkpoint import find_checkpoint
 from cuda_graph import resolve_cuda_graph, use_side_stream
 from distributed import check_environment, check_same_flags, join_ranks, max_over_ranks
@@ -31,8 +32,11 @@ def setup(config: dict, find_checkpoint=find_checkpoint, cpu_offload: bool = Fal
     device, dtype, compile, backend = (config[name] for name in names)
     over = f' over {backend}' if world_size > 1 else ''
     print(f'device {device_name(device)}, dtype {dtype}, compile {compile}, processes {world_size}{over}')
+    if config['init_from'] not in ('auto', 'resume') and torchrun_env.number('TORCHELASTIC_MAX_RESTARTS', 0):
+        print('note: a restart by torchrun (--max-restarts) will begin again; with --init_from=auto it will continue')
     if config['init_from'] == 'auto':
-        found = max_over_ranks(os.path.exists(find_checkpoint(config['out_dir'])))
+        # a link to a file that is missing counts: its disk may not be mounted
+        found = max_over_ranks(os.path.lexists(find_checkpoint(config['out_dir'])))
         config['init_from'] = 'resume' if found else 'scratch'
     if config['init_from'] not in INIT_FROM:
         raise UserError(f"init_from is '{config['init_from']}', but it can be auto, {', '.join(INIT_FROM)}")

@@ -12,13 +12,16 @@ from contextlib import suppress
 
 import torchrun_env
 
+PATIENCE_S = 10
+
 
 class Output:
     """
     Wraps stdout or stderr so that a failure to print never ends a run. Output is lost if the disk is full, or if the
     terminal was closed under nohup. On a broken pipe, reader_gone becomes True, and StopSignal ends the run with a
     save: in `train.py | tee`, Ctrl-C ends `tee` too. Once StopSignal sets stop_requested, output that nobody reads is
-    lost too, so that the save need not wait.
+    lost too, so that the save need not wait. With several ranks, it is lost after PATIENCE_S, as in a terminal after
+    Ctrl-S, because the other ranks would give up waiting for this one.
     """
 
     # shared by all streams
@@ -26,9 +29,10 @@ class Output:
     stop_requested = False
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.lost = stream, 0  # number of writes that are lost since the last one that was not
         with suppress(AttributeError, OSError):  # a notebook's stream, or one that cannot flush to a full disk
-            stream.reconfigure(errors='backslashreplace')  # for characters that the terminal's encoding lacks
+            # for characters that the terminal's encoding lacks; and a kill loses no line
+            stream.reconfigure(errors='backslashreplace', line_buffering=True)
 
     def write(self, text):
         self._attempt(self.stream.write, text)
@@ -40,7 +44,14 @@ class Output:
     def _attempt(self, function, *args):
         if Output.stop_requested:
             discard_stuck_output()
+        elif torchrun_env.number('WORLD_SIZE', 1) > 1:
+            if not _takes_output(self.stream, 0 if self.lost else PATIENCE_S):
+                self.lost += 1
+                return
         try:
+            if self.lost:
+                self.stream.write('\n... (lines are missing, because nobody read them for a while)\n')
+                self.lost = 0
             function(*args)
         except BrokenPipeError:
             Output.reader_gone = True
@@ -57,12 +68,18 @@ def discard_stuck_output() -> None:
     `less`. Called by a signal handler, it also ends the print that the signal interrupted.
     """
     for stream in (sys.__stdout__, sys.__stderr__):
-        with suppress(AttributeError, OSError, ValueError):  # no stream, or a closed one
-            poll = select.poll()
-            poll.register(stream.fileno(), select.POLLOUT)
-            if not poll.poll(1000):
-                with open(os.devnull, 'wb') as null:
-                    os.dup2(null.fileno(), stream.fileno())
+        if not _takes_output(stream, 1):
+            with open(os.devnull, 'wb') as null:
+                os.dup2(null.fileno(), stream.fileno())
+
+
+def _takes_output(stream, timeout_s):
+    """Returns whether a line can be written to the stream within timeout_s without blocking, or at least be tried."""
+    with suppress(AttributeError, OSError, ValueError):  # no stream, or a closed one
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return bool(poll.poll(timeout_s * 1000))
+    return True
 
 
 def silence_other_ranks() -> None:

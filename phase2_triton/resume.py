@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import fit_names, load_checkpoint, load_model, saved_options
+from checkpoint_crc import fingerprint
 from checkpoint_fields import check_finite
 from configurator import ARCHITECTURE
-from data_identity import check_same_data
+from data_identity import check_same_data, quick_fingerprint
 from distributed import max_over_ranks, same_on_all_ranks
 from errors import UserError
 from out_dir import other_best
@@ -212,10 +213,12 @@ class Resume:
     empty: iteration 0, no best loss, and load() and next_batch() change nothing.
 
     path: the checkpoint's file (or folder, for a subclass). data: the Dataset to continue on. config: this run's flags.
-    Raises UserError if the checkpoint is unusable.
+    Raises UserError if the checkpoint is unusable, or if the ranks see other data or another checkpoint. Collective.
     """
 
     def __init__(self, path: str | None, data, config: dict):
+        same_on_all_ranks(len(data.train), f'the number of training tokens in {config["dataset"]}')
+        same_on_all_ranks(quick_fingerprint(data), f'the fingerprint of the data set {config["dataset"]}')
         self.path, self.checkpoint = path, self.read(path) if path else {}
         self.iter_num, self.best_val_loss, self.log, self.order = 0, 1e9, None, None
         if path:
@@ -223,6 +226,7 @@ class Resume:
             if unknown:
                 print(f'note: {path} also holds {unknown}, which the next save drops: to keep it, copy {path} first')
             self.iter_num = same_on_all_ranks(self.checkpoint['iter_num'], f'the iteration of {path}')
+            same_on_all_ranks(int(fingerprint(self.main_file(path)), 16), f'the fingerprint of {path}')
             self.best_val_loss = max_over_ranks(loss_to_beat(self.checkpoint, self.best_path(path), config))
             extra = self.checkpoint.get('resume', {})  # nanoGPT's own checkpoints have none
             self.log = {'log': extra.get('log'), 'iter': self.iter_num}
@@ -231,6 +235,10 @@ class Resume:
 
     def read(self, path: str) -> dict:
         return load_checkpoint(path, to_resume=True)
+
+    def main_file(self, path: str) -> str:
+        """Returns the path of the file that differs between any two checkpoints."""
+        return path
 
     def best_path(self, path: str) -> str:
         """Returns the path of the best checkpoint's file, which may be missing."""

@@ -6,8 +6,8 @@ shard.
 
 sharded: out_dir/ckpt_sharded/, for models that fit on no single machine. Each rank writes its own shards
 (torch.distributed.checkpoint) in the background, from a copy in CPU memory. The files `latest` and `best` name the
-folders of those two checkpoints. The ranks write to a folder `saving`. Once all of them have finished, the folder gets
-its final name, and then `latest` names it, so `latest` always names a complete checkpoint. All machines must see
+folders of those two checkpoints. The ranks write to a folder `saving_*`. Once all of them have finished, it gets its
+final name, and then `latest` names it, so `latest` always names a complete checkpoint. All machines must see
 out_dir, through a shared file system.
 
 To convert one format to the other, in one process and with all state:
@@ -37,7 +37,7 @@ from checkpoint import write_checkpoint
 from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import reason
-from out_dir import own_ending, set_aside, set_best_aside
+from out_dir import make_again, make_out_dir, own_ending, set_aside, set_best_aside
 from regular_file import check_regular
 from shell import python_command, quote
 
@@ -158,16 +158,24 @@ def split(checkpoint: dict, names: dict) -> tuple[dict, dict]:
 
 def prepare(folder: str) -> str:
     """
-    Makes an empty folder in `folder` to write to, and returns its name. Ignores errors: whoever writes to it finds and
-    reports them.
+    Makes an empty folder in `folder` to write to, and returns its name, always a new one, because a rank may still be
+    writing to that of a save that failed. Ignores errors: whoever writes to it finds and reports them.
     """
-    name = 'saving' + own_ending(os.path.dirname(folder))
-    saving = os.path.join(folder, name)
-    shutil.rmtree(saving, ignore_errors=True)  # left by a killed run
+    name = f'saving_{time.time_ns()}'
     with suppress(OSError):
+        make_again(os.path.dirname(folder))
+        discard_unfinished(folder)
+        name = f'saving{own_ending(os.path.dirname(folder))}_{time.time_ns()}'
         set_aside(os.path.dirname(folder))
-        os.makedirs(saving)
+        os.makedirs(os.path.join(folder, name))
     return name
+
+
+def discard_unfinished(folder: str) -> None:
+    """Removes what this run, or a killed one, could not finish. Ignores errors."""
+    with suppress(OSError):
+        for left in glob.glob(f'saving{own_ending(os.path.dirname(folder))}_*', root_dir=folder):
+            shutil.rmtree(os.path.join(folder, left), ignore_errors=True)
 
 
 class Writer(dcp.FileSystemWriter):
@@ -191,6 +199,8 @@ def write_sharded(
     makes it the latest checkpoint. Returns (path, bytes, end time); the first two are None on ranks other than 0.
     """
     saving = os.path.join(folder, unfinished)
+    with suppress(OSError):
+        make_again(folder)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         # copying ahead would wait for GPU 0 every 10 MB, which on all ranks but one is another rank's GPU
@@ -375,6 +385,7 @@ def convert(to, out_dir):
         first = {}
         names = {name: first.setdefault(v.data_ptr(), name) for name, v in checkpoint['model'].items()}
         tensors, rest = split(checkpoint, names)
+        make_out_dir(out_dir, 'resume')  # a run may be writing there
         unfinished = prepare(folder)
         try:
             return write_sharded(tensors, rest, folder, unfinished, best=False, group=None)[0]

@@ -22,6 +22,9 @@ class ShardedResume(Resume):
     def read(self, path: str) -> dict:
         return load_checkpoint(path, fsdp=True)
 
+    def main_file(self, path: str) -> str:
+        return path if path.endswith('.pt') else unsharded_file(path)
+
     def best_path(self, path: str) -> str:
         if path.endswith('.pt'):
             return super().best_path(path)

@@ -18,8 +18,20 @@ from checkpoint import write_from_rank_0
 from distributed import max_over_ranks
 from end_of_run import at_end
 from errors import UserError
-from sharded_checkpoint import FOLDER, first_cause, named_by, prepare, saved_names, split, write_sharded
+from sharded_checkpoint import (
+    FOLDER,
+    discard_unfinished,
+    first_cause,
+    named_by,
+    prepare,
+    saved_names,
+    split,
+    write_sharded,
+)
 from sharding import as_dtensor, own_rows
+
+# rounds of at most a second; in these the ranks that still write learn of a failure, unless the failed rank cannot tell
+PATIENCE = 5
 
 
 def make_saver(config: dict, model, optimizer, on_saved):
@@ -88,11 +100,10 @@ class ShardedSaver:
     def __init__(self, out_dir: str, model, optimizer, on_saved):
         self.on_saved = on_saved
         self.folder = os.path.join(out_dir, FOLDER)
+        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
+            raise UserError(f'{self.folder} is not a folder, so no checkpoint can be saved there: rename it')
         max_over_ranks(0)  # fails at once if a rank has ended, as one that cannot make out_dir; new_group() would wait
-        # Background writes must not share a process group with the training. Its timeout is long, because a slow disk
-        # is not a lost rank, and a group is unusable after a timeout.
-        self.group = dist.new_group(backend='gloo', timeout=6 * dist.distributed_c10d.default_pg_timeout)
-        self.executor = ThreadPoolExecutor(max_workers=1)
+        self._start_writer()
         self.running = None
         at_end('save', self._finish)
         # saves are written from a copy in CPU memory. It is pinned, which makes copying fast but allocation slow, so
@@ -129,6 +140,13 @@ class ShardedSaver:
             self.wait()
         return True  # no failure so far; wait() returns the outcome
 
+    def _start_writer(self):
+        """Makes the thread that writes, and the process group through which it talks to those of the other ranks."""
+        # Background writes must not share a process group with the training. Its timeout is long, because a slow disk
+        # is not a lost rank.
+        self.group = dist.new_group(backend='gloo', timeout=6 * dist.distributed_c10d.default_pg_timeout)
+        self.executor = ThreadPoolExecutor(max_workers=1)
+
     def _finish(self, error):
         """Finishes the running save before a UserError ends this process; the other ranks finish their parts too."""
         if isinstance(error, UserError):
@@ -146,28 +164,36 @@ class ShardedSaver:
         # The ranks tell each other every second that they are alive, through the training's group: a slow disk is
         # allowed, but a lost rank ends this loop after dist_timeout.
         period_s = min(1, dist.distributed_c10d.default_pg_timeout.total_seconds() / 4)
-        busy = torch.tensor(float(together))
-        while busy:
+        busy, rounds, failed, broken = together, 0, None, False
+        while busy and rounds < PATIENCE:
             wait_for([future], timeout=period_s)
-            busy = torch.tensor(float(not future.done()))
-            dist.all_reduce(busy, op=dist.ReduceOp.MAX)
-        try:
-            (path, size, ended), failed = future.result(), None
-        except (CheckpointException, OSError, RuntimeError, MemoryError, UserError) as e:
-            failed = first_cause(e)
+            done = future.done()
+            state = torch.tensor([not done, done and future.exception() is not None], dtype=torch.int)
+            dist.all_reduce(state, op=dist.ReduceOp.MAX)
+            busy, rounds = state[0].item(), rounds + state[1].item()
+        if not busy or future.done():
+            try:
+                path, size, ended = future.result()
+            except (Exception, CheckpointException) as e:  # the latter is a BaseException
+                failed, broken = first_cause(e), isinstance(e, RuntimeError)
         if together:
             # rank 0 writes more than the others, so it can be the only one that fails
             everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, failed)
-            failed = next(filter(None, everyone), None)
+            dist.all_gather_object(everyone, (failed, broken))
+            failed = next((failed for failed, _ in everyone if failed), None)
+            broken = busy or any(broken for _, broken in everyone)
         if failed:
             latest = named_by('latest', self.folder)
             earlier = 'the earlier one is untouched' if latest and os.path.exists(latest) else 'there is no earlier one'
             problem = f'a checkpoint could not be saved in {self.folder} ({failed}); {earlier}'
+            if dist.get_rank() == 0:
+                discard_unfinished(self.folder)  # it only takes space
             if required:
                 raise UserError(problem) from None
             if dist.get_rank() == 0:
                 print(f'WARNING: {problem}, and training continues', file=sys.stderr)
+            if broken:
+                self._start_writer()  # a rank may still be waiting in the old group for one that has failed
             return False
         if dist.get_rank() == 0:
             self.on_saved(iter_num, path=path, bytes=size, seconds=ended - started, stall_seconds=stall_seconds)

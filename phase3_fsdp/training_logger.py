@@ -9,8 +9,9 @@ Writes the JSON log of a training run, out_dir/run_YYYYmmdd_HHMMSS.json, which i
 
 Each call returns at once, and a thread writes the record. An iteration's record is held until flush(): call flush()
 where the CPU is about to wait for the GPU, so that writing costs the training no time. Each call first waits for the
-previous records, so a kill -9 loses at most one. (Values are read after the call returns: pass numbers, not tensors
-that change.)
+previous records, so a kill -9 loses at most one. If the disk does not answer within PATIENCE_S, the records are kept in
+memory until it does, because other ranks would not wait longer than dist_timeout. (Values are read after the call
+returns: pass numbers, not tensors that change.)
 
 Each list in the document is followed by a reserve of spaces, which JSON ignores; adding a record overwrites some of
 them. No write crosses a 4 KiB page, because a kill -9 can cut a write between two pages, but not within one. A list
@@ -33,7 +34,7 @@ from types import SimpleNamespace
 
 from end_of_run import at_end
 
-PAGE, MIB = 4096, 2**20
+PAGE, MIB, PATIENCE_S = 4096, 2**20, 10
 # bytes reserved at the start, in the order of the file
 RESERVE = {'evaluations': 2 * PAGE, 'checkpoints': 2 * PAGE, 'iterations': 16 * PAGE}
 SUMMARY = """
@@ -111,14 +112,15 @@ class Speed:
 
 def in_background(at_once):
     """
-    Runs the method on the log's thread, at once or at the next flush. The caller waits only for earlier calls and sees
-    no exception.
+    Runs the method on the log's thread, at once or at the next flush. The caller waits only for earlier calls, for
+    PATIENCE_S at most, and sees no exception.
     """
 
     def decorate(method):
         @functools.wraps(method)
         def hand_over(self, *args, **kwargs):
-            self.wait()
+            self.flush()
+            self.stuck = not self.last.wait(0 if self.stuck else PATIENCE_S)
             self.pending = method, args, kwargs
             if at_once:
                 self.flush()
@@ -141,8 +143,9 @@ class TrainingLogger:
 
     def __init__(self, out_dir: str, config: dict, run: dict, enabled: bool = True, resumed_from: dict | None = None):
         self.path, self.fd, self.warned, self.torn, self.second, self.retry_at = None, None, False, None, 0, 0.0
-        self.jobs, self.last = queue.SimpleQueue(), threading.Lock()  # calls to the thread; held until the last is done
-        self.pending = None  # a call that is held until flush()
+        self.jobs, self.last = queue.SimpleQueue(), threading.Event()  # calls to the thread; set once the last is done
+        self.last.set()
+        self.pending, self.stuck = None, False  # a call that is held until flush(); whether earlier ones take too long
         if enabled:
             try:
                 self._open(out_dir, config, run, resumed_from)
@@ -153,17 +156,15 @@ class TrainingLogger:
     def wait(self) -> None:
         """Returns once every record so far is in the file."""
         self.flush()
-        with self.last:
-            pass
+        self.last.wait()
 
     def flush(self) -> None:
         """Has the thread write the last iteration's record now. Does not wait for it."""
         pending, self.pending = self.pending, None
         if pending is not None and self.fd is not None:
-            done = threading.Lock()
-            done.acquire()
+            done = threading.Event()
             self.jobs.put((*pending, done))
-            self.last = done  # after put: a Ctrl-C between the two must not leave a lock that nobody releases
+            self.last = done  # after put: a Ctrl-C between the two must not leave an event that nobody sets
 
     @in_background(at_once=False)
     def iteration(
@@ -203,6 +204,7 @@ class TrainingLogger:
             self.state['status'], self.state['end_time'] = status, utc_now()
             self._mend()
             self._overwrite(0, self._head(PAGE))
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
             self._write_file(self.path + '.new', os.O_TRUNC, reserve=False)
         finally:
             os.close(self.fd)
@@ -215,7 +217,7 @@ class TrainingLogger:
                 method(self, *args, **kwargs)
             except Exception as error:
                 self._warn(error)
-            done.release()
+            done.set()
 
     def _warn(self, error):
         if not self.warned:
@@ -264,10 +266,9 @@ class TrainingLogger:
         summary['dropped_records'] += 1  # undone below
         if self.second != (second := int(time.time())):  # check the clock and the folder once a second
             self.second, self.state['last_record_time'] = second, utc_now()
-            if os.fstat(self.fd).st_nlink == 0:
-                os.close(self.fd)
-                self.fd = None
-                raise FileNotFoundError('the log or its directory was deleted')
+            if os.fstat(self.fd).st_nlink == 0:  # deleted, perhaps with its folder, but open and so still readable
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                self._write_file(self.path + '.new', os.O_TRUNC, reserve=True)
         self._mend()
         fields = jsonable(fields)
         text = f'{"," if region.used else ""}\n{encode(fields)}'.encode()

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -422,6 +424,53 @@ def test_two_runs_in_one_folder_can_both_save(launch, run, tmp_path):
     assert load('both/ckpt.pt')['iter_num'] == 61 and not glob.glob('both/*.tmp')
 
 
+def test_what_killed_runs_left_is_removed_once_nobody_writes_to_it(launch, run):
+    """Only a second run in a folder has names of its own, which no later run would overwrite."""
+    left = ['ckpt.pt.12.tmp', 'ckpt_best.pt.12.tmp', 'ckpt_sharded/saving_1', 'ckpt_sharded/saving.12_1']
+    kept = ['ckpt.pt.mine.tmp', 'ckpt_sharded/iter_0000002_1']
+    code = f'import sys; sys.path.insert(0, {str(NANOGPT)!r}); import out_dir; out_dir.make_out_dir("out", "resume")'
+
+    def start():
+        """Returns a process that uses the folder until its input ends."""
+        command = [sys.executable, '-c', f'{code}; print(flush=True); sys.stdin.read()']
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        return process
+
+    first = start()
+    for name in left + kept:
+        os.makedirs(f'out/{name}') if 'sharded' in name else open(f'out/{name}', 'w').close()
+    second = start()  # has names of its own
+    for other in (first, second):
+        start().communicate()
+        assert all(os.path.exists(f'out/{name}') for name in left + kept)
+        other.communicate()
+    start().communicate()
+    assert [name for name in left + kept if os.path.exists(f'out/{name}')] == kept
+
+
+def test_a_link_is_no_reason_to_overwrite_what_it_refers_to(launch, run):
+    """It may be another run's checkpoint. If its disk is not mounted, init_from=auto must not start from scratch."""
+    os.rename('out', 'other')
+    os.mkdir('out')
+    os.symlink('../other/ckpt.pt', 'out/ckpt.pt')
+    before = (run / 'other' / 'ckpt.pt').read_bytes()
+    out = launch(TRAIN, *RESUME, '--n_layer=1').stdout
+    assert f'note: out/ckpt.pt is a link to {run}/other/ckpt.pt, which stays as it is' in out and 'iter 5:' in out
+    assert load('out/ckpt.pt')['iter_num'] == 6 and (run / 'other' / 'ckpt.pt').read_bytes() == before
+    os.symlink('../elsewhere/ckpt.pt', 'out/ckpt.link')
+    os.rename('out/ckpt.pt', 'out/ckpt_best.pt')
+    os.rename('out/ckpt.link', 'out/ckpt.pt')
+    for script, *flags in ((TRAIN, *RESUME, '--n_layer=1', '--init_from=auto'), (SAMPLE,)):
+        ended = launch(script, *flags, check=False)
+        says = f'error: out/ckpt.pt is a link to {run}/elsewhere/ckpt.pt, which does not exist: is its disk mounted?\n'
+        assert ended.returncode == 2 and ended.stderr == says
+    os.symlink('nowhere', 'linked')
+    ended = launch(TRAIN, *TINY, '--out_dir=linked', check=False)
+    says = f'error: out_dir=linked cannot be used: it is a link to {run}/nowhere, which does not exist\n'
+    assert ended.returncode == 2 and ended.stderr == says
+
+
 def test_a_folder_of_the_users_is_no_checkpoint(launch, run):
     shutil.copytree('out', 'out/ckpt_copy')
     assert 'Resuming training from out/ckpt.pt' in launch(TRAIN, *RESUME, '--n_layer=1').stdout
@@ -435,6 +484,24 @@ def test_a_folder_that_was_deleted_is_made_again(launch, run):
     )
     ended = launch(script, *TINY, '--out_dir=gone', '--max_iters=3', '--json_log=False')
     assert load('gone/ckpt.pt')['iter_num'] == 4 and ended.stderr == ''
+
+
+@pytest.mark.parametrize('folder, flags', [('nanoGPT', []), ('phase3_fsdp', ['--ckpt_format=sharded'])])
+def test_a_working_folder_that_was_deleted_is_made_again(launch, run, folder, flags):
+    """out_dir is relative to it. The user may have made a new one of the same name meanwhile."""
+    os.makedirs('project/data')
+    shutil.copytree('data/letters', 'project/data/letters')
+    patch = (
+        'from step_guard import StepGuard\nstep = StepGuard.step\n'
+        'def deleting_step(*args):\n'
+        '    if os.environ["RANK"] == "0" and os.path.exists("data"): shutil.rmtree(here); os.mkdir(here)\n'
+        '    step(*args)\n'
+        'here, StepGuard.step = os.getcwd(), deleting_step'
+    )
+    script = patched(run, patch, ROOT / folder / 'train.py')
+    ended = launch(script, *TINY, *flags, '--max_iters=3', nproc=2, cwd=run / 'project')
+    assert ended.stderr == '' and log_of('project/out')['run']['status'] == 'completed'
+    assert os.path.exists('project/out/ckpt_sharded/latest' if flags else 'project/out/ckpt.pt')
 
 
 def test_a_save_that_fails_is_no_best_one(launch, run):

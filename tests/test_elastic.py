@@ -80,6 +80,13 @@ def test_killed_ranks_are_restarted_many_times(launch, work, phase, kills):
     survive(launch, ROOT / phase / 'train.py', kills, seed=1)
 
 
+def test_a_run_that_a_restart_would_begin_again_says_so(launch, work):
+    for init_from in ('scratch', 'auto', 'resume'):
+        env, flags = {'TORCHELASTIC_MAX_RESTARTS': '3'}, [*TINY, '--max_iters=1', f'--init_from={init_from}']
+        out = launch(NANOGPT / 'train.py', *flags, nproc=2, env=env).stdout
+        assert ('a restart by torchrun (--max-restarts) will begin again' in out) == (init_from == 'scratch')
+
+
 def test_a_finished_run_ends_with_status_0():
     """
     The interpreter must not be torn down while a gloo thread still frees tensors: that aborted one run in five, and

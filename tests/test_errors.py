@@ -11,18 +11,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+import output
 from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of, make_letters
 from errors import UserError
+from output import Output
 from run_report import RunReport
 from step_guard import StepGuard
 
-TRAIN = NANOGPT / 'train.py'
+TRAIN, SHARDED = NANOGPT / 'train.py', ['--ckpt_format=sharded']
 
 
 class Malicious:
@@ -234,6 +237,7 @@ def test_half_an_environment(launch, work, env, found):
         ('--max_iters=4', 'max_iters is 6 on rank 0 and 4 on rank 1'),  # rank 0 would wait for rank 1
         ('--n_layer=3', 'n_layer is 2 on rank 0 and 3 on rank 1'),
         ('--dataset=shorter', 'the number of training tokens in letters is 1800 on one rank and 3600 on another'),
+        ('--dataset=reversed', 'the fingerprint of the data set letters is '),
     ],
 )
 @pytest.mark.parametrize('folder', ['nanoGPT', 'phase1_zero1', 'phase3_fsdp'])
@@ -242,10 +246,25 @@ def test_ranks_that_were_started_with_different_flags(launch, work, folder, extr
     shutil.move('x/data/letters', 'data/shorter')
     with open('data/shorter/train.bin', 'r+b') as f:
         f.truncate(3600)
+    make_letters(work / 'x')
+    shutil.move('x/data/letters', 'data/reversed')
+    np.fromfile('data/letters/train.bin', np.uint16)[::-1].tofile('data/reversed/train.bin')
     run = [PROGRAMS / 'other_flags.py', ROOT / folder / 'train.py', *TINY, '--max_iters=6']
     result = launch(*run, nproc=2, check=False, env={'EXTRA': extra})
     assert result.returncode == 2 and result.stderr.count('\n') == 1 and 'error: ' in result.stderr
-    assert says.replace('letters', 'shorter') in result.stderr.replace('letters', 'shorter')
+    assert says in re.sub('shorter|reversed', 'letters', result.stderr)
+
+
+@pytest.mark.parametrize('folder, flags', [('nanoGPT', []), ('phase3_fsdp', []), ('phase3_fsdp', SHARDED)])
+def test_ranks_that_see_different_checkpoints(launch, work, folder, flags):
+    """Of the same iteration, as on a machine with a copy of its own. The ranks would train a mixture of two models."""
+    script = ROOT / folder / 'train.py'
+    for out_dir, rate in (('out', '1e-2'), ('own', '2e-2')):
+        launch(script, *TINY, *flags, '--max_iters=3', f'--out_dir={out_dir}', f'--learning_rate={rate}', nproc=2)
+    run = [PROGRAMS / 'other_flags.py', script, *TINY, *flags, '--init_from=resume']
+    result = launch(*run, nproc=2, check=False, env={'EXTRA': '--out_dir=own'})
+    assert result.returncode == 2 and result.stderr.count('\n') == 1
+    assert re.match(r'error: the fingerprint of .*ckpt.* is \d+ on one rank and \d+ on another: do all', result.stderr)
 
 
 def test_flags_that_may_differ_between_ranks(launch, work):
@@ -509,6 +528,29 @@ def test_a_file_that_cannot_be_read_is_one_message(launch, tmp_path):
     run = launch(tmp_path / 'read.py', check=False)
     message = f'error: /proc/none/x: No such file or directory (in line 3 of {tmp_path}/read.py)\n'
     assert run.returncode == 2 and run.stderr == message
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_output_that_nobody_reads(monkeypatch, ranks):
+    """
+    As after Ctrl-S in a terminal. One process waits for its reader. One rank of several does not, because the others
+    would time out.
+    """
+    monkeypatch.setenv('WORLD_SIZE', str(ranks))
+    monkeypatch.setattr(output, 'PATIENCE_S', 0.1)
+    read_end, write_end = os.pipe()
+    stream = Output(open(write_end, 'w'))
+    printing = threading.Thread(target=lambda: [print(f'line {i}', file=stream) for i in range(20_000)], daemon=True)
+    printing.start()
+    printing.join(1 if ranks == 1 else 30)
+    assert printing.is_alive() == (ranks == 1)
+    if ranks == 1:
+        with open(read_end) as reader:
+            assert [reader.readline() for _ in range(20_000)] == [f'line {i}\n' for i in range(20_000)]
+    else:
+        os.read(read_end, 2**20)
+        print('more', file=stream)
+        assert os.read(read_end, 2**20).endswith(b'(lines are missing, because nobody read them for a while)\nmore\n')
 
 
 def test_ctrl_c_is_one_line(tmp_path):

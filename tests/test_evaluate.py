@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import NANOGPT, TINY, load, log_of
+from conftest import NANOGPT, PROGRAMS, TINY, load, log_of
 from encoding import ByteEncoding
 from model import GPT, GPTConfig
 
@@ -36,6 +36,16 @@ def texts_of(out_dir):
     from visualize_training import draw
 
     return ' '.join(text.get_text() for ax in draw(load_runs([out_dir])).axes for text in ax.texts)
+
+
+def test_ranks_that_see_different_checkpoints(launch, work):
+    """The mean over two models would be no one's loss."""
+    launch(TRAIN, *TINY, '--max_iters=1')
+    launch(TRAIN, *TINY, '--max_iters=1', '--learning_rate=1e-3', '--min_lr=1e-4', '--out_dir=own')
+    env = {'EXTRA': '--out_dir=own'}
+    run = launch(PROGRAMS / 'other_flags.py', EVALUATE, '--device=cpu', nproc=2, env=env, check=False)
+    assert run.returncode == 2 and run.stderr.count('error: ') == 1 and 'ckpt.pt is ' in run.stderr
+    assert not os.path.exists('out/ckpt_evaluation.json')
 
 
 @torch.no_grad()

@@ -443,6 +443,17 @@ class AutoTokenizer:
 """
 
 
+WAIT_FOR_GO = """
+import os, sys, time
+open('loading', 'w').close()
+while not os.path.exists('go'):
+    time.sleep(0.01)
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules['transformers']
+import transformers
+"""
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_an_export_that_a_signal_ends_leaves_nothing(launch, work, number):
     write_random_checkpoint('elsewhere', 40, False, 'erf')
@@ -454,6 +465,25 @@ def test_an_export_that_a_signal_ends_leaves_nothing(launch, work, number):
         time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(30) not in (0, None) and sorted(os.listdir('.')) == ['data', 'fake', 'loading', 'out']
+
+
+def test_two_exports_to_one_folder(launch, work):
+    """The second one says so and leaves the first one's files alone."""
+    write_random_checkpoint('letters', 40, False, 'erf')
+    os.makedirs('fake')
+    with open('fake/transformers.py', 'w') as f:
+        f.write(WAIT_FOR_GO)
+    first = launch.start(EXPORT, '--hf_dir=hf', env={'PYTHONPATH': os.path.abspath('fake')})
+    while not os.path.exists('loading') and first.poll() is None:
+        time.sleep(0.01)
+    second = launch(EXPORT, '--hf_dir=hf', check=False)
+    assert second.returncode == 2 and second.stderr.startswith('error: another export is writing hf_dir=hf')
+    open('go', 'w').close()
+    assert first.wait() == 0
+    assert launch(IMPORT, '--hf_dir=hf', '--out_dir=back').stderr == ''
+    os.rename('hf', '.hf2.unfinished-export')  # as if left by a killed export
+    launch(EXPORT, '--hf_dir=hf2')
+    assert sorted(os.listdir('.')) == ['back', 'data', 'fake', 'go', 'hf2', 'loading', 'out']
 
 
 @pytest.mark.parametrize(

@@ -169,11 +169,11 @@ def test_parts_on_different_disks_are_no_checkpoint(launch, work):
     )
 
 
-@pytest.mark.parametrize('part, rank', [('own', 0), ('own', 1), ('whole', 0)])
+@pytest.mark.parametrize('part, rank', [('writer', 0), ('writer', 1), ('own', 0), ('own', 1), ('whole', 0)])
 def test_one_rank_fails_in_a_sharded_save(launch, work, part, rank):
     """
-    The others do not wait for it, and all ranks know that the best checkpoint was not saved: otherwise they would
-    disagree about the next one. A later save works again.
+    The others do not wait for it for 6 * dist_timeout, even if it fails before torch tells them, and all ranks know
+    that the best checkpoint was not saved: otherwise they would disagree about the next one. A later save works again.
     """
     flags = [*TINY, SHARDED, '--eval_interval=2', '--max_iters=7', '--always_save_checkpoint=False', '--dist_timeout=5']
     env = {'PART': part, 'RANK_THAT_FAILS': str(rank)}
@@ -182,18 +182,19 @@ def test_one_rank_fails_in_a_sharded_save(launch, work, part, rank):
     assert 'could not be saved in out/ckpt_sharded (OSError: [Errno 5] Input/output error); the earlier' in run.stderr
     latest, best = (open(f'out/ckpt_sharded/{name}').read() for name in ('latest', 'best'))
     assert latest.startswith('iter_0000008') and best.startswith('iter_0000006')
+    assert sorted(os.listdir('out/ckpt_sharded')) == sorted([latest, best, 'latest', 'best', 'README'])
 
 
 def test_two_runs_in_one_folder_write_their_parts_to_folders_of_their_own(launch, work):
     """Otherwise each deletes or replaces parts that the other has just written."""
     launch(FSDP, *TINY, SHARDED, '--max_iters=3', nproc=2)
-    os.mkdir('out/ckpt_sharded/saving')
+    os.mkdir('out/ckpt_sharded/saving_1')
     lock = os.open('out', os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)  # as a run does
     run = launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
     os.close(lock)
     assert 'another run is using out_dir=out' in run.stderr and 'could not' not in run.stderr
-    assert os.path.isdir('out/ckpt_sharded/saving') and open('out/ckpt_sharded/latest').read().startswith(
+    assert os.path.isdir('out/ckpt_sharded/saving_1') and open('out/ckpt_sharded/latest').read().startswith(
         'iter_0000006'
     )
 
@@ -290,6 +291,9 @@ def test_mistakes_end_with_one_message(launch, work):
     assert 'cannot be used: ' in message(SHARDED, '--out_dir=data/letters/meta.pkl/out')  # only rank 0 notices it
     assert 'training diverged' in message('--learning_rate=1e30', '--decay_lr=False', '--max_iters=40')
     assert 'there is no checkpoint' in message(RESUME, SHARDED, '--out_dir=nothing')
+    os.mkdir('occupied')
+    open('occupied/ckpt_sharded', 'w').close()
+    assert 'occupied/ckpt_sharded is not a folder' in message(SHARDED, '--out_dir=occupied')
 
     launch(FSDP, *TINY, EACH_BLOCK, SHARDED, '--max_iters=2', nproc=2)
     folder = 'out/ckpt_sharded/' + open('out/ckpt_sharded/latest').read()

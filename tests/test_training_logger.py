@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -387,17 +388,39 @@ def test_folder_that_cannot_be_written(tmp_path, capfd, make):
 
 
 def test_deleted_folder(tmp_path, capfd):
+    """The log is written again, with all its records, as soon as its folder can be made."""
     log = TrainingLogger(tmp_path / 'out', {}, RUN)
-    step(log, 0)
-    log.wait()
-    Path(log.path).unlink()
-    (tmp_path / 'out').rmdir()
-    log.second = 0  # it looks once a second
-    for i in range(1, 400):
+    for i in range(4):
         step(log, i)
+        log.wait()
+        log.second = 0  # it looks once a second
+        if i == 0:
+            shutil.rmtree(tmp_path / 'out')
+        elif i == 1:
+            assert len(read(log)['iterations']) == 2
+            shutil.rmtree(tmp_path / 'out')
+            (tmp_path / 'out').touch()
+        elif i == 2:
+            (tmp_path / 'out').unlink()
+    assert [record['iter'] for record in read(log)['iterations']] == [0, 1, 3]
+    shutil.rmtree(tmp_path / 'out')
     log.close('completed')
-    assert 'deleted' in (error := capfd.readouterr().err) and error.count('\n') == 1
-    assert not (tmp_path / 'out').exists() and log.path is None
+    assert read(log)['run']['status'] == 'completed' and read(log)['summary']['dropped_records'] == 1
+    assert capfd.readouterr().err.count('\n') == 1
+
+
+def test_a_disk_that_does_not_answer(tmp_path, monkeypatch):
+    """Other ranks would time out while this one waits, so records are kept in memory meanwhile."""
+    log, answers, pwrite = TrainingLogger(tmp_path, {}, RUN), threading.Event(), os.pwrite
+    monkeypatch.setattr(training_logger, 'PATIENCE_S', 0.05)
+    monkeypatch.setattr(os, 'pwrite', lambda *args: (answers.wait(60), pwrite(*args))[1])
+    started = time.monotonic()
+    for i in range(1000):
+        step(log, i)
+    assert time.monotonic() - started < 30  # once PATIENCE_S, not once per record or until the disk answers
+    answers.set()
+    assert [record['iter'] for record in read(log)['iterations']] == list(range(1000))
+    log.close('completed')
 
 
 def test_impossible_records_are_dropped(tmp_path, capfd):

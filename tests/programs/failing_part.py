@@ -1,6 +1,6 @@
 """
-In the second sharded save, rank RANK_THAT_FAILS cannot read its part back (PART=own), or rank 0 cannot check the whole
-(PART=whole). The losses of the evaluations are 9, 3, 2, 2.5, 2.5, ...
+In the second sharded save, rank RANK_THAT_FAILS cannot make its writer (PART=writer) or read its part back (PART=own),
+or rank 0 cannot check the whole (PART=whole). The losses of the evaluations are 9, 3, 2, 2.5, 2.5, ...
 """
 
 import inspect
@@ -12,12 +12,12 @@ from script import run_script
 import distributed
 import sharded_checkpoint
 
-name = {'own': 'crc32_of_chunks', 'whole': 'open_sharded'}[os.environ['PART']]
+name = {'writer': 'Writer', 'own': 'crc32_of_chunks', 'whole': 'open_sharded'}[os.environ['PART']]
 save, check, mean = sharded_checkpoint.write_sharded, getattr(sharded_checkpoint, name), distributed.mean_over_ranks
 saves, numbers = itertools.count(1), itertools.chain([9, 9, 3, 3, 2, 2], itertools.repeat(2.5))
 
 
-def failing_check(*args):
+def failing_check(*args, **kwargs):
     raise OSError(5, 'Input/output error')
 
 
