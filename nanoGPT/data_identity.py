@@ -35,7 +35,7 @@ def _describe(file):
 def quick_fingerprint(data) -> int:
     """
     Returns a number below 2 ** 48 that tells data sets apart by their encoding, the sizes of all files and the content
-    of the first file of each split. Reads at most 1 MB of these.
+    of the first file of each split. It reads at most 1 MB of each of these files.
     """
     described = [encoding_fingerprint(data.meta)]
     for tokens in data.splits.values():

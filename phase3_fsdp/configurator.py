@@ -95,7 +95,7 @@ def configure(namespace: dict) -> tuple[dict, set[str]]:
             flags_set.add(key)
         else:
             for key, value in run_config_file(arg, config, script).items():
-                check_name(key, defaults, f'{key} in {arg}', script, '; a helper variable needs an underscore: _' + key)
+                check_name(key, defaults, f'{key} in {arg}', script, ' A helper variable needs an underscore: _' + key)
                 value = convert(key, value, defaults[key], f'{key} = {shown(value)} in {arg}')
                 if key == 'model_dir' and value != config[key]:
                     raise UserError(f'{arg} sets model_dir, which works on the command line only: --model_dir={value}')
@@ -117,7 +117,7 @@ def check_name(key, known, where, script, hint=''):
         initials = {''.join(word[:1] for word in k.split('_')): k for k in reversed(known) if '_' in k}
         near = [initials[key]] if key in initials else [k for k in known if len(key) > 2 and k.startswith(key)]
         near += difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-        advice = f'; did you mean {near[0]}?' + hint.replace('; a', ' A') if near else hint
+        advice = (f'; did you mean {near[0]}?' if near else '.' * bool(hint)) + hint
         if key.replace('-', '_') in TORCHRUN:
             advice = "; it is torchrun's: write it before the name of the script"
         advice = flag_elsewhere(key, script) or advice

@@ -263,8 +263,8 @@ def test_upstreams_style_of_config_file_works(launch, work):
         ('{"max_iters": 5}', 'a.py sets no flag'),  # JSON
         ('', 'a.py sets no flag'),
         ('# max_iters = 5\nimport math\n_helper = 3\ndef f(): pass\n', 'a.py sets no flag'),
-        ('for i in range(3):\n    max_iters = i\n', 'there is no flag i; a helper variable needs an underscore: _i'),
-        ('steps_per_day = 9\nmax_iters = 7 * steps_per_day', 'a helper variable needs an underscore: _steps_per_day'),
+        ('for i in range(3):\n    max_iters = i\n', 'there is no flag i. A helper variable needs an underscore: _i'),
+        ('steps_per_day = 9\nmax_iters = 7 * steps_per_day', 'A helper variable needs an underscore: _steps_per_day'),
     ],
 )
 def test_a_config_file_without_an_effect(script, tmp_path, text, message):
