@@ -200,7 +200,7 @@ def train_a_gpt(demo, machine):
 
 
 def train_with_each_technique(demo, machine):
-    """Runs the other parts: trains shortly with each technique and draws the comparison. Returns {technique: log}."""
+    """Runs the other parts: trains briefly with each technique and draws the comparison. Returns {technique: log}."""
     short = [f'--max_iters={SHORT}', f'--eval_interval={SHORT}', '--warmup_iters=10']
     short += [f'--lr_decay_iters={SHORT}', '--min_lr=3e-3']  # the config's learning_rate, from the warmup on
     short += ['--eval_iters=5', '--log_interval=5', '--compile=False']

@@ -31,7 +31,7 @@ from shell import python_command
 # -----------------------------------------------------------------------------
 FLAGS = {  # name: (default, help)
     'gpu': ('h100', f'kind of GPU: {", ".join(GPUS)}'),
-    'gpu_memory': (0.0, 'GiB of its memory, if that differs or others use the rest; 0: as the kind has'),
+    'gpu_memory': (0.0, 'GiB of memory that the run may use on each GPU; 0: all that this kind has'),
     'gpus': (1, 'number of GPUs on all machines together'),
     'trainer': ('', f'trainer to plan: {", ".join(options.NAMES)}, or a folder such as phase3_fsdp'),
     'tokens': (0.0, 'tokens to train on, for hours and cost; 0: max_iters iterations'),

@@ -222,7 +222,7 @@ def largest(args, processes):
     """
     Finds, for each trainer, the largest model that trains with one sequence of 1024 tokens per GPU. Models have width
     6144 and 453M parameters per layer; with offload, width 8192 and 805M. Every try has processes of its own. The first
-    large one is the size that two small models predict to fill the memory.
+    large one has the size that fills the memory according to two small models.
     """
     attempts = {}  # {trainer: {number of layers: result of the try}}
     for name in args.only.split(',') if args.only else LARGEST:

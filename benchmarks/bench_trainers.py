@@ -106,7 +106,7 @@ class Probe:
         self.started = time.perf_counter()
 
     def place_of(self, iteration):
-        """Returns the number of the block of iterations with as many micro-steps, and the iteration's place in it."""
+        """Returns the iteration's block, in which the number of micro-steps is constant, and its place in it."""
         block = bisect(self.starts, iteration) - 1
         return block, iteration - self.starts[block]
 
@@ -471,7 +471,7 @@ def in_order(rows):
 
 
 def one_of_each(rows):
-    """Returns, without failures, the row with the most micro-steps of each trainer, size and number of processes."""
+    """Returns the row with the most micro-steps of each trainer, size and number of processes; leaves out failures."""
     return {
         (row['processes'], row['size'], row['trainer']): row for row in in_order(rows) if 'error' not in row
     }.values()
@@ -619,7 +619,7 @@ def trainers_on_1(report):
 
 @table('trainers_h200x4')
 def trainers_alike(report):
-    """Returns a table of trainers that compute in the same formats: DDP's tokens/s, the others in percent of them."""
+    """Returns a table of trainers that compute in the same formats: DDP's tokens/s, the others in percent of DDP's."""
     rows = {(row['trainer'], row['size'], row['micro_steps']): row for row in report['rows'] if 'error' not in row}
     works = [(size, n) for size, n in (('124M', 10), ('124M', 1), ('1.5B', 5), ('1.5B', 1)) if ('ddp', size, n) in rows]
     cells = []
@@ -694,7 +694,7 @@ def trainer_memory(file, trainer, size, key, digits=1):
 
 @number
 def trainer_bytes(file, trainer, size):
-    """Bytes per parameter of parameters, gradients and AdamW's state, on the rank that has most."""
+    """Returns the bytes per parameter of parameters, gradients and AdamW's state, on the rank that has most."""
     row = row_of(file, trainer, size)
     return (
         f'{sum(row["memory_bytes"][key] for key in ("parameters", "gradients", "optimizer")) / row["parameters"]:.2f}'

@@ -50,7 +50,8 @@ def in_both_splits(manifest: dict) -> str:
         twin = train.get((entry['bytes'], entry['fingerprint']))
         if twin:
             return (
-                f'{twin} of train and {entry["file"]} of val have the same content: the validation loss is no measure'
+                f'{twin} of train and {entry["file"]} of val have the same content, so the validation loss is '
+                'measured on training data'
             )
     return ''
 

@@ -5,7 +5,7 @@ schema).
     python visualize_training.py                             # the newest run under out*/
     python visualize_training.py out/run_20260102_030405.json
     python visualize_training.py out-reference out-zero1     # the newest run of each, compared with the first one
-    python visualize_training.py out --follow                # redraw while the run is going
+    python visualize_training.py out --follow                # redraw until the run ends
     python visualize_training.py out --html run.html         # also a page to zoom into
 
 The picture is written next to the (first) log: run_..._analysis.png, or for several runs

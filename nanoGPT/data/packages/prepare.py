@@ -37,7 +37,7 @@ SKIPPED_FOLDERS = {
 
 
 def find_wheels(folder: str) -> list[str]:
-    """Returns the paths of the wheels in a folder, sorted. Raises UserError with the download's command without any."""
+    """Returns the sorted paths of a folder's wheels. Raises UserError, with the download command, if it has none."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     wheels = [os.path.join(folder, name) for name in names if name.endswith('.whl')]
     if not wheels:
