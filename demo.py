@@ -1,7 +1,7 @@
 """
-`make demo`: prepares the embedded data set, trains a small GPT and samples from it. Then it trains 60 iterations with
-each technique and compares them in one picture and one table. It uses all GPUs. If there is only one GPU, two processes
-share it; without a GPU, two processes run on the CPU.
+`make demo`: makes a data set of Python's own sources, trains a small GPT on it and samples from the GPT. Then it trains
+60 iterations with each technique and compares them in one picture and one table. It uses all GPUs. If there is only one
+GPU, two processes share it; without a GPU, two processes run on the CPU.
 """
 
 import argparse

@@ -84,9 +84,16 @@ def documents(wheels: list[str], update) -> Iterator[tuple[int, list[str]]]:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--wheels', metavar='FOLDER', default=os.path.join(HERE, 'downloads'))
-    parser.add_argument('--val_fraction', type=float, default=0.02)
-    parser.add_argument('--out', metavar='FOLDER', default=HERE, help='where to write the data set')
+    parser.add_argument(
+        '--wheels',
+        metavar='FOLDER',
+        default=os.path.join(HERE, 'downloads'),
+        help='folder of the wheels (default: downloads, next to this script)',
+    )
+    parser.add_argument('--val_fraction', type=float, default=0.02, help='share of the text for val (default: 0.02)')
+    parser.add_argument(
+        '--out', metavar='FOLDER', default=HERE, help='where to write the data set (default: next to this script)'
+    )
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise UserError(f'--val_fraction {args.val_fraction} is not between 0 and 1')
