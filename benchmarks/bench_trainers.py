@@ -759,7 +759,7 @@ def plan(args, processes, folder):
                 cache = str(folder / (f'cache-{name}-{size}' if args.cold and i == 0 else 'cache'))
                 run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache, out_dir=str(out))
                 run.update(
-                    name=f'{name}, {size}, {processes} processes, round {i + 1}',
+                    name=f'{name}, {size}, {processes} process{"es" * (processes > 1)}, round {i + 1}',
                     expected_seconds=with_kernels
                     if 'triton' in name
                     else in_parts
