@@ -47,8 +47,8 @@ class CharEncoding:
         for char in text:
             if char not in self.stoi:
                 raise UserError(
-                    f'the character {char!r} (U+{ord(char):04X}) is not among the {len(self.stoi)} of the '
-                    "data set's vocabulary"
+                    f'the character {char!r} (U+{ord(char):04X}) is not one of the {len(self.stoi)} '
+                    "characters in the data set's vocabulary"
                 )
         return [self.stoi[char] for char in text]
 

@@ -285,7 +285,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if name not in self.RECORDS.get(module, ()):
-            raise pickle.UnpicklingError(f'it wants to import {module}.{name}, which could run code')
+            raise pickle.UnpicklingError(f'it imports {module}.{name}, which could run code')
         return super().find_class(module, name)
 
 
