@@ -913,7 +913,7 @@ def measured(reports):
             numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', ratio, of_graph)
             where = f'{cite(file)}, {commit_of(report)}'
             rows.append((label, short(report), *numbers, gib(row['peak_memory_bytes'], 1), where))
-    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same rounds', '× that', '× reference with CUDA graph']
+    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same rounds', 'ratio', '× reference with CUDA graph']
     return markdown([*header, 'peak, GiB', 'result file'], rows)
 
 

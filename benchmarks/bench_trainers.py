@@ -645,7 +645,7 @@ def triton_of_ddp(report):
         (NAMES[name], *(against_ddp(found[(name, *work)], report['rows']) for work in works))
         for name in ('triton', 'zero1+triton', 'fsdp+triton')
     ]
-    return markdown(['speed, of DDP', *(f'{size} × {n}' for size, n in works)], cells)
+    return markdown(['speed in % of DDP', *(f'{size} × {n}' for size, n in works)], cells)
 
 
 @table('trainers_cpu')
@@ -663,7 +663,7 @@ def trainers_cpu(report):
         numbers = [f'{part:.2f}' for part in (*parts, sum(parts))]
         cells.append((k, NAMES[row['trainer']], *numbers, f'{expected:g}', speed))
     header = ['processes', 'bytes per parameter', 'parameters', 'gradients', 'AdamW', 'sum', 'by arithmetic']
-    return markdown([*header, "speed, of DDP's"], cells)
+    return markdown([*header, "speed ÷ DDP's"], cells)
 
 
 def row_of(file, trainer, size, micro_steps=None):
