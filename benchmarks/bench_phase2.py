@@ -6,7 +6,7 @@ loss curves.
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
     python benchmarks/bench_phase2.py ladder --nanogpt=$HOME/nanoGPT --together=8 --out=...  # upstream in each turn
     python benchmarks/bench_phase2.py ladder --only='+ half_residual;fp8' --together=7 --out=fp8_ladder.json
-    python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json      # tiny, on a CPU; also gradients
+    python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json      # tiny, on a CPU; gradients --dry-run too
     python benchmarks/bench_phase2.py curves --out=phase2_curves.json         # 5 minutes; needs data/python_gpt2
     python benchmarks/bench_phase2.py curves --only='Triton, half_residual;Triton, fp8' --curve_steps=1500 --out=...
     python benchmarks/bench_phase2.py largest --out=phase2_largest.json       # about 5 minutes
