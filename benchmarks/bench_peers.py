@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from common import ROOT, facts, output_of, write_json
-from tables import gib, markdown, table, times, with_spread
+from tables import gib, load, markdown, number, table, times, with_spread
 
 BLOCK_SIZE = 1024
 ITERATION = re.compile(r'^(?:iter|step) +\d+.*?(?:, time | \| )([\d.]+) ?ms', re.MULTILINE)  # nanoGPT's line or llm.c's
@@ -166,15 +166,13 @@ def evaluations(text):
 @table('peers_*')
 def peers(report):
     """Returns medians over the rounds, and ratios to upstream and to llm.c with their spread over the rounds."""
-    rows, order = report['rows'], list(dict.fromkeys(row['name'] for row in report['rows']))
     if 'steps' in report:
         return ''
-    tokens = report['batch_size'] * report['micro_steps'] * report.get('block_size', BLOCK_SIZE)
-    speeds = {name: [tokens / statistics.median(r['ms']) * 1e3 for r in rows if r['name'] == name] for name in order}
-    bases = [name for name in ('upstream nanoGPT, compiled', 'llm.c') if name in order]
+    speeds = peer_speeds(report)
+    bases = [name for name in ('upstream nanoGPT, compiled', 'llm.c') if name in speeds]
     cells = []
-    for name in order:
-        own = [row for row in rows if row['name'] == name]
+    for name in speeds:
+        own = [row for row in report['rows'] if row['name'] == name]
         memory = [row['peak_memory_bytes'] for row in own if row['peak_memory_bytes'] is not None]
         losses = ', '.join(f'{own[0][key]:.4f}' for key in ('first_train_loss', 'first_val_loss') if own[0][key])
         ms = statistics.median(statistics.median(row['ms']) for row in own)
@@ -184,6 +182,22 @@ def peers(report):
         )
     header = ['', 'ms', 'tokens/s', *(f'× {base}' for base in bases), 'GPU memory, GiB', 'first losses: train, val']
     return markdown(header, cells)
+
+
+def peer_speeds(report):
+    """Returns {program: its tokens/s in each round}."""
+    tokens, speeds = report['batch_size'] * report['micro_steps'] * report.get('block_size', BLOCK_SIZE), {}
+    for row in report['rows']:
+        speeds.setdefault(row['name'], []).append(tokens / statistics.median(row['ms']) * 1e3)
+    return speeds
+
+
+@number
+def times_peer(*words):
+    """Returns the speed of a program relative to another's. words: 'Triton of llm.c'."""
+    name, base = ' '.join(words).split(' of ')
+    speeds = peer_speeds(load('peers_h200'))
+    return f'{statistics.median(speeds[name]) / statistics.median(speeds[base]):.2f}'
 
 
 @table('peers_*')

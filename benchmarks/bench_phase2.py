@@ -628,6 +628,9 @@ def curves(args, rows, save):
         'Triton, half_residual': '+ half_residual',
         'Triton, half_residual, again': '+ half_residual',  # sums of atomics in another order: noise
         'Triton, fp8': 'fp8',
+        'Triton, fp8 in the blocks': 'fp8, blocks alone',
+        'Triton, fp8 in the head': 'fp8, head alone',
+        'Triton, fp8 without kernels of its own': 'fp8, without kernels of its own',
     }
     kinds = {kind: kinds[kind] for kind in (chosen(args, kinds) if args.only else list(kinds)[:3])}
     val = np.fromfile(ROOT / 'nanoGPT' / 'data' / 'python_gpt2' / 'val.bin', np.uint16).astype(np.int64)
@@ -650,7 +653,7 @@ def curves(args, rows, save):
                 train.batch = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
                 for group in train.optimizer.param_groups:
                     cosine = 0.5 * (1 + math.cos(math.pi * i / args.curve_steps))
-                    group['lr'] = min(6e-4 * (i + 1) / 100, 6e-5 + 5.4e-4 * cosine)
+                    group['lr'] = args.learning_rate * min((i + 1) / 100, 0.1 + 0.9 * cosine)
                 losses.append(train.iteration())
             losses = [round(loss, 5) for loss in torch.stack(losses).tolist()]
             rows.append(dict(kind=kind, seed=seed, losses=losses, val_loss=val_loss(train.model, val)))
@@ -917,12 +920,6 @@ def measured(reports):
     return markdown([*header, 'peak, GiB', 'result file'], rows)
 
 
-def ladder_in_short():
-    """Returns {short name: thousands of tokens/s} on one H200."""
-    rows = changes(load('phase2_ladder_h200'))
-    return {label: row['tokens_per_s'] / 1000 for label, row in rows.items()}
-
-
 @table('phase2_curves_*')
 def phase2_curves(report):
     return f'```\n{shown(chr(10).join(report["summary"]))}\n```' if 'summary' in report else ''
@@ -1080,6 +1077,7 @@ def main():
     )
     parser.add_argument('--join', default='', help='curves: run nothing, but join these comma-separated result files')
     parser.add_argument('--curve_steps', type=int, default=1000)
+    parser.add_argument('--learning_rate', type=float, default=6e-4, help='curves: the highest')
     parser.add_argument(
         '--gib',
         type=float,
@@ -1110,7 +1108,8 @@ def main():
     if device == 'cuda':
         use_side_stream(device)  # for all variants, also those without CUDA graphs
     args.micro_steps = args.micro_steps if args.mode in ('ladder', 'profile') else 1
-    settings = {key: getattr(args, key) for key in ('size', 'batch_size', 'micro_steps', 'gib', 'base')}
+    keys = ('size', 'batch_size', 'micro_steps', 'gib', 'base', *['learning_rate'] * (args.mode == 'curves'))
+    settings = {key: getattr(args, key) for key in keys}
     report = {**facts(cpu=args.dry_run), **settings, 'rows': []}
     if args.nanogpt:
         report['nanogpt_commit'] = output_of('git', '-C', args.nanogpt, 'rev-parse', 'HEAD')
@@ -1127,7 +1126,7 @@ def main():
         hopper=phase2_hopper,
         fp8=fp8_matmuls,
     )
-    print('\n' + (text or show[args.mode](report)))
+    print('\n' + (show[args.mode](report) if text is None else text))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import re
+import statistics
 import sys
 
 import bench_attention  # noqa: F401  the benchmarks register their tables
@@ -21,7 +22,8 @@ import bench_kernels  # noqa: F401
 import bench_layer_norm  # noqa: F401
 import bench_longrun  # noqa: F401
 import bench_mlp  # noqa: F401
-import bench_peers  # noqa: F401
+import bench_peers
+import bench_phase2  # noqa: F401
 import bench_planner  # noqa: F401
 import bench_reference  # noqa: F401
 import bench_sampling  # noqa: F401
@@ -29,13 +31,27 @@ import bench_trainers
 import bench_zero1  # noqa: F401
 import computed  # noqa: F401
 import tables
-from bench_phase2 import ladder_in_short
 from checks import run_checks
 from common import GIB, ROOT
-from tables import NAMES, NUMBERS, TABLES, commit_of, machine_of, markdown, render, sessions_of, table
+from tables import (
+    NAMES,
+    NUMBERS,
+    TABLES,
+    cite,
+    commit_of,
+    gib,
+    load,
+    machine_of,
+    markdown,
+    render,
+    sessions_of,
+    table,
+    times,
+)
 
 BLOCK = re.compile(r'(<!-- (table|number): ([^\n]*?) -->)(.*?)(<!-- end -->)', re.S)
 WHAT = {  # beginning of a result file's name -> what it measures
+    'adamw': 'AdamW and clipping in one kernel',
     'attention': "attention's backward",
     'checks': 'verification commands',
     'data': 'batches from many shards',
@@ -79,6 +95,7 @@ WHAT = {  # beginning of a result file's name -> what it measures
 }
 FOUR = 'trainers_h200x4'  # the speeds in the summary's picture; its memory is in bench_trainers.PEAKS
 MOST = {'124M': '10', '1.5B': '5'}  # size -> the most micro-steps that were measured
+PEERS = 'peers_h200'  # the programs on one GPU
 ORANGE, GREY = '#E69F00', '#999999'
 
 
@@ -103,6 +120,33 @@ def result_files(reports):
     return markdown(['file', 'what it measures', 'machine', 'date', 'code'], rows)
 
 
+@table(PEERS, FOUR, together=True)
+def results(reports):
+    """Returns one row for each program: 124M on one GPU, compared with upstream nanoGPT, and 1.5B on four."""
+    names = {'nanoGPT/ here': 'DDP'}
+    speeds = {names.get(name, name): its for name, its in bench_peers.peer_speeds(reports[PEERS]).items()}
+    peaks = {names.get(row['name'], row['name']): row['peak_memory_bytes'] for row in reports[PEERS]['rows']}
+    upstream, *others = sorted(speeds.keys() - NAMES.values(), reverse=True)
+    trainers = ('ddp', 'zero1', 'triton', 'triton+half_residual', 'fsdp', 'fsdp+triton')
+    cells = []
+    for name, trainer in {upstream: None, **dict.fromkeys(others), **{NAMES[key]: key for key in trainers}}.items():
+        cell = [name, '', '', '', '']
+        if name in speeds:
+            cell[1:3] = times(speeds[name], speeds[upstream]), gib(peaks[name], 1)
+        if trainer:
+            row = bench_trainers.row_of(FOUR, trainer, '1.5B', MOST['1.5B'])
+            of_ddp = bench_trainers.against_ddp(row, reports[FOUR]['rows'])
+            cell[3] = of_ddp or f'{row["tokens_per_sec"]["median"]:,.0f} tokens/s'
+        if trainer and trainer != 'triton+half_residual':  # whose peak was not measured there
+            its = bench_trainers.row_of(bench_trainers.PEAKS, trainer, '1.5B', MOST['1.5B'])['memory_bytes']
+            cell[4] = f'{gib(its["rest"], 1)}, {gib(its["peak"], 1)}'
+        cells.append(cell)
+    sources = {'one H200': PEERS, 'four': FOUR, 'memory on four': bench_trainers.PEAKS}
+    sources = '; '.join(f'{what}: {cite(file)}, {commit_of(load(file))}' for what, file in sources.items())
+    header = ['', '124M, one H200: × upstream', 'GiB', '1.5B, four H200s: of DDP', 'GiB per GPU: at rest, peak']
+    return f'{markdown(header, cells)}\n\n{sources[0].upper()}{sources[1:]}.'
+
+
 def overview_data():
     """
     Returns the data of the summary's picture: memory by part in GiB, speed in percent of DDP, thousands of tokens/s.
@@ -119,7 +163,9 @@ def overview_data():
         for trainer in ('zero1', 'triton', 'fsdp', 'fsdp+triton'):
             row = bench_trainers.row_of(FOUR, trainer, size, micro_steps)
             speed[f'{NAMES[trainer]}, {size}'] = 100 * row['tokens_per_sec']['median'] / base
-    return {'memory': memory, 'speed': speed, 'ladder': ladder_in_short()}
+    peers = {name: statistics.median(its) / 1000 for name, its in bench_peers.peer_speeds(load(PEERS)).items()}
+    peers = dict(sorted(peers.items(), key=lambda item: item[1]))
+    return {'memory': memory, 'speed': speed, 'peers': peers}
 
 
 def draw_overview(data, path, mark):
@@ -132,7 +178,7 @@ def draw_overview(data, path, mark):
     figure, axes = plt.subplots(1, 3, figsize=(17, 5.4), layout='constrained', width_ratios=(1, 0.9, 1.2))
     draw_memory(axes[0], data['memory'])
     draw_speed(axes[1], data['speed'])
-    draw_ladder(axes[2], data['ladder'])
+    draw_peers(axes[2], data['peers'])
     figure.savefig(path, dpi=80, metadata={'Source-Data': mark})
     plt.close(figure)
 
@@ -168,12 +214,12 @@ def draw_speed(axes, speed):
     axes.tick_params(axis='y', length=0)
 
 
-def draw_ladder(axes, ladder):
-    for i, (label, thousands) in enumerate(ladder.items()):
+def draw_peers(axes, peers):
+    for i, (label, thousands) in enumerate(peers.items()):
         axes.bar(i, thousands, 0.62, color=ORANGE if label.startswith('Triton') else GREY)
         axes.text(i, thousands + 8, f'{thousands:.0f}', ha='center')
-    axes.set_xticks(range(len(ladder)), [label.replace(', ', '\n') for label in ladder], fontsize=11.5)
-    top = 1.12 * max(ladder.values(), default=1)
+    axes.set_xticks(range(len(peers)), [label.replace(' ', '\n') for label in peers], fontsize=11.5)
+    top = 1.12 * max(peers.values())
     axes.set(ylabel='thousand tokens/s', ylim=(0, top), title='Speed: GPT-2 124M on one H200')
     axes.tick_params(axis='x', length=0)
 
