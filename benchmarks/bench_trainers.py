@@ -876,8 +876,9 @@ def measure(args, numbers, report, folder):
     for run in (run for its in runs.values() for run in its):
         run['expected_seconds'] = took.get(cell_of(run), run['expected_seconds'])
     expected = sum(run['expected_seconds'] for its in runs.values() for run in its)
-    limit = f', limited to {args.minutes:g}' * bool(args.minutes)
-    print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}', flush=True)
+    limit = f', limited to {args.minutes:g} minutes' * bool(args.minutes)
+    count = sum(map(len, runs.values()))
+    print(f'{count} run{"s" * (count != 1)}, about {expected / 60:.1f} minutes{limit}', flush=True)
     if args.plan:
         print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4.0f} s' for its in runs.values() for run in its))
         return
