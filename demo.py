@@ -1,7 +1,7 @@
 """
-`make demo`: prepares the embedded data set, trains a small GPT and samples from it. Then it trains 60 iterations with
-each technique and compares them in one picture and one table. It uses all GPUs. If there is only one GPU, two processes
-share it; without a GPU, two processes run on the CPU.
+`make demo`: makes a data set of Python's own sources, trains a small GPT on it and samples from the GPT. Then it trains
+60 iterations with each technique and compares them in one picture and one table. It uses all GPUs. If there is only one
+GPU, two processes share it; without a GPU, two processes run on the CPU.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def train_a_gpt(demo, machine):
 
 
 def train_with_each_technique(demo, machine):
-    """Runs the other parts: trains shortly with each technique and draws the comparison. Returns {technique: log}."""
+    """Runs the other parts: trains briefly with each technique and draws the comparison. Returns {technique: log}."""
     short = [f'--max_iters={SHORT}', f'--eval_interval={SHORT}', '--warmup_iters=10']
     short += [f'--lr_decay_iters={SHORT}', '--min_lr=3e-3']  # the config's learning_rate, from the warmup on
     short += ['--eval_iters=5', '--log_interval=5', '--compile=False']

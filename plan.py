@@ -7,10 +7,10 @@ $ python plan.py --n_layer=48 --n_head=25 --n_embd=1600 --batch_size=8 --gpu=h20
 $ python plan.py config/train_gpt2_1.5B.py --gpu=h100 --gpus=8 --largest=batch
 $ python plan.py config/train_gpt2.py --gpu=h200 --gpus=8 --picture=plan.png
 
-Takes train.py's flags and config files, and the flags below. The exit status is 1 if the selected trainer does not fit
-(selected with --trainer, or with flags such as --use_fsdp=True or --model_dir=../phase2_triton; without any: if no
-trainer fits), and 2 if a flag is wrong. docs/planner.md explains the columns and every formula, and states how far the
-numbers are from measured ones.
+Takes train.py's flags and config files, and the flags below. --trainer selects a trainer, and so do flags
+such as --use_fsdp=True and --model_dir=../phase2_triton. The exit status is 1 if the selected trainer does not fit, or,
+if none is selected, if no trainer fits. It is 2 if a flag is wrong. docs/planner.md explains the columns and every
+formula, and states how far the numbers are from measured ones.
 """
 
 import json
@@ -31,7 +31,7 @@ from shell import python_command
 # -----------------------------------------------------------------------------
 FLAGS = {  # name: (default, help)
     'gpu': ('h100', f'kind of GPU: {", ".join(GPUS)}'),
-    'gpu_memory': (0.0, 'GiB of its memory, if that differs or others use the rest; 0: as the kind has'),
+    'gpu_memory': (0.0, 'GiB of memory that the run may use on each GPU; 0: all that this kind has'),
     'gpus': (1, 'number of GPUs on all machines together'),
     'trainer': ('', f'trainer to plan: {", ".join(options.NAMES)}, or a folder such as phase3_fsdp'),
     'tokens': (0.0, 'tokens to train on, for hours and cost; 0: max_iters iterations'),

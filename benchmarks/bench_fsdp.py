@@ -222,7 +222,7 @@ def largest(args, processes):
     """
     Finds, for each trainer, the largest model that trains with one sequence of 1024 tokens per GPU. Models have width
     6144 and 453M parameters per layer; with offload, width 8192 and 805M. Every try has processes of its own. The first
-    large one is the size that two small models predict to fill the memory.
+    large one has the size that fills the memory according to two small models.
     """
     attempts = {}  # {trainer: {number of layers: result of the try}}
     for name in args.only.split(',') if args.only else LARGEST:
@@ -404,7 +404,7 @@ def fsdp_variants(report):
         memory = [gib(its[counts[-1]][key] or 0) for key in ('rest_bytes', 'peak_bytes')]
         cells.append((name, *map(with_spread, speeds), *ratios, *memory))
     header = ['', *(f'{n} micro-step{"s" * (n > 1)}: tokens/s (10th to 90th percentile)' for n in counts)]
-    return markdown([*header, *(f'{n}: of the default' for n in counts), 'at rest, GiB', 'peak, GiB'], cells)
+    return markdown([*header, *(f'{n}: share of the default' for n in counts), 'at rest, GiB', 'peak, GiB'], cells)
 
 
 @table('fsdp_checkpoint_*')
@@ -416,10 +416,16 @@ def fsdp_checkpoint(report):
         lost = save['stall_seconds'] + sum(during) - len(during) * usual
         seconds = [usual, save['stall_seconds'], during[0], statistics.median(during[1:] or during)]
         rows.append((its['micro_steps'], *(f'{s:.2f}' for s in seconds), f'{save["seconds"]:.0f}', f'**{lost:.2f}**'))
-    header = ['micro-steps', 'a step, s', 'copying', 'the step after that', 'each step until all is on the disk']
-    text = f'{full["gather_seconds"]:.1f} s to collect {gib(full["bytes"])} GiB on rank 0'
-    text += f', {full["seconds"]:.1f} s to the end, without fsync.'
-    return f'{markdown([*header, "until then", "lost in all"], rows)}\n\n`full`: {text}'
+    header = [
+        'micro-steps',
+        'usual step, s',
+        'copy of the state, s',
+        'next step, s',
+        'later steps during the save, s each',
+    ]
+    text = f'rank 0 collects {gib(full["bytes"])} GiB in {full["gather_seconds"]:.1f} s, and the whole save takes '
+    text = f'With `--ckpt_format=full`, {text}{full["seconds"]:.1f} s, without fsync.'
+    return f'{markdown([*header, "whole save, s", "training time lost, s"], rows)}\n\n{text}'
 
 
 @table('fsdp_largest_*', together=True)
@@ -440,12 +446,12 @@ def fsdp_largest(reports):
     for machine, found in sorted(machines.items(), reverse=True):
         rows = []
         for row, file, report in (found[key] for key in names if key in found):
-            size = f'**{row["parameters"] / 1e9:.1f} billion**', f'{row["n_layer"]} of {row["n_embd"]}'
+            size = f'**{row["parameters"] / 1e9:.1f} billion**', f'{row["n_layer"]} × {row["n_embd"]:,}'
             memory = [gib(row[key] or 0, 1) for key in ('rest_bytes', 'peak_bytes')]
             speed = f'{row["tokens_per_sec"]["median"]:,.0f}'
             too_many = row['smallest_that_does_not_fit'] or 'not found'
             rows.append((names[row['name']], *size, too_many, speed, *memory, f'{cite(file)}, {commit_of(report)}'))
-        header = ['', 'parameters', 'layers of width', 'do not fit', 'tokens/s', 'at rest, GiB', 'peak, GiB']
+        header = ['', 'parameters', 'layers × width', 'layers that do not fit', 'tokens/s', 'at rest, GiB', 'peak, GiB']
         blocks.append(f'{machine}:\n\n{markdown([*header, "result file"], rows)}')
     return '\n\n'.join(blocks)
 

@@ -12,8 +12,8 @@ read twice.
 
 `loss` is the loss kernel alone, from logits to their gradient. `head + loss` includes the three matmuls of the output
 layer and states peak memory. `linear` is a forward matmul and its two backward matmuls, which add the weight's gradient
-to weight.grad; in the captured graph, ours rounds the weight only in the first call, as in an iteration of micro-steps,
-and the others round it in each call.
+to weight.grad. In the captured graph, ours rounds the weight only in the first call, as in an iteration of several
+micro-steps; the others round it in each call.
 """
 
 import argparse

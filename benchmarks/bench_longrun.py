@@ -191,7 +191,7 @@ def main():
     names = args.only.split(';')
     for name in names:
         if name not in RUNS:
-            parser.error(f'--only: {name!r} is none of {", ".join(RUNS)}')
+            parser.error(f'--only: {name!r} is not one of {", ".join(RUNS)}')
     for name in names:
         began = time.perf_counter()
         train(name, args)

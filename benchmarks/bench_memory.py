@@ -20,8 +20,8 @@ result states both peaks: reserved_launched before the first capture, and reserv
 ranks, each number is the largest of any rank. With --set=alone, one rank of ZeRO-1 runs without the others: it has
 DDP's buckets in a group of one, and AdamW's state for its share of the parameters.
 
-As many processes as fit share the GPU: their memory does not depend on that. A configuration for which no time is left
-is listed in `not_run`.
+As many processes as fit share the GPU, which does not change the memory that each one takes. A configuration for which
+no time is left is listed in `not_run`.
 
 With --set=timed, each process also times iterations. Processes compile and warm up at the same time. Once all of them
 are ready, each has the GPU to itself in turn; the first half of its iterations warms the GPU up again and does not

@@ -6,7 +6,7 @@ on one GPU.
     TRITON_INTERPRET=1 python benchmarks/bench_mlp.py --dry-run --out=/tmp/mlp.json  # tiny, on a CPU: checks results
 
 Forward: pre = x @ w_fc.T (M, 4C) from x (M, C), and act = gelu(pre); both are kept. Backward: dpre = (dy @ w_proj) *
-gelu'(pre) from dy (M, C). The MLP's other matmuls are the same in every way and left out. Everything is bfloat16.
+gelu'(pre) from dy (M, C). The MLP's other matmuls are left out, because all ways share them. Everything is bfloat16.
 
 separate:  cuBLAS, then kernels/gelu.py, as in the Triton model
 rows / n:  the same in n parts of the rows, so that GELU reads the matmul's result from L2 cache

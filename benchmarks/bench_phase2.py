@@ -6,7 +6,7 @@ loss curves.
     python benchmarks/bench_phase2.py ladder --only='compiled;half_residual' --batch_size=32 --out=...
     python benchmarks/bench_phase2.py ladder --nanogpt=$HOME/nanoGPT --together=8 --out=...  # upstream in each turn
     python benchmarks/bench_phase2.py ladder --only='+ half_residual;fp8' --together=7 --out=fp8_ladder.json
-    python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json      # tiny, on a CPU; also gradients
+    python benchmarks/bench_phase2.py ladder --dry-run --out=ladder.json      # tiny, on a CPU; gradients --dry-run too
     python benchmarks/bench_phase2.py curves --out=phase2_curves.json         # 5 minutes; needs data/python_gpt2
     python benchmarks/bench_phase2.py curves --only='Triton, half_residual;Triton, fp8' --curve_steps=1500 --out=...
     python benchmarks/bench_phase2.py largest --out=phase2_largest.json       # about 5 minutes
@@ -21,12 +21,12 @@ ladder: tokens/s of train.py's iteration (trainer.py; bfloat16 autocast, 8 micro
 clipping, fused AdamW) with one change after the other. Each variant takes turns with the compiled reference, five
 times. With --together=6, five variants at a time take turns with it, which compares them better and needs memory for
 six. With --nanogpt, upstream's model takes its turn with them, in the same training step. nvidia-smi reports clock and
-power during each variant's own turns: a GPU at its power limit lowers its clock, the more the better it is used.
+power during each variant's own turns: at its power limit, a GPU lowers its clock, and a busier GPU lowers it more.
 gradients: those of one micro-step against float64.
 matmuls: each matmul of the model by cuBLAS and by cuBLASLt, in turns: where the table in kernels/linear.py comes from.
-hopper: matmuls by cuBLAS and by the Gluon matmul, the last one also with the loss.
+hopper: the model's matmuls by cuBLAS and by the Gluon matmul, the output layer's also with the loss.
 fp8: each matmul of the forward and of the input gradients in bfloat16 and in FP8, and kernels that only quantize.
-widths: the matmuls of 1.5B, whose 1,600 columns are no multiple of 128, and those of a model with 1,664 columns.
+widths: the matmuls of 1.5B, whose 1,600 columns are not a multiple of 128, and those of a model with 1,664 columns.
 largest: the most sequences of 1024 tokens in a micro-step that fit into the GPU's memory, found by bisection, and
 tokens/s with them.
 profile: where the time of a micro-step goes, by kernel, the optimizer's share included.
@@ -71,8 +71,8 @@ BLOCK_SIZE = {'cuda': 1024, 'cpu': 32}
 
 def clip_gradients(optimizer, parameters, max_norm):
     """
-    Clips gradients through fused AdamW's grad_scale, by which it divides each gradient as it reads it: a pass over all
-    gradients less. Returns their norm. The gain was within the spread, so train.py clips as usual (NOTEBOOK.md).
+    Clips gradients through fused AdamW's grad_scale, which divides each gradient as AdamW reads it and so saves a pass
+    over all gradients. Returns their norm. The gain was within the spread, so train.py clips as usual (NOTEBOOK.md).
     """
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)
@@ -196,8 +196,8 @@ class Sensors:
 
 class Variant(Trainer):
     """
-    One variant, ready to run. batches: pairs (X, Y), which it takes in turn. peak_bytes: of its memory, parameters and
-    all.
+    One variant, ready to run. batches: pairs (X, Y), which it takes in turn. peak_bytes: the peak of its memory,
+    parameters included.
     """
 
     def __init__(self, name, size, batches, micro_steps, seed=1337, warm=True):
@@ -249,7 +249,7 @@ class Variant(Trainer):
 
     @contextlib.contextmanager
     def switched_off(self):
-        """Puts PyTorch's functions in the places of those that the variant does without."""
+        """Replaces the kernels' functions that the variant does not use with PyTorch's."""
         with contextlib.ExitStack() as stack:
             for name, function in self.functions.items():
                 modules = [module for module in (self.module, *kernel_modules) if hasattr(module, name)]
@@ -280,7 +280,7 @@ def replaced(module, name, function):
 
 
 def chosen(args, names):
-    """Returns the names; with --only, those that it names, and those that have a part of it that is no name."""
+    """Returns the names that --only selects: by a full name, or by a part of a name; all without --only."""
     wanted = lambda name: any(part == name if part in names else part in name for part in args.only.split(';'))
     return [name for name in names if not args.only or wanted(name)]
 
@@ -331,7 +331,7 @@ def ladder(args, rows, save):
 
 
 def largest(args, rows, save):
-    """Peaks at two batch sizes give a guess, from which bisection finds one that fits while the next does not."""
+    """Finds the largest batch that fits, by bisection from a guess that the peaks at two batch sizes give."""
     memory = torch.cuda.get_device_properties(0).total_memory
     if args.gib:
         torch.cuda.set_per_process_memory_fraction(args.gib * 2**30 / memory)
@@ -444,7 +444,7 @@ def matmuls(args, rows, save):
 
 def hopper(args, rows, save):
     """
-    Times forward matmuls by cuBLAS and by the Gluon matmul, and the last one with the loss, in turns; medians of
+    Times forward matmuls by cuBLAS and by the Gluon matmul, the output layer's also with the loss, in turns; medians of
     CUDA-graph replays of 12 calls.
     """
     from bench_layer_norm import graph_us
@@ -583,8 +583,8 @@ def widths(args, rows, save):
 
 def gradients(args, rows, save):
     """
-    Gradients of one micro-step in bfloat16 against the reference's in float64: the relative error of each parameter's,
-    by norm.
+    Compares gradients of one micro-step in bfloat16 with the reference's in float64: the relative error of each
+    parameter's gradient, by norm.
     """
     tokens = torch.randint(
         50257,
@@ -714,7 +714,7 @@ def compared(rows):
 
 
 def shown(name):
-    """Returns a variant's name as the documents have it; result files keep the one of their day."""
+    """Returns the name that the documents use for a variant; older result files have other names."""
     now = {'phase 2': 'Triton', 'cuda_graph': 'CUDA graph', 'fp8, never a kernel': 'fp8, without kernels'}
     for before, after in now.items():
         name = name.replace(before, after)
@@ -722,7 +722,7 @@ def shown(name):
 
 
 def work_of(report):
-    """Returns size, sequences in a micro-step and micro-steps; the first files do not say."""
+    """Returns size, sequences in a micro-step and micro-steps; the first result files do not record them."""
     return report.get('size', '124M'), report.get('batch_size', 12), report.get('micro_steps', 8)
 
 
@@ -898,7 +898,7 @@ def phase2_gradients(report):
 
 @table('phase2_ladder_*', together=True)
 def measured(reports):
-    """README's table of one GPU: the ladders of the usual work."""
+    """Returns the ladders of the usual work, 124M with 8 micro-steps of 12 x 1024 tokens, on one GPU."""
     rows = []
     for file, report in reports.items():
         if work_of(report) != ('124M', 12, 8):
@@ -916,7 +916,7 @@ def measured(reports):
             numbers = (f'{speed["median"]:,.0f}', f'{base["median"]:,.0f}', ratio, of_graph)
             where = f'{cite(file)}, {commit_of(report)}'
             rows.append((label, short(report), *numbers, gib(row['peak_memory_bytes'], 1), where))
-    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same rounds', '× that', '× reference with CUDA graph']
+    header = ['', 'GPU', 'tokens/s', 'compiled reference in the same rounds', 'ratio', '× reference with CUDA graph']
     return markdown([*header, 'peak, GiB', 'result file'], rows)
 
 
@@ -982,8 +982,8 @@ def phase2_largest(report):
 @number
 def times_upstream(file, *name):
     """
-    Returns the speed of a short name (see changes), or of a variant, in multiples of upstream nanoGPT's in the same
-    rounds.
+    Returns the speed of a variant, given by a short name (see changes) or its full name, in multiples of upstream
+    nanoGPT's in the same rounds.
     """
     row = changes(load(file)).get(' '.join(name)) or row_of(file, name)
     return f'{statistics.median(row["ms_upstream"]) / statistics.median(row["ms"]):.2f}'
@@ -1027,7 +1027,7 @@ def val_loss_apart(file, *kind):
 
 @number
 def largest_batch(file, *name):
-    """Sequences of 1024 tokens that fit into a micro-step of the variant whose name ends with these words."""
+    """Returns how many sequences of 1024 tokens fit into a micro-step of the variant whose name ends with the words."""
     rows = load(file)['rows']
     return str(next(row['batch_size'] for row in rows if row['name'].endswith(' '.join(name))))
 

@@ -223,7 +223,7 @@ def by_class(rows, limit):
 
 
 def remapping(rows):
-    """Returns how long the runs took that lacked memory, next to what the formulas say without and with that."""
+    """Returns the measured times of runs that lacked memory, next to the formulas' times without and with that line."""
     return [
         describe(row)
         | {

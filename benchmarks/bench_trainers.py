@@ -106,7 +106,7 @@ class Probe:
         self.started = time.perf_counter()
 
     def place_of(self, iteration):
-        """Returns the number of the block of iterations with as many micro-steps, and the iteration's place in it."""
+        """Returns the iteration's block, in which the number of micro-steps is constant, and its place in it."""
         block = bisect(self.starts, iteration) - 1
         return block, iteration - self.starts[block]
 
@@ -471,7 +471,7 @@ def in_order(rows):
 
 
 def one_of_each(rows):
-    """Returns, without failures, the row with the most micro-steps of each trainer, size and number of processes."""
+    """Returns the row with the most micro-steps of each trainer, size and number of processes; leaves out failures."""
     return {
         (row['processes'], row['size'], row['trainer']): row for row in in_order(rows) if 'error' not in row
     }.values()
@@ -619,7 +619,7 @@ def trainers_on_1(report):
 
 @table('trainers_h200x4')
 def trainers_alike(report):
-    """Returns a table of trainers that compute in the same formats: DDP's tokens/s, the others in percent of them."""
+    """Returns a table of trainers that compute in the same formats: DDP's tokens/s, the others in percent of DDP's."""
     rows = {(row['trainer'], row['size'], row['micro_steps']): row for row in report['rows'] if 'error' not in row}
     works = [(size, n) for size, n in (('124M', 10), ('124M', 1), ('1.5B', 5), ('1.5B', 1)) if ('ddp', size, n) in rows]
     cells = []
@@ -645,7 +645,7 @@ def triton_of_ddp(report):
         (NAMES[name], *(against_ddp(found[(name, *work)], report['rows']) for work in works))
         for name in ('triton', 'zero1+triton', 'fsdp+triton')
     ]
-    return markdown(['speed, of DDP', *(f'{size} × {n}' for size, n in works)], cells)
+    return markdown(['speed in % of DDP', *(f'{size} × {n}' for size, n in works)], cells)
 
 
 @table('trainers_cpu')
@@ -663,7 +663,7 @@ def trainers_cpu(report):
         numbers = [f'{part:.2f}' for part in (*parts, sum(parts))]
         cells.append((k, NAMES[row['trainer']], *numbers, f'{expected:g}', speed))
     header = ['processes', 'bytes per parameter', 'parameters', 'gradients', 'AdamW', 'sum', 'by arithmetic']
-    return markdown([*header, "speed, of DDP's"], cells)
+    return markdown([*header, "speed ÷ DDP's"], cells)
 
 
 def row_of(file, trainer, size, micro_steps=None):
@@ -694,7 +694,7 @@ def trainer_memory(file, trainer, size, key, digits=1):
 
 @number
 def trainer_bytes(file, trainer, size):
-    """Bytes per parameter of parameters, gradients and AdamW's state, on the rank that has most."""
+    """Returns the bytes per parameter of parameters, gradients and AdamW's state, on the rank that has most."""
     row = row_of(file, trainer, size)
     return (
         f'{sum(row["memory_bytes"][key] for key in ("parameters", "gradients", "optimizer")) / row["parameters"]:.2f}'
@@ -759,7 +759,7 @@ def plan(args, processes, folder):
                 cache = str(folder / (f'cache-{name}-{size}' if args.cold and i == 0 else 'cache'))
                 run.update(micro_steps=micro_steps, save=save, resume=False, cache=cache, out_dir=str(out))
                 run.update(
-                    name=f'{name}, {size}, {processes} processes, round {i + 1}',
+                    name=f'{name}, {size}, {processes} process{"es" * (processes > 1)}, round {i + 1}',
                     expected_seconds=with_kernels
                     if 'triton' in name
                     else in_parts
@@ -876,8 +876,9 @@ def measure(args, numbers, report, folder):
     for run in (run for its in runs.values() for run in its):
         run['expected_seconds'] = took.get(cell_of(run), run['expected_seconds'])
     expected = sum(run['expected_seconds'] for its in runs.values() for run in its)
-    limit = f', limited to {args.minutes:g}' * bool(args.minutes)
-    print(f'{sum(map(len, runs.values()))} runs, about {expected / 60:.0f} minutes{limit}', flush=True)
+    limit = f', limited to {args.minutes:g} minutes' * bool(args.minutes)
+    count = sum(map(len, runs.values()))
+    print(f'{count} run{"s" * (count != 1)}, about {expected / 60:.1f} minutes{limit}', flush=True)
     if args.plan:
         print('\n'.join(f'{run["name"]:<44} {run["expected_seconds"]:4.0f} s' for its in runs.values() for run in its))
         return

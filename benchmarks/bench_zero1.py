@@ -449,7 +449,7 @@ def zero1_speed(report):
         'model × micro-steps',
         'DDP, tokens/s',
         'ZeRO-1, tokens/s',
-        'of DDP (rounds)',
+        'ZeRO-1 in % of DDP (range of rounds)',
         'at rest, GiB',
         'peak, GiB',
     ]

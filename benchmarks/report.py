@@ -193,7 +193,7 @@ def draw_memory(axes, memory):
             axes.bar(name, height, 0.62, bottom, color=color, hatch=hatch, edgecolor='white', label=label)
             bottom += height
         at_rest = bottom - parts['more at the peak']
-        axes.text(i, bottom + 0.7, f'peak {bottom:.1f}', ha='center')
+        axes.text(i, bottom + 1.2, f'peak {bottom:.1f}', ha='center')
         axes.text(i, at_rest + 1.0, f'at rest {at_rest:.1f}', ha='center', bbox={'color': 'white', 'pad': 1})
     tallest = max(sum(parts.values()) for parts in memory.values())
     axes.set(ylabel='GiB on each GPU', ylim=(0, 1.4 * tallest), title='Memory: GPT-2 1.5B on four H200s')
@@ -206,8 +206,8 @@ def draw_speed(axes, speed):
     for i, label in enumerate(labels):
         axes.barh(i, speed[label], 0.62, color=ORANGE if speed[label] >= 99 else GREY)
         axes.text(speed[label] + 2, i, f'{speed[label]:.0f}%', va='center')
-    axes.axvline(100, color='black', linewidth=1.5)
-    axes.text(100, len(labels) - 0.5, 'DDP', ha='center', bbox={'color': 'white', 'pad': 1})
+    axes.plot([100, 100], [-0.5, len(labels) - 0.6], color='black', linewidth=1.5)
+    axes.text(100, len(labels) - 0.5, 'DDP', ha='center')
     axes.set_yticks(range(len(labels)), [label.replace(', ', '\n') for label in labels], fontsize=12.5)
     title = 'Speed: four H200s'
     axes.set(xlabel='% of DDP, 10 (1.5B: 5) micro-steps', xlim=(0, 135), ylim=(-0.5, len(labels) - 0.1), title=title)

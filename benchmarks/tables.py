@@ -77,8 +77,8 @@ def files(*patterns):
 
 def render(name, document):
     """
-    Returns the table for a document, a path relative to the repository's root, which its links are made relative to;
-    '' if there is no result file.
+    Returns the table with links relative to the document, which is given by its path from the repository's root; '' if
+    there is no result file.
     """
     function, patterns, together = TABLES[name]
     reports = {file: load(file) for file in files(*patterns)}

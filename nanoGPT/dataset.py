@@ -298,7 +298,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Loads only dicts, lists, strings, numbers and the like: without imports, a pickle cannot run code."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it wants to import {module}.{name}, which could run code')
+        raise pickle.UnpicklingError(f'it imports {module}.{name}, which could run code')
 
 
 def load_meta(data_dir: str) -> dict:

@@ -74,7 +74,7 @@ def discard_stuck_output() -> None:
 
 
 def _takes_output(stream, timeout_s):
-    """Returns whether a line can be written to the stream within timeout_s without blocking, or at least be tried."""
+    """Returns whether the stream accepts a line within timeout_s, or cannot tell."""
     with suppress(AttributeError, OSError, ValueError):  # no stream, or a closed one
         poll = select.poll()
         poll.register(stream.fileno(), select.POLLOUT)

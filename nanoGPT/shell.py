@@ -37,8 +37,8 @@ def shortest_path(path: str) -> str:
     python of a virtual environment is a link to another python.
     """
     path, here = os.path.abspath(path), os.getcwd()
-    near = os.path.dirname(os.path.dirname(here)) + os.sep
-    near = near if near.count(os.sep) > 1 else here + os.sep  # not the whole disk
+    near = os.path.dirname(os.path.dirname(here))
+    near = os.path.join(here if near == os.sep else near, '')  # not the whole disk
     return os.path.relpath(path) if path.startswith(near) else path
 
 

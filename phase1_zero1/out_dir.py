@@ -133,7 +133,7 @@ def _rename(folder, found, reason):
 def temporary(path: str) -> str:
     """
     Returns the name under which a file for path is written. A killed run leaves at most one such file, which the next
-    one overwrites or removes. Only of two runs in one folder, the second has names of its own.
+    one overwrites or removes. If two runs share a folder, the second uses names of its own.
     """
     return f'{path}{own_ending(os.path.dirname(path))}.tmp'
 

@@ -50,7 +50,8 @@ def in_both_splits(manifest: dict) -> str:
         twin = train.get((entry['bytes'], entry['fingerprint']))
         if twin:
             return (
-                f'{twin} of train and {entry["file"]} of val have the same content: the validation loss is no measure'
+                f'{twin} of train and {entry["file"]} of val have the same content, so the validation loss is '
+                'measured on training data'
             )
     return ''
 
@@ -124,12 +125,12 @@ def _first_difference(split, before, now):
         more, less, change = (now, before, 'is new') if len(now) > len(before) else (before, now, 'is missing')
         known = {(entry['bytes'], entry['fingerprint']) for entry in less}
         extra = next((entry for entry in more if (entry['bytes'], entry['fingerprint']) not in known), more[-1])
-        return f'{split} file {extra["file"]} {change} ({len(now)} files, then {len(before)})'
+        return f'{split} file {extra["file"]} {change} ({len(now)} files instead of {len(before)})'
     for old, new in zip(before, now):
-        where = f'{split} file {new["file"]}' + (f' (then {old["file"]})' if old['file'] != new['file'] else '')
+        where = f'{split} file {new["file"]}' + (f' (earlier {old["file"]})' if old['file'] != new['file'] else '')
         for field, unit in (('tokens', ' tokens'), ('bytes', ' bytes')):
             if old[field] != new[field]:
-                return f'{where} has {new[field]:,}{unit}, then {old[field]:,}'
+                return f'{where} has {new[field]:,}{unit} instead of {old[field]:,}'
         if old['fingerprint'] and old['fingerprint'] != new['fingerprint']:
             return f'{where} has other contents (same size)' if new['fingerprint'] else f'{where} cannot be read'
     return ''

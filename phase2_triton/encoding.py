@@ -47,8 +47,8 @@ class CharEncoding:
         for char in text:
             if char not in self.stoi:
                 raise UserError(
-                    f'the character {char!r} (U+{ord(char):04X}) is not among the {len(self.stoi)} of the '
-                    "data set's vocabulary"
+                    f'the character {char!r} (U+{ord(char):04X}) is not one of the {len(self.stoi)} '
+                    "characters in the data set's vocabulary"
                 )
         return [self.stoi[char] for char in text]
 
@@ -97,9 +97,11 @@ class GPT2Encoding:
 
 def get_encoding(meta: dict):
     """
-    Returns the encoding of a data set with this meta (see load_meta), an object with three methods: encode(text) ->
-    list of int, decode(iterable of int) -> str, which take any text and any ids of the vocabulary, and byte_lengths()
-    -> list with the number of text bytes in each token. Raises UserError for an unknown encoding.
+    Returns the encoding of a data set with this meta (see load_meta). Raises UserError for an unknown one. Its methods:
+
+    encode(text) -> list of int
+    decode(iterable of int) -> str; takes any ids of the vocabulary
+    byte_lengths() -> list with the number of text bytes in each token
     """
     name = meta.get('encoding') if meta else 'gpt2'
     for known, encoding, size in (('gpt2', GPT2Encoding, 50257), ('byte', ByteEncoding, 256)):

@@ -145,7 +145,7 @@ def _out_of_memory_message(error, trace):
     ]
     place = f' in line {lines[-1]} of {script}' if lines else ''
     reasons = [line for line in str(error).splitlines() if OUT_OF_MEMORY.search(line)]
-    reason = reasons[0] if reasons else "no more of the CPU's"  # Python's own MemoryError has no message
+    reason = reasons[0] if reasons else 'no CPU memory is left'  # Python's own MemoryError has no message
     reason = re.sub(r'^\[.*?\] (err == 0. )?', '', reason).split(' Of the allocated')[0].rstrip('.')
     torch, plan = sys.modules.get('torch'), ''
     if torch and torch.cuda.is_available():

@@ -67,9 +67,9 @@ def named_by(pointer: str, folder: str) -> str | None:
 
 def latest_in(folder: str) -> str | None:
     """
-    Returns the path of the latest sharded checkpoint in folder, or None if there is none. If `latest` or the checkpoint
-    that it names is missing, as after a kill right before it was written or in a partial copy, returns the one of the
-    highest iteration, with a printed line.
+    Returns the path of the latest sharded checkpoint in folder, or None if there is none. `latest` or the checkpoint
+    that it names may be missing, after a kill or in a partial copy: then returns the checkpoint of the highest
+    iteration, with a printed line.
     """
     named = named_by('latest', folder)
     if named and os.path.exists(unsharded_file(named)):
@@ -285,7 +285,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if name not in self.RECORDS.get(module, ()):
-            raise pickle.UnpicklingError(f'it wants to import {module}.{name}, which could run code')
+            raise pickle.UnpicklingError(f'it imports {module}.{name}, which could run code')
         return super().find_class(module, name)
 
 

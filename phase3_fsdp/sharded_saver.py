@@ -30,7 +30,7 @@ from sharded_checkpoint import (
 )
 from sharding import as_dtensor, own_rows
 
-# rounds of at most a second; in these the ranks that still write learn of a failure, unless the failed rank cannot tell
+# after a failure, rounds of at most a second to wait for the ranks that still write; usually the failed one tells them
 PATIENCE = 5
 
 

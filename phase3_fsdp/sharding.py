@@ -59,8 +59,8 @@ class OnMeta(TorchDispatchMode):
 def initialize(model, recipe, names):
     """
     Gives the sharded model exactly the weights that rank 0 would have without FSDP, with one full parameter at a time
-    in memory. As under DDP, each rank draws all random numbers from its own generator, which so ends in the same state
-    as under DDP, and rank 0's results are used. names: {identity of a storage in the recipe: parameter}.
+    in memory. As under DDP, each rank draws all random numbers from its own generator, and rank 0's results are used.
+    So the generators end in the same state as under DDP. names: {identity of a storage in the recipe: parameter}.
     """
     parameters = dict(model.named_parameters())
     last_write = {storage: i for i, (storage, *_) in enumerate(recipe.calls)}

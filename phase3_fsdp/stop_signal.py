@@ -9,8 +9,9 @@ from output import Output, discard_stuck_output
 
 class StopSignal:
     """
-    Stops a run at the next step boundary after SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal), SIGUSR1 or SIGUSR2
-    (which schedulers send before a time limit) or SIGXCPU (a limit of CPU time), instead of in the middle of a step.
+    Stops a run at the next step boundary, not in the middle of a step, after one of these signals: SIGTERM, SIGINT
+    (Ctrl-C), SIGHUP (a closed terminal), SIGUSR1 and SIGUSR2 (schedulers send them before a time limit), and SIGXCPU (a
+    limit of CPU time).
     The handler only records the signal: another rank may be inside a collective, so the ranks must leave the loop
     together. A problem of the data stops the run in the same way, so that it saves first.
     """

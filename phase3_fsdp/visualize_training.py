@@ -5,7 +5,7 @@ schema).
     python visualize_training.py                             # the newest run under out*/
     python visualize_training.py out/run_20260102_030405.json
     python visualize_training.py out-reference out-zero1     # the newest run of each, compared with the first one
-    python visualize_training.py out --follow                # redraw while the run is going
+    python visualize_training.py out --follow                # redraw until the run ends
     python visualize_training.py out --html run.html         # also a page to zoom into
 
 The picture is written next to the (first) log: run_..._analysis.png, or for several runs
@@ -562,7 +562,7 @@ def parse_args(argv):
     args.metrics = args.metrics.split(',') if args.metrics else None
     for name in args.metrics or ():
         if name not in TITLES:
-            parser.error(f'--metrics: {name!r} is none of {", ".join(TITLES)}')
+            parser.error(f'--metrics: {name!r} is not one of {", ".join(TITLES)}')
     if (args.smooth is not None and args.smooth < 1) or (args.follow is not None and not 0 < args.follow < 1e6):
         parser.error('--smooth and --follow must be positive, and --follow below a million')
     if args.html is not None and not args.html.endswith(('.html', '.htm')):

@@ -204,11 +204,11 @@ def streams_apart(run):
 
 def stale_logits(run):
     """
-    Returns the bytes that the logits leave unused. What is allocated after them and stays settles in their memory: the
-    blocks' gradients if more micro-steps follow, or AdamW's new state. The next logits get new memory if they do not
-    fit into what is left, which is then lost. bench_memory.py --history traced this for the Triton model, and under
-    FSDP for the compiled model with several micro-steps. FSDP with one micro-step is inferred from sizes, and so is
-    FP8, whose gradient of the logits in 8 bits leaves memory, too.
+    Returns the bytes that the logits leave unused. Tensors that are allocated after them and stay settle in their
+    memory: the blocks' gradients if more micro-steps follow, or AdamW's new state. If the next logits do not fit into
+    the rest of that memory, they get new memory, and the rest is lost. bench_memory.py --history traced this for the
+    Triton model, and under FSDP for the compiled model with several micro-steps. FSDP with one micro-step is inferred
+    from sizes, and so is FP8, whose gradient of the logits in 8 bits leaves memory, too.
     """
     several, logits = run.micro_steps > 1, run.half_bytes * run.tokens * run.vocab_size
     freed = logits + run.fp8_head * run.tokens * run.vocab_size
@@ -236,8 +236,8 @@ def first_bucket(run):
     """
     Returns the bytes of gradients that DDP and ZeRO-1 have in addition in the second iteration. In the first iteration,
     all gradients are in one bucket, which smaller ones replace. NCCL's process group refers to the first bucket until
-    the CPU notices that its reduction has ended. With one micro-step, that is often too late. by_chance() has the other
-    runs.
+    the CPU notices that its reduction has ended. With one micro-step, that is often too late. by_chance() covers
+    the other runs.
     """
     return 0.0 if run.gpus == 1 or run.sharded or run.micro_steps > 1 else 4.0 * run.parameters
 
@@ -277,7 +277,8 @@ def memory(run: Run, allocator: Allocator | None = None) -> dict[str, float]:
 
 def needed(run: Run, allocator: Allocator | None = None) -> float:
     """
-    Returns the least bytes with which the run can train. Out of memory, torch frees stale blocks, which costs speed.
+    Returns the least bytes with which the run can train. When memory runs out, torch frees unused blocks, which costs
+    speed.
     """
     allocator = allocator or ALLOCATOR
     total = sum(settled(run, replace(allocator, pool_compiled=0.0, pool_kernels=0.0)).values())

@@ -258,7 +258,7 @@ def known_to(name: str) -> frozenset:
 def command(name: str, run: Run, arguments: list[str], config: dict) -> str:
     """
     Returns the shell command that starts this trainer from the working directory. arguments: the user's own arguments
-    for train.py, of which those that select or belong to another trainer are left out. config: all flags.
+    for train.py; the command leaves out those that select or belong to another trainer. config: all flags.
     """
     parts, folder = name.split('+'), folder_of(name)
     known = known_to(name) - {'use_zero1', 'use_fsdp', 'use_triton', 'fsdp_shard_size'}

@@ -597,10 +597,10 @@ class Malicious:
 @pytest.mark.parametrize(
     'content, message',
     [
-        (pickle.dumps(Malicious()), 'wants to import posix.system'),
-        (pickle.dumps({'vocab_size': 5, 'stoi': {'a': [Malicious()]}}), 'wants to import posix.system'),
-        (b"cos\nsystem\n(S'touch executed'\ntR.", 'wants to import os.system'),
-        (pickle.dumps({'vocab_size': np.int64(5)}), 'wants to import numpy'),
+        (pickle.dumps(Malicious()), 'it imports posix.system'),
+        (pickle.dumps({'vocab_size': 5, 'stoi': {'a': [Malicious()]}}), 'it imports posix.system'),
+        (b"cos\nsystem\n(S'touch executed'\ntR.", 'it imports os.system'),
+        (pickle.dumps({'vocab_size': np.int64(5)}), 'it imports numpy'),
         (pickle.dumps({'vocab_size': 5})[:-4], 'not a usable meta.pkl'),
         (b'', 'not a usable meta.pkl'),
         (b'\x80\x04no pickle', 'not a usable meta.pkl'),
@@ -678,7 +678,7 @@ def test_encodings():
     # upstream's keys only
     char = encoding.get_encoding({'vocab_size': 2, 'stoi': {'a': 0, '\n': 1}, 'itos': {0: 'a', 1: '\n'}})
     assert char.encode('a\na') == [0, 1, 0] and char.decode([1, 0, 7]) == '\na\ufffd'
-    with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) is not among the 2"):
+    with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) is not one of the 2"):
         char.encode('aé')
     with pytest.raises(UserError, match='meta.pkl describes an unknown encoding'):
         encoding.get_encoding({'vocab_size': 9})

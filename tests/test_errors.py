@@ -373,7 +373,7 @@ def test_a_crash_of_one_rank_ends_all(launch, work):
             2,
             ': CUDA error: out of memory.',
         ),
-        ('MemoryError()', 2, "no more of the CPU's"),
+        ('MemoryError()', 2, 'no CPU memory is left'),
         (
             "RuntimeError('CUDA driver error: operation not supported')",
             2,

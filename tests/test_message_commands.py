@@ -93,6 +93,18 @@ def test_the_python_of_commands_is_this_one(tmp_path, monkeypatch):
     run_command(command.replace('install numpy', 'show numpy' if 'uv' in command else '--version'))
 
 
+def test_paths_are_relative_where_they_are_near(monkeypatch):
+    for here, expected in (
+        ('/', 'root/gpt/a.py'),
+        ('/root', 'gpt/a.py'),
+        ('/root/gpt', 'a.py'),  # two folders up is the whole disk
+        ('/root/gpt/data/text', '../../a.py'),
+        ('/home/me/gpt', '/root/gpt/a.py'),
+    ):
+        monkeypatch.setattr(os, 'getcwd', lambda: here)
+        assert shell.shortest_path('/root/gpt/a.py') == expected, here
+
+
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     """A copy of the trainers, in a folder whose name needs quotes, with a phase's link to the data."""

@@ -47,7 +47,7 @@ def test_an_alphabet_without_a_newline(launch, trained):
     assert "no newline to start from, so samples start with '0' (see --start)" in out
     assert len(re.findall(r'^0.{5}$', out, re.M)) == 2
     ended = launch(SAMPLE, '--start=\n', check=False)
-    assert ended.returncode == 2 and "the character '\\n' (U+000A) is not among" in ended.stderr
+    assert ended.returncode == 2 and "the character '\\n' (U+000A) is not one of the" in ended.stderr
 
 
 def test_prompt_from_a_file_and_other_checkpoint(launch, trained):

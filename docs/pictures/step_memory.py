@@ -33,6 +33,7 @@ def draw(path=FOLDER / 'step_memory.svg'):
             f'at rest: {rest:.0f} MiB\n({per_parameter[0]:.1f} bytes per parameter)',
             va='top',
             fontsize=11,
+            bbox={'color': '#A6CEE4', 'pad': 1},  # BLUE at the opacity of the area
         )
         axis.set_title(f'{title}\npeak: {its["peak"] / MIB:.0f} MiB', fontsize=14)
         for x in (1, 2):

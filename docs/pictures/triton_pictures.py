@@ -119,8 +119,8 @@ def draw_roofline(numbers):
     axes.text(1900, PEAK * 1.12, 'bfloat16 tensor cores: 989 TFLOP/s', ha='right')
     colours = dict(zip([label for label, *_ in numbers['dots']], (ORANGE, BLUE, RED, '#777777', '#777777', SKY)))
     places = {  # positions of labels that are not below and right of their dots
-        'matmul 768 → 2304': (46, -72, 'right'),
-        'matmul 3072 → 768': (46, -92, 'right'),
+        'matmul 768 → 2304': (46, -86, 'right'),
+        'matmul 3072 → 768': (46, -106, 'right'),
         'residual + LayerNorm': (-8, 7, 'right'),
     }
     for label, gpu, intensity, theirs, ours in numbers['dots']:
@@ -131,7 +131,8 @@ def draw_roofline(numbers):
         roof = min(PEAK, intensity * numbers['bandwidth'][gpu])
         text = f'{label}{" (H100)" if gpu == "H100" else ""}, {ours / roof:.0%}'
         right, up, side = places.get(label, (10, -12, 'left'))
-        axes.annotate(text, (intensity, ours), (right, up), textcoords='offset points', ha=side)
+        color = colour if label.startswith('matmul') else 'black'  # these labels are far from their dots
+        axes.annotate(text, (intensity, ours), (right, up), textcoords='offset points', ha=side, color=color)
     axes.plot([], [], 'o', color='white', mec=DARK, mew=1.8, ms=8, label='PyTorch, eager')
     axes.plot([], [], 'o', color=DARK, ms=9, label='kernels/, with the share of the roof')
     axes.set(xscale='log', yscale='log', xlim=(0.01, 2000), ylim=(1.5e11, 2e15))

@@ -1,8 +1,8 @@
 # GPT-3 13B, not trained here. Sizes, batch and learning rate are those of table 2.1 of the GPT-3 paper
 # (arxiv.org/abs/2005.14165); the rest is from its appendix B, for 300 billion tokens. Attention is dense in every
 # block; GPT-3 alternated with banded sparse attention. The table has a width of 5,140 for 40 heads of 128; here it is
-# 40 * 128 = 5,120. For FSDP, whose train.py knows the flags below; checkpoints are sharded, so that no rank has to hold
-# all of the state.
+# 40 * 128 = 5,120. Use it with FSDP's train.py, which has the flags below. Checkpoints are sharded, so that no rank has
+# to hold all of the state.
 # $ torchrun --standalone --nproc_per_node=8 phase3_fsdp/train.py config/gpt3_13B.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                       1 H100        4 H100      8 H100  1 H200        4 H200      8 H200

@@ -1,6 +1,6 @@
-# GPT-2 medium (350M). The recipe was trained: llm.c, scripts/run_gpt2_350M.sh, 31 billion tokens of FineWeb, 14 hours
-# on 8 A100s. Here without biases, as in train_gpt2.py; llm.c has them. Its 64 sequences a GPU are 32 here, in twice as
-# many micro-steps.
+# GPT-2 medium (350M). llm.c trained with this recipe (scripts/run_gpt2_350M.sh): 31 billion tokens of FineWeb in 14
+# hours on 8 A100s. Two things differ here: there are no biases, as in train_gpt2.py, and a micro-step has 32 sequences
+# per GPU instead of 64, so there are twice as many micro-steps.
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_350M.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                            1 H100       4 H100        8 H100       1 H200       4 H200        8 H200

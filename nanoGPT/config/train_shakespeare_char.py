@@ -24,7 +24,7 @@ n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3  # small networks stand more
+learning_rate = 1e-3  # small networks tolerate a higher rate
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4

@@ -1,6 +1,6 @@
-# GPT-2 XL (1.5B). The recipe was trained: llm.c, scripts/run_gpt2_1558M.sh, 33.6 billion tokens of FineWeb-Edu in 24
-# hours on 8 H100s. Here without biases, as in train_gpt2.py; llm.c has them. Its 16 sequences a GPU are 8 here, in
-# twice as many micro-steps.
+# GPT-2 XL (1.5B). llm.c trained with this recipe (scripts/run_gpt2_1558M.sh): 33.6 billion tokens of FineWeb-Edu in 24
+# hours on 8 H100s. Two things differ here: there are no biases, as in train_gpt2.py, and a micro-step has 8 sequences
+# per GPU instead of 16, so there are twice as many micro-steps.
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_1.5B.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                           1 H100       4 H100       8 H100      1 H200       4 H200       8 H200

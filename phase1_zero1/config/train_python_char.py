@@ -6,7 +6,7 @@ out_dir = 'out-python-char'
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
-always_save_checkpoint = False  # it may overfit: save when the validation loss is better than ever, and at the end
+always_save_checkpoint = False  # it may overfit: save when the validation loss is the lowest so far, and at the end
 
 dataset = 'python_char'
 gradient_accumulation_steps = 4  # so that 1, 2 or 4 processes can share it
@@ -18,7 +18,7 @@ n_head = 4
 n_embd = 128
 dropout = 0.0
 
-learning_rate = 3e-3  # small networks stand more
+learning_rate = 3e-3  # small networks tolerate a higher rate
 max_iters = 2000
 lr_decay_iters = 2000
 min_lr = 3e-4

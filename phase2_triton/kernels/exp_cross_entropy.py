@@ -171,7 +171,7 @@ def supports(x, weight, dtype):
         return False
     if len(x) < MIN_ROWS:
         return False
-    # the GPU's copy engine wants rows that start at multiples of 16 bytes
+    # the GPU's copy engine needs rows that start at multiples of 16 bytes
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
     return aligned and weight.is_contiguous()
 

@@ -1,7 +1,7 @@
 # GPT-3 6.7B, not trained here. Sizes, batch and learning rate are those of table 2.1 of the GPT-3 paper
 # (arxiv.org/abs/2005.14165); the rest is from its appendix B, for 300 billion tokens. Attention is dense in every
-# block; GPT-3 alternated with banded sparse attention. For FSDP, whose train.py knows the flags below; checkpoints are
-# sharded, so that no rank has to hold all of the state.
+# block; GPT-3 alternated with banded sparse attention. Use it with FSDP's train.py, which has the flags below.
+# Checkpoints are sharded, so that no rank has to hold all of the state.
 # $ torchrun --standalone --nproc_per_node=8 phase3_fsdp/train.py config/gpt3_6.7B.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                       1 H100      4 H100      8 H100         1 H200       4 H200        8 H200

@@ -1,6 +1,6 @@
-# GPT-2 large (774M). The recipe is llm.c's, scripts/run_gpt2_774M.sh, for 150 billion tokens of FineWeb; no published
-# result of it was found. Here without biases, as in train_gpt2.py; llm.c has them. Its 32 sequences a GPU are 16 here,
-# in twice as many micro-steps.
+# GPT-2 large (774M). The recipe is llm.c's (scripts/run_gpt2_774M.sh), for 150 billion tokens of FineWeb; we found no
+# published result of it. Two things differ here: there are no biases, as in train_gpt2.py, and a micro-step has 16
+# sequences per GPU instead of 32, so there are twice as many micro-steps.
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_774M.py --dataset=FOLDER
 # plan.py says, as GiB that a GPU reserves and thousand tokens/s of all GPUs; - does not fit:
 #                           1 H100       4 H100       8 H100       1 H200       4 H200       8 H200

