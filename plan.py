@@ -129,7 +129,7 @@ def main():
         reason = options.why_not_fp8(found['triton'].run, config)
         fp8 = f'not using FP8: {reason}' if reason else 'fp8=True: only in the rows with triton'
         print(f'note: {fp8}', file=sys.stderr)
-    asked = options.asked_for(config, flags_set)
+    asked = options.asked_for(config, flags_set, in_files)
     if asked and asked not in found:
         raise UserError(f'trainer={asked} needs 4 GPUs or more, in two equal groups or more; gpus is {gpus}')
     tokens = config['tokens'] or config['max_iters'] * next(iter(found.values())).run.tokens_per_iter
