@@ -79,8 +79,8 @@ def report(kind, error, trace):
         reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # drop the C++ source line
         again = '' if os.path.basename(sys.argv[0]) in ('evaluate.py', 'bench.py') else ' with --init_from=auto'
         print_error(
-            f'error: {place} lost another rank ({reason}): its process has died or was paused, or its machine is gone or '
-            f'cannot be reached. All checkpoints are intact: start all ranks again{again}'
+            f'error: {place} lost another rank ({reason}): its process has died or was paused, or its machine is gone '
+            f'or cannot be reached. All checkpoints are intact: start all ranks again{again}'
         )
     elif may_report:
         print_error(''.join(traceback.format_exception(kind, error, trace)).rstrip())
