@@ -123,13 +123,14 @@ def main():
     if config['gpu_memory']:
         gpu = replace(gpu, memory_bytes=config['gpu_memory'] * GIB)
     found = plan.make_plan(config, gpu, gpus, network, measured.all_rows())
-    if config['ckpt_format'] == 'sharded' and (gpus == 1 or not config['use_fsdp']):  # as reference_trainer.py
-        raise UserError('ckpt_format=sharded needs FSDP: several processes under torchrun, and use_fsdp=True')
     if config['fp8']:
         reason = options.why_not_fp8(found['triton'].run, config)
         fp8 = f'not using FP8: {reason}' if reason else 'fp8=True: only in the rows with triton'
         print(f'note: {fp8}', file=sys.stderr)
-    asked = options.asked_for(config, flags_set)
+    asked = options.asked_for(config, flags_set, in_files)
+    another = asked and options.folder_of(asked) != 'phase3_fsdp' and 'ckpt_format' not in in_files
+    if config['ckpt_format'] == 'sharded' and (gpus == 1 or not config['use_fsdp'] or another):
+        raise UserError('ckpt_format=sharded needs FSDP: several processes under torchrun, and use_fsdp=True')
     if asked and asked not in found:
         raise UserError(f'trainer={asked} needs 4 GPUs or more, in two equal groups or more; gpus is {gpus}')
     tokens = config['tokens'] or config['max_iters'] * next(iter(found.values())).run.tokens_per_iter

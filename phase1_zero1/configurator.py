@@ -221,7 +221,7 @@ def run_config_file(path, config, script):
         with open(found[0], encoding='utf-8-sig') as f:
             tree = ast.parse(f.read(), found[0])
         exec(compile(tree, found[0], 'exec'), variables)
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # SystemExit would end the run without a word
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == found[0]]
         lines += [e.lineno] if isinstance(e, SyntaxError) and e.filename == found[0] else []
         raise UserError(f'{found[0]}{f", line {lines[-1]}" if lines else ""}: {type(e).__name__}: {e}') from None

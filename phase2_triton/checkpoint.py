@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import torch
@@ -104,7 +104,15 @@ def write_from_rank_0(checkpoint: dict | None, out_dir: str, best: bool, require
         return write_checkpoint(checkpoint, out_dir, best, required)
     future = None
     if dist.get_rank() == 0:
-        future = ThreadPoolExecutor(1).submit(write_checkpoint, checkpoint, out_dir, best, required)
+        arguments = checkpoint, out_dir, best, required
+        try:
+            future = ThreadPoolExecutor(1).submit(write_checkpoint, *arguments)
+        except RuntimeError:  # no more threads (ulimit -u): save all the same, while the others wait for dist_timeout
+            future = Future()
+            try:
+                future.set_result(write_checkpoint(*arguments))
+            except UserError as e:
+                future.set_exception(e)
     period_s = min(1, dist.distributed_c10d.default_pg_timeout.total_seconds() / 4)
     written = None
     while written is None:
@@ -158,9 +166,9 @@ def sync(path):
 
 def find_checkpoint(out_dir: str) -> str:
     """
-    Returns the path of the latest checkpoint in out_dir: the file that find_file() returns, or a newer folder ckpt_*,
-    which only the trainer that wrote it can read. Returns out_dir/ckpt.pt if there is none. Raises UserError if the
-    folder is unreadable.
+    Returns the path of the latest checkpoint in out_dir: the file that find_file() returns, or a folder ckpt_* of a
+    later iteration, which only the trainer that wrote it can read. Returns out_dir/ckpt.pt if there is none. Raises
+    UserError if the folder is unreadable.
     """
     path = find_file(out_dir)
     try:
@@ -171,9 +179,23 @@ def find_checkpoint(out_dir: str) -> str:
         folder = os.path.join(out_dir, name)
         # a finished save has such a name; a user's own folder holds none
         complete = glob.glob(os.path.join(glob.escape(folder), 'iter_*', '*'))
-        if complete and (not os.path.exists(path) or os.path.getmtime(folder) > os.path.getmtime(path)):
+        theirs = [int(found[1]) for found in map(re.compile(r'.*/iter_(\d+)_\d+/').match, complete) if found]
+        if theirs and (not os.path.exists(path) or iteration_of(path) < max(theirs)):
             path = folder
+        elif theirs and iteration_of(path) == max(theirs):
+            print(f'{path} and {folder} are of the same iteration, {max(theirs)}: reading {path}')
     return path
+
+
+def iteration_of(path: str) -> int:
+    """
+    Returns the checkpoint's iteration, or -1 if the file is unreadable. Does not check other fields and checksums.
+    """
+    try:
+        check_regular(path)
+        return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num'])
+    except Exception:  # damaged bytes can raise any error; loading the checkpoint reports it
+        return -1
 
 
 def find_file(out_dir: str) -> str:

@@ -133,9 +133,11 @@ def _rename(folder, found, reason):
 def temporary(path: str) -> str:
     """
     Returns the name under which a file for path is written. A killed run leaves at most one such file, which the next
-    one overwrites or removes. If two runs share a folder, the second uses names of its own.
+    one overwrites or removes. If two runs share a folder, the second uses names of its own, and so does a run that
+    finds a folder of that name.
     """
-    return f'{path}{own_ending(os.path.dirname(path))}.tmp'
+    name = f'{path}{own_ending(os.path.dirname(path))}.tmp'
+    return f'{path}.{os.getpid()}.tmp' if os.path.isdir(name) else name
 
 
 def own_ending(out_dir: str) -> str:

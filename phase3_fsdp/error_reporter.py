@@ -46,6 +46,9 @@ LOST_RANK = re.compile(
     re.I,
 )
 
+# messages of Python, torch and the system about a limit on threads, processes or open files
+LIMIT = re.compile(r"can't start new thread|Resource temporarily unavailable|Too many open files")
+
 # messages of torch.compile's backend and of Triton about a missing or broken compiler, or its header Python.h
 MISSING_TOOL = re.compile(r'C(\+\+)? compiler|C\+\+ compile error|ptxas|Python\.h')
 
@@ -76,8 +79,8 @@ def report(kind, error, trace):
         reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # drop the C++ source line
         again = '' if os.path.basename(sys.argv[0]) in ('evaluate.py', 'bench.py') else ' with --init_from=auto'
         print_error(
-            f'error: {place} lost another rank ({reason}): its process has died, or its machine is gone or cannot be '
-            f'reached. All checkpoints are intact: start all ranks again{again}'
+            f'error: {place} lost another rank ({reason}): its process has died or was paused, or its machine is gone '
+            f'or cannot be reached. All checkpoints are intact: start all ranks again{again}'
         )
     elif may_report:
         print_error(''.join(traceback.format_exception(kind, error, trace)).rstrip())
@@ -102,6 +105,13 @@ def _explain(error, trace, place, alone):
         return f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'
     if isinstance(error, OSError) and 'huggingface.co' in str(error):  # transformers could not fetch a model
         return f'the pretrained model could not be fetched: {first_line(error)}'
+    if isinstance(error, (OSError, RuntimeError)) and LIMIT.search(str(error)):
+        return (
+            f'{place} has reached a limit of the system ({first_line(error)}): raise it with ulimit -u (threads and '
+            'processes) or ulimit -n (open files), or in the settings of the container, or end other programs'
+        )
+    if isinstance(error, FileNotFoundError) and 'temporary directory' in str(error):  # from tempfile
+        return f'{error.strerror}: set TMPDIR to a folder that can be written, on a disk with free space'
     if isinstance(error, OSError) and error.filename:  # a folder without permission, a disk that fails
         frame = traceback.extract_tb(trace)[-1]
         return f'{error.filename}: {error.strerror} (in line {frame.lineno} of {frame.filename})'

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 import checkpoint as full_checkpoint
-from checkpoint import write_checkpoint
+from checkpoint import iteration_of, write_checkpoint
 from checkpoint_crc import add_crc, crc32_of_chunks
 from checkpoint_fields import check_fields
 from errors import reason
@@ -97,22 +97,11 @@ def find_checkpoint(out_dir: str) -> str:
     # time alone is not enough: a copy of out_dir may have lost the files' times
     pointer = os.path.join(out_dir, FOLDER, 'latest')
     newer = not os.path.exists(pointer) or os.path.getmtime(full) >= os.path.getmtime(pointer)
-    ours, theirs = _iteration(full), _iteration(unsharded_file(sharded))
+    ours, theirs = iteration_of(full), iteration_of(unsharded_file(sharded))
     if newer and ours < theirs:
         reason = f'of an earlier iteration ({ours} of {theirs})' if ours >= 0 else 'unreadable'
         print(f'{full} is newer than {sharded}, but {reason}: resuming from the latter')
     return full if (ours, newer) >= (theirs, not newer) else sharded
-
-
-def _iteration(path):
-    """
-    Returns the checkpoint's iteration, or -1 if the file is unreadable. Does not check other fields and checksums.
-    """
-    try:
-        check_regular(path)
-        return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter_num'])
-    except Exception:  # damaged bytes can raise any error; loading the checkpoint reports it
-        return -1
 
 
 def unsharded_file(folder):
@@ -371,7 +360,7 @@ def convert(to, out_dir):
     folder, full = os.path.join(out_dir, FOLDER), os.path.join(out_dir, 'ckpt.pt')
     latest = latest_in(folder)
     if latest and os.path.exists(full):
-        found = [_iteration(full), _iteration(unsharded_file(latest))][:: 1 if to == 'sharded' else -1]
+        found = [iteration_of(full), iteration_of(unsharded_file(latest))][:: 1 if to == 'sharded' else -1]
         if found[0] < found[1]:
             kept = latest if to == 'sharded' else full
             raise UserError(
@@ -397,7 +386,7 @@ def convert(to, out_dir):
         raise UserError(f'there is no sharded checkpoint in {out_dir}')
     best, best_full = named_by('best', folder), os.path.join(out_dir, 'ckpt_best.pt')
     if best and best != latest:
-        if _iteration(best_full) < _iteration(unsharded_file(best)):
+        if iteration_of(best_full) < iteration_of(unsharded_file(best)):
             write_checkpoint(as_full(best), out_dir, best=False, required=True, name='ckpt_best.pt')
     return write_checkpoint(as_full(latest), out_dir, best=best == latest, required=True)['path']
 

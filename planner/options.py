@@ -211,17 +211,14 @@ def make_runs(config: dict, gpu: GPU, gpus: int) -> dict[str, Run]:
     return {name: run for name, run in runs.items() if run}
 
 
-def asked_for(config: dict, flags_set: set) -> str:
+def asked_for(config: dict, flags_set: set, in_files: dict | None = None) -> str:
     """
     Returns the name of the trainer that config selects, or '' if it selects none: by config['trainer'], a name or the
     folder of a train.py, or by train.py's flags, which are more specific than a folder. Raises UserError for flags of
-    two trainers.
+    two trainers, and for a trainer whose own flag is off. in_files: flags that config files set; these do not
+    contradict config['trainer'], so that a preset can be planned with every trainer.
     """
-    if config['trainer'] in NAMES:
-        return config['trainer']
     kernels = Path(config['model_dir'] or '.').name == 'phase2_triton'
-    if {'use_zero1', 'use_fsdp'} <= flags_set and config['use_zero1'] and config['use_fsdp']:
-        raise UserError('use_zero1=True and use_fsdp=True select two trainers: leave out one of the two')
     sharding = {
         'fsdp_shard_size': 'hybrid',
         'fsdp_cpu_offload': 'fsdp+offload',
@@ -231,7 +228,23 @@ def asked_for(config: dict, flags_set: set) -> str:
     selects = {flag for flag in sharding if flag in flags_set and config[flag]}
     if config.get('fsdp_shard_size') == config.get('gpus'):  # one group of all ranks
         selects -= {'fsdp_shard_size'}
+    if 'use_zero1' in selects and len(selects) > 1:
+        flag = max(selects - {'use_zero1'})
+        raise UserError(f'use_zero1=True and {flag}={config[flag]} select two trainers: leave out one of the two')
+    given = config['trainer']
+    folder = next((trainer for trainer, folder in FOLDERS.items() if folder == given), given)
+    switches = {'zero1': 'use_zero1', 'fsdp': 'use_fsdp', 'hybrid': 'use_fsdp', 'triton': 'use_triton'}
+    switches |= {'checkpointing': 'activation_checkpointing', 'offload': 'fsdp_cpu_offload'}
+    off = {switches.get(part) for part in given.split('+') if not config.get(switches.get(part), True)}
+    contradicting = (off & flags_set) | (selects - known_to(folder) if folder else set())
+    for flag in sorted(contradicting - (in_files or {}).keys()):
+        raise UserError(f'trainer={given} and {flag}={config[flag]} contradict each other: leave out one of the two')
+    if 'use_fsdp' in flags_set and not config['use_fsdp']:
+        for flag in sorted(selects & {'fsdp_shard_size', 'fsdp_cpu_offload'}):
+            raise UserError(f'{flag}={config[flag]} and use_fsdp=False contradict each other: leave out one of the two')
     name = next((trainer for flag, trainer in sharding.items() if flag in selects), '')
+    if given in NAMES:
+        name = 'hybrid' if given == 'fsdp' and name == 'hybrid' else given
     if not name and any(flag.startswith('fsdp_') for flag in flags_set):
         name = 'fsdp'
     name = name or next((trainer for trainer, folder in FOLDERS.items() if folder == config['trainer']), '')

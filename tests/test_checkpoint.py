@@ -16,7 +16,7 @@ import torch
 import out_dir
 from checkpoint import load_checkpoint, load_model, write_checkpoint
 from checkpoint_changes import changes, representatives
-from conftest import NANOGPT, ROOT, TINY, load, log_of, make_letters
+from conftest import NANOGPT, PROGRAMS, ROOT, TINY, load, log_of, make_letters
 from errors import UserError
 from model import GPT, GPTConfig
 from resume import loss_to_beat, measured_differently
@@ -389,6 +389,19 @@ def test_two_runs_that_save_at_once(run, capsys, monkeypatch):
     assert 'another run is writing out/ckpt.pt.tmp' in capsys.readouterr().err
     assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'ckpt_best')] == [before['iter_num'], best]
     assert open('out/ckpt.pt.tmp', 'rb').read() == b'half'
+
+
+def test_a_folder_with_the_name_of_a_temporary_file_costs_no_save(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('ckpt.pt', 'ckpt_best.pt'):
+        os.makedirs(f'out/{name}.tmp/notes')
+    assert write_checkpoint({'a': 1}, 'out', best=True, required=True)['best']
+    assert sorted(os.listdir('out')) == ['ckpt.pt', 'ckpt.pt.tmp', 'ckpt_best.pt', 'ckpt_best.pt.tmp']
+
+
+def test_a_save_without_another_thread(launch, work):
+    launch(PROGRAMS / 'no_threads.py', TRAIN, *TINY, nproc=2)
+    assert load('out/ckpt.pt')['iter_num'] == 21
 
 
 def test_a_save_without_memory_is_a_warning(tmp_path, monkeypatch, capsys):

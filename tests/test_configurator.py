@@ -176,6 +176,7 @@ def test_only_what_a_config_file_assigns_is_given(script, tmp_path):
         ('max_iters = 10\nmax_iters = = 3', 'line 2: SyntaxError'),
         ('max_iters = 10\n\nmax_iters /= 0', 'line 3: ZeroDivisionError'),
         ("max_iters = 'ten'", 'max_iters must be a whole number'),
+        ('max_iters = 10\nexit()', 'line 2: SystemExit'),
         ("model_dir = 'x'", 'works on the command line only'),
         ("out_dir = 'a\\0b'", 'out_dir holds a zero byte'),
     ],

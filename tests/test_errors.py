@@ -530,6 +530,31 @@ def test_a_file_that_cannot_be_read_is_one_message(launch, tmp_path):
     assert run.returncode == 2 and run.stderr == message
 
 
+@pytest.mark.parametrize(
+    'error, message',
+    [
+        (
+            'RuntimeError("can\'t start new thread")',
+            "this process has reached a limit of the system (can't start new thr",
+        ),
+        (
+            'OSError(24, "Too many open files", "x.bin")',
+            'this process has reached a limit of the system ([Errno 24] Too',
+        ),
+        (
+            'FileNotFoundError(2, "No usable temporary directory found in [\'/tmp\']")',
+            'No usable temporary directory fou',
+        ),
+    ],
+)
+def test_limits_of_the_system_are_one_message(launch, tmp_path, error, message):
+    (tmp_path / 'limit.py').write_text(
+        f'import sys; sys.path.insert(0, {str(NANOGPT)!r})\nimport errors\nraise {error}\n'
+    )
+    run = launch(tmp_path / 'limit.py', check=False)
+    assert run.returncode == 2 and run.stderr.startswith(f'error: {message}') and run.stderr.count('\n') == 1
+
+
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_output_that_nobody_reads(monkeypatch, ranks):
     """

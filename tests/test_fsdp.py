@@ -215,6 +215,18 @@ def test_conversion_replaces_nothing_that_is_newer(launch, work):
     assert launch(CONVERT, 'full', 'out').stdout == 'wrote out/ckpt.pt\n' and load('out/ckpt.pt')['iter_num'] == 6
 
 
+def test_sampling_reads_the_file_if_a_sharded_checkpoint_is_no_later(launch, work):
+    launch(FSDP, *TINY, SHARDED, '--max_iters=3', nproc=2)
+    launch(CONVERT, 'full', 'out')
+    launch(CONVERT, 'sharded', 'out')
+    sample = [NANOGPT / 'sample.py', '--max_new_tokens=5', '--num_samples=1']
+    text = launch(*sample).stdout
+    assert 'out/ckpt.pt and out/ckpt_sharded are of the same iteration, 4: reading out/ckpt.pt\n' in text
+    launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2)
+    os.utime('out/ckpt.pt')  # a copy may have lost the times
+    assert 'out/ckpt_sharded is a folder, not a checkpoint file' in launch(*sample, check=False).stderr
+
+
 def test_a_checkpoint_that_latest_does_not_name_is_found(launch, work):
     """As after a kill right before `latest` was written, or in a copy without it."""
     launch(FSDP, *TINY, SHARDED, '--max_iters=3', nproc=2)

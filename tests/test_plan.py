@@ -168,6 +168,18 @@ def test_beyond_the_measured_is_extrapolated():
         (['--loss_rows=-1'], 'loss_rows=-1, but it must be at least 0'),
         (['--init_from=gpt3'], f"init_from is 'gpt3', but it can be auto, {', '.join(INIT_FROM)}\n"),
         (['--use_zero1=True', '--use_fsdp=True'], 'use_zero1=True and use_fsdp=True select two trainers'),
+        (
+            ['--use_zero1=True', '--fsdp_cpu_offload=True'],
+            'use_zero1=True and fsdp_cpu_offload=True select two trainers',
+        ),
+        (['--use_fsdp=False', '--fsdp_cpu_offload=True'], 'fsdp_cpu_offload=True and use_fsdp=False contradict each'),
+        (['--gpus=2', '--trainer=ddp', '--ckpt_format=sharded'], 'ckpt_format=sharded needs FSDP'),
+        (['--trainer=fsdp+offload', '--fsdp_cpu_offload=False'], 'trainer=fsdp+offload and fsdp_cpu_offload=False'),
+        (['--trainer=ddp', '--use_fsdp=True'], 'trainer=ddp and use_fsdp=True contradict each other: leave out one'),
+        (['--trainer=fsdp', '--use_zero1=True'], 'trainer=fsdp and use_zero1=True contradict each other'),
+        (['--trainer=zero1', '--use_zero1=False'], 'trainer=zero1 and use_zero1=False contradict each other'),
+        (['--trainer=triton', '--use_triton=False'], 'trainer=triton and use_triton=False contradict each other'),
+        (['--trainer=phase1_zero1', '--fsdp_cpu_offload=True'], 'trainer=phase1_zero1 and fsdp_cpu_offload=True'),
         (['--picture=no/such/folder/plan.png'], '--picture=no/such/folder/plan.png: '),
         (['--picture=no/'], '--picture=no/ is a folder: name a file in it'),
     ],
@@ -420,6 +432,10 @@ def test_flags_ask_for_a_trainer():
     assert options.asked_for(kernels | {'trainer': 'nanoGPT'}, set()) == 'triton'
     assert options.asked_for(config | {'trainer': 'phase1_zero1'}, set()) == 'zero1'
     assert options.asked_for(config | {'trainer': 'phase3_fsdp'}, {'fsdp_shard_size'}) == 'hybrid'
+    assert options.asked_for(config | {'trainer': 'fsdp'}, {'fsdp_shard_size'}) == 'hybrid'
+    assert options.asked_for(kernels | {'trainer': 'ddp'}, set()) == 'triton'
+    preset = {'use_fsdp': True}  # planned with another trainer
+    assert options.asked_for(config | preset | {'trainer': 'ddp'}, {'use_fsdp'}, preset) == 'ddp'
 
 
 @pytest.mark.parametrize('what', ['model', 'batch'])
