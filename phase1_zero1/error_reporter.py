@@ -1,8 +1,9 @@
 """
 Reports the error that ends a script, from one rank, and exits. end_of_run.py calls it.
 
-A UserError becomes one message and exit status 2, and so do known failures of the machine (out of memory, a lost rank,
-a missing compiler, a file that cannot be read or written). Any other error is a bug: one traceback and exit status 1.
+A UserError becomes one message and exit status 2, and so do known failures of the machine (out of memory, a missing
+compiler, a file that cannot be read or written). A lost rank becomes one message and exit status 1. Any other error is
+a bug: one traceback and exit status 1.
 Under torchrun the first rank to fail claims the right to report through torchrun's key-value store, so a mistake that
 every rank notices is reported once. torchrun then ends the remaining ranks.
 """
@@ -71,21 +72,21 @@ def report(kind, error, trace):
     rank = os.environ.get('RANK')
     place = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
     may_report, message = _claim_report(), _explain(error, trace, place, alone)
+    line = re.sub(r'^\[.*?\] ', '', first_line(error))  # without the C++ source line of torch's messages
     if message:
         if may_report:
             print_error(f'error: {message}')
             _tell_torchrun(message)
     elif may_report and not alone and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
-        reason = re.sub(r'^\[.*?\] ', '', first_line(error))  # drop the C++ source line
         again = '' if os.path.basename(sys.argv[0]) in ('evaluate.py', 'bench.py') else ' with --init_from=auto'
         print_error(
-            f'error: {place} lost another rank ({reason}): its process has died or was paused, or its machine is gone '
+            f'error: {place} lost another rank ({line}): its process has died or was paused, or its machine is gone '
             f'or cannot be reached. All checkpoints are intact: start all ranks again{again}'
         )
     elif may_report:
         print_error(''.join(traceback.format_exception(kind, error, trace)).rstrip())
     else:  # usually because another rank failed in the middle of a collective
-        print_error(f'rank {rank} ends too: {kind.__name__}: {first_line(error)}')
+        print_error(f'rank {rank} ends too: {kind.__name__}: {line}')
     with suppress(OSError, AttributeError):  # a full disk, or no stdout at all
         sys.stdout.flush()
     # skip the interpreter's teardown, which would wait for collectives and threads that can never finish
