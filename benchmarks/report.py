@@ -143,7 +143,7 @@ def results(reports):
         cells.append(cell)
     sources = {'one H200': PEERS, 'four': FOUR, 'memory on four': bench_trainers.PEAKS}
     sources = '; '.join(f'{what}: {cite(file)}, {commit_of(load(file))}' for what, file in sources.items())
-    header = ['', '124M, one H200: × upstream', 'GiB', '1.5B, four H200s: of DDP', 'GiB per GPU: at rest, peak']
+    header = ['speed', '124M, one H200: × upstream', 'GiB', '1.5B, four H200s: % of DDP', 'GiB per GPU: at rest, peak']
     return f'{markdown(header, cells)}\n\n{sources[0].upper()}{sources[1:]}.'
 
 
