@@ -147,7 +147,9 @@ def convert(key, value, default, where):
     """
     kind = type(default)
     words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
-    expected = {str: 'text, in quotes', bool: 'true or false', int: 'a whole number', float: 'a number'}[kind]
+    expected = {str: 'text, in quotes', bool: 'true or false', int: 'a whole number', float: 'a number'}.get(kind)
+    if not expected:
+        raise UserError(f'{where}: {key} is {shown(default)} in model.py, which no flag can change')
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f'{where}: {key} must be {expected} below 2**63')
     text = str(value)
@@ -277,7 +279,7 @@ def model_options(model_dir, script):
     path = model_file(model_dir, script)
     try:
         with open(path, encoding='utf-8') as f:
-            tree = ast.parse(f.read())
+            tree = ast.parse(f.read(), path)
     except (SyntaxError, ValueError) as e:  # ValueError: not UTF-8, or a zero byte
         raise UserError(f'{path} is not Python: {e}') from None
     options = {}

@@ -198,7 +198,7 @@ def test_a_config_file_may_change_the_working_folder(script, tmp_path):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('def f(:', 'model.py is not Python: invalid syntax'),
+        ('def f(:', 'model.py is not Python: invalid syntax (model.py, line 1)'),
         ('class GPTConfig:\n    wide: int = 4 * 8', 'model.py, line 2: wide needs a plain default'),
         ('class GPTConfig:\n    wide: int', 'model.py, line 2: wide needs a plain default'),
     ],
@@ -235,6 +235,9 @@ def test_model_dir_brings_the_flags_of_its_model(script, tmp_path):
     assert script('--fast', '--model_dir=other')[0]['fast'] is True
     with pytest.raises(UserError, match='no flag use_magic'):
         script('--use_magic=False', '--model_dir=other')
+    (tmp_path / 'other' / 'model.py').write_text('class GPTConfig:\n    theta: float = None\n')
+    with pytest.raises(UserError, match='--theta=3: theta is None in model.py, which no flag can change'):
+        script('--theta=3', '--model_dir=other')
 
 
 def test_help_lists_every_flag(script, capsys):
