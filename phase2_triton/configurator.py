@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import chdir, suppress
 
 from errors import UserError
 from flag_conflicts import conflicts
@@ -58,6 +58,7 @@ NOT_NEGATIVE = (
 BELOW_1E34 = ('learning_rate', 'min_lr', 'weight_decay', 'peak_tflops')  # AdamW's step size must fit float32
 FRACTION = ('dropout', 'beta1', 'beta2')  # 0 <= x < 1
 CHOICES = {'gelu': ('erf', 'tanh')}  # for the model's own flags
+PATHS = ('out_dir', 'ckpt', 'dataset')  # never empty, except by default
 NAMES = ('device', 'dtype', 'backend')  # never True or False, unlike the other flags that default to auto
 TORCHRUN = ('standalone', 'nproc_per_node', 'nnodes', 'max_restarts', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id')
 
@@ -146,7 +147,9 @@ def convert(key, value, default, where):
     """
     kind = type(default)
     words = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False, 'on': True, 'off': False}
-    expected = {str: 'text, in quotes', bool: 'true or false', int: 'a whole number', float: 'a number'}[kind]
+    expected = {str: 'text, in quotes', bool: 'true or false', int: 'a whole number', float: 'a number'}.get(kind)
+    if not expected:
+        raise UserError(f'{where}: {key} is {shown(default)} in model.py, which no flag can change')
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f'{where}: {key} must be {expected} below 2**63')
     text = str(value)
@@ -157,6 +160,8 @@ def convert(key, value, default, where):
         if not isinstance(value, (str, int, float, os.PathLike)) or (isinstance(value, bool) and default != 'auto'):
             raise UserError(f'{where}: {key} must be {expected}')
         as_bool = words.get(text.lower()) if default == 'auto' and key not in NAMES else None
+        if not text and default and key in PATHS:
+            raise UserError(f'{where}: {key} is empty')
         # a shell leaves the ~ in --out_dir=~/out to the program
         return os.path.expanduser(text) if text.startswith('~/') else text if as_bool is None else as_bool
     if kind is bool:
@@ -218,10 +223,12 @@ def run_config_file(path, config, script):
         raise UserError(f'{path}: no such config file{hint} (flags are written --key=value)')
     variables = {**config, '__file__': os.path.abspath(found[0])}
     try:
-        with open(found[0], encoding='utf-8-sig') as f:
+        with open(found[0], encoding='utf-8-sig') as f, chdir('.'):  # comes back, so that out_dir stays where it is
             tree = ast.parse(f.read(), found[0])
-        exec(compile(tree, found[0], 'exec'), variables)
-    except (Exception, SystemExit) as e:  # SystemExit would end the run without a word
+            exec(compile(tree, found[0], 'exec'), variables)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # SystemExit would end the run without a word
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == found[0]]
         lines += [e.lineno] if isinstance(e, SyntaxError) and e.filename == found[0] else []
         raise UserError(f'{found[0]}{f", line {lines[-1]}" if lines else ""}: {type(e).__name__}: {e}') from None
@@ -265,21 +272,26 @@ def find_model_dir(model_dir, script):
 
 
 def model_options(model_dir, script):
-    """Returns {field: default} for GPTConfig's fields outside ARCHITECTURE. Parses model.py without running it."""
-    with open(model_file(model_dir, script), encoding='utf-8') as f:
-        tree = ast.parse(f.read())
-    fields = [
-        field
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name == 'GPTConfig'
-        for field in node.body
-        if isinstance(field, ast.AnnAssign)
-    ]
-    return {
-        field.target.id: ast.literal_eval(field.value)
-        for field in fields
-        if field.target.id not in (*ARCHITECTURE, 'dropout')
-    }
+    """
+    Returns {field: default} for GPTConfig's fields outside ARCHITECTURE. Parses model.py without running it. Raises
+    UserError if it is not Python, or if such a default is not a plain value.
+    """
+    path = model_file(model_dir, script)
+    try:
+        with open(path, encoding='utf-8') as f:
+            tree = ast.parse(f.read(), path)
+    except (SyntaxError, ValueError) as e:  # ValueError: not UTF-8, or a zero byte
+        raise UserError(f'{path} is not Python: {e}') from None
+    options = {}
+    for node in tree.body:
+        for field in node.body if isinstance(node, ast.ClassDef) and node.name == 'GPTConfig' else ():
+            if isinstance(field, ast.AnnAssign) and field.target.id not in (*ARCHITECTURE, 'dropout'):
+                try:
+                    options[field.target.id] = ast.literal_eval(field.value)
+                except (ValueError, AttributeError):  # AttributeError: no default at all
+                    where = f'{path}, line {field.lineno}: {field.target.id}'
+                    raise UserError(f'{where} needs a plain default, such as 0 or True, because it is a flag') from None
+    return options
 
 
 def model_file(model_dir, script):

@@ -50,6 +50,11 @@ LOST_RANK = re.compile(
 # messages of Python, torch and the system about a limit on threads, processes or open files
 LIMIT = re.compile(r"can't start new thread|Resource temporarily unavailable|Too many open files")
 
+# messages of Python about a model.py without a suitable GPT and GPTConfig
+WRONG_MODEL = re.compile(
+    r"from 'model' \(|GPTConfig\.__init__\(\)|'GPTConfig' has no attribute '__dataclass_fields__'|^GPTConfig\(\) takes"
+)
+
 # messages of torch.compile's backend and of Triton about a missing or broken compiler, or its header Python.h
 MISSING_TOOL = re.compile(r'C(\+\+)? compiler|C\+\+ compile error|ptxas|Python\.h')
 
@@ -72,7 +77,8 @@ def report(kind, error, trace):
     rank = os.environ.get('RANK')
     place = f'rank {rank} on {socket.gethostname()}' if rank else 'this process'
     may_report, message = _claim_report(), _explain(error, trace, place, alone)
-    line = re.sub(r'^\[.*?\] ', '', first_line(error))  # without the C++ source line of torch's messages
+    # without the C++ source line and the advice in torch's messages
+    line = re.sub(r'^\[.*?\] |\. This is typically caused by.*', '', first_line(error))
     if message:
         if may_report:
             print_error(f'error: {message}')
@@ -104,6 +110,12 @@ def _explain(error, trace, place, alone):
         )
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
         return f'this needs the package {error.name}, which is not installed: {pip_install(error.name)}'
+    frames = traceback.extract_tb(trace)
+    imported = [f for f in frames if f.name == '<module>' and os.path.basename(f.filename) == 'model.py']
+    if imported:  # the user's own, through --model_dir
+        return f'{imported[-1].filename}, line {imported[-1].lineno}: {type(error).__name__}: {first_line(error)}'
+    if WRONG_MODEL.search(str(error)):
+        return f"model.py lacks the interface of nanoGPT's: {first_line(error)}"
     if isinstance(error, OSError) and 'huggingface.co' in str(error):  # transformers could not fetch a model
         return f'the pretrained model could not be fetched: {first_line(error)}'
     if isinstance(error, (OSError, RuntimeError)) and LIMIT.search(str(error)):
@@ -114,8 +126,7 @@ def _explain(error, trace, place, alone):
     if isinstance(error, FileNotFoundError) and 'temporary directory' in str(error):  # from tempfile
         return f'{error.strerror}: set TMPDIR to a folder that can be written, on a disk with free space'
     if isinstance(error, OSError) and error.filename:  # a folder without permission, a disk that fails
-        frame = traceback.extract_tb(trace)[-1]
-        return f'{error.filename}: {error.strerror} (in line {frame.lineno} of {frame.filename})'
+        return f'{error.filename}: {error.strerror} (in line {frames[-1].lineno} of {frames[-1].filename})'
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f'an output, probably stdout, could not be written: {error.strerror}'
     if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):

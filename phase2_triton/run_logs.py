@@ -45,6 +45,8 @@ def load_log(path: str) -> dict:
     """
     log = part = _read(path)
     log |= {'segments': [path], 'parts': [], 'notes': []}
+    if log.get('schema_version', 1) != 1:
+        log['notes'].append(f'{path} has schema_version {log["schema_version"]!r:.20}, and only 1 is known here')
     while True:
         origin = part['run'].get('resumed_from') or {'iter': 0, 'log': None}
         log['parts'].insert(0, (origin['iter'], part['run']))

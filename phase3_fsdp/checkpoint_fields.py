@@ -68,8 +68,8 @@ def check_finite(tensor: torch.Tensor, name: str, least: float = -math.inf) -> N
         low, high = torch.aminmax(tensor.detach().float())  # NaN if an element is; faster than isfinite().all()
         if not (least <= low and -math.inf < low and high < math.inf):
             raise UserError(
-                f'{name} of the checkpoint holds numbers from {low:.3g} to {high:.3g}, so training cannot continue '
-                'from it: use an earlier checkpoint, such as ckpt_best.pt'
+                f'{name} of the checkpoint holds numbers from {low:.3g} to {high:.3g}, so it is of no use: take an '
+                'earlier one, such as ckpt_best.pt'
             )
 
 

@@ -177,6 +177,8 @@ def test_only_what_a_config_file_assigns_is_given(script, tmp_path):
         ('max_iters = 10\n\nmax_iters /= 0', 'line 3: ZeroDivisionError'),
         ("max_iters = 'ten'", 'max_iters must be a whole number'),
         ('max_iters = 10\nexit()', 'line 2: SystemExit'),
+        ('raise GeneratorExit', 'line 1: GeneratorExit'),
+        ("out_dir = ''", 'out_dir is empty'),
         ("model_dir = 'x'", 'works on the command line only'),
         ("out_dir = 'a\\0b'", 'out_dir holds a zero byte'),
     ],
@@ -187,12 +189,55 @@ def test_mistakes_in_a_config_file(script, tmp_path, text, message):
         script('a.py')
 
 
+def test_a_config_file_may_change_the_working_folder(script, tmp_path):
+    (tmp_path / 'a.py').write_text("import os\nos.chdir('/')\nmax_iters = 5")
+    script('a.py')
+    assert os.getcwd() == str(tmp_path)  # otherwise out_dir would be elsewhere
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('def f(:', 'model.py is not Python: invalid syntax (model.py, line 1)'),
+        ('class GPTConfig:\n    wide: int = 4 * 8', 'model.py, line 2: wide needs a plain default'),
+        ('class GPTConfig:\n    wide: int', 'model.py, line 2: wide needs a plain default'),
+    ],
+)
+def test_a_model_file_that_cannot_be_parsed(script, tmp_path, text, message):
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'model.py').write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        script('--model_dir=other')
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('import math\nmath.sqroot(2)', 'model.py, line 2: AttributeError: '),
+        ('class GPT: pass', "cannot import name 'GPTConfig' from 'model'"),
+        ('class GPT: pass\nclass GPTConfig: pass', "lacks the interface of nanoGPT's: type object 'GPTConfig'"),
+        (
+            'import dataclasses\nclass GPT: pass\n@dataclasses.dataclass\nclass GPTConfig:\n    width: int = 3',
+            "got an unexpected keyword argument 'n_layer'",
+        ),
+    ],
+)
+def test_a_model_file_that_does_not_work_is_one_message(launch, work, text, message):
+    (work / 'other').mkdir()
+    (work / 'other' / 'model.py').write_text(text)
+    result = launch(NANOGPT / 'train.py', *TINY, '--model_dir=other', check=False)
+    assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
+
+
 def test_model_dir_brings_the_flags_of_its_model(script, tmp_path):
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'model.py').write_text('class GPTConfig:\n    fast: bool = False\n')
     assert script('--fast', '--model_dir=other')[0]['fast'] is True
     with pytest.raises(UserError, match='no flag use_magic'):
         script('--use_magic=False', '--model_dir=other')
+    (tmp_path / 'other' / 'model.py').write_text('class GPTConfig:\n    theta: float = None\n')
+    with pytest.raises(UserError, match='--theta=3: theta is None in model.py, which no flag can change'):
+        script('--theta=3', '--model_dir=other')
 
 
 def test_help_lists_every_flag(script, capsys):

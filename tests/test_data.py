@@ -553,6 +553,14 @@ def test_error_while_writing_keeps_the_old(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'link').symlink_to('nowhere')
+    for name in ('file', 'link'):
+        with pytest.raises(UserError, match=f'{name}: it is a file, or a link that leads nowhere'):
+            write(tmp_path / name, [1], [2])
+
+
 def test_two_preparations_at_once(tmp_path):
     with prepare_common.DatasetWriter(str(tmp_path)) as out:
         out.write('train', [1, 1])

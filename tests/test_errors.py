@@ -143,7 +143,7 @@ MISTAKES = {
     'weights that are NaN': (
         lambda: edit_checkpoint(lambda c: c['model']['lm_head.weight'].fill_(math.nan)),
         [*RESUME, '--max_iters=20'],
-        'so training cannot continue from it',
+        'holds numbers from nan to nan, so it is of no use',
     ),
     'learning rate that ruins the weights': (
         None,

@@ -225,8 +225,8 @@ def test_other_data_is_not_mixed_in(corpus, tmp_path):
 def test_two_preparations_at_once_and_a_full_disk(corpus, tmp_path, monkeypatch):
     folder, texts = corpus
     reader, out = TextReader([str(folder)]), str(tmp_path / 'out')
-    with prepare_common.locked(out), pytest.raises(UserError, match='another process is preparing'):
-        write_shards(reader, out, 'text')
+    with prepare_common.DatasetWriter(out), pytest.raises(UserError, match='another process is preparing'):
+        write_shards(reader, out, 'text')  # also if the other one writes train.bin and val.bin
     fsync, calls = os.fsync, itertools.count()
 
     def full(descriptor):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import text_reader
@@ -92,16 +93,21 @@ def test_every_kind_of_column_with_text(tmp_path, spelling):
 def test_a_column_or_field_that_is_no_text_is_named_with_its_type(tmp_path):
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     columns = {'text': [['a']], 'n': [1], 'map': [{'a': 'b'}], 'raw': pa.array([b'\xff'])}
+    columns['wrong'] = pa.StringArray.from_buffers(1, pa.py_buffer(np.int32([0, 1])), pa.py_buffer(b'\xff'))
     pq.write_table(pa.table(columns), tmp_path / 'a.parquet')
     for column, message in (
         ('text', "'text' is of type list<.*string>, not text"),
         ('n', "'n' is of type int64, not text"),
         ('map', "'map' is of type struct<.*>, not text"),
         ('raw', 'a.parquet, row 1: not UTF-8 text: byte 0 is 0xff'),
-        ('body', "there is no column 'body'; its columns: text, n, map, raw"),
+        ('wrong', 'a.parquet, row 1: not UTF-8 text: byte 0 is 0xff'),
+        ('body', "there is no column 'body'; its columns: text, n, map, raw, wrong"),
     ):
         with pytest.raises(UserError, match=message):
             documents(tmp_path / 'a.parquet', field=column)
+    pq.write_table(pa.table([['a'], ['b']], ['text', 'text']), tmp_path / 'a.parquet')
+    with pytest.raises(UserError, match="there are 2 columns 'text': rename one"):
+        documents(tmp_path / 'a.parquet')
     for value, name in ((1, 'int'), (['a'], 'list'), ({'a': 'b'}, 'dict'), (True, 'bool')):
         (tmp_path / 'a.jsonl').write_text(json.dumps({'text': value}))
         with pytest.raises(UserError, match=f"line 1: the field 'text' is of type {name}, not text"):

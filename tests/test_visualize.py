@@ -357,6 +357,9 @@ def test_resumed_chain_is_one_run(tmp_path):
     assert load_log(third)['iterations'][0]['iter'] == 100  # the records that are left
     Path(first).write_text('{"run": ')
     assert load_log(third)['iterations'][0]['iter'] == 100 and 'drawn without it' in Run(third).notes[0]
+    log = json.loads(Path(third).read_text()) | {'schema_version': 2}
+    Path(third).write_text(json.dumps(log))
+    assert 'has schema_version 2, and only 1 is known' in Run(third).notes[0]
     # the checkpoint was upstream's
     nameless = write_log(tmp_path / 'other', start=100, resumed_from={'log': None, 'iter': 100})
     assert load_log(nameless)['segments'] == [nameless]

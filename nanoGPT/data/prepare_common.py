@@ -84,6 +84,7 @@ class DatasetWriter:
 
     def __init__(self, out_dir: str, dtype: str = 'uint16'):
         self.out_dir, self.dtype, self.files = out_dir, np.dtype(dtype).newbyteorder('<'), {}
+        self.locked = locked(out_dir)
         self.documents = self.characters = 0  # for the report, counted by the caller
 
     def path(self, name):
@@ -93,33 +94,21 @@ class DatasetWriter:
         return self.files[split].tell() // self.dtype.itemsize
 
     def __enter__(self):
+        self.locked.__enter__()
         try:
-            os.makedirs(self.out_dir, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'cannot make {self.out_dir}: {error.strerror}') from error
-        shards = sorted(name for name in os.listdir(self.out_dir) if re.fullmatch(r'.+(train|val)_\d+\.bin', name))
-        if shards:
-            folder = quote_path(shortest_path(self.out_dir))
-            raise UserError(
-                f'{self.path(shards[0])} is a shard of another data set, which must not be mixed with train.bin and '
-                'val.bin. Choose another folder, or remove the shards:\n'
-                f'  rm -f {folder}/*_train_*.bin {folder}/*_val_*.bin {folder}/shards.json'
-            )
-        try:
+            shards = sorted(name for name in os.listdir(self.out_dir) if re.fullmatch(r'.+(train|val)_\d+\.bin', name))
+            if shards:
+                folder = quote_path(shortest_path(self.out_dir))
+                raise UserError(
+                    f'{self.path(shards[0])} is a shard of another data set, which must not be mixed with train.bin '
+                    'and val.bin. Choose another folder, or remove the shards:\n'
+                    f'  rm -f {folder}/*_train_*.bin {folder}/*_val_*.bin {folder}/shards.json'
+                )
             for split in ('train', 'val'):
-                path = self.path(f'{split}.bin.tmp')
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
-                self.files[split] = os.fdopen(descriptor, 'r+b')
-                if fcntl:  # the temporary file is its own lock, which its process holds until it ends
-                    _lock(descriptor)
-                    # another process may have committed between our open and our lock: then this is its train.bin
-                    if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                        raise BlockingIOError
-                self.files[split].truncate(0)
-        except (BlockingIOError, FileNotFoundError):
-            raise UserError(f'another process is preparing {self.out_dir}: wait for it, or end it') from None
-        except OSError as error:
-            raise UserError(f'cannot write to {self.out_dir}: {error.strerror}') from error
+                self.files[split] = open(self.path(f'{split}.bin.tmp'), 'w+b')
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def write(self, split: str, ids) -> None:
@@ -179,13 +168,12 @@ class DatasetWriter:
 
     def __exit__(self, kind, error, trace):
         for split in self.files:
-            _remove(self.path(f'{split}.bin.tmp'))  # while still locked
+            _remove(self.path(f'{split}.bin.tmp'))
         _remove(self.path('meta.pkl.tmp'))
         for file in self.files.values():
             with suppress(OSError):  # closing retries a write that failed on a full disk
                 file.close()
-        if isinstance(error, OSError):
-            raise UserError(f'cannot prepare {self.out_dir}: {error}') from error
+        self.locked.__exit__(kind, error, trace)
 
 
 def print_written(documents: int, characters: int, tokens: int) -> None:
@@ -238,8 +226,11 @@ def locked(folder: str):
             yield
     except BlockingIOError:
         raise UserError(f'another process is preparing {folder}: wait for it, or end it') from None
+    except FileExistsError:
+        raise UserError(f'cannot prepare {folder}: it is a file, or a link that leads nowhere') from None
     except OSError as error:
-        raise UserError(f'cannot prepare {folder}: {error.strerror or error}') from error
+        where = f'{error.filename}: ' if error.filename not in (None, folder) else ''
+        raise UserError(f'cannot prepare {folder!r}: {where}{error.strerror or error}') from error
 
 
 def _lock(descriptor):

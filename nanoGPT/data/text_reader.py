@@ -209,6 +209,8 @@ class TextReader:
                         f'{path}: there is no column {self.field!r}; its columns: {", ".join(names)}. Name another '
                         'with --field'
                     )
+                if names.count(self.field) > 1:
+                    raise UserError(f'{path}: there are {names.count(self.field)} columns {self.field!r}: rename one')
                 column_type = file.schema_arrow.field(self.field).type
                 if not holds_text(column_type):
                     raise UserError(
@@ -216,7 +218,7 @@ class TextReader:
                         '--field'
                     )
                 for batch in file.iter_batches(batch_size=256, columns=[self.field]):
-                    for row, text in enumerate(batch.column(0).to_pylist(), rows):
+                    for row, text in enumerate(batch.column(0), rows):
                         yield as_document(decoded(text, f'{path}, row {row + 1}'))
                     before, rows = rows, rows + len(batch)
                     total = file.metadata.num_rows
@@ -472,12 +474,14 @@ def holds_text(column_type):
     return any(getattr(types, test)(column_type) for test in tests if hasattr(types, test))
 
 
-def decoded(text, where):
-    """Returns a value of a column as str."""
+def decoded(scalar, where):
+    """Returns a value of a column, a pyarrow scalar, as str."""
     try:
+        text = scalar.as_py()
         return text.decode() if isinstance(text, bytes) else text or ''
     except UnicodeDecodeError as error:
-        raise UserError(f'{where}: not UTF-8 text: byte {error.start:,} is 0x{text[error.start]:02x}') from None
+        place = f'byte {error.start:,} is 0x{error.object[error.start]:02x}'
+        raise UserError(f'{where}: not UTF-8 text: {place}') from None
 
 
 def clean(text: str) -> str:
