@@ -240,6 +240,13 @@ def test_a_checkpoint_that_latest_does_not_name_is_found(launch, work):
     assert load('out/ckpt.pt')['iter_num'] == 6
 
 
+def test_a_sharded_checkpoint_of_python_3_11_2(launch, work):
+    launch(PROGRAMS / 'enums_of_python_3_11_2.py', FSDP, *TINY, SHARDED, '--max_iters=3', nproc=2)
+    assert b'getattr' in next((work / 'out').glob('ckpt_sharded/*/.metadata')).read_bytes()
+    assert 'Resuming training from' in launch(FSDP, *TINY, SHARDED, RESUME, '--max_iters=5', nproc=2).stdout
+    assert log_of('out')['run']['resumed_from']['iter'] == 4
+
+
 def test_conversion_writes_the_latest_and_the_best_or_says_why_not(launch, work):
     """The first checkpoint stays the best, because the learning rate ruins the model after it."""
     launch(FSDP, *TINY, SHARDED, '--max_iters=10', nproc=2)
